@@ -1,0 +1,177 @@
+"""The only place that patches vLLM. Each entry says what it changes, why no hook serves, and when it goes.
+
+Every patch leaves other models alone: it looks at the model first and otherwise calls the original.
+"""
+
+import functools
+import json
+from typing import Any
+
+_MARK = "_vllm_osdt_patched"
+
+
+def _wrap(owner: Any, name: str, make: Any) -> None:
+    """Replace attribute ``name`` of ``owner`` by ``make(original)``, once."""
+    original = owner.__dict__[name]
+    function = original.__func__ if isinstance(original, staticmethod) else original
+    target = function.fget if isinstance(function, property) else function
+    if getattr(target, _MARK, False):
+        return
+    wrapper = functools.wraps(target)(make(target))
+    setattr(wrapper, _MARK, True)
+    if isinstance(original, property):
+        setattr(owner, name, property(wrapper))
+    elif isinstance(original, staticmethod):
+        setattr(owner, name, staticmethod(wrapper))
+    else:
+        setattr(owner, name, wrapper)
+
+
+def _own_sampling_rules() -> None:
+    """vLLM answers 400 for a diffusion model when temperature != 1 or a seed is set; ours honour both.
+
+    Goes when vLLM lets a model declare the sampling parameters it supports.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_osdt.admission import check_sampling_params
+    from vllm_osdt.engine_config import is_ours
+
+    def make(original):
+        def _validate_diffusion(self, model_config):
+            if is_ours(model_config):
+                check_sampling_params(self)
+            else:
+                original(self, model_config)
+
+        return _validate_diffusion
+
+    _wrap(SamplingParams, "_validate_diffusion", make)
+
+
+def _admission() -> None:
+    """Options are checked where prompt and parameters meet, in the front end, for LLM.generate and the server alike.
+
+    Goes when vLLM's ``validate_request`` hook is open to models (today it belongs to the platform).
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_osdt.admission import admit
+    from vllm_osdt.engine_config import is_ours
+    from vllm_osdt.errors import OSDTError
+
+    def make(original):
+        def process_inputs(self, *args, **kwargs):
+            request = original(self, *args, **kwargs)
+            if is_ours(self.model_config):
+                try:
+                    admit(request, self.vllm_config)
+                except OSDTError as error:
+                    raise VLLMValidationError(str(error)) from error
+            return request
+
+        return process_inputs
+
+    _wrap(InputProcessor, "process_inputs", make)
+
+
+def _command_line() -> None:
+    """``--plugin osdt`` and ``--osdt-config`` for ``vllm serve`` and every other command with engine arguments.
+
+    Goes when vLLM has a plugin hook for engine arguments.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make_add_cli_args(original):
+        def add_cli_args(parser, *args, **kwargs):
+            parser = original(parser, *args, **kwargs)
+            if "--osdt-config" not in parser._option_string_actions:
+                group = parser.add_argument_group(
+                    title="vllm-osdt", description="Masked diffusion language models with One-Shot Dynamic Thresholding."
+                )
+                group.add_argument(
+                    "--plugin",
+                    choices=["osdt"],
+                    default=None,
+                    help="Say that the server is meant to run with this plugin; vLLM loads an installed plugin by itself.",
+                )
+                group.add_argument(
+                    "--osdt-config",
+                    type=json.loads,
+                    default=None,
+                    help='Default decoding options as JSON, e.g. \'{"policy": "osdt", "threshold": 0.9}\'.',
+                )
+            return parser
+
+        return add_cli_args
+
+    def make_from_cli_args(original):
+        def from_cli_args(cls, args):
+            engine_args = original(cls, args)
+            options = getattr(args, "osdt_config", None)
+            if options is not None:
+                engine_args.additional_config = {**engine_args.additional_config, "osdt": options}
+            return engine_args
+
+        return from_cli_args
+
+    # AsyncEngineArgs.add_cli_args loads the plugins and then calls this one.
+    _wrap(EngineArgs, "add_cli_args", make_add_cli_args)
+    original = EngineArgs.__dict__["from_cli_args"].__func__
+    if not getattr(original, _MARK, False):
+        wrapper = functools.wraps(original)(make_from_cli_args(original))
+        setattr(wrapper, _MARK, True)
+        EngineArgs.from_cli_args = classmethod(wrapper)
+
+
+def _runner_choice() -> None:
+    """Without a GPU, our Triton stand-in must not move other models to Model Runner V2, whose kernels it interprets.
+
+    Goes when vLLM for CPU ships a Triton compiler.
+    """
+    from vllm.config import VllmConfig
+
+    from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
+    from vllm_osdt.engine_config import is_ours
+
+    def make(original):
+        def use_v2_model_runner(self):
+            import vllm.envs as envs
+
+            if is_interpreting() and envs.VLLM_USE_V2_MODEL_RUNNER is None and not is_ours(self.model_config):
+                return False
+            return original(self)
+
+        return use_v2_model_runner
+
+    _wrap(VllmConfig, "use_v2_model_runner", make)
+
+
+def _native_twins() -> None:
+    """Host functions of Model Runner V2 whose kernels the interpreter would run get NumPy twins.
+
+    Goes when vLLM for CPU ships a Triton compiler.
+    """
+    import importlib
+
+    from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
+
+    if not is_interpreting():
+        return
+    from vllm_osdt.cpu.twins import REPLACEMENTS
+
+    for replacement in REPLACEMENTS:
+        owner = importlib.import_module(replacement.module)
+        *path, name = replacement.attribute.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, name, replacement.twin)
+
+
+def apply() -> None:
+    """Apply every patch; safe to call twice."""
+    _own_sampling_rules()
+    _admission()
+    _command_line()
+    _runner_choice()

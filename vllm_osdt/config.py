@@ -1,0 +1,231 @@
+"""Decoding options: names, defaults, validation and how a request's own values meet the server's.
+
+A user writes the same names in three places: ``SamplingParams.extra_args`` and HTTP ``vllm_xargs`` with the prefix
+``osdt_`` (one request), ``additional_config={"osdt": {...}}`` and ``--osdt-config '{...}'`` without it (the server's
+defaults). At admission everything is resolved into one :class:`DecodingOptions` and stored in the request under
+:data:`RESOLVED_KEY`, so scheduler and workers read the same values.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from vllm_osdt.errors import InvalidOptionError
+
+PREFIX = "osdt_"
+RESOLVED_KEY = "osdt_resolved"
+MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
+
+POLICIES = ("osdt", "static_threshold", "factor", "fixed_steps")
+CACHE_MODES = ("none", "prefix", "dual")
+MODES = ("block", "step_block")
+METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
+RECORDS = ("masked", "committed")
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How one request is decoded.
+
+    Attributes:
+        task: Name of the task whose calibration profile the request makes or uses.
+        policy: Which masked positions a denoising step unmasks: ``osdt``, ``static_threshold``, ``factor``,
+            ``fixed_steps``.
+        threshold: Confidence in (0, 1] of the static threshold; also the threshold of an OSDT calibration.
+        factor: Parameter f > 0 of the factor rule.
+        steps: Total denoising steps of ``fixed_steps``; None means one token per step.
+        block_length: Positions denoised together, 1 to 128.
+        gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up.
+        cache: KV cache mode: ``none`` (recompute all), ``prefix`` or ``dual`` (arXiv 2505.22618, section 3).
+        mode: Calibrated thresholds per ``block`` or per block and step, ``step_block``.
+        metric: Statistic that turns recorded confidences into a threshold.
+        cap: Upper bound kappa in (0, 1] of a calibrated threshold.
+        slack: Relative slack epsilon in [0, 1): the threshold used is min(T, cap) * (1 - slack).
+        record: Which confidences a calibration records: all ``masked`` positions or only the ``committed`` ones.
+        recalibrate: Calibrate again with this request and replace the task's profile when it ends well.
+    """
+
+    task: str = "default"
+    policy: str = "osdt"
+    threshold: float = 0.9
+    factor: float = 1.0
+    steps: int | None = None
+    block_length: int = 32
+    gen_length: int | None = None
+    cache: str = "dual"
+    mode: str = "block"
+    metric: str = "q1"
+    cap: float = 0.9
+    slack: float = 0.1
+    record: str = "masked"
+    recalibrate: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain values, to travel in ``extra_args``."""
+        return asdict(self)
+
+
+OPTION_NAMES = tuple(field.name for field in fields(DecodingOptions))
+
+
+def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if value not in choices:
+            raise InvalidOptionError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        return value
+
+    return check
+
+
+def _number(low: float, high: float, *, low_open: bool, high_open: bool = False) -> Callable[[str, Any], float]:
+    bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidOptionError(f"{name} is {value!r} ({type(value).__name__}); expected a number in {bounds}.")
+        number = float(value)
+        above = number > low if low_open else number >= low
+        below = number < high if high_open or math.isinf(high) else number <= high
+        if not (above and below):
+            raise InvalidOptionError(f"{name} is {value!r}; expected a number in {bounds}.")
+        return number
+
+    return check
+
+
+def _count(maximum: int | None = None, *, optional: bool = False) -> Callable[[str, Any], int | None]:
+    limit = "a positive integer" if maximum is None else f"an integer from 1 to {maximum}"
+
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidOptionError(f"{name} is {value!r} ({type(value).__name__}); expected {limit}.")
+        if value < 1 or (maximum is not None and value > maximum):
+            raise InvalidOptionError(f"{name} is {value}; expected {limit}.")
+        return value
+
+    return check
+
+
+def _task(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable():
+        raise InvalidOptionError(f"{name} is {value!r}; expected 1 to 200 printable characters.")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    # JSON booleans arrive as 0 and 1 through the server's vllm_xargs.
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise InvalidOptionError(f"{name} is {value!r}; expected true or false.")
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "task": _task,
+    "policy": _choice(POLICIES),
+    "threshold": _number(0, 1, low_open=True),
+    "factor": _number(0, math.inf, low_open=True),
+    "steps": _count(optional=True),
+    "block_length": _count(MAX_BLOCK_LENGTH),
+    "gen_length": _count(optional=True),
+    "cache": _choice(CACHE_MODES),
+    "mode": _choice(MODES),
+    "metric": _choice(METRICS),
+    "cap": _number(0, 1, low_open=True),
+    "slack": _number(0, 1, low_open=False, high_open=True),
+    "record": _choice(RECORDS),
+    "recalibrate": _flag,
+}
+
+
+def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:
+    """Lay ``values`` over ``base``.
+
+    Args:
+        values: Option names (each starting with ``prefix``) to values.
+        base: What holds for names that ``values`` lacks.
+        prefix: ``"osdt_"`` for a request, empty for the server's defaults.
+
+    Raises:
+        InvalidOptionError: An unknown name, a wrong type or a value out of range.
+    """
+    changes = {}
+    for key, value in values.items():
+        name = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        if name not in _CHECKS:
+            known = ", ".join(prefix + option for option in OPTION_NAMES)
+            raise InvalidOptionError(f"Unknown option {key!r}; this model's options are {known}.")
+        changes[name] = _CHECKS[name](key, value)
+    return replace(base, **changes)
+
+
+def resolve_canvas(
+    options: DecodingOptions,
+    *,
+    prompt_length: int,
+    max_tokens: int | None,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+) -> tuple[DecodingOptions, int]:
+    """Fix the canvas length and check that prompt and canvas fit.
+
+    Args:
+        options: The request's options; ``gen_length`` may be None.
+        prompt_length: Prompt tokens.
+        max_tokens: The request's limit on output tokens, None when it gave none.
+        max_model_len: The engine's limit on prompt plus canvas.
+        max_num_batched_tokens: The engine's limit on the rows of one step; a refresh has prompt plus canvas rows.
+
+    Returns:
+        The options with ``gen_length`` (and, for ``fixed_steps``, ``steps``) set, and the output tokens the request
+        may get: ``max_tokens``, bounded by the canvas.
+
+    Raises:
+        InvalidOptionError: The canvas is no whole number of blocks, does not fit, or ``steps`` does not divide.
+    """
+    block = options.block_length
+    gen_length = options.gen_length
+    limit = min(max_model_len, max_num_batched_tokens)
+    if gen_length is None:
+        if max_tokens is None:
+            gen_length = (limit - prompt_length) // block * block
+            if gen_length < block:
+                raise InvalidOptionError(
+                    f"The prompt has {prompt_length} tokens; with a block of {block} it exceeds the limit of {limit} "
+                    f"tokens (the smaller of max_model_len {max_model_len} and max_num_batched_tokens "
+                    f"{max_num_batched_tokens}). Shorten the prompt."
+                )
+        else:
+            gen_length = math.ceil(max_tokens / block) * block
+    elif gen_length % block:
+        raise InvalidOptionError(
+            f"gen_length is {gen_length}, no multiple of block_length {block}; use "
+            f"{math.ceil(gen_length / block) * block}."
+        )
+    total = prompt_length + gen_length
+    if total > max_model_len:
+        raise InvalidOptionError(
+            f"The prompt of {prompt_length} tokens and the canvas of {gen_length} (whole blocks of {block}) make "
+            f"{total} tokens, above max_model_len {max_model_len}. Lower max_tokens or gen_length, or shorten the "
+            "prompt."
+        )
+    if total > max_num_batched_tokens:
+        raise InvalidOptionError(
+            f"The prompt of {prompt_length} tokens and the canvas of {gen_length} (whole blocks of {block}) make "
+            f"{total} tokens, but one forward pass holds max_num_batched_tokens {max_num_batched_tokens} and this "
+            "model refreshes all of them at once. Lower max_tokens or gen_length, or start the engine with a larger "
+            "--max-num-batched-tokens."
+        )
+    steps = options.steps
+    if options.policy == "fixed_steps":
+        num_blocks = gen_length // block
+        steps = gen_length if steps is None else steps
+        if steps % num_blocks or not num_blocks <= steps <= gen_length:
+            raise InvalidOptionError(
+                f"steps is {steps}; with {num_blocks} blocks of {block} it must be a multiple of {num_blocks} from "
+                f"{num_blocks} to {gen_length}."
+            )
+    output = gen_length if max_tokens is None else min(max_tokens, gen_length)
+    return replace(options, gen_length=gen_length, steps=steps), output

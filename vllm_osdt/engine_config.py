@@ -1,0 +1,102 @@
+"""Engine settings of the model families that attend to their whole canvas (LLaDA), set so that users need no flag."""
+
+from typing import TYPE_CHECKING
+
+from vllm.config import CompilationMode, CUDAGraphMode, DiffusionConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_osdt.config import DecodingOptions, parse_options
+from vllm_osdt.errors import OSDTError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.vllm_osdt.engine_config")
+
+SCHEDULER_CLS = "vllm_osdt.scheduler.CanvasScheduler"
+
+
+def is_ours(model_config) -> bool:
+    """Whether an engine's model is one of this package's."""
+    from vllm_osdt.plugin import ARCHITECTURES
+
+    return model_config is not None and model_config.architecture in ARCHITECTURES
+
+
+def server_defaults(vllm_config: "VllmConfig") -> DecodingOptions:
+    """The options of a request that sets none: ours, the checkpoint's block length, then the operator's.
+
+    Raises:
+        InvalidOptionError: ``additional_config["osdt"]`` has an unknown name or a bad value.
+    """
+    base = DecodingOptions(block_length=vllm_config.model_config.hf_config.block_length)
+    additional = vllm_config.additional_config
+    values = additional.get("osdt", {}) if isinstance(additional, dict) else {}
+    return parse_options(values, base=base)
+
+
+class CanvasModelConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for a model's engine settings."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Set scheduler, worker and diffusion config; switch off or refuse what cannot work.
+
+        Raises:
+            OSDTError: The engine arguments ask for something that these models cannot do.
+        """
+        parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+        if parallel.pipeline_parallel_size > 1:
+            raise OSDTError(
+                f"pipeline_parallel_size is {parallel.pipeline_parallel_size}; diffusion models of vllm-osdt run on one "
+                "pipeline stage. Use --tensor-parallel-size instead."
+            )
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+            if getattr(parallel, name) > 1:
+                raise OSDTError(f"{name} is {getattr(parallel, name)}; diffusion models of vllm-osdt need 1.")
+        for name, what in (
+            ("speculative_config", "speculative decoding"),
+            ("kv_transfer_config", "KV transfer"),
+        ):
+            if getattr(vllm_config, name) is not None:
+                raise OSDTError(f"{what} is set, but a diffusion canvas is rewritten in place; remove {name}.")
+        if scheduler.scheduler_cls not in (None, SCHEDULER_CLS):
+            raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; these models need their own, leave it unset.")
+
+        defaults = server_defaults(vllm_config)
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
+        scheduler.scheduler_cls = SCHEDULER_CLS
+        switched_off = []
+        if scheduler.async_scheduling is not False:
+            scheduler.async_scheduling = False
+            switched_off.append("async scheduling (a step's plan needs the last one's outcome)")
+        if scheduler.enable_chunked_prefill:
+            scheduler.enable_chunked_prefill = False
+            switched_off.append("chunked prefill (a refresh computes prompt and canvas together)")
+        scheduler.long_prefill_token_threshold = 0
+        if vllm_config.cache_config.enable_prefix_caching:
+            vllm_config.cache_config.enable_prefix_caching = False
+            switched_off.append("prefix caching (a prompt's keys and values depend on its canvas)")
+        if switched_off:
+            logger.info_once("vllm-osdt switches off what this model family cannot use: %s.", "; ".join(switched_off))
+
+        vllm_config.attention_config.use_non_causal = True
+        compilation = vllm_config.compilation_config
+        if compilation.mode is None:
+            compilation.mode = CompilationMode.NONE
+        if compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode is None:
+            compilation.cudagraph_mode = CUDAGraphMode.NONE
+        if parallel.worker_cls == "auto":
+            parallel.worker_cls = _worker_cls()
+        generation = vllm_config.model_config.override_generation_config
+        if "temperature" not in vllm_config.model_config.try_get_generation_config():
+            generation.setdefault("temperature", 0.0)
+
+
+def _worker_cls() -> str:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return "vllm_osdt.worker.cpu_worker.CanvasCPUWorker"
+    return "vllm_osdt.worker.gpu_worker.CanvasGPUWorker"

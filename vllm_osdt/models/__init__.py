@@ -1,0 +1,1 @@
+"""Model families: layers, weight names, mask token and logit alignment of each."""

@@ -1,0 +1,103 @@
+"""Hugging Face config class of LLaDA, so that its checkpoints load without remote code."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vllm_osdt.errors import UnsupportedModelError
+
+DEFAULT_BLOCK_LENGTH = 32
+
+# Fields of the OLMo-derived config that our layers take for granted, with the only value they take.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "block_type": ("llama",),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "alibi": (False,),
+    "include_bias": (False, None),
+    "include_qkv_bias": (False, None),
+    "bias_for_layer_norm": (False, None),
+    "attention_layer_norm": (False, None),
+    "input_emb_norm": (False, None),
+    "clip_qkv": (None,),
+    "block_group_size": (1, None),
+    "scale_logits": (False, None),
+}
+
+
+class LLaDAConfig(PreTrainedConfig):
+    """Config of LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5 (``model_type: llada``).
+
+    The checkpoint's own field names stay; vLLM reads them by the standard ones through ``attribute_map``.
+    ``block_length`` is ours: the block that the checkpoint wants to be decoded with, 32 when it names none.
+    """
+
+    model_type = "llada"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "num_hidden_layers": "n_layers",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "hidden_act": "activation_type",
+        "tie_word_embeddings": "weight_tying",
+        "canvas_length": "block_length",
+    }
+
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    d_model: int = 4096
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    multi_query_attention: bool | None = None
+    n_layers: int = 32
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int = 4
+    max_sequence_length: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    activation_type: str = "silu"
+    block_type: str = "llama"
+    layer_norm_type: str = "rms"
+    rope: bool = True
+    alibi: bool = False
+    weight_tying: bool = False
+    mask_token_id: int = 126336
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    block_length: int = DEFAULT_BLOCK_LENGTH
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in derived fields.
+
+        Raises:
+            UnsupportedModelError: A field has a value that the model code does not implement.
+        """
+        if self.n_kv_heads is None:
+            self.n_kv_heads = 1 if self.multi_query_attention else self.n_heads
+        if self.mlp_hidden_size is None:
+            self.mlp_hidden_size = self.mlp_ratio * self.d_model
+        if self.embedding_size is None:
+            self.embedding_size = self.vocab_size
+        rope_theta = self.rope_theta
+        super().__post_init__(**kwargs)
+        # vLLM reads rotary parameters from this dict; the checkpoints have the plain field.
+        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta)}
+        for name, allowed in _REQUIRED.items():
+            value = getattr(self, name, allowed[-1])
+            if value not in allowed:
+                raise UnsupportedModelError(
+                    f"LLaDA config field {name} is {value!r}; only {allowed[0]!r} is implemented. "
+                    "Use a checkpoint with that value."
+                )
+        if self.embedding_size < self.vocab_size:
+            raise UnsupportedModelError(
+                f"LLaDA config field embedding_size is {self.embedding_size}, below vocab_size {self.vocab_size}; the "
+                "embedding must hold every token."
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise UnsupportedModelError(
+                f"LLaDA config field mask_token_id is {self.mask_token_id}; it must be in [0, {self.vocab_size})."
+            )

@@ -1,0 +1,27 @@
+"""What this package adds to vLLM, as one list. vLLM calls :func:`register` in every one of its processes."""
+
+_MODELS = {
+    # architecture: (model class, HF model_type, config class)
+    "LLaDAModelLM": ("vllm_osdt.models.llada:LLaDAModelLM", "llada", "vllm_osdt.models.llada_config:LLaDAConfig"),
+}
+
+ARCHITECTURES = frozenset(_MODELS)
+
+
+def register() -> None:
+    """Register models, config classes, engine defaults and the patches of ``compat``; safe to call twice."""
+    from importlib import import_module
+
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from vllm_osdt import compat
+    from vllm_osdt.engine_config import CanvasModelConfig
+
+    for architecture, (model, model_type, config) in _MODELS.items():
+        ModelRegistry.register_model(architecture, model)
+        module, name = config.split(":")
+        _CONFIG_REGISTRY[model_type] = getattr(import_module(module), name)
+        MODELS_CONFIG_MAP[architecture] = CanvasModelConfig
+    compat.apply()

@@ -1,0 +1,16 @@
+"""The one list of decoding policies that a user may ask for."""
+
+from vllm_osdt.policies.base import DecodingPolicy, Rule, Schedule
+from vllm_osdt.policies.factor import factor
+from vllm_osdt.policies.fixed_steps import fixed_steps
+from vllm_osdt.policies.osdt import osdt
+from vllm_osdt.policies.static_threshold import static_threshold
+
+POLICIES: dict[str, DecodingPolicy] = {
+    "osdt": osdt,
+    "static_threshold": static_threshold,
+    "factor": factor,
+    "fixed_steps": fixed_steps,
+}
+
+__all__ = ["POLICIES", "DecodingPolicy", "Rule", "Schedule"]

@@ -1,0 +1,57 @@
+"""What a decoding policy is: a rule and its parameter for every (block, denoising step) of a request.
+
+All policies here decide by the confidences of the current step alone, so a request's whole schedule is a small table
+that is made once, at admission; each step then is one lookup for the whole batch and one call of
+:func:`csrc_triton.unmask`.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+
+from vllm_osdt.config import DecodingOptions
+
+
+class Rule(IntEnum):
+    """How ``unmask`` reads a parameter; the values are those of ``csrc_triton.Rule``."""
+
+    THRESHOLD = 0
+    TOP_K = 1
+    FACTOR = 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The decisions of one request ahead of time.
+
+    Attributes:
+        rule: How ``parameters`` are read.
+        parameters: float32 ``[num_blocks, block_length]``: confidence threshold (equality passes), number of
+            positions, or factor, by block and denoising step in the block; a block never needs more steps than
+            positions, since every step unmasks at least one.
+    """
+
+    rule: Rule
+    parameters: np.ndarray
+
+
+class DecodingPolicy(Protocol):
+    """Turns a request's options into its schedule."""
+
+    def __call__(self, options: DecodingOptions, thresholds: np.ndarray | None) -> Schedule:
+        """Make the schedule.
+
+        Args:
+            options: Resolved options (``gen_length`` is set).
+            thresholds: Calibrated T, float32 ``[blocks, steps]``, when a profile applies; else None.
+        """
+        ...
+
+
+def constant(options: DecodingOptions, rule: Rule, parameter: float) -> Schedule:
+    """The same parameter at every block and step."""
+    assert options.gen_length is not None
+    num_blocks = options.gen_length // options.block_length
+    return Schedule(rule, np.full((num_blocks, options.block_length), parameter, dtype=np.float32))

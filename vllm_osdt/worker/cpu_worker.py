@@ -1,0 +1,20 @@
+"""vLLM's CPU worker with the canvas runner."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda stand-ins
+
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner  # isort: skip
+
+from vllm_osdt.worker.model_runner import CanvasRunnerMixin
+
+
+class CanvasCPUModelRunner(CanvasRunnerMixin, CPUModelRunner):  # type: ignore[misc]
+    """Canvas runner on the CPU."""
+
+
+class CanvasCPUWorker(CPUWorker):
+    """Chooses the runner."""
+
+    def init_device(self) -> None:
+        """Set up the device as vLLM does, then put our runner in place of its own."""
+        super().init_device()
+        self.model_runner = CanvasCPUModelRunner(self.vllm_config, self.device)

@@ -1,0 +1,94 @@
+"""Attention metadata of a canvas forward and the tables behind it (vLLM's model state of Model Runner V2)."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_osdt.config import RESOLVED_KEY
+from vllm_osdt.worker.request_states import CanvasStates
+from vllm_osdt.worker.sampler import CanvasSampler
+
+
+class CanvasModelState(ModelState):
+    """State of a model whose every position sees the whole canvas.
+
+    A step's queries are any rows of prompt and canvas; they attend to all pages of the request, without a causal
+    mask. Keys and values of rows that do not run stay as the last refresh left them.
+    """
+
+    num_new_sampled_tokens_per_step = 0
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.canvas_states = CanvasStates(
+            self.max_num_reqs,
+            self.model_config.max_model_len,
+            vllm_config.model_config.hf_config.mask_token_id,
+            device,
+        )
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        """The sampler of canvas models; there is no rejection sampler."""
+        return CanvasSampler(self.canvas_states), None
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Fill the request's slot; vLLM's own warm-up requests have no canvas and get none."""
+        params = new_req_data.sampling_params
+        if params is not None and RESOLVED_KEY in (params.extra_args or {}):
+            self.canvas_states.add(req_index, new_req_data)
+
+    def remove_request(self, req_id: str) -> None:
+        """The request loses its slot; ``CanvasStates.end`` is told separately when it has ended."""
+        self.canvas_states.free_slot(req_id)
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
+    ) -> None:
+        """Text only."""
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """No model inputs beyond the standard ones."""
+        return {}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """No model inputs beyond the standard ones."""
+        return {}
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Metadata for attention over the whole canvas."""
+        return build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=input_batch.num_reqs,
+            num_tokens=input_batch.num_tokens,
+            query_start_loc_gpu=input_batch.query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np),
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            seq_lens=input_batch.seq_lens,
+            max_seq_len=self.max_model_len,
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+            for_cudagraph_capture=for_capture,
+            causal=False,
+        )
