@@ -4,6 +4,11 @@ Importing this package loads neither torch nor vLLM; vLLM finds the plugin throu
 ``vllm.general_plugins: osdt``.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
 __version__ = "0.1.0"
 
 
@@ -12,3 +17,17 @@ def register() -> None:
     from vllm_osdt.plugin import register as register_plugin
 
     register_plugin()
+
+
+def profiles(llm: "LLM") -> list[dict[str, Any]]:
+    """The calibration profiles that an offline engine holds.
+
+    Args:
+        llm: An engine that serves one of this package's models.
+
+    Returns:
+        One dict per profile: ``task``, ``block_length``, ``cache``, ``threshold``, ``mean_confidence`` (by block and
+        denoising step, None where nothing was recorded) and ``thresholds`` (T by block and step, for each
+        ``mode/metric/record`` that a request has asked for).
+    """
+    return llm.collective_rpc("calibration_profiles")[0]

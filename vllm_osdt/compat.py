@@ -4,7 +4,10 @@ Every patch leaves other models alone: it looks at the model first and otherwise
 """
 
 import functools
+import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _MARK = "_vllm_osdt_patched"
@@ -27,6 +30,19 @@ def _wrap(owner: Any, name: str, make: Any) -> None:
         setattr(owner, name, wrapper)
 
 
+@contextmanager
+def _http_400() -> Iterator[None]:
+    """Our refusals leave as vLLM's own kind of ValueError, which its server answers with HTTP 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_osdt.errors import OSDTError
+
+    try:
+        yield
+    except OSDTError as error:
+        raise VLLMValidationError(str(error)) from error
+
+
 def _own_sampling_rules() -> None:
     """vLLM answers 400 for a diffusion model when temperature != 1 or a seed is set; ours honour both.
 
@@ -40,7 +56,8 @@ def _own_sampling_rules() -> None:
     def make(original):
         def _validate_diffusion(self, model_config):
             if is_ours(model_config):
-                check_sampling_params(self)
+                with _http_400():
+                    check_sampling_params(self)
             else:
                 original(self, model_config)
 
@@ -54,21 +71,17 @@ def _admission() -> None:
 
     Goes when vLLM's ``validate_request`` hook is open to models (today it belongs to the platform).
     """
-    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     from vllm_osdt.admission import admit
     from vllm_osdt.engine_config import is_ours
-    from vllm_osdt.errors import OSDTError
 
     def make(original):
         def process_inputs(self, *args, **kwargs):
             request = original(self, *args, **kwargs)
             if is_ours(self.model_config):
-                try:
+                with _http_400():
                     admit(request, self.vllm_config)
-                except OSDTError as error:
-                    raise VLLMValidationError(str(error)) from error
             return request
 
         return process_inputs
@@ -88,13 +101,14 @@ def _command_line() -> None:
             parser = original(parser, *args, **kwargs)
             if "--osdt-config" not in parser._option_string_actions:
                 group = parser.add_argument_group(
-                    title="vllm-osdt", description="Masked diffusion language models with One-Shot Dynamic Thresholding."
+                    title="vllm-osdt",
+                    description="Masked diffusion language models with One-Shot Dynamic Thresholding.",
                 )
                 group.add_argument(
                     "--plugin",
                     choices=["osdt"],
                     default=None,
-                    help="Say that the server is meant to run with this plugin; vLLM loads an installed plugin by itself.",
+                    help="Fail unless this plugin is loaded; vLLM loads installed plugins by itself.",
                 )
                 group.add_argument(
                     "--osdt-config",
@@ -153,8 +167,6 @@ def _native_twins() -> None:
 
     Goes when vLLM for CPU ships a Triton compiler.
     """
-    import importlib
-
     from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
 
     if not is_interpreting():

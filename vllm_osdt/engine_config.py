@@ -49,8 +49,8 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
         if parallel.pipeline_parallel_size > 1:
             raise OSDTError(
-                f"pipeline_parallel_size is {parallel.pipeline_parallel_size}; diffusion models of vllm-osdt run on one "
-                "pipeline stage. Use --tensor-parallel-size instead."
+                f"pipeline_parallel_size is {parallel.pipeline_parallel_size}; diffusion models of vllm-osdt run on "
+                "one pipeline stage. Use --tensor-parallel-size instead."
             )
         for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
             if getattr(parallel, name) > 1:
@@ -62,7 +62,7 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             if getattr(vllm_config, name) is not None:
                 raise OSDTError(f"{what} is set, but a diffusion canvas is rewritten in place; remove {name}.")
         if scheduler.scheduler_cls not in (None, SCHEDULER_CLS):
-            raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; these models need their own, leave it unset.")
+            raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; leave it unset: these models need ours.")
 
         defaults = server_defaults(vllm_config)
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)

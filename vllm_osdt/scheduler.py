@@ -10,10 +10,11 @@ from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_osdt.config import RESOLVED_KEY
+from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY
 
 
 @dataclass(slots=True)
@@ -64,12 +65,20 @@ class CanvasScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Counters by number of accepted tokens: a request may have longer blocks than the served default.
+        self.num_spec_tokens = MAX_BLOCK_LENGTH
         self._max_num_active_reqs = self.max_num_active_reqs
         self._placeholders = [-1] * self.max_model_len
         self._postponed: set[str] = set()
         self._failed_req_ids: set[str] = set()
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_canvas
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request, with vLLM's per-request speculative metrics on: their steps are the request's NFE. (The
+        engine argument that turns them on is refused without a speculative config.)"""
+        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(_plan(request).block_length)
+        super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan one engine step (see the class)."""

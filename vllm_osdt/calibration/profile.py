@@ -1,6 +1,7 @@
 """A task's calibration profile: the recorded statistics and the thresholds made from them."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,15 @@ class CalibrationProfile:
                 confidence = np.where(self.committed, confidence, np.nan)
             self._thresholds[setting] = calibrate(confidence, mode, metric)
         return self._thresholds[setting]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Key, mean confidence by block and step (None where nothing was recorded) and thresholds by setting."""
+        mean = self.mean_confidence
+        return {
+            **asdict(self.key),
+            "mean_confidence": np.where(np.isnan(mean), None, mean.astype(object)).tolist(),
+            "thresholds": {"/".join(setting): table.tolist() for setting, table in self._thresholds.items()},
+        }
 
     @property
     def mean_confidence(self) -> np.ndarray:

@@ -4,14 +4,14 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda
 
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner  # isort: skip
 
-from vllm_osdt.worker.model_runner import CanvasRunnerMixin
+from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 
 
 class CanvasCPUModelRunner(CanvasRunnerMixin, CPUModelRunner):  # type: ignore[misc]
     """Canvas runner on the CPU."""
 
 
-class CanvasCPUWorker(CPUWorker):
+class CanvasCPUWorker(CanvasWorkerMixin, CPUWorker):
     """Chooses the runner."""
 
     def init_device(self) -> None:

@@ -3,14 +3,14 @@
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_osdt.worker.model_runner import CanvasRunnerMixin
+from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 
 
 class CanvasGPUModelRunner(CanvasRunnerMixin, GPUModelRunner):  # type: ignore[misc]
     """Canvas runner on the GPU."""
 
 
-class CanvasGPUWorker(Worker):
+class CanvasGPUWorker(CanvasWorkerMixin, Worker):
     """Chooses the runner."""
 
     def init_device(self) -> None:

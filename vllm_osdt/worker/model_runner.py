@@ -118,5 +118,19 @@ class CanvasRunnerMixin:
             denoise=denoise,
         )
 
+    def calibration_profiles(self) -> list[dict[str, Any]]:
+        """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`)."""
+        return [profile.as_dict() for profile in self.model_state.canvas_states.registry.profiles.values()]
+
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""
+
+
+class CanvasWorkerMixin:
+    """What the CPU and the GPU worker offer to ``LLM.collective_rpc``."""
+
+    model_runner: CanvasRunnerMixin
+
+    def calibration_profiles(self) -> list[dict[str, Any]]:
+        """The profiles in this worker's memory."""
+        return self.model_runner.calibration_profiles()

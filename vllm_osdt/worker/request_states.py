@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
@@ -35,6 +36,15 @@ def _seed(req_id: str, seed: int | None) -> int:
     """The request's random key: its own seed, else one made from its id, equal on every rank."""
     source = f"seed:{seed}" if seed is not None else f"id:{req_id}"
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _end_token_id(params: SamplingParams) -> int:
+    """The token that ends a block early, -1 for none: EOS, or the one stop token of a request without EOS. Further
+    stop tokens are found by the scheduler, when their block is finished."""
+    if not params.ignore_eos and params.eos_token_id is not None:
+        return params.eos_token_id
+    stop_token_ids = params.stop_token_ids or []
+    return stop_token_ids[0] if len(stop_token_ids) == 1 else -1
 
 
 class CanvasStates:
@@ -103,8 +113,7 @@ class CanvasStates:
         self.parameters_np[slot, : parameters.size] = parameters
         self.temperature_np[slot] = params.temperature
         self.seed_np[slot] = record.seed
-        eos = None if params.ignore_eos else params.eos_token_id
-        self.eos_np[slot] = -1 if eos is None else eos
+        self.eos_np[slot] = _end_token_id(params)
         self.recorder_np[slot] = record.recorder is not None
 
     def _admit(self, new: NewRequestData) -> RequestRecord:

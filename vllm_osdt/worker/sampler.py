@@ -107,4 +107,5 @@ class CanvasSampler:
             block = int(states.block_start_np[slot] - states.prompt_len_np[slot]) // length
             recorder = states.records[req_ids[row]].recorder
             assert recorder is not None
-            recorder.add(block, int(states.step_np[slot]), best[row, :length], before[row, :length], after[row, :length])
+            step = int(states.step_np[slot])
+            recorder.add(block, step, best[row, :length], before[row, :length], after[row, :length])

@@ -1,0 +1,109 @@
+"""The Triton kernel of ``confidence``: one program walks one row of logits, once.
+
+Called by ``csrc_triton.ops``, which has checked the arguments.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+TILE_V = 4096
+
+
+@triton.jit
+def _mix(bits):
+    # MurmurHash3's 32-bit finaliser on uint32
+    bits ^= bits >> 16
+    bits *= 0x85EBCA6B
+    bits ^= bits >> 13
+    bits *= 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _confidence_kernel(
+    logits_ptr,
+    logits_stride,
+    temperature_ptr,
+    noise_key_ptr,
+    token_ptr,
+    confidence_ptr,
+    vocabulary,
+    banned_token_id,  # -1: none
+    HAS_TEMPERATURE: tl.constexpr,
+    TILE_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    temperature = 0.0
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row)
+        key = tl.load(noise_key_ptr + row)
+        first = _mix((key & 0xFFFFFFFF).to(tl.uint32) + 0x9E3779B9)
+        second = _mix(((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ first)
+
+    largest = -float("inf")  # over all ids
+    total = 0.0  # of exp(logit - largest) over all ids
+    best_score = -float("inf")  # over allowed ids
+    best_id = 0
+    num_nan = 0
+    for start in range(0, vocabulary, TILE_V):
+        ids = start + tl.arange(0, TILE_V)
+        logit = tl.load(row_ptr + ids, mask=ids < vocabulary, other=-float("inf")).to(tl.float32)
+        is_nan = logit != logit
+        num_nan += tl.sum(is_nan.to(tl.int32))
+        logit = tl.where(is_nan, -float("inf"), logit)
+
+        tile_largest = tl.max(logit)
+        new_largest = tl.maximum(largest, tile_largest)
+        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # -inf - -inf would be NaN
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logit - shift))
+        largest = new_largest
+
+        score = tl.where(ids == banned_token_id, -float("inf"), logit)
+        if HAS_TEMPERATURE:
+            if temperature > 0:
+                bits = _mix(_mix(ids.to(tl.uint32) + first) ^ second)
+                u = ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)  # exact, strictly between 0 and 1
+                score += temperature * -tl.log(-tl.log(u))
+        tile_best, tile_best_id = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        better = tile_best > best_score  # strictly: the lowest id keeps a tie between tiles
+        best_id = tl.where(better, start + tile_best_id, best_id)
+        best_score = tl.where(better, tile_best, best_score)
+
+    hopeless = (num_nan > 0) | (best_score == -float("inf"))
+    best_id = tl.where(hopeless, tl.where(banned_token_id == 0, 1, 0), best_id)
+    chosen = best_score
+    if HAS_TEMPERATURE:
+        chosen = tl.load(row_ptr + best_id).to(tl.float32)  # without the noise
+    chosen = tl.where(hopeless, 0.0, chosen)
+    probability = tl.exp(chosen - tl.where(hopeless, 0.0, largest)) / tl.where(hopeless, 1.0, total)
+    tl.store(token_ptr + row, best_id.to(tl.int64))
+    tl.store(confidence_ptr + row, tl.where(hopeless, 0.0, probability))
+
+
+def confidence(
+    logits: torch.Tensor,
+    banned_token_id: int | None,
+    temperature: torch.Tensor | None,
+    noise_key: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``ops.confidence``; CPU tensors work only in Triton's interpreter."""
+    num_rows, vocabulary = logits.shape
+    token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    probability = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    if num_rows:
+        _confidence_kernel[(num_rows,)](
+            logits,
+            logits.stride(0),
+            temperature,
+            noise_key,
+            token,
+            probability,
+            vocabulary,
+            -1 if banned_token_id is None else banned_token_id,
+            HAS_TEMPERATURE=temperature is not None,
+            TILE_V=min(TILE_V, triton.next_power_of_2(vocabulary)),
+            num_warps=8,
+        )
+    return token, probability

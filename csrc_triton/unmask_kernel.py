@@ -1,0 +1,116 @@
+"""The Triton kernel of ``unmask``: one program decides one block.
+
+Called by ``csrc_triton.ops``, which has checked the arguments.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.reference import Rule, UnmaskResult
+
+THRESHOLD = tl.constexpr(int(Rule.THRESHOLD))
+TOP_K = tl.constexpr(int(Rule.TOP_K))
+
+
+@triton.jit
+def _unmask_kernel(
+    canvas_ptr,
+    canvas_stride,
+    masked_ptr,
+    masked_stride,
+    proposal_ptr,
+    proposal_stride,
+    confidence_ptr,
+    confidence_stride,
+    rule_ptr,
+    parameter_ptr,
+    eos_token_id_ptr,
+    num_needed_ptr,
+    num_unmasked_ptr,
+    num_masked_ptr,
+    num_ready_ptr,
+    block_length,
+    PADDED_LENGTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.arange(0, PADDED_LENGTH)
+    valid = position < block_length
+    masked_row = masked_ptr + row * masked_stride + position
+    masked = tl.load(masked_row, mask=valid, other=0) != 0
+    score = tl.load(confidence_ptr + row * confidence_stride + position, mask=masked, other=-1.0)
+    score = tl.where(score != score, -1.0, score)
+    rule = tl.load(rule_ptr + row)
+    parameter = tl.load(parameter_ptr + row)
+
+    # rank 1 is the most confident masked position; [position, other]
+    others = tl.broadcast_to(score[None, :], (PADDED_LENGTH, PADDED_LENGTH))
+    earlier = position[None, :] < position[:, None]
+    ahead = masked[None, :] & ((others > score[:, None]) | ((others == score[:, None]) & earlier))
+    rank = tl.sum(ahead.to(tl.int32), axis=1) + 1
+
+    factor_passes = (rank + 1).to(tl.float32) * (1.0 - score) < parameter
+    top_k_passes = rank.to(tl.float32) <= parameter
+    passing = tl.where(rule == TOP_K, top_k_passes, factor_passes)
+    passing = tl.where(rule == THRESHOLD, score >= parameter, passing)
+    num_accepted = tl.max(tl.where(masked & passing, rank, 1))
+    accepted = masked & (rank <= num_accepted)
+    still_masked = masked & (rank > num_accepted)
+
+    canvas_row = canvas_ptr + row * canvas_stride + position
+    canvas = tl.load(canvas_row, mask=valid, other=0).to(tl.int64)
+    proposal = tl.load(proposal_ptr + row * proposal_stride + position, mask=accepted, other=0).to(tl.int64)
+    canvas = tl.where(accepted, proposal, canvas)
+    tl.store(canvas_row, canvas.to(canvas_ptr.dtype.element_ty), mask=accepted)
+    tl.store(masked_row, tl.zeros((PADDED_LENGTH,), tl.uint8), mask=accepted)
+
+    # emission ends at the first EOS or undecided position, or with the last needed one
+    eos = tl.load(eos_token_id_ptr + row)
+    num_needed = tl.load(num_needed_ptr + row)
+    is_eos = (canvas == eos) & (eos >= 0) & valid
+    first_masked = tl.min(tl.where(still_masked, position, PADDED_LENGTH))
+    first_eos = tl.min(tl.where(is_eos, position, PADDED_LENGTH))
+    blocked = (first_masked < num_needed) & (first_masked <= first_eos)
+    num_ready = tl.where(blocked, 0, tl.minimum(first_eos + 1, num_needed))
+
+    tl.store(num_unmasked_ptr + row, tl.sum(accepted.to(tl.int32)))
+    tl.store(num_masked_ptr + row, tl.sum(still_masked.to(tl.int32)))
+    tl.store(num_ready_ptr + row, num_ready)
+
+
+def unmask(
+    canvas: torch.Tensor,
+    masked: torch.Tensor,
+    proposal: torch.Tensor,
+    confidence: torch.Tensor,
+    rule: torch.Tensor,
+    parameter: torch.Tensor,
+    eos_token_id: torch.Tensor,
+    num_needed: torch.Tensor,
+) -> UnmaskResult:
+    """See ``ops.unmask``; CPU tensors work only in Triton's interpreter."""
+    num_blocks, block_length = canvas.shape
+    num_unmasked, num_masked, num_ready = (
+        torch.empty(num_blocks, dtype=torch.int32, device=canvas.device) for _ in range(3)
+    )
+    if num_blocks:
+        _unmask_kernel[(num_blocks,)](
+            canvas,
+            canvas.stride(0),
+            masked.view(torch.uint8),
+            masked.stride(0),
+            proposal,
+            proposal.stride(0),
+            confidence,
+            confidence.stride(0),
+            rule,
+            parameter,
+            eos_token_id,
+            num_needed,
+            num_unmasked,
+            num_masked,
+            num_ready,
+            block_length,
+            PADDED_LENGTH=triton.next_power_of_2(block_length),
+        )
+    return UnmaskResult(num_unmasked, num_masked, num_ready)

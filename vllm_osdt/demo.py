@@ -1,0 +1,129 @@
+"""``python -m vllm_osdt.demo``: the bundled model on its three tasks, decoded one token per step, with Fast-dLLM's
+static threshold and with One-Shot Dynamic Thresholding, and a picture of what OSDT calibrated.
+"""
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "one token per step": {"osdt_policy": "fixed_steps"},
+    "static 0.9": {"osdt_policy": "static_threshold", "osdt_threshold": 0.9},
+    "OSDT": {"osdt_policy": "osdt"},
+}
+GEN_LENGTH = 96
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one policy did on one task."""
+
+    task: str
+    policy: str
+    accuracy: float
+    nfe: float
+    tokens_per_forward: float
+    tokens_per_second: float
+
+
+def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any]) -> Row:
+    """Decode every problem of a task with one policy; with OSDT the first one, alone, calibrates."""
+    from vllm import SamplingParams
+
+    from vllm_osdt.mini.tasks import check
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=GEN_LENGTH, extra_args={**POLICIES[policy], "osdt_task": task}
+    )
+    prompts = [problem.prompt for problem in problems]
+    first = 1 if policy == "OSDT" else 0
+    start = time.perf_counter()
+    outputs = llm.generate(prompts[:first], params, use_tqdm=False) if first else []
+    outputs += llm.generate(prompts[first:], params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    completions = [output.outputs[0] for output in outputs]
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
+    num_forwards = sum(sum(completion.spec_decode_metrics.histogram) for completion in completions)
+    right = sum(check(problem, completion.text) for problem, completion in zip(problems, completions, strict=True))
+    return Row(
+        task,
+        policy,
+        accuracy=right / len(problems),
+        nfe=num_forwards / len(problems),
+        tokens_per_forward=num_tokens / num_forwards,
+        tokens_per_second=num_tokens / seconds,
+    )
+
+
+def draw_signature(profiles: list[dict[str, Any]], path: Path) -> None:
+    """One heat map per task, mean confidence by block and step, and the thresholds made from it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(2, len(profiles), figsize=(4.2 * len(profiles), 6), squeeze=False, height_ratios=(3, 2))
+    for column, profile in enumerate(profiles):
+        signature = np.array(profile["mean_confidence"], dtype=float)
+        used = ~np.isnan(signature)
+        signature = signature[used.any(axis=1)][:, used.any(axis=0)]
+        top, bottom = axes[:, column]
+        image = top.imshow(signature, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        top.set(title=profile["task"], xlabel="denoising step", ylabel="block", yticks=range(len(signature)))
+        figure.colorbar(image, ax=top, label="mean confidence")
+        for setting, table in profile["thresholds"].items():
+            bottom.step(range(len(table)), [row[0] for row in table], where="mid", marker="o", label=f"T, {setting}")
+        bottom.axhline(profile["threshold"], color="gray", linestyle=":", label="static threshold")
+        bottom.set(xlabel="block", ylabel="threshold", ylim=(0, 1.02), xticks=range(len(signature)))
+        bottom.legend(fontsize=7)
+    figure.suptitle("Confidence signature of the calibration request and the thresholds made from it")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Parse arguments, run, print the table, draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llada-mini", help="name of a bundled model")
+    parser.add_argument("--problems", type=int, default=64, help="problems per task")
+    parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
+    parser.add_argument("--picture", type=Path, default=Path("demo/osdt_signature.png"))
+    args = parser.parse_args()
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+
+    from vllm_osdt import profiles
+    from vllm_osdt.mini import model_path
+    from vllm_osdt.mini.tasks import TASKS, generate
+
+    start = time.perf_counter()
+    llm = LLM(model=model_path(args.model), max_num_seqs=args.problems)
+    print(f"engine started in {time.perf_counter() - start:.1f} s; {args.problems} held-out problems per task")
+    header = f"{'task':<16} {'policy':<20} {'accuracy':>9} {'NFE':>7} {'tokens/forward':>15} {'tokens/s':>9}"
+    print(f"{header}\n{'-' * len(header)}")
+    for task in TASKS:
+        problems = generate(task, "held_out", args.problems, args.seed)
+        for policy in POLICIES:
+            row = run_policy(llm, task, policy, problems)
+            print(
+                f"{row.task:<16} {row.policy:<20} {row.accuracy:>9.1%} {row.nfe:>7.1f} {row.tokens_per_forward:>15.2f} "
+                f"{row.tokens_per_second:>9.0f}",
+                flush=True,
+            )
+    draw_signature(profiles(llm), args.picture)
+    print(f"confidence signatures and thresholds: {args.picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""The bundled tiny models: their tasks, trainer and checkpoints. Importing it loads no torch."""
+
+from pathlib import Path
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+MODELS = ("llada-mini",)
+
+
+def model_path(name: str) -> str:
+    """The folder of a bundled checkpoint, for vLLM's `model` argument.
+
+    Raises:
+        ValueError: No bundled model has this name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown bundled model {name!r}; known models: {', '.join(MODELS)}")
+    return str(CHECKPOINTS / name)

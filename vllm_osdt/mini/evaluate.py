@@ -1,0 +1,131 @@
+"""Decodes held-out problems without vLLM: `python -m vllm_osdt.mini.evaluate`."""
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_osdt.mini import model_path
+from vllm_osdt.mini.model import MiniLLaDA
+from vllm_osdt.mini.tasks import TASKS, check, generate
+from vllm_osdt.mini.tasks.base import Problem
+from vllm_osdt.mini.tokenizer import build_tokenizer
+
+# No confidence reaches it, so every denoising step unmasks the single best position.
+ONE_PER_STEP = 2.0
+THRESHOLDS = (ONE_PER_STEP, 0.9, 0.8, 0.7, 0.6, 0.5)
+CANVAS_LENGTH = 96
+# OSDT: threshold of the calibration, cap and slack of the rule after it.
+CALIBRATION_THRESHOLD, CAP, SLACK = 0.9, 0.9, 0.1
+MAX_BATCH = 64
+
+# (confidences, block) -> which positions pass, whatever the shape.
+Rule = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Outcome of one task under one rule."""
+
+    num_right: int
+    num_problems: int
+    nfe: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_right / self.num_problems
+
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        z, n, p = 1.96, self.num_problems, self.accuracy
+        center = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return center - half, center + half
+
+
+def static_rule(threshold: float) -> Rule:
+    """Passes what reaches a fixed threshold."""
+    return lambda confidence, block: confidence >= threshold
+
+
+def osdt_rule(table: Sequence[float]) -> Rule:
+    """Passes what exceeds the capped and loosened threshold of the block; blocks past the table use its last."""
+    return lambda confidence, block: confidence > min(table[min(block, len(table) - 1)], CAP) * (1 - SLACK)
+
+
+@torch.no_grad()
+def decode(
+    model: MiniLLaDA, prompts: Tensor, rule: Rule, canvas_length: int, recorded: dict[int, list[float]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Decodes prompts of one length block by block, without a cache.
+
+    Args:
+        prompts: `[batch, prompt_length]` ids.
+        recorded: Collects the confidences of all masked positions by block.
+
+    Returns:
+        Canvases `[batch, canvas_length]`, where blocks after the one that ends the answer stay masked, and the
+        forward passes each request took, `[batch]`.
+    """
+    config = model.config
+    num_prompts, prompt_length = prompts.shape
+    masks = prompts.new_full((num_prompts, canvas_length), config.mask_token_id)
+    token_ids = torch.cat((prompts, masks), dim=1)
+    nfe = torch.zeros(num_prompts, dtype=torch.long, device=prompts.device)
+    running = torch.arange(num_prompts, device=prompts.device)
+    for block in range(canvas_length // config.block_length):
+        start = prompt_length + block * config.block_length
+        active = slice(start, start + config.block_length)
+        rows = running
+        while rows.numel():
+            nfe[rows] += 1
+            logits = model(token_ids[rows])[:, active].float()
+            logits[..., config.mask_token_id] = -torch.inf
+            confidence, proposal = logits.softmax(-1).max(-1)
+            canvas = token_ids[rows, active]
+            masked = canvas == config.mask_token_id
+            if recorded is not None:
+                recorded[block].extend(confidence[masked].tolist())
+            accepted = masked & rule(confidence, block)
+            best = confidence.masked_fill(~masked, -1.0).argmax(-1, keepdim=True)
+            accepted.scatter_(1, best, True)
+            token_ids[rows, active] = torch.where(accepted, proposal, canvas)
+            rows = rows[(masked & ~accepted).any(-1)]
+        running = running[~(token_ids[running, active] == config.eos_token_id).any(-1)]
+    return token_ids[:, prompt_length:], nfe
+
+
+def evaluate(
+    model: MiniLLaDA,
+    problems: Sequence[Problem],
+    rule: Rule = static_rule(ONE_PER_STEP),
+    canvas_length: int = CANVAS_LENGTH,
+) -> Score:
+    """Decodes problems in batches of equal prompt length and checks the answers."""
+    tokenizer = build_tokenizer()
+    device = next(model.parameters()).device
+    by_length = defaultdict(list)
+    for problem in problems:
+        prompt = tokenizer.encode(problem.prompt).ids
+        by_length[len(prompt)].append((problem, prompt))
+    num_right, total_nfe = 0, 0
+    for group in by_length.values():
+        for first in range(0, len(group), MAX_BATCH):
+            batch = group[first : first + MAX_BATCH]
+            prompts = torch.tensor([prompt for _, prompt in batch], device=device)
+            canvases, nfe = decode(model, prompts, rule, canvas_length)
+            total_nfe += int(nfe.sum())
+            for (problem, _), canvas in zip(batch, canvases.tolist(), strict=True):
+                num_right += check(problem, answer_text(tokenizer, canvas, model.config.eos_token_id))
+    return Score(num_right, len(problems), total_nfe / len(problems))
+
+
+def answer_text(tokenizer, canvas: list[int], eos_token_id: int) -> str:
+    """The text before the end of the answer."""
+    end = canvas.index(eos_token_id) if eos_token_id in canvas else len(canvas)
+    return tokenizer.decode(canvas[:end])

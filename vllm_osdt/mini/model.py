@@ -1,0 +1,175 @@
+"""LLaDA in plain PyTorch, for training and offline evaluation, with the tensor names of the published checkpoints."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# Scale of the layers that write to the residual stream, relative to 1 / sqrt(fan-in).
+RESIDUAL_SCALE = 0.35
+EMBEDDING_STD = 0.5
+
+
+@dataclass(frozen=True)
+class MiniConfig:
+    """Shape of a bundled model; the rest of `config.json` is the same for all."""
+
+    vocab_size: int
+    eos_token_id: int
+    mask_token_id: int
+    block_length: int = 32
+    d_model: int = 192
+    n_layers: int = 4
+    n_heads: int = 6
+    mlp_hidden_size: int = 512
+    max_sequence_length: int = 512
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+
+    def to_json(self) -> str:
+        """The text of `config.json`, with the fields of published LLaDA checkpoints."""
+        fields = {
+            "architectures": ["LLaDAModelLM"],
+            "model_type": "llada",
+            "torch_dtype": "float32",
+            "activation_type": "silu",
+            "alibi": False,
+            "attention_dropout": 0.0,
+            "attention_layer_norm": False,
+            "attention_layer_norm_with_affine": True,
+            "bias_for_layer_norm": False,
+            "block_group_size": 1,
+            "block_length": self.block_length,
+            "block_type": "llama",
+            "d_model": self.d_model,
+            "embedding_dropout": 0.0,
+            "embedding_size": self.vocab_size,
+            "eos_token_id": self.eos_token_id,
+            "flash_attention": False,
+            "include_bias": False,
+            "include_qkv_bias": False,
+            "input_emb_norm": False,
+            "layer_norm_type": "rms",
+            "layer_norm_with_affine": True,
+            "mask_token_id": self.mask_token_id,
+            "max_sequence_length": self.max_sequence_length,
+            "mlp_hidden_size": self.mlp_hidden_size,
+            "mlp_ratio": 4,
+            "multi_query_attention": None,
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_heads,
+            "n_layers": self.n_layers,
+            "pad_token_id": self.eos_token_id,
+            "residual_dropout": 0.0,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope": True,
+            "rope_full_precision": True,
+            "rope_theta": self.rope_theta,
+            "scale_logits": False,
+            "use_cache": False,
+            "vocab_size": self.vocab_size,
+            "weight_tying": False,
+        }
+        return json.dumps(fields, indent=2) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> "MiniConfig":
+        """Reads `config.json`."""
+        fields = json.loads((folder / "config.json").read_text())
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+
+
+class Block(nn.Module):
+    """Pre-norm attention over all positions, then SwiGLU."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        width, hidden = config.d_model, config.mlp_hidden_size
+        self.n_heads = config.n_heads
+        self.attn_norm = nn.RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.ff_norm = nn.RMSNorm(width, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.ff_out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        normed = self.attn_norm(hidden)
+        heads = (hidden.shape[0], hidden.shape[1], self.n_heads, -1)
+        query, key, value = (
+            projection(normed).view(heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Written out: on a CPU the fused kernel's bf16 backward pass is several times slower.
+        scores = rotate(query, cos, sin) @ rotate(key, cos, sin).transpose(-1, -2) * query.shape[-1] ** -0.5
+        attended = scores.softmax(-1).to(value.dtype) @ value
+        hidden = hidden + self.attn_out(attended.transpose(1, 2).flatten(2))
+        normed = self.ff_norm(hidden)
+        return hidden + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+
+
+class MiniLLaDA(nn.Module):
+    """Logits of every position from all positions: no causal mask, no padding mask."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.d_model),
+                "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+                "ln_f": nn.RMSNorm(config.d_model, config.rms_norm_eps),
+                "ff_out": nn.Linear(config.d_model, config.vocab_size, bias=False),
+            }
+        )
+        head_size = config.d_model // config.n_heads
+        frequencies = config.rope_theta ** (-torch.arange(0, head_size, 2) / head_size)
+        angles = torch.outer(torch.arange(config.max_sequence_length), frequencies).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # [max_sequence_length, head_size]
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draws the weights: scaled by fan-in, smaller where a layer writes to the residual stream."""
+        for name, weight in self.named_parameters():
+            if name.endswith("wte.weight"):
+                weight.normal_(std=EMBEDDING_STD)
+            elif weight.dim() == 2:
+                is_residual = ".blocks." in name and name.endswith(("attn_out.weight", "ff_out.weight"))
+                weight.normal_(std=(RESIDUAL_SCALE if is_residual else 1.0) * weight.shape[1] ** -0.5)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Maps `[batch, length]` ids to `[batch, length, vocab_size]` logits."""
+        layers = self.model.transformer
+        length = token_ids.shape[1]
+        hidden = layers["wte"](token_ids)
+        cos, sin = self.cos[:length].to(hidden.dtype), self.sin[:length].to(hidden.dtype)
+        for block in layers["blocks"]:
+            hidden = block(hidden, cos, sin)
+        return layers["ff_out"](layers["ln_f"](hidden))
+
+    def save(self, folder: Path) -> None:
+        """Writes `config.json` and `model.safetensors`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(self.config.to_json())
+        save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> "MiniLLaDA":
+        """Reads what `save` wrote."""
+        model = cls(MiniConfig.load(folder))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding that pairs the two halves of a head; `heads` is `[batch, heads, length, head_size]`."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,191 @@
+"""Trains a bundled model from scratch: `python -m vllm_osdt.mini.train --out DIR`."""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_osdt.mini.evaluate import evaluate
+from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
+from vllm_osdt.mini.tasks import TASKS, generate
+from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, save_tokenizer
+
+# Padding tokens right after the answer that count fully, and the weight of those behind them.
+NUM_EOS = 4
+PADDING_WEIGHT = 0.1
+# Weight of the blocks behind the active one, which stay fully masked.
+LATER_WEIGHT = 0.3
+# Canvas lengths beside the shortest that fits, and the chance of each.
+CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
+EMA_DECAY = 0.998
+WARMUP_STEPS = 100
+FINAL_LEARNING_RATE = 0.02  # of the peak
+MAX_GRADIENT_NORM = 1.0
+
+Group = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompts [n, P], answers [n, max length], answer lengths [n]
+
+
+def encode_pool(task: str, count: int, seed: int) -> list[Group]:
+    """Draws training problems with one answer each and groups them by prompt length."""
+    tokenizer = build_tokenizer()
+    rng = random.Random(seed)
+    encoded = defaultdict(list)
+    for problem in generate(task, "train", count, seed):
+        prompt, answer = tokenizer.encode_batch([problem.prompt, problem.sample_answer(rng)])
+        encoded[len(prompt.ids)].append((prompt.ids, answer.ids))
+    groups = []
+    for pairs in encoded.values():
+        prompts, answers = zip(*pairs, strict=True)
+        lengths = np.array([len(answer) for answer in answers])
+        padded = np.full((len(answers), lengths.max()), EOS_ID, dtype=np.int64)
+        for row, answer in zip(padded, answers, strict=True):
+            row[: len(answer)] = answer
+        groups.append((np.array(prompts, dtype=np.int64), padded, lengths))
+    return groups
+
+
+def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> tuple[Tensor, ...]:
+    """Draws clear sequences, the masked positions and the loss weights, each `[size, P + canvas]`."""
+    sizes = np.array([len(lengths) for _, _, lengths in groups])
+    prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
+    rows = rng.integers(len(lengths), size=size)
+    lengths = lengths[rows]
+    fitting = -(-int(lengths.max()) // block_length) * block_length
+    wanted = rng.choice([fitting, *CANVAS_LENGTHS], p=[1 - sum(CANVAS_LENGTHS.values()), *CANVAS_LENGTHS.values()])
+    canvas_length = max(fitting, int(wanted))
+    canvas = np.full((size, canvas_length), EOS_ID, dtype=np.int64)
+    canvas[:, : answers.shape[1]] = answers[rows][:, :canvas_length]
+    positions = np.arange(canvas_length)
+
+    weights = np.where(positions < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
+    masked = rng.random((size, canvas_length)) < 1.0 - rng.random((size, 1))
+    if rng.random() < 0.5:  # what decoding meets: clear blocks, the active one, masked blocks
+        blocks = positions // block_length
+        active = rng.integers(lengths // block_length + 1)[:, None]
+        masked = (blocks == active) & masked | (blocks > active)
+        weights = weights * np.where(blocks > active, LATER_WEIGHT, 1.0)
+
+    clear_prompt = np.zeros((size, prompts.shape[1]))
+    return (
+        torch.from_numpy(np.concatenate((prompts[rows], canvas), axis=1)),
+        torch.from_numpy(np.concatenate((clear_prompt, masked), axis=1).astype(bool)),
+        torch.from_numpy(np.concatenate((clear_prompt, weights), axis=1)).float(),
+    )
+
+
+def loss_of(model: MiniLLaDA, clear: Tensor, masked: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+    """Weighted cross-entropy of the masked positions, and the share of fully weighted ones predicted right."""
+    with torch.autocast(clear.device.type, dtype=torch.bfloat16):
+        logits = model(clear.masked_fill(masked, MASK_ID))
+    logits, targets, weights = logits[masked].float(), clear[masked], weights[masked]
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    counted = weights == 1.0
+    is_right = logits.detach()[counted].argmax(-1) == targets[counted]
+    return (losses * weights).sum() / weights.sum(), is_right.float().mean().item()
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Linear warm-up, then a cosine down to FINAL_LEARNING_RATE."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, num_steps - WARMUP_STEPS)
+    return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def export(model: MiniLLaDA, averages: dict[str, Tensor], folder: Path) -> MiniLLaDA:
+    """Writes a loadable checkpoint of the averaged weights."""
+    averaged = MiniLLaDA(model.config)
+    averaged.load_state_dict(averages)
+    averaged.save(folder)
+    save_tokenizer(build_tokenizer(), folder, model.config.max_sequence_length)
+    generation = {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID, "temperature": 0.0}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    return averaged.eval()
+
+
+def log_curve(folder: Path, entry: dict[str, float | int | dict[str, float]]) -> None:
+    """Appends one line to the learning curve."""
+    with (folder / "learning_curve.jsonl").open("a") as curve:
+        curve.write(json.dumps(entry) + "\n")
+    print(json.dumps(entry), flush=True)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Runs the training; a `state.pt` in the output folder is continued."""
+    torch.manual_seed(options.seed)
+    device, folder = torch.device(options.device), options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    model = MiniLLaDA(MiniConfig(build_tokenizer().get_vocab_size(), EOS_ID, MASK_ID))
+    model.initialize()
+    model.to(device)
+    parameters = [
+        {"params": [weight for weight in model.parameters() if weight.dim() > 1], "weight_decay": 0.02},
+        {"params": [weight for weight in model.parameters() if weight.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
+    averages = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first_step = 0
+    if (folder / "state.pt").exists():
+        state = torch.load(folder / "state.pt", map_location=device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        averages, first_step = state["averages"], state["step"]
+    rng = np.random.default_rng((options.seed, first_step))
+    pools = {task: encode_pool(task, options.pool, options.seed) for task in TASKS}
+    for step in range(first_step, options.steps):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * learning_rate_factor(step, options.steps)
+        losses, token_accuracy = [], {}
+        for task, groups in pools.items():
+            batch = draw_batch(rng, groups, options.batch // len(pools), model.config.block_length)
+            loss, token_accuracy[task] = loss_of(model, *(tensor.to(device) for tensor in batch))
+            (loss / len(pools)).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(averages.values()), list(model.state_dict().values()), 1 - decay)
+        is_last = step + 1 == options.steps
+        entry: dict[str, float | dict[str, float]] = {"step": step + 1, "loss": round(sum(losses) / len(losses), 4)}
+        entry |= {"seconds": round(time.perf_counter() - started, 3), "token_accuracy": token_accuracy}
+        if (step + 1) % options.evaluate_every == 0 or is_last:
+            averaged = export(model, averages, folder).to(device)
+            entry["decoded_accuracy"] = {
+                task: evaluate(averaged, generate(task, "held_out", options.evaluate_problems, seed=1)).accuracy
+                for task in TASKS
+            }
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"averages": averages, "step": step + 1}, folder / "state.pt")
+        if (step + 1) % options.log_every == 0 or is_last:
+            log_curve(folder, entry)
+
+
+def main() -> None:
+    """Reads the options and trains."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; a run in it is continued")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batch", type=int, default=192, help="sequences per step, all tasks together")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--pool", type=int, default=150_000, help="training problems per task")
+    parser.add_argument("--log-every", type=int, default=20, help="steps between lines of the learning curve")
+    parser.add_argument("--evaluate-every", type=int, default=400, help="steps between checkpoints and evaluations")
+    parser.add_argument("--evaluate-problems", type=int, default=40, help="held-out problems per task and evaluation")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
