@@ -17,7 +17,7 @@ def _wrap(owner: Any, name: str, make: Any) -> None:
     """Replace attribute ``name`` of ``owner`` by ``make(original)``, once."""
     original = owner.__dict__[name]
     function = original.__func__ if isinstance(original, staticmethod) else original
-    target = function.fget if isinstance(function, property) else function
+    target: Any = function.fget if isinstance(function, property) else function
     if getattr(target, _MARK, False):
         return
     wrapper = functools.wraps(target)(make(target))
@@ -162,10 +162,11 @@ def _runner_choice() -> None:
     _wrap(VllmConfig, "use_v2_model_runner", make)
 
 
-def _native_twins() -> None:
+def use_native_twins() -> None:
     """Host functions of Model Runner V2 whose kernels the interpreter would run get NumPy twins.
 
-    Goes when vLLM for CPU ships a Triton compiler.
+    Called by our CPU worker, so processes that serve other models keep vLLM's functions. Goes when vLLM for CPU ships
+    a Triton compiler.
     """
     from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
 

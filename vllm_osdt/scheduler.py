@@ -67,7 +67,7 @@ class CanvasScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         # Counters by number of accepted tokens: a request may have longer blocks than the served default.
         self.num_spec_tokens = MAX_BLOCK_LENGTH
-        self._max_num_active_reqs = self.max_num_active_reqs
+        self._max_num_active_reqs: int = self.max_num_active_reqs
         self._placeholders = [-1] * self.max_model_len
         self._postponed: set[str] = set()
         self._failed_req_ids: set[str] = set()

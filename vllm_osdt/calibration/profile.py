@@ -1,5 +1,6 @@
 """A task's calibration profile: the recorded statistics and the thresholds made from them."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,10 +46,10 @@ class CalibrationProfile:
 
     def as_dict(self) -> dict[str, Any]:
         """Key, mean confidence by block and step (None where nothing was recorded) and thresholds by setting."""
-        mean = self.mean_confidence
+        rows = self.mean_confidence.tolist()
         return {
             **asdict(self.key),
-            "mean_confidence": np.where(np.isnan(mean), None, mean.astype(object)).tolist(),
+            "mean_confidence": [[None if math.isnan(value) else value for value in row] for row in rows],
             "thresholds": {"/".join(setting): table.tolist() for setting, table in self._thresholds.items()},
         }
 

@@ -4,10 +4,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda
 
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner  # isort: skip
 
+from vllm_osdt import compat
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 
 
-class CanvasCPUModelRunner(CanvasRunnerMixin, CPUModelRunner):  # type: ignore[misc]
+class CanvasCPUModelRunner(CanvasRunnerMixin, CPUModelRunner):
     """Canvas runner on the CPU."""
 
 
@@ -17,4 +18,5 @@ class CanvasCPUWorker(CanvasWorkerMixin, CPUWorker):
     def init_device(self) -> None:
         """Set up the device as vLLM does, then put our runner in place of its own."""
         super().init_device()
+        compat.use_native_twins()
         self.model_runner = CanvasCPUModelRunner(self.vllm_config, self.device)

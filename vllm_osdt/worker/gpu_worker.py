@@ -6,7 +6,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 
 
-class CanvasGPUModelRunner(CanvasRunnerMixin, GPUModelRunner):  # type: ignore[misc]
+class CanvasGPUModelRunner(CanvasRunnerMixin, GPUModelRunner):
     """Canvas runner on the GPU."""
 
 

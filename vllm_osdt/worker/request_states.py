@@ -120,6 +120,7 @@ class CanvasStates:
         """Decide, once, how a request is decoded and whether it calibrates its task."""
         params = new.sampling_params
         options = DecodingOptions(**params.extra_args[RESOLVED_KEY])
+        assert options.gen_length is not None
         key = ProfileKey(options.task, options.block_length, options.cache, options.threshold)
         thresholds, recorder = None, None
         if options.policy == "osdt":
@@ -158,6 +159,7 @@ class CanvasStates:
         """
         if self._copy_pending is not None:
             copied_slots, host = self._copy_pending
+            assert self._copied is not None
             self._copied.synchronize()  # long done: the engine has read the output of that step
             self.masked_np[copied_slots, : host.shape[1]] = host.numpy()
             self._copy_pending = None
@@ -177,5 +179,6 @@ class CanvasStates:
             return
         host = torch.empty(masked.shape, dtype=torch.bool, pin_memory=True)
         host.copy_(masked, non_blocking=True)
+        assert self._copied is not None
         self._copied.record()
         self._copy_pending = (slots, host)
