@@ -29,7 +29,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_osdt", "vllm_osdt.*", "csrc_triton", "csrc_triton.*"]),
-    # The root as the one package directory: an editable install is then a plain path, and a new package needs no new one.
+    # One package directory: an editable install is then a plain path that finds packages added later.
     package_dir={"": "."},
     package_data={"vllm_osdt": ["py.typed", "mini/checkpoints/**/*"]},
     # vLLM's internals are overridden here, so the range is what tools/check_host.py was run on.

@@ -40,7 +40,7 @@ def _confidence_kernel(
         temperature = tl.load(temperature_ptr + row)
         key = tl.load(noise_key_ptr + row)
         first = _mix((key & 0xFFFFFFFF).to(tl.uint32) + 0x9E3779B9)
-        second = _mix(((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ first)
+        second = _mix((((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ first) + 0x9E3779B9)
 
     largest = -float("inf")  # over all ids
     total = 0.0  # of exp(logit - largest) over all ids

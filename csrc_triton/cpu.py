@@ -35,7 +35,8 @@ def confidence(
     buffer = torch.empty(chunk_rows, vocabulary)
     logits = logits.detach()
 
-    with np.errstate(invalid="ignore"):  # a row of -inf becomes NaN and is mended below
+    # a row of -inf becomes NaN and is mended below; a difference beyond fp32 becomes -inf, weight 0
+    with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, num_rows, chunk_rows):
             stop = min(start + chunk_rows, num_rows)
             weight = buffer[: stop - start]
@@ -108,7 +109,7 @@ def _gumbel_noise(first: np.ndarray, second: np.ndarray, ids: np.ndarray) -> np.
 
 def _mix_keys(noise_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     first = _mix((noise_key & UINT32_MASK).astype(np.uint32) + np.uint32(0x9E3779B9))
-    second = _mix((noise_key >> 32 & UINT32_MASK).astype(np.uint32) ^ first)
+    second = _mix(((noise_key >> 32 & UINT32_MASK).astype(np.uint32) ^ first) + np.uint32(0x9E3779B9))
     return first, second
 
 

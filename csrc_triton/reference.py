@@ -71,7 +71,7 @@ def gumbel_noise(noise_key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     low = noise_key & UINT32_MASK
     high = (noise_key >> 32) & UINT32_MASK
     first = _mix((low + 0x9E3779B9) & UINT32_MASK)
-    second = _mix(high ^ first)
+    second = _mix(((high ^ first) + 0x9E3779B9) & UINT32_MASK)
     bits = _mix(_mix((ids + first.unsqueeze(-1)) & UINT32_MASK) ^ second.unsqueeze(-1))  # [num_keys, num_ids]
     u = ((bits >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vllm.config import CompilationMode, CUDAGraphMode, DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vllm_osdt.config import DecodingOptions, parse_options
 from vllm_osdt.errors import OSDTError
@@ -87,16 +88,16 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             compilation.mode = CompilationMode.NONE
         if compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode is None:
             compilation.cudagraph_mode = CUDAGraphMode.NONE
+        if current_platform.is_cpu():
+            from vllm_osdt.cpu import kernels
+
+            kernels.register()
+            priority = vllm_config.kernel_config.ir_op_priority.fused_add_rms_norm
+            if kernels.PROVIDER not in priority and not priority[:-1]:
+                priority.insert(0, kernels.PROVIDER)
         if parallel.worker_cls == "auto":
-            parallel.worker_cls = _worker_cls()
+            device = "cpu" if current_platform.is_cpu() else "gpu"
+            parallel.worker_cls = f"vllm_osdt.worker.{device}_worker.CanvasWorker"
         generation = vllm_config.model_config.override_generation_config
         if "temperature" not in vllm_config.model_config.try_get_generation_config():
             generation.setdefault("temperature", 0.0)
-
-
-def _worker_cls() -> str:
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        return "vllm_osdt.worker.cpu_worker.CanvasCPUWorker"
-    return "vllm_osdt.worker.gpu_worker.CanvasGPUWorker"

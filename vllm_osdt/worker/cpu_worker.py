@@ -5,18 +5,20 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner  # isort: skip
 
 from vllm_osdt import compat
+from vllm_osdt.cpu import kernels
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 
 
-class CanvasCPUModelRunner(CanvasRunnerMixin, CPUModelRunner):
+class CanvasModelRunner(CanvasRunnerMixin, CPUModelRunner):
     """Canvas runner on the CPU."""
 
 
-class CanvasCPUWorker(CanvasWorkerMixin, CPUWorker):
+class CanvasWorker(CanvasWorkerMixin, CPUWorker):
     """Chooses the runner."""
 
     def init_device(self) -> None:
         """Set up the device as vLLM does, then put our runner in place of its own."""
+        kernels.register()
         super().init_device()
         compat.use_native_twins()
-        self.model_runner = CanvasCPUModelRunner(self.vllm_config, self.device)
+        self.model_runner = CanvasModelRunner(self.vllm_config, self.device)

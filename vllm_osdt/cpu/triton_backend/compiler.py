@@ -46,5 +46,5 @@ else:
             """Map no interface module."""
             return {}
 
-    # `import triton` fails for everybody when this class is abstract, as a method added by a later Triton would make it.
+    # `import triton` fails for everybody when this class is abstract, as a new method of a later Triton would make it.
     InterpreterBackend.__abstractmethods__ = frozenset()

@@ -57,5 +57,5 @@ else:
             """Return what the autotuner times configurations with; Triton's own needs a GPU's events."""
             return _time_once_ms
 
-    # `import triton` fails for everybody when this class is abstract, as a method added by a later Triton would make it.
+    # `import triton` fails for everybody when this class is abstract, as a new method of a later Triton would make it.
     InterpreterDriver.__abstractmethods__ = frozenset()

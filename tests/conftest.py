@@ -1,0 +1,128 @@
+"""Settings and engines shared by the tests. Imports neither torch nor vLLM before a fixture asks for them."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read by vLLM while it is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GOLDEN = REPOSITORY.parent / "shared" / "golden"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A recorded checkpoint: its folder and what the stock decoder did with it."""
+
+    folder: Path
+    cases: list[dict[str, Any]]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's ``config.json``."""
+        return json.loads((self.folder / "config.json").read_text())
+
+
+def load_golden(name: str) -> Golden:
+    """A recorded checkpoint; skips the test where the recordings are not beside the repository."""
+    folder = GOLDEN / name
+    if not (folder / "cases.json").exists():
+        pytest.skip(f"no recorded decisions: {name} is not in the folder shared/golden beside the repository")
+    return Golden(folder, json.loads((folder / "cases.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def golden_random() -> Golden:
+    """Random weights, 24 cases."""
+    return load_golden("llada_random")
+
+
+@pytest.fixture(scope="session")
+def golden_tasks() -> Golden:
+    """A small model trained on toy tasks, 60 cases."""
+    return load_golden("llada_tasks")
+
+
+@pytest.fixture(scope="session")
+def tasks_tokenizer(golden_tasks: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A word tokenizer of the task model's vocabulary, saved in the form vLLM loads."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = json.loads((golden_tasks.folder / "vocab.json").read_text())
+    for token_id in range(len(vocab), golden_tasks.config["vocab_size"]):
+        vocab[f"<{token_id}>"] = token_id
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="[SEP]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="[EOS]", mask_token="[MASK]", unk_token="[SEP]"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tasks_llm(golden_tasks: Golden, tasks_tokenizer: Path) -> Any:
+    """The task model with room for everything; statistics are on, as in a server."""
+    from vllm import LLM
+
+    return LLM(
+        model=str(golden_tasks.folder),
+        tokenizer=str(tasks_tokenizer),
+        dtype="float32",
+        max_num_seqs=64,
+        max_model_len=256,
+        disable_log_stats=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def random_llm(golden_random: Golden) -> Any:
+    """The random model with room for everything."""
+    from vllm import LLM
+
+    return LLM(
+        model=str(golden_random.folder), skip_tokenizer_init=True, dtype="float32", max_num_seqs=32, max_model_len=512
+    )
+
+
+@pytest.fixture(scope="session")
+def narrow_llm(golden_tasks: Golden) -> Any:
+    """The task model where few requests fit one forward pass, and not every canvas that the model allows."""
+    from vllm import LLM
+
+    return LLM(
+        model=str(golden_tasks.folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_num_seqs=64,
+        max_model_len=256,
+        max_num_batched_tokens=200,
+    )
+
+
+@pytest.fixture(scope="session")
+def tasks_twin(golden_tasks: Golden) -> Any:
+    """The task model in plain PyTorch."""
+    from tests.reference.llada import ReferenceLLaDA
+
+    return ReferenceLLaDA.load(golden_tasks.folder)
+
+
+@pytest.fixture(scope="session")
+def random_twin(golden_random: Golden) -> Any:
+    """The random model in plain PyTorch."""
+    from tests.reference.llada import ReferenceLLaDA
+
+    return ReferenceLLaDA.load(golden_random.folder)

@@ -1,0 +1,279 @@
+"""``confidence``: every implementation against the reference, and the promises of its docstring."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from implementations import HAS_GPU, IMPLEMENTATIONS, run_confidence
+
+import csrc_triton
+from csrc_triton import cpu, reference
+
+# fp32 against the reference's fp64: the order of a long sum, and exp(x) as 2 ** (x log2 e), which loses |x| ulps
+PROBABILITY_RTOL = 1e-5
+TILE_V = 4096
+CHI_SQUARE_4_DF = 18.47  # exceeded by one deterministic key set in a thousand
+
+per_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def random_logits(num_rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(num_rows, vocabulary, generator=generator)).to(dtype)
+
+
+def noise(*temperatures: float) -> dict[str, torch.Tensor]:
+    keys = torch.tensor([0, 1, -1, 2**31, 2**32, -(2**63), 2**63 - 1, 123456789])
+    return {"temperature": torch.tensor(temperatures), "noise_key": keys[: len(temperatures)]}
+
+
+def assert_equals_reference(implementation: str, logits: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    before = logits.clone()
+    token, probability = run_confidence(implementation, logits, **options)
+    expected_token, expected_probability = reference.confidence(logits, **options)
+    assert torch.equal(logits.nan_to_num(nan=99.0), before.nan_to_num(nan=99.0)), "logits were modified"
+    assert (token.dtype, probability.dtype) == (torch.int64, torch.float32)
+    assert torch.equal(token, expected_token)
+    torch.testing.assert_close(probability, expected_probability, rtol=PROBABILITY_RTOL, atol=1e-30)
+    return token, probability
+
+
+@per_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [2, 7, 1023, 1025])
+def test_matches_the_reference(implementation, vocabulary, dtype):
+    logits = random_logits(5, vocabulary, dtype)
+    for banned_token_id in (None, 0, vocabulary - 1):
+        assert_equals_reference(implementation, logits, banned_token_id=banned_token_id)
+        assert_equals_reference(
+            implementation, logits, banned_token_id=banned_token_id, **noise(0.0, 1e-3, 0.5, 1.0, 20.0)
+        )
+
+
+@per_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matches_the_reference_at_a_real_vocabulary(implementation, dtype):
+    assert_equals_reference(
+        implementation, random_logits(3, 126464, dtype), banned_token_id=126336, **noise(0.0, 0.7, 3.0)
+    )
+
+
+@per_implementation
+def test_only_id_of_a_vocabulary_of_one_is_certain(implementation):
+    token, probability = run_confidence(implementation, torch.tensor([[-3.0], [0.0], [5.0]]))
+    assert token.tolist() == [0, 0, 0]
+    assert probability.tolist() == [1.0, 1.0, 1.0]
+
+
+@per_implementation
+def test_more_rows_than_one_piece_of_work(implementation):
+    vocabulary = 4097
+    num_rows = cpu.CHUNK_ELEMENTS // vocabulary + 3 if implementation == "cpu" else 3
+    assert_equals_reference(implementation, random_logits(num_rows, vocabulary), banned_token_id=1)
+
+
+@per_implementation
+def test_rows_may_have_gaps(implementation):
+    logits = random_logits(9, 50)[::2, 3:40]
+    assert logits.stride() == (100, 1)
+    assert_equals_reference(implementation, logits, banned_token_id=4, **noise(0.0, 1.0, 0.0, 2.0, 1.0))
+
+
+@per_implementation
+def test_no_rows_give_no_proposals(implementation):
+    token, probability = run_confidence(implementation, torch.zeros(0, 10), banned_token_id=3)
+    assert (token.shape, token.dtype) == ((0,), torch.int64)
+    assert (probability.shape, probability.dtype) == ((0,), torch.float32)
+
+
+@per_implementation
+@pytest.mark.parametrize("vocabulary", [7, 2 * TILE_V + 5])
+def test_lowest_id_wins_a_tie(implementation, vocabulary):
+    logits = torch.zeros(4, vocabulary)
+    logits[1, [2, vocabulary - 1]] = 1.0
+    logits[2, [5, vocabulary - 2]] = 1.0
+    logits[3, 0] = 1.0
+    token, _ = assert_equals_reference(implementation, logits, banned_token_id=0)
+    assert token.tolist() == [1, 2, 5, 1]
+
+
+@per_implementation
+@pytest.mark.parametrize("banned_token_id", [0, 3, 6])
+def test_banned_id_is_passed_over_but_counts_in_the_softmax(implementation, banned_token_id):
+    logits = torch.zeros(2, 7)
+    logits[:, banned_token_id] = 10.0
+    logits[1, 4] = 5.0
+    token, probability = assert_equals_reference(implementation, logits, banned_token_id=banned_token_id)
+    assert token.tolist() == [1 if banned_token_id == 0 else 0, 4]
+    assert probability[0].item() == pytest.approx(1 / (math.exp(10) + 6), rel=PROBABILITY_RTOL, abs=0)
+    assert (probability < 0.01).all()
+
+
+@per_implementation
+def test_impossible_ids_never_win(implementation):
+    logits = torch.full((3, 1500), -torch.inf)
+    logits[0, 1400] = -200.0
+    logits[1, [7, 1200]] = torch.tensor([1.0, 2.0])
+    logits[2, [0, 9]] = torch.tensor([50.0, -50.0])  # 0 is banned
+    for options in ({}, noise(3.0, 1e-3, 3.0)):
+        token, _ = assert_equals_reference(implementation, logits, banned_token_id=0, **options)
+        assert token.tolist() == [1400, 1200, 9]
+
+
+@per_implementation
+@pytest.mark.parametrize("banned_token_id", [None, 0, 2])
+def test_hopeless_rows_give_the_lowest_allowed_id_at_zero(implementation, banned_token_id):
+    logits = random_logits(6, 1025)
+    logits[0] = -torch.inf
+    logits[1] = torch.nan
+    logits[2, 1024] = torch.nan
+    logits[3, 0] = torch.nan
+    logits[4] = -torch.inf
+    logits[4, 2] = 1.0  # hopeless only if 2 is banned
+    for options in ({}, noise(*[1.0] * 6)):
+        token, probability = assert_equals_reference(implementation, logits, banned_token_id=banned_token_id, **options)
+        hopeless = [0, 1, 2, 3] + ([4] if banned_token_id == 2 else [])
+        assert token[hopeless].tolist() == [1 if banned_token_id == 0 else 0] * len(hopeless)
+        assert probability[hopeless].tolist() == [0.0] * len(hopeless)
+
+
+@per_implementation
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning:triton")
+def test_large_logits_do_not_overflow(implementation):
+    logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38], [1e4, 1e4 - 1, -1e4]])
+    assert_equals_reference(implementation, logits)
+
+
+@per_implementation
+def test_temperature_zero_is_greedy(implementation):
+    logits = random_logits(3, 100)
+    greedy = run_confidence(implementation, logits, banned_token_id=2)
+    frozen = run_confidence(implementation, logits, banned_token_id=2, **noise(0.0, 0.0, 0.0))
+    assert torch.equal(greedy[0], frozen[0])
+    assert torch.equal(greedy[1], frozen[1])
+
+
+@per_implementation
+def test_noise_is_the_reference_noise_for_every_key(implementation):
+    num_rows = 200 if implementation == "cpu" else 12
+    keys = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=torch.Generator().manual_seed(1))
+    flat = torch.zeros(num_rows, 1025)  # so that the noise alone decides
+    token, _ = assert_equals_reference(
+        implementation, flat, temperature=torch.ones(num_rows), noise_key=keys, banned_token_id=5
+    )
+    assert len(token.unique()) > 0.75 * num_rows
+
+
+@per_implementation
+def test_proposal_does_not_depend_on_the_batch(implementation):
+    logits, options = random_logits(5, 64), noise(1.0, 1.0, 0.0, 2.0, 1.0)
+    token, probability = run_confidence(implementation, logits, **options)
+    for row in range(5):
+        alone = {name: value[row : row + 1] for name, value in options.items()}
+        one_token, one_probability = run_confidence(implementation, logits[row : row + 1], **alone)
+        assert one_token.item() == token[row].item()
+        assert one_probability.item() == pytest.approx(probability[row].item(), rel=PROBABILITY_RTOL)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("step", [1, 2**32, -(2**17)], ids=["low_bits", "high_bits", "both"])
+def test_proposals_follow_the_tempered_softmax(temperature, step):
+    num_samples = 4000
+    logits = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0, 9.0])
+    allowed = 5  # the last id is banned
+    token, probability = csrc_triton.confidence(
+        logits.expand(num_samples, -1),
+        banned_token_id=5,
+        temperature=torch.full((num_samples,), temperature),
+        noise_key=torch.arange(num_samples) * step,
+    )
+    expected = num_samples * (logits[:allowed] / temperature).softmax(-1)
+    observed = token.bincount(minlength=allowed)
+    assert ((observed - expected) ** 2 / expected).sum().item() < CHI_SQUARE_4_DF
+    # the confidence knows neither noise nor temperature
+    torch.testing.assert_close(probability, logits.softmax(-1)[token], rtol=PROBABILITY_RTOL, atol=0)
+
+
+def test_noise_is_finite_and_within_its_bounds():
+    values = reference.gumbel_noise(torch.arange(100), torch.arange(10_000))
+    assert -2.82 < values.min().item() and values.max().item() < 16.64 < cpu.GUMBEL_MAX
+    assert values.mean().item() == pytest.approx(0.5772, abs=0.01)  # Euler's constant
+    assert values.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("cpu"), pytest.param("triton")])
+def test_banned_id_is_never_proposed_and_rows_are_independent(implementation):
+    @settings(max_examples=100 if implementation == "cpu" or HAS_GPU else 10, deadline=None)
+    @given(
+        values=st.lists(
+            st.lists(st.sampled_from([-math.inf, math.nan, -1.0, 0.0, 2.0, 30.0]), min_size=4, max_size=4),
+            min_size=1,
+            max_size=3,
+        ),
+        banned_token_id=st.integers(0, 3),
+        temperature=st.sampled_from([0.0, 1.0, 100.0]),
+        key=st.integers(-(2**63), 2**63 - 1),
+    )
+    def check(values, banned_token_id, temperature, key):
+        logits = torch.tensor(values)
+        num_rows = len(values)
+        options = {"temperature": torch.full((num_rows,), temperature), "noise_key": torch.full((num_rows,), key)}
+        token, probability = run_confidence(implementation, logits, banned_token_id=banned_token_id, **options)
+        assert (token != banned_token_id).all()
+        assert ((token >= 0) & (token < 4) & (probability >= 0) & (probability <= 1)).all()
+        reverse = run_confidence(implementation, logits.flip(0), banned_token_id=banned_token_id, **options)
+        assert torch.equal(reverse[0].flip(0), token)
+        assert torch.equal(reverse[1].flip(0), probability)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "error", "message"),
+    [
+        (torch.zeros(3), {}, ValueError, r"logits: shape is \(3,\)"),
+        (torch.zeros(3, 0), {}, ValueError, "vocabulary is 0, expected 1 to 262144"),
+        (torch.zeros(1, 1).expand(1, 262145), {}, ValueError, "vocabulary is 262145"),
+        (torch.zeros(3, 4, dtype=torch.float64), {}, TypeError, "logits: dtype is torch.float64"),
+        (torch.zeros(4, 3).t(), {}, ValueError, "logits: last stride is 3, expected 1"),
+        (torch.zeros(3, 4), {"banned_token_id": 4}, ValueError, "banned_token_id is 4, expected 0 to 3"),
+        (torch.zeros(3, 4), {"banned_token_id": -1}, ValueError, "banned_token_id is -1"),
+        (torch.zeros(3, 1), {"banned_token_id": 0}, ValueError, "no other id"),
+        (torch.zeros(3, 4), {"temperature": torch.ones(3)}, ValueError, "noise_key is None"),
+        (torch.zeros(3, 4), {"noise_key": torch.ones(3).long()}, ValueError, "temperature is None"),
+        (torch.zeros(3, 4), noise(1.0, 1.0), ValueError, r"temperature: shape is \(2,\), expected \(3,\)"),
+        (torch.zeros(1, 4), {**noise(1.0), "noise_key": torch.ones(1)}, TypeError, "noise_key: dtype is torch.float32"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(logits, options, error, message):
+    with pytest.raises(error, match=message):
+        csrc_triton.confidence(logits, **options)
+
+
+def test_import_loads_neither_triton_nor_vllm():
+    code = "import sys, csrc_triton; print(sorted({'triton', 'vllm', 'vllm_osdt'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_batch_of_a_real_size_matches_without_a_sync(dtype):
+    logits = random_logits(256, 126464, dtype).cuda()
+    options = {"temperature": torch.linspace(0, 2, 256).cuda(), "noise_key": torch.arange(256).cuda()}
+    expected_token, expected_probability = reference.confidence(logits, banned_token_id=126336, **options)
+    csrc_triton.confidence(logits, banned_token_id=126336, **options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        token, probability = csrc_triton.confidence(logits, banned_token_id=126336, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # logarithms differ in the last bit, so a sampled near-tie may fall the other way
+    assert (token == expected_token).float().mean().item() > 0.99
+    same = token == expected_token
+    torch.testing.assert_close(probability[same], expected_probability[same], rtol=PROBABILITY_RTOL, atol=1e-30)

@@ -1,0 +1,217 @@
+"""Semi-autoregressive decoding of one request, written from the papers with plain lists and tensors.
+
+Source: LLaDA (arXiv 2502.09992) for blocks and fixed steps; Fast-dLLM v1 (arXiv 2505.22618) for the threshold and
+factor rules and the caches; OSDT (arXiv 2511.02077) for calibrated thresholds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from tests.reference.llada import ReferenceLLaDA
+
+# (block, step in the block, masked positions with their confidences) -> positions to unmask
+Rule = Callable[[int, int, dict[int, float]], list[int]]
+
+
+@dataclass
+class Decoded:
+    """What a decoding did.
+
+    Attributes:
+        tokens: Output tokens.
+        nfe: Forward passes.
+        record: ``record[block][step]``: (confidence, unmasked) of every position masked before the step.
+        proposal_margin: Smallest distance between the best and second best logit on the way.
+        rule_margin: Smallest distance of a confidence from the rule's cutoff, where the rule tells.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    nfe: int = 0
+    record: list[list[list[tuple[float, bool]]]] = field(default_factory=list)
+    proposal_margin: float = float("inf")
+    rule_margin: float = float("inf")
+
+
+class ThresholdRule:
+    """Every position above a cutoff, at least the best; ``cutoff(block, step)`` and whether equality passes."""
+
+    def __init__(self, cutoff: Callable[[int, int], float], strict: bool) -> None:
+        self.cutoff, self.strict, self.margin = cutoff, strict, float("inf")
+
+    def __call__(self, block: int, step: int, masked: dict[int, float]) -> list[int]:
+        """See the class."""
+        tau = self.cutoff(block, step)
+        self.margin = min([self.margin, *(abs(c - tau) for c in masked.values())])
+        chosen = [i for i, c in masked.items() if (c > tau if self.strict else c >= tau)]
+        return chosen or [best_first(masked)[0]]
+
+
+def static_threshold(tau: float) -> ThresholdRule:
+    """Fast-dLLM's static threshold."""
+    return ThresholdRule(lambda block, step: tau, strict=False)
+
+
+def factor(f: float) -> Rule:
+    """Fast-dLLM's factor rule, as published."""
+
+    def rule(block: int, step: int, masked: dict[int, float]) -> list[int]:
+        ranking = best_first(masked)
+        count = 1
+        for n in range(1, len(ranking) + 1):
+            if (n + 1) * (1.0 - masked[ranking[n - 1]]) < f:
+                count = n
+        return ranking[:count]
+
+    return rule
+
+
+def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
+    """LLaDA's quota: equal shares, the first steps one more where they do not come out even."""
+
+    def rule(block: int, step: int, masked: dict[int, float]) -> list[int]:
+        share = block_length // steps_per_block
+        if step < block_length - share * steps_per_block:
+            share += 1
+        return best_first(masked)[:share]
+
+    return rule
+
+
+def osdt(table: list[list[float]], cap: float, slack: float) -> ThresholdRule:
+    """OSDT's second phase; ``table[block][step]``, the last entry holds for all that follow."""
+
+    def cutoff(block: int, step: int) -> float:
+        row = table[block] if block < len(table) else table[-1]
+        value = row[step] if step < len(row) else row[-1]
+        return (cap if value > cap else value) * (1.0 - slack)
+
+    return ThresholdRule(cutoff, strict=True)
+
+
+def best_first(masked: dict[int, float]) -> list[int]:
+    """Positions by falling confidence, the lower position first among equals."""
+    return sorted(masked, key=lambda i: (-masked[i], i))
+
+
+def decode(
+    model: ReferenceLLaDA,
+    prompt: list[int],
+    rule: Rule,
+    *,
+    gen_length: int,
+    block_length: int,
+    cache: str,
+    max_tokens: int | None = None,
+    eos_token_id: int | None = None,
+) -> Decoded:
+    """Decode a request.
+
+    Args:
+        model: The network.
+        prompt: Token ids.
+        rule: Which positions a step unmasks.
+        gen_length: Canvas length.
+        block_length: Positions denoised together.
+        cache: ``none``, ``prefix`` or ``dual``.
+        max_tokens: Output tokens wanted, the whole canvas when None.
+        eos_token_id: Where output ends, None for no such token.
+    """
+    end = len(prompt) + gen_length
+    wanted = gen_length if max_tokens is None else min(max_tokens, gen_length)
+    ids = torch.tensor(prompt + [model.mask_token_id] * gen_length)
+    decided = [True] * len(prompt) + [False] * gen_length
+    result = Decoded()
+    for block in range(gen_length // block_length):
+        first = len(prompt) + block * block_length
+        last = first + block_length
+        num_needed = min(block_length, wanted - block * block_length)
+        result.record.append([])
+        kept = None
+        for step in range(block_length):
+            if step == 0 or cache == "none":
+                logits, computed = model.forward(ids)
+                logits = logits[first:last]
+                if step == 0 and cache != "none":
+                    kept = computed
+            elif cache == "prefix":
+                assert kept is not None
+                before = [(k[:first], v[:first]) for k, v in kept]
+                logits, _ = model.forward(ids[first:], torch.arange(first, end), before)
+                logits = logits[:block_length]
+            else:
+                assert kept is not None
+                # Softmax over keys does not mind their order: the rest of the sequence first, then the block's rows.
+                rest = [(torch.cat([k[:first], k[last:]]), torch.cat([v[:first], v[last:]])) for k, v in kept]
+                logits, _ = model.forward(ids[first:last], torch.arange(first, last), rest)
+            result.nfe += 1
+            probability = logits.double().softmax(dim=-1)
+            logits[:, model.mask_token_id] = -torch.inf
+            proposal = logits.argmax(dim=-1).tolist()
+            top = logits.topk(2, dim=-1).values
+            masked = {}
+            for offset in range(block_length):
+                if not decided[first + offset]:
+                    masked[offset] = probability[offset, proposal[offset]].item()
+                    margin = (top[offset, 0] - top[offset, 1]).item()
+                    result.proposal_margin = min(result.proposal_margin, margin)
+            chosen = rule(block, step, masked)
+            result.record[block].append([(c, offset in chosen) for offset, c in masked.items()])
+            for offset in chosen:
+                ids[first + offset] = proposal[offset]
+                decided[first + offset] = True
+            ready = _ready(ids[first:last].tolist(), decided[first:last], num_needed, eos_token_id)
+            if ready is not None:
+                break
+        assert ready is not None
+        result.tokens += ready
+        if len(result.tokens) >= wanted or (eos_token_id is not None and result.tokens[-1] == eos_token_id):
+            break
+    result.rule_margin = getattr(rule, "margin", float("inf"))
+    return result
+
+
+def _ready(tokens: list[int], decided: list[bool], num_needed: int, eos_token_id: int | None) -> list[int] | None:
+    """The block's output once nothing before its end is undecided."""
+    for k in range(num_needed):
+        if not decided[k]:
+            return None
+        if tokens[k] == eos_token_id:
+            return tokens[: k + 1]
+    return tokens[:num_needed]
+
+
+def calibrate(
+    record: list[list[list[tuple[float, bool]]]], mode: str, metric: str, committed_only: bool
+) -> list[list[float]]:
+    """Thresholds ``[block][step]`` of a recorded decoding, by sorting and interpolating by hand."""
+    table = []
+    for steps in record:
+        cells = [[c for c, unmasked in step if unmasked or not committed_only] for step in steps]
+        pooled = [c for cell in cells for c in cell]
+        if not pooled:
+            break
+        whole = _statistic(pooled, metric)
+        if mode == "block":
+            table.append([whole])
+        else:
+            table.append([_statistic(cell, metric) if cell else whole for cell in cells])
+    return table
+
+
+def _statistic(samples: list[float], metric: str) -> float:
+    ordered = sorted(samples)
+    if metric == "mean":
+        return sum(ordered) / len(ordered)
+    if metric in ("q1", "q2", "q3"):
+        return _quartile(ordered, int(metric[1]))
+    low = _quartile(ordered, 1) - 1.5 * (_quartile(ordered, 3) - _quartile(ordered, 1))
+    return next(c for c in ordered if c >= low)
+
+
+def _quartile(ordered: list[float], which: int) -> float:
+    whole, quarters = divmod(which * (len(ordered) - 1), 4)
+    if quarters == 0:
+        return ordered[whole]
+    return ordered[whole] + (ordered[whole + 1] - ordered[whole]) * quarters / 4

@@ -1,0 +1,46 @@
+"""The references stand on their own feet: they reproduce what the stock decoder did."""
+
+import pytest
+
+from tests.conftest import load_golden
+from tests.reference.decode import calibrate, decode, fixed_steps, static_threshold
+from tests.reference.llada import ReferenceLLaDA
+
+
+@pytest.mark.parametrize("name", ["llada_random", "llada_tasks"])
+def test_reference_decoder_reproduces_the_stock_decoder(name):
+    golden = load_golden(name)
+    model = ReferenceLLaDA.load(golden.folder)
+    wrong = []
+    for index, case in enumerate(golden.cases):
+        block_length, num_blocks = case["block_length"], case["gen_length"] // case["block_length"]
+        if case["threshold"] is None:
+            rule = fixed_steps(case["steps"] // num_blocks, block_length)
+        else:
+            rule = static_threshold(case["threshold"])
+        result = decode(
+            model,
+            case["prompt_token_ids"],
+            rule,
+            gen_length=case["gen_length"],
+            block_length=block_length,
+            cache=case["cache"],
+        )
+        if result.tokens != case["output_token_ids"] or not 1 <= result.nfe <= case["nfe"]:
+            wrong.append((index, result.nfe, case["nfe"]))
+    assert len(golden.cases) in (24, 60) and wrong == []
+
+
+def test_reference_calibration_on_a_hand_made_record():
+    # Two blocks. Committed samples of the first: 0.9 | 0.5, 0.7; of the second: 0.25.
+    record = [
+        [[(0.1, False), (0.9, True), (0.3, False)], [(0.5, True), (0.7, True)]],
+        [[(0.25, True)]],
+    ]
+    assert calibrate(record, "block", "mean", False) == [[pytest.approx(0.5)], [0.25]]
+    assert calibrate(record, "block", "q1", False)[0] == [pytest.approx(0.3)]
+    assert calibrate(record, "step_block", "q3", False)[0] == [pytest.approx(0.6), pytest.approx(0.65)]
+    assert calibrate(record, "step_block", "mean", True) == [[0.9, pytest.approx(0.6)], [0.25]]
+    assert calibrate([[[(0.0, True)] + [(0.9 + i / 100, True) for i in range(8)]]], "block", "min_whisker", False) == [
+        [0.9]
+    ]
