@@ -76,11 +76,15 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
     if resolved is not None:
         raise InvalidOptionError(f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.")
     scheduler_config = vllm_config.scheduler_config
+    max_model_len = vllm_config.model_config.max_model_len
+    prompt_length = len(request.prompt_token_ids)
+    # vLLM fills in the rest of the context for a request that names no limit.
+    is_open_ended = params.max_tokens is None or params.max_tokens == max_model_len - prompt_length
     options, max_tokens = resolve_canvas(
         parse_options(extra, base=server_defaults(vllm_config), prefix=PREFIX),
-        prompt_length=len(request.prompt_token_ids),
-        max_tokens=params.max_tokens,
-        max_model_len=vllm_config.model_config.max_model_len,
+        prompt_length=prompt_length,
+        max_tokens=None if is_open_ended else params.max_tokens,
+        max_model_len=max_model_len,
         max_num_batched_tokens=min(
             scheduler_config.max_num_batched_tokens,
             scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens,

@@ -174,7 +174,7 @@ def resolve_canvas(
     Args:
         options: The request's options; ``gen_length`` may be None.
         prompt_length: Prompt tokens.
-        max_tokens: The request's limit on output tokens, None when it gave none.
+        max_tokens: The request's limit on output tokens; None for as many as fit in whole blocks.
         max_model_len: The engine's limit on prompt plus canvas.
         max_num_batched_tokens: The engine's limit on the rows of one step; a refresh has prompt plus canvas rows.
 

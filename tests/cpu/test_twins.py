@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import inspect
 import sys
 import time
 
@@ -11,14 +12,19 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+pytest.importorskip("triton")
 
+from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
+
+if not is_interpreting():
+    pytest.skip("kernels are not interpreted here", allow_module_level=True)
+
+# First of vLLM's worker modules, as in its CPU worker: it takes pinned memory and streams out of the others.
+import vllm.v1.worker.cpu.shm  # noqa: F401 # isort: skip
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from vllm_osdt.cpu import twins
-from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
-
-pytestmark = pytest.mark.skipif(not is_interpreting(), reason="kernels are not interpreted here")
 
 CPU = torch.device("cpu")
 POISON = -77
@@ -130,11 +136,13 @@ def test_gather_block_tables(seed: int, num_groups: int):
     state = State(seed)
     cls = stock_block_table.BlockTables
     theirs, ours = (make_block_tables(np.random.default_rng(seed), cls, num_groups) for _ in range(2))
-    num_padded = int(state.rng.integers(state.num_reqs, MAX_NUM_REQS + 1))
-    expected = cls.gather_block_tables(theirs, state.idx_mapping, num_padded)
-    result = twins.gather_block_tables_np(ours, state.idx_mapping, num_padded)
-    torch.testing.assert_close(result, expected, rtol=0, atol=0)
-    torch.testing.assert_close(ours.input_block_tables, theirs.input_block_tables, rtol=0, atol=0)
+    for num_reqs in (state.num_reqs, state.num_reqs // 2):  # a smaller batch after a larger one
+        idx_mapping = state.idx_mapping[:num_reqs]
+        num_padded = int(state.rng.integers(num_reqs, MAX_NUM_REQS + 1)) if seed % 2 else num_reqs
+        expected = cls.gather_block_tables(theirs, idx_mapping, num_padded)
+        result = twins.gather_block_tables_np(ours, idx_mapping, num_padded)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+        torch.testing.assert_close(ours.input_block_tables, theirs.input_block_tables, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
@@ -153,6 +161,15 @@ def test_compute_slot_mappings(seed: int, num_groups: int, ownerless: bool):
     result = twins.compute_slot_mappings_np(ours, *args)
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
     torch.testing.assert_close(ours.slot_mappings, theirs.slot_mappings, rtol=0, atol=0)
+
+
+def test_sliding_windows_are_left_to_vllm(monkeypatch):
+    monkeypatch.setattr(twins, "_stock_gather_block_tables", lambda *args: args)
+    tables = make_block_tables(np.random.default_rng(0), stock_block_table.BlockTables, 1)
+    tables.has_sliding_window_groups = True
+    num_computed_tokens = torch.zeros(MAX_NUM_REQS)
+    result = twins.gather_block_tables_np(tables, 1, 2, num_computed_tokens=num_computed_tokens)
+    assert result == (tables, 1, 2, None, None, num_computed_tokens)
 
 
 def test_context_parallel_slot_mappings_are_left_to_vllm(monkeypatch):
@@ -225,6 +242,10 @@ def test_post_update(seed: int, with_bin_counts: bool, with_queries: bool):
     state = State(seed)
     num_sampled = state.rng.integers(0, CANVAS_LENGTH + 1, state.num_reqs) * state.rng.integers(0, 2, state.num_reqs)
     state.idx_mapping[state.rng.random(state.num_reqs) < 0.2] = -1
+    drafts = ()
+    if "draft_tokens" in inspect.signature(stock_input_batch.post_update).parameters:  # vLLM 0.33
+        new = state.tokens(state.num_reqs, CANVAS_LENGTH) if seed % 2 else None
+        drafts = new, poisoned(MAX_NUM_REQS, CANVAS_LENGTH, dtype=torch.int64)
     assert_same_effect(
         stock_input_batch.post_update,
         twins.post_update_np,
@@ -238,6 +259,7 @@ def test_post_update(seed: int, with_bin_counts: bool, with_queries: bool):
         state.query_start_loc if with_queries else None,
         state.all_token_ids,
         state.total_len,
+        *drafts,
     )
 
 

@@ -1,8 +1,9 @@
 """NumPy twins of Model Runner V2's bookkeeping kernels, for processes that would interpret those kernels.
 
 Interpreted, they cost about 7 ms a request and engine step, several times a small model's forward pass. A twin has
-its host function's arguments, result and in-place effects (NumPy views share the memory of CPU tensors). `REPLACEMENTS`
-says which host function each one stands for; putting them there is left to `vllm_osdt.compat`.
+its host function's arguments, result and in-place effects (NumPy views share the memory of CPU tensors); arguments that
+vLLM 0.33 added are optional. `REPLACEMENTS` says which host function each one stands for; putting them there is left to
+`vllm_osdt.compat`.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
+_stock_gather_block_tables = BlockTables.gather_block_tables
 _stock_compute_slot_mappings = BlockTables.compute_slot_mappings
 
 
@@ -46,14 +48,21 @@ def gather_block_tables_np(
     num_reqs_padded: int,
     out: tuple[torch.Tensor, ...] | None = None,
     out_ptrs: torch.Tensor | None = None,
+    num_computed_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Copy the block ids of the batch's requests to its first rows and zero the padding rows.
 
-    Past its request's last block a row keeps what it held.
+    Past its request's last block a row keeps what it held. Masking what a sliding window has left behind, new in vLLM
+    0.33, is left to vLLM's own function.
     """
-    out = tuple(self.input_block_tables) if out is None else out
+    if num_computed_tokens is not None and self.has_sliding_window_groups:
+        return _stock_gather_block_tables(self, idx_mapping, num_reqs_padded, out, out_ptrs, num_computed_tokens)
     slots = idx_mapping.numpy()
-    num_reqs = len(slots)
+    num_reqs = num_rows = len(slots)
+    if out is None:
+        out = tuple(self.input_block_tables)
+        if hasattr(self, "_num_dirty_rows"):  # vLLM 0.33 also zeroes what a larger batch left in its own tables
+            num_rows, self._num_dirty_rows = self._num_dirty_rows, num_reqs
     for table, num_blocks, target in zip(self.block_tables, self.num_blocks.gpu.numpy(), out, strict=True):
         rows = target.numpy()
         lens = num_blocks[slots]
@@ -61,7 +70,7 @@ def gather_block_tables_np(
         np.copyto(
             rows[:num_reqs, :width], table.gpu.numpy()[slots, :width], where=np.arange(width) < lens[:, np.newaxis]
         )
-        rows[num_reqs:num_reqs_padded] = 0
+        rows[num_reqs : max(num_rows, num_reqs_padded)] = 0
     return tuple(table[:num_reqs_padded] for table in out)
 
 
@@ -197,10 +206,12 @@ def post_update_np(
     query_start_loc: torch.Tensor | None,
     all_token_ids: torch.Tensor,
     total_len: torch.Tensor,
+    draft_tokens: torch.Tensor | None = None,
+    draft_tokens_out: torch.Tensor | None = None,
 ) -> None:
     """Append the sampled tokens to their requests' state and move `num_computed_tokens` on, less the rejected rows.
 
-    Rows with a negative `idx_mapping` are skipped.
+    Rows with a negative `idx_mapping` are skipped. New drafts, if any, go to their requests' rows.
     """
     rows = np.flatnonzero(idx_mapping.numpy() >= 0)
     slots = idx_mapping.numpy()[rows]
@@ -218,6 +229,9 @@ def post_update_np(
 
     query_len = 0 if query_start_loc is None else np.diff(query_start_loc.numpy())[rows]
     num_computed_tokens.numpy()[slots] += query_len - num_rejected.numpy()[rows]
+    if draft_tokens is not None:
+        assert draft_tokens_out is not None
+        draft_tokens_out.numpy()[slots] = draft_tokens.numpy()[rows]
 
 
 def expand_idx_mapping_np(

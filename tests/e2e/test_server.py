@@ -1,0 +1,225 @@
+"""``vllm serve`` on the bundled model, over HTTP: completions, chat, streaming, refusals, aborts, shutdown."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from vllm_osdt.mini import model_path
+from vllm_osdt.mini.tasks import TASKS, generate
+
+pytestmark = pytest.mark.e2e
+
+START_LIMIT_S = 240
+PROMPTS = {task: generate(task, "held_out", 4, seed=7) for task in TASKS}
+BASE = {"model": "llada-mini", "max_tokens": 96, "temperature": 0}
+
+
+@dataclass
+class Server:
+    """A running server and where to reach it."""
+
+    process: subprocess.Popen
+    url: str
+    log: Path
+
+    def complete(self, prompt: str, **fields) -> httpx.Response:
+        """POST /v1/completions."""
+        return httpx.post(f"{self.url}/v1/completions", json={**BASE, "prompt": prompt, **fields}, timeout=120)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``vllm serve PATH --plugin osdt`` as the README says it, in a process group of its own."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", model_path("llada-mini"), "--plugin", "osdt"]
+    command += ["--served-model-name", "llada-mini", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    # The second default is one that only --osdt-config can have set.
+    command += ["--osdt-config", json.dumps({"policy": "static_threshold", "threshold": 0.85})]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    running = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                if httpx.get(f"{running.url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield running
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def nfe_of(body: dict) -> int:
+    """Forward passes that a response says it took."""
+    return body["metrics"]["speculative_decoding"]["num_spec_steps"]
+
+
+def test_completion_is_repeatable_and_says_its_nfe(server: Server) -> None:
+    bodies = [server.complete(PROMPTS["code"][0].prompt).raise_for_status().json() for _ in range(2)]
+    assert bodies[0]["choices"][0]["text"] == bodies[1]["choices"][0]["text"] != ""
+    assert 1 <= nfe_of(bodies[0]) < bodies[0]["usage"]["completion_tokens"]
+
+
+def test_server_default_of_osdt_config_applies_and_a_request_overrides_it(server: Server) -> None:
+    prompt = PROMPTS["word_problems"][0].prompt
+    default, same, other = (
+        server.complete(prompt, vllm_xargs=options).raise_for_status().json()
+        for options in ({}, {"osdt_threshold": 0.85}, {"osdt_policy": "fixed_steps"})
+    )
+    assert nfe_of(default) == nfe_of(same)
+    assert nfe_of(other) > nfe_of(default)
+
+
+def test_task_calibrates_on_its_first_request(server: Server) -> None:
+    prompt = PROMPTS["multiple_choice"][0].prompt
+    static = nfe_of(server.complete(prompt, vllm_xargs={"osdt_threshold": 0.99}).json())
+    options = {"osdt_policy": "osdt", "osdt_task": "first-request", "osdt_threshold": 0.99, "osdt_cap": 0.5}
+    first, second = (nfe_of(server.complete(prompt, vllm_xargs=options).json()) for _ in range(2))
+    assert first == static
+    assert second < first
+
+
+def test_stream_carries_the_same_text_in_several_pieces(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    prompt = PROMPTS["code"][1].prompt
+    whole = client.completions.create(prompt=prompt, **BASE).choices[0].text
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(prompt=prompt, stream=True, **BASE)]
+    assert "".join(pieces) == whole
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_chat_uses_the_bundled_template(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    prompt = PROMPTS["multiple_choice"][1].prompt
+    content = prompt.removesuffix(" Answer:")
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": content}], **BASE)
+    assert chat.choices[0].message.content == server.complete(prompt).json()["choices"][0]["text"]
+    streamed = client.chat.completions.create(messages=[{"role": "user", "content": content}], stream=True, **BASE)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert text == chat.choices[0].message.content
+
+
+def test_chat_without_max_tokens_is_served(server: Server) -> None:
+    messages = [{"role": "user", "content": PROMPTS["multiple_choice"][2].prompt.removesuffix(" Answer:")}]
+    body = {"model": "llada-mini", "messages": messages}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vllm_xargs": {"osdt_polcy": "osdt"}}, ["osdt_polcy", "osdt_policy"]),
+        ({"vllm_xargs": {"osdt_threshold": 1.5}}, ["osdt_threshold", "1.5"]),
+        ({"vllm_xargs": {"osdt_cache": "triple"}}, ["osdt_cache", "triple"]),
+        ({"vllm_xargs": {"osdt_gen_length": 100}}, ["100", "128"]),
+        ({"max_tokens": 500}, ["512"]),
+        ({"temperature": 0.7, "top_p": 0.5}, ["top_p=0.5"]),
+        ({"temperature": 0.7, "top_k": 5}, ["top_k=5"]),
+        ({"presence_penalty": 1.0}, ["presence_penalty=1.0"]),
+        ({"logprobs": 2}, ["logprobs=2"]),
+        ({"min_tokens": 3}, ["min_tokens=3"]),
+        ({"logit_bias": {"5": 1.0}}, ["logit_bias"]),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ["structured_outputs"]),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_bad_request_is_answered_400_with_the_reason(server: Server, fields: dict, words: list[str]) -> None:
+    response = server.complete(PROMPTS["code"][0].prompt, **fields)
+    assert response.status_code == 400, response.text
+    message = response.json()["error"]["message"]
+    assert all(word in message for word in words), message
+    assert server.complete(PROMPTS["code"][0].prompt, max_tokens=8).status_code == 200
+
+
+def test_32_clients_with_mixed_options_get_what_each_gets_alone(server: Server) -> None:
+    options = [
+        {},
+        {"vllm_xargs": {"osdt_cache": "none"}},
+        {"vllm_xargs": {"osdt_cache": "prefix", "osdt_threshold": 0.6}},
+        {"vllm_xargs": {"osdt_policy": "fixed_steps", "osdt_block_length": 16}},
+        {"vllm_xargs": {"osdt_policy": "factor"}},
+        {"temperature": 0.8, "seed": 11},
+        {"max_tokens": 20},
+        {"stop": ["."]},
+    ]
+    problems = [problem for task in TASKS for problem in PROMPTS[task]]
+    requests = [{**BASE, "prompt": problems[i % len(problems)].prompt, **options[i % len(options)]} for i in range(32)]
+    alone = [server.complete(**request).raise_for_status().json()["choices"][0]["text"] for request in requests[:8]]
+
+    async def send_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=240) as client:
+            return await asyncio.gather(*(client.post(f"{server.url}/v1/completions", json=r) for r in requests))
+
+    responses = asyncio.run(send_all())
+    assert [response.status_code for response in responses] == [200] * 32
+    assert [response.json()["choices"][0]["text"] for response in responses[:8]] == alone
+
+
+def test_client_that_hangs_up_harms_nobody(server: Server) -> None:
+    prompt = PROMPTS["word_problems"][1].prompt
+    expected = server.complete(prompt).json()["choices"][0]["text"]
+    body = {**BASE, "prompt": prompt, "stream": True, "vllm_xargs": {"osdt_policy": "fixed_steps"}}
+    for _ in range(4):
+        with (
+            httpx.Client(timeout=60) as client,
+            client.stream("POST", f"{server.url}/v1/completions", json=body) as response,
+        ):
+            next(response.iter_lines())
+    assert server.complete(prompt).json()["choices"][0]["text"] == expected
+    deadline = time.monotonic() + 60
+    while "vllm:num_requests_running" in (metrics := httpx.get(f"{server.url}/metrics", timeout=30).text):
+        running = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running")]
+        if all(line.endswith(" 0.0") for line in running):
+            break
+        assert time.monotonic() < deadline, running
+        time.sleep(0.2)
+
+
+def test_denoising_steps_are_in_vllms_own_metrics(server: Server) -> None:
+    def steps() -> float:
+        lines = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:diffusion_num_denoising_steps_t"))
+
+    before = steps()
+    body = server.complete(PROMPTS["code"][2].prompt).json()
+    deadline = time.monotonic() + 30
+    while steps() < before + nfe_of(body):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_shutdown_is_clean(server: Server) -> None:
+    """Last: it ends the server."""
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=60) in (0, -signal.SIGINT, 128 + signal.SIGINT)
+    assert "EngineDeadError" not in server.log.read_text()

@@ -1,0 +1,103 @@
+"""Engine settings of our models: what is set without a flag, what is refused, and the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_osdt.engine_config import server_defaults
+
+CONFIG = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    "d_model": 64,
+    "n_heads": 2,
+    "n_layers": 1,
+    "mlp_hidden_size": 96,
+    "vocab_size": 64,
+    "embedding_size": 64,
+    "max_sequence_length": 256,
+    "mask_token_id": 63,
+    "eos_token_id": 0,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """A folder with a config and nothing else: enough to configure an engine."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path)
+
+
+def configure(checkpoint: str, **arguments):
+    """The engine configuration of a checkpoint."""
+    return EngineArgs(model=checkpoint, skip_tokenizer_init=True, **arguments).create_engine_config()
+
+
+def test_engine_needs_no_flag(checkpoint: str) -> None:
+    config = configure(checkpoint)
+    assert config.scheduler_config.scheduler_cls == "vllm_osdt.scheduler.CanvasScheduler"
+    assert config.parallel_config.worker_cls.startswith("vllm_osdt.worker.")
+    assert config.diffusion_config.canvas_length == 32
+    assert config.use_v2_model_runner
+    assert not config.scheduler_config.async_scheduling
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.cache_config.enable_prefix_caching
+    assert config.model_config.get_diff_sampling_param()["temperature"] == 0.0
+
+
+def test_temperature_of_the_checkpoint_is_kept(checkpoint: str) -> None:
+    (Path(checkpoint) / "generation_config.json").write_text(json.dumps({"temperature": 0.4}))
+    assert configure(checkpoint).model_config.get_diff_sampling_param()["temperature"] == 0.4
+
+
+def test_temperature_of_the_operator_is_kept(checkpoint: str) -> None:
+    config = configure(checkpoint, override_generation_config={"temperature": 0.7})
+    assert config.model_config.get_diff_sampling_param()["temperature"] == 0.7
+
+
+def test_block_length_of_the_checkpoint_is_the_default_and_the_operators_wins(checkpoint: str) -> None:
+    (Path(checkpoint) / "config.json").write_text(json.dumps({**CONFIG, "block_length": 16}))
+    assert server_defaults(configure(checkpoint)).block_length == 16
+    config = configure(checkpoint, additional_config={"osdt": {"block_length": 8}})
+    assert server_defaults(config).block_length == 8
+    assert config.diffusion_config.canvas_length == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size is 2", "--tensor-parallel-size"]),
+        ({"additional_config": {"osdt": {"treshold": 0.5}}}, ["treshold", "threshold"]),
+        ({"additional_config": {"osdt": {"threshold": 2}}}, ["threshold is 2"]),
+        ({"scheduler_cls": "some.Scheduler"}, ["some.Scheduler"]),
+    ],
+)
+def test_engine_that_cannot_work_is_refused(checkpoint: str, arguments: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        configure(checkpoint, **arguments)
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_unsupported_config_value_is_refused_by_name(checkpoint: str) -> None:
+    (Path(checkpoint) / "config.json").write_text(json.dumps({**CONFIG, "block_type": "sequential"}))
+    with pytest.raises(Exception, match="block_type is 'sequential'"):
+        configure(checkpoint)
+
+
+def test_command_line_takes_plugin_and_options(checkpoint: str) -> None:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = ["--model", checkpoint, "--skip-tokenizer-init", "--plugin", "osdt"]
+    parsed = parser.parse_args([*arguments, "--osdt-config", '{"threshold": 0.7, "task": "math"}'])
+    config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
+    assert (server_defaults(config).threshold, server_defaults(config).task) == (0.7, "math")
+
+
+def test_command_line_refuses_another_plugin(checkpoint: str, capsys: pytest.CaptureFixture) -> None:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", checkpoint, "--plugin", "other"])
+    assert "--plugin" in capsys.readouterr().err
