@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Say what changed in vLLM where this project overrides, patches, replaces, calls or reads its internals.
+"""Say what changed in vLLM where this project overrides, patches, replaces or otherwise relies on its internals.
 
     python tools/check_host.py [WHEEL_OR_VLLM_DIR] [--update]
 
 `host_symbols.json` beside this file lists every such symbol: its use, the reason in one line, and what the release the
 list was last updated from had there. The target, a wheel, an unpacked tree or an installed package (default: the
 installed one), is parsed and never imported. The exit code is 1 when a symbol is missing or its signature changed;
-changed bodies, recorded for what we override, patch or replace, are for a person to read.
+changed bodies are for a person to read.
 
 A new entry needs "use" and "reason"; `--update` fills in the rest from the target.
 """
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).with_name("host_symbols.json")
-USES_WITH_BODY = {"override", "patch", "replace"}
-"""Uses that repeat or wrap what the host does. `call` and `read` rely on no more than the signature."""
+USES_WITH_BODY = {"override", "patch", "replace", "follow"}
+"""Uses that lean on what the host does inside: `follow` is code of ours that fits its order of things. The others, `call`
+and `read`, lean on its signature or members."""
 
 
 class Host:
@@ -59,7 +60,7 @@ class Host:
         return None if source is None else ast.parse(source)
 
     def find(self, symbol: str) -> ast.stmt | None:
-        """Find the definition of a dotted name in its own module and class; inherited and imported names do not count."""
+        """Find the definition of a dotted name where it is written: inherited and imported names do not count."""
         parts = tuple(symbol.split("."))
         for split in range(len(parts) - 1, 0, -1):
             node: Any = self.module(parts[:split])

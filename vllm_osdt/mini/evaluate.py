@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from vllm_osdt.mini import model_path
@@ -100,12 +101,7 @@ def decode(
     return token_ids[:, prompt_length:], nfe
 
 
-def evaluate(
-    model: MiniLLaDA,
-    problems: Sequence[Problem],
-    rule: Rule = static_rule(ONE_PER_STEP),
-    canvas_length: int = CANVAS_LENGTH,
-) -> Score:
+def evaluate(model: MiniLLaDA, problems: Sequence[Problem], rule: Rule, canvas_length: int = CANVAS_LENGTH) -> Score:
     """Decodes problems in batches of equal prompt length and checks the answers."""
     tokenizer = build_tokenizer()
     device = next(model.parameters()).device
@@ -125,7 +121,51 @@ def evaluate(
     return Score(num_right, len(problems), total_nfe / len(problems))
 
 
-def answer_text(tokenizer, canvas: list[int], eos_token_id: int) -> str:
+def answer_text(tokenizer: Tokenizer, canvas: list[int], eos_token_id: int) -> str:
     """The text before the end of the answer."""
     end = canvas.index(eos_token_id) if eos_token_id in canvas else len(canvas)
     return tokenizer.decode(canvas[:end])
+
+
+def calibrate(model: MiniLLaDA, problem: Problem, canvas_length: int = CANVAS_LENGTH) -> list[float]:
+    """OSDT's table from one request: by block, the lower quartile of the confidences of all masked positions."""
+    recorded: dict[int, list[float]] = defaultdict(list)
+    prompt = torch.tensor([build_tokenizer().encode(problem.prompt).ids], device=next(model.parameters()).device)
+    decode(model, prompt, static_rule(CALIBRATION_THRESHOLD), canvas_length, recorded)
+    return [torch.tensor(recorded[block]).quantile(0.25).item() for block in sorted(recorded)]
+
+
+def main() -> None:
+    """Prints accuracy and forward passes for every task and threshold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path(model_path("llada-mini")), help="folder of a checkpoint")
+    parser.add_argument("--problems", type=int, default=300, help="held-out problems per task")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the held-out problems")
+    parser.add_argument("--canvas-length", type=int, default=CANVAS_LENGTH)
+    parser.add_argument("--thresholds", type=float, nargs="*", default=THRESHOLDS, help="above 1: one token per step")
+    parser.add_argument("--osdt", type=int, default=0, help="simulate OSDT calibrated on this many requests")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    options = parser.parse_args()
+    model = MiniLLaDA.load(options.model).to(options.device)
+    print(f"{'task':<16}{'rule':<22}{'accuracy':>9}  {'95 % interval':<16}{'n':>5}{'forwards':>10}")
+    for task in TASKS:
+        problems = generate(task, "held_out", options.problems, options.seed)
+        rules = {
+            f"static {threshold}" if threshold <= 1 else "one per step": static_rule(threshold)
+            for threshold in options.thresholds
+        }
+        for first in range(options.osdt):
+            table = calibrate(model, problems[first], options.canvas_length)
+            rules["osdt " + " ".join(f"{threshold:.2f}" for threshold in table) + f" #{first}"] = osdt_rule(table)
+        for name, rule in rules.items():
+            score = evaluate(model, problems, rule, options.canvas_length)
+            low, high = score.interval()
+            print(
+                f"{task:<16}{name:<22}{score.accuracy:>9.1%}  {f'{low:.1%} - {high:.1%}':<16}"
+                f"{score.num_problems:>5}{score.nfe:>10.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

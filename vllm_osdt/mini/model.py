@@ -159,7 +159,7 @@ class MiniLLaDA(nn.Module):
         """Writes `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(self.config.to_json())
-        save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder: Path) -> "MiniLLaDA":

@@ -1,5 +1,6 @@
 """The word-level tokenizer of the bundled models: one token per word, number or line break."""
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -19,6 +20,7 @@ CHAT_TEMPLATE = (
 )
 
 
+@functools.cache
 def build_vocabulary() -> dict[str, int]:
     """Specials, numbers, then the words of all tasks in alphabetical order."""
     rng = random.Random(0)

@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_osdt.mini.evaluate import evaluate
+from vllm_osdt.mini.evaluate import ONE_PER_STEP, evaluate, static_rule
 from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
 from vllm_osdt.mini.tasks import TASKS, generate
-from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, save_tokenizer
+from vllm_osdt.mini.tasks.base import tokenize
+from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_vocabulary, save_tokenizer
 
 # Padding tokens right after the answer that count fully, and the weight of those behind them.
 NUM_EOS = 4
@@ -36,12 +36,14 @@ Group = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompts [n, P], answers [n,
 
 def encode_pool(task: str, count: int, seed: int) -> list[Group]:
     """Draws training problems with one answer each and groups them by prompt length."""
-    tokenizer = build_tokenizer()
+    vocabulary = build_vocabulary()
     rng = random.Random(seed)
     encoded = defaultdict(list)
     for problem in generate(task, "train", count, seed):
-        prompt, answer = tokenizer.encode_batch([problem.prompt, problem.sample_answer(rng)])
-        encoded[len(prompt.ids)].append((prompt.ids, answer.ids))
+        prompt, answer = (
+            [vocabulary[token] for token in tokenize(text)] for text in (problem.prompt, problem.sample_answer(rng))
+        )
+        encoded[len(prompt)].append((prompt, answer))
     groups = []
     for pairs in encoded.values():
         prompts, answers = zip(*pairs, strict=True)
@@ -124,7 +126,7 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     device, folder = torch.device(options.device), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    model = MiniLLaDA(MiniConfig(build_tokenizer().get_vocab_size(), EOS_ID, MASK_ID))
+    model = MiniLLaDA(MiniConfig(len(build_vocabulary()), EOS_ID, MASK_ID))
     model.initialize()
     model.to(device)
     parameters = [
@@ -148,7 +150,8 @@ def train(options: argparse.Namespace) -> None:
         losses, token_accuracy = [], {}
         for task, groups in pools.items():
             batch = draw_batch(rng, groups, options.batch // len(pools), model.config.block_length)
-            loss, token_accuracy[task] = loss_of(model, *(tensor.to(device) for tensor in batch))
+            loss, share = loss_of(model, *(tensor.to(device) for tensor in batch))
+            token_accuracy[task] = round(share, 4)
             (loss / len(pools)).backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
@@ -161,9 +164,10 @@ def train(options: argparse.Namespace) -> None:
         entry |= {"seconds": round(time.perf_counter() - started, 3), "token_accuracy": token_accuracy}
         if (step + 1) % options.evaluate_every == 0 or is_last:
             averaged = export(model, averages, folder).to(device)
+            held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in TASKS}
             entry["decoded_accuracy"] = {
-                task: evaluate(averaged, generate(task, "held_out", options.evaluate_problems, seed=1)).accuracy
-                for task in TASKS
+                task: evaluate(averaged, problems, static_rule(ONE_PER_STEP)).accuracy
+                for task, problems in held_out.items()
             }
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | {"averages": averages, "step": step + 1}, folder / "state.pt")

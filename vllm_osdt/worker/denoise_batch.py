@@ -83,7 +83,7 @@ def plan_denoise(
     """
     device = states.device
     block_length = states.block_length_np[slots]
-    num_reqs, width = slots.size, int(block_length.max())
+    num_reqs, width = slots.size, max(1, int(block_length.max()))
     masked = states.masked_np[slots, :width]  # [R, W]
     row_req, row_pos = np.nonzero(masked)
     positions = np.arange(width)
@@ -93,7 +93,7 @@ def plan_denoise(
     canvas_index[positions >= block_length[:, None]] = states.cells.numel() - 1
 
     step = states.step_np[slots]
-    offset = block_start - states.prompt_len_np[slots] + step
+    offset = np.minimum(block_start - states.prompt_len_np[slots] + step, max_model_len - 1)
     temperature = states.temperature_np[slots]
     row_temperature = row_keys = None
     if temperature.any():

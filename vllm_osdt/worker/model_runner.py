@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import ParallelConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -24,6 +25,7 @@ class CanvasRunnerMixin:
     model_state: CanvasModelState
     req_states: RequestState
     input_buffers: InputBuffers
+    parallel_config: ParallelConfig
     device: torch.device
     max_num_reqs: int
 
@@ -75,7 +77,7 @@ class CanvasRunnerMixin:
         buffers.seq_lens[num_reqs:].zero_()
 
         denoise, logit_rows, num_logits = plan_denoise(states, slots, first_row + block_start - start, block_start)
-        if not logit_rows.size:
+        if not logit_rows.size and self.parallel_config.tensor_parallel_size > 1:
             logit_rows = np.zeros(1, dtype=np.int64)  # a gather over ranks of no row at all fails
         cu_num_logits_np = np.zeros(num_reqs + 1, dtype=np.int32)
         np.cumsum(num_logits, out=cu_num_logits_np[1:])

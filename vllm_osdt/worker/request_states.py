@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
@@ -78,7 +79,7 @@ class CanvasStates:
         self.prompt_len_np = np.zeros(max_num_reqs, dtype=np.int64)
         self.canvas_end_np = np.zeros(max_num_reqs, dtype=np.int64)  # prompt + canvas
         self.output_end_np = np.zeros(max_num_reqs, dtype=np.int64)  # prompt + max_tokens
-        self.block_length_np = np.ones(max_num_reqs, dtype=np.int64)
+        self.block_length_np = np.zeros(max_num_reqs, dtype=np.int64)  # 0: the slot has no canvas
         self.block_start_np = np.full(max_num_reqs, -1, dtype=np.int64)
         self.step_np = np.zeros(max_num_reqs, dtype=np.int64)
         self.rule_np = np.zeros(max_num_reqs, dtype=np.int8)
@@ -102,7 +103,7 @@ class CanvasStates:
         self._slot_of[new.req_id] = slot
         row = np.full(end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
-        self.token_ids[slot, :end] = torch.from_numpy(row)
+        self.token_ids[slot, :end] = async_tensor_h2d(row, device=self.device)
         self.prompt_len_np[slot] = prompt_len
         self.canvas_end_np[slot] = end
         self.output_end_np[slot] = prompt_len + params.max_tokens
@@ -137,7 +138,11 @@ class CanvasStates:
 
     def free_slot(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
-        self._slot_of.pop(req_id, None)
+        slot = self._slot_of.pop(req_id, None)
+        if slot is not None:
+            self.block_length_np[slot] = 0
+            self.prompt_len_np[slot] = self.canvas_end_np[slot] = self.output_end_np[slot] = 0
+            self.recorder_np[slot] = False
 
     def end(self, req_id: str, *, failed: bool) -> None:
         """A request ended. A calibration that went well is published; an aborted or failed one publishes nothing."""
@@ -170,8 +175,8 @@ class CanvasStates:
         if fresh.size:
             self.masked_np[fresh] = np.arange(MAX_BLOCK_LENGTH) < self.block_length_np[fresh, None]
             if self.device.type != "cpu":
-                index = torch.from_numpy(fresh).to(self.device, non_blocking=True)
-                self.masked[index] = self._masked_host[fresh].to(self.device, non_blocking=True)
+                index = async_tensor_h2d(fresh, device=self.device)
+                self.masked[index] = async_tensor_h2d(self.masked_np[fresh], device=self.device)
 
     def copy_masks_to_host(self, slots: np.ndarray, masked: torch.Tensor) -> None:
         """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""

@@ -62,8 +62,8 @@ class CodeProblem(Problem):
 def compile_function(source: str, name: str) -> Callable[[int], int] | None:
     """Turns an answer into a function of one integer, or None where it is not one.
 
-    Only assignments and returns of sums, differences and products of names and small constants pass, so what runs
-    has no loop, call, attribute or import and ends after at most MAX_CODE_CHARS operations.
+    Only assignments and returns of sums, differences and products of names and small constants pass: no loop, call,
+    attribute or import, so what runs ends after at most MAX_CODE_CHARS operations.
     """
     try:
         if len(source) > MAX_CODE_CHARS:
@@ -72,8 +72,8 @@ def compile_function(source: str, name: str) -> Callable[[int], int] | None:
         if not all(is_allowed(node) for node in ast.walk(module)):
             return None
         namespace: dict[str, Callable[[int], int]] = {}
-        exec(compile(module, "answer", "exec"), {"__builtins__": {}}, namespace)  # noqa: S102
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        exec(compile(module, "answer", "exec"), {"__builtins__": {}}, namespace)
+    except (SyntaxError, ValueError, NameError, TypeError, MemoryError, RecursionError):
         return None
     function = namespace.get(name)
 
@@ -87,9 +87,11 @@ def compile_function(source: str, name: str) -> Callable[[int], int] | None:
 
 
 def is_allowed(node: ast.AST) -> bool:
-    """Whether a syntax node is on the list, and a small integer where it is a constant."""
+    """Whether a syntax node is on the list; constants must be small integers and products must have one."""
     if isinstance(node, ast.Constant):
         return type(node.value) is int and abs(node.value) <= MAX_CONSTANT
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return isinstance(node.left, ast.Constant) or isinstance(node.right, ast.Constant)
     return isinstance(node, ALLOWED_NODES)
 
 

@@ -28,11 +28,12 @@ class ChoiceProblem(TemplateProblem):
         return [self._template(letter) for letter, fits in self._fits().items() if fits]
 
     def _fits(self) -> dict[str, bool]:
-        return {letter: CATEGORY_OF[option] == self.category for letter, option in zip(LETTERS, self.options)}  # noqa: B905
+        lettered = zip(LETTERS, self.options, strict=False)
+        return {letter: CATEGORY_OF[option] == self.category for letter, option in lettered}
 
     def _template(self, picked: str) -> str:
         lines = ["now|first|here we check|test|weigh|judge each|every|any option|choice|word with care ."]
-        for letter, option in zip(LETTERS, self.options):  # noqa: B905
+        for letter, option in zip(LETTERS, self.options, strict=False):
             lines.append(f"{letter} is|means {option} , a|one {CATEGORY_OF[option]} .")
         verdicts = {letter: "skip" if fits else "no" for letter, fits in self._fits().items()} | {picked: "pick"}
         lines.append("verdict : " + " ".join(f"{letter} {verdict}" for letter, verdict in verdicts.items()) + " .")
@@ -47,5 +48,5 @@ def draw(rng: random.Random, free: bool) -> ChoiceProblem:
     num_fitting = rng.randint(3, min(4, num_options)) if free else 1
     options = rng.sample(CATEGORIES[category], num_fitting) + rng.sample(others, num_options - num_fitting)
     rng.shuffle(options)
-    listed = " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options))  # noqa: B905
+    listed = " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False))
     return ChoiceProblem(f"quiz : pick one {category} . {listed} . Answer:", category, tuple(options))

@@ -1,0 +1,75 @@
+"""The offline decoder and OSDT's calibration on a small random model."""
+
+import pytest
+import torch
+
+from vllm_osdt.mini.evaluate import ONE_PER_STEP, Score, calibrate, decode, osdt_rule, static_rule
+from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
+from vllm_osdt.mini.tasks import generate
+
+CONFIG = MiniConfig(vocab_size=256, eos_token_id=0, mask_token_id=1, block_length=8, n_layers=1)
+CANVAS_LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = MiniLLaDA(CONFIG)
+    model.initialize()
+    # The end token never wins, so every block is decoded; the mask token always would.
+    head = model.model.transformer["ff_out"].weight.data
+    head[CONFIG.eos_token_id] = 0.0
+    head[CONFIG.mask_token_id] *= 100.0
+    return model.eval()
+
+
+@pytest.fixture
+def prompts():
+    return torch.randint(3, 256, (4, 10), generator=torch.Generator().manual_seed(1))
+
+
+def test_one_token_per_step_takes_a_forward_per_position(model, prompts):
+    canvases, nfe = decode(model, prompts, static_rule(ONE_PER_STEP), CANVAS_LENGTH)
+    assert nfe.tolist() == [CANVAS_LENGTH] * 4
+    assert not (canvases == CONFIG.mask_token_id).any()
+
+
+def test_threshold_zero_takes_a_forward_per_block(model, prompts):
+    _, nfe = decode(model, prompts, static_rule(0.0), CANVAS_LENGTH)
+    assert nfe.tolist() == [CANVAS_LENGTH // CONFIG.block_length] * 4
+
+
+def test_a_request_decodes_the_same_alone_and_in_a_batch(model, prompts):
+    together, _ = decode(model, prompts, static_rule(0.05), CANVAS_LENGTH)
+    alone = torch.cat([decode(model, row[None], static_rule(0.05), CANVAS_LENGTH)[0] for row in prompts])
+    assert torch.equal(together, alone)
+
+
+def test_decoding_stops_after_the_block_with_the_end_token(model, prompts):
+    ending = MiniLLaDA(CONFIG)
+    ending.load_state_dict(model.state_dict())
+    ending.model.transformer["ff_out"].weight.data.zero_()  # all tokens tie, the lowest id is the end
+    canvases, nfe = decode(ending.eval(), prompts, static_rule(0.0), CANVAS_LENGTH)
+    assert nfe.tolist() == [1] * 4
+    assert (canvases[:, CONFIG.block_length :] == CONFIG.mask_token_id).all()
+
+
+def test_calibration_takes_the_lower_quartile_of_all_masked_positions_by_block(model):
+    problem = generate("code", "held_out", 1, 0)[0]
+    table = calibrate(model, problem, CANVAS_LENGTH)
+    assert len(table) == CANVAS_LENGTH // CONFIG.block_length
+    assert all(0.0 < threshold < 1.0 for threshold in table)
+
+
+def test_osdt_caps_loosens_and_reuses_the_last_block():
+    rule = osdt_rule([0.99, 0.5])
+    confidence = torch.tensor([0.44, 0.46, 0.80, 0.82])
+    assert rule(confidence, 0).tolist() == [False, False, False, True]
+    assert rule(confidence, 1).tolist() == [False, True, True, True]
+    assert rule(confidence, 7).tolist() == rule(confidence, 1).tolist()
+
+
+def test_wilson_interval_of_a_perfect_score_is_not_a_point():
+    low, high = Score(300, 300, 1.0).interval()
+    assert 0.98 < low < 0.99
+    assert high == pytest.approx(1.0)
