@@ -27,8 +27,8 @@ from typing import Any
 
 RECORD = Path(__file__).with_name("host_symbols.json")
 USES_WITH_BODY = {"override", "patch", "replace", "follow"}
-"""Uses that lean on what the host does inside: `follow` is code of ours that fits its order of things. The others, `call`
-and `read`, lean on its signature or members."""
+"""Uses that lean on what the host does inside; `follow` is code of ours that fits in with it. The others, `call` and
+`read`, lean on signature or members only."""
 
 
 class Host:

@@ -127,9 +127,10 @@ class CanvasScheduler(Scheduler):
         self.max_num_active_reqs = min(room, self._max_num_active_reqs)
 
     def _allocate_with_canvas(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        """Give a request that starts (or resumes) the KV pages of its whole canvas at once."""
-        if request.status != RequestStatus.RUNNING:
-            num_new_tokens += _plan(request).gen_length - request.num_output_tokens
+        """Give a request that starts (or resumes) the KV pages of its whole canvas at once, and a running one none."""
+        if request.status == RequestStatus.RUNNING:
+            return self.kv_cache_manager.empty_kv_cache_blocks
+        num_new_tokens += _plan(request).gen_length - request.num_output_tokens
         return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

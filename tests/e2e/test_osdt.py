@@ -11,7 +11,8 @@ pytestmark = pytest.mark.e2e
 
 GEN_LENGTH, BLOCK_LENGTH, THRESHOLD = 32, 8, 0.9
 SETTINGS = list(product(("block", "step_block"), ("mean", "q1", "q2", "q3", "min_whisker"), ("masked", "committed")))
-CAPS_AND_SLACKS = [(0.9, 0.1), (1.0, 0.3), (0.75, 0.2), (1.0, 0.0)]
+# Without slack a cutoff near 1 lies among the many confidences near 1, closer than rounding.
+CAPS_AND_SLACKS = [(0.9, 0.1), (1.0, 0.3), (0.75, 0.2), (1.0, 0.1)]
 # float32 sums in another order move a confidence by about 1e-6; a prompt whose path comes closer to a cutoff or a tie
 # says nothing.
 MIN_MARGIN = 1e-5
@@ -86,7 +87,9 @@ def test_the_settings_compared_are_not_all_one_static_threshold(both):
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_every_cache_mode_keeps_its_own_profile(tasks_llm, prompts, offline, cache):
-    params = sampling(GEN_LENGTH, **{**OPTIONS, "cache": cache}, task="by cache", mode="step_block", metric="q2", cap=1.0)
+    params = sampling(
+        GEN_LENGTH, **{**OPTIONS, "cache": cache}, task="by cache", mode="step_block", metric="q2", cap=1.0
+    )
     phase_1 = offline(prompts[3], static_threshold(THRESHOLD), cache=cache)
     rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
     expected = offline(prompts[4], rule, cache=cache)
@@ -111,8 +114,8 @@ def test_a_later_request_may_have_more_blocks_than_the_profile(tasks_llm, prompt
 def test_where_the_cap_binds_osdt_is_a_static_threshold(tasks_llm, prompts):
     generate(tasks_llm, prompts[:1], sampling(GEN_LENGTH, **OPTIONS, task="capped"))
     cap = 0.05  # below every confidence of a vocabulary whose best of 76 words leads
-    thresholds = [p.thresholds("block", "q1", "masked") for k, p in registry(tasks_llm).profiles.items() if k.task == "capped"]
-    assert thresholds[0].min() > cap
+    [profile] = own_profiles(tasks_llm, "capped")
+    assert profile.thresholds("block", "q1", "masked").min() > cap
     capped = generate(tasks_llm, prompts, sampling(GEN_LENGTH, **OPTIONS, task="capped", cap=cap, slack=0.0))
     static = sampling(GEN_LENGTH, **{**OPTIONS, "threshold": cap}, policy="static_threshold")
     expected = generate(tasks_llm, prompts, static)
@@ -128,6 +131,7 @@ def test_before_its_calibration_a_task_decodes_statically(tasks_llm, prompts):
 
 
 def own_profiles(llm, task):
+    llm.llm_engine.step()  # the worker hears of a request's end with the next step
     return [profile for key, profile in registry(llm).profiles.items() if key.task == task]
 
 
@@ -184,7 +188,7 @@ def test_an_aborted_calibration_publishes_nothing_and_the_next_request_calibrate
             assert any(key.task == "aborted" for key in registry(tasks_llm)._calibrating)
             tasks_llm.llm_engine.abort_request([req_id])
 
-    assert drive(tasks_llm, abort) == {} or True
+    assert drive(tasks_llm, abort) == {}
     counts = [nfe(generate(tasks_llm, [prompt], loose("aborted"))[0]) for _ in range(2)]
     assert counts == [slow, quick]
     assert_idle(tasks_llm)

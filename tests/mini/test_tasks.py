@@ -113,7 +113,7 @@ def test_every_placement_of_the_odd_part_is_a_split_and_the_usual_values_alone_a
     assert Parts(3, 1, 5).splits() == [(1, 2, 2), (2, 1, 2), (2, 2, 1)]
     rng = random.Random(0)
     for _ in range(50):
-        free, fixed = draw_parts(rng, free=True), draw_parts(rng, free=False)
+        free, fixed = draw_parts(rng, True, (1, 2)), draw_parts(rng, False, (1, 2))
         assert len(free.splits()) == free.count
         assert len(fixed.splits()) == 1
         usual = tuple(sorted(column)[free.count // 2] for column in zip(*free.splits(), strict=True))

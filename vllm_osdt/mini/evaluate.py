@@ -46,7 +46,7 @@ class Score:
         z, n, p = 1.96, self.num_problems, self.accuracy
         center = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return center - half, center + half
+        return max(0.0, center - half), min(1.0, center + half)
 
 
 def static_rule(threshold: float) -> Rule:

@@ -1,6 +1,7 @@
 """Trains a bundled model from scratch: `python -m vllm_osdt.mini.train --out DIR`."""
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_osdt.mini.evaluate import ONE_PER_STEP, evaluate, static_rule
+from vllm_osdt.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
 from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tasks.base import tokenize
@@ -22,6 +23,12 @@ from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_voc
 # Padding tokens right after the answer that count fully, and the weight of those behind them.
 NUM_EOS = 4
 PADDING_WEIGHT = 0.1
+# Weight of numbers and verdicts, which depend on other tokens; where they may stand nothing else can, so confidences
+# stay calibrated.
+DEPENDENT_WEIGHT = 3.0
+VERDICTS = ("no", "skip", "pick")
+# Share of each task in a step.
+TASK_SHARES = {"word_problems": 0.45, "code": 0.2, "multiple_choice": 0.35}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
@@ -55,6 +62,12 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
     return groups
 
 
+@functools.cache
+def dependent_ids() -> np.ndarray:
+    """Ids of the tokens that weigh DEPENDENT_WEIGHT."""
+    return np.array([index for token, index in build_vocabulary().items() if token.isdigit() or token in VERDICTS])
+
+
 def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> tuple[Tensor, ...]:
     """Draws clear sequences, the masked positions and the loss weights, each `[size, P + canvas]`."""
     sizes = np.array([len(lengths) for _, _, lengths in groups])
@@ -69,6 +82,7 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
     positions = np.arange(canvas_length)
 
     weights = np.where(positions < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
+    weights = np.where(np.isin(canvas, dependent_ids()), DEPENDENT_WEIGHT, weights)
     masked = rng.random((size, canvas_length)) < 1.0 - rng.random((size, 1))
     if rng.random() < 0.5:  # what decoding meets: clear blocks, the active one, masked blocks
         blocks = positions // block_length
@@ -90,7 +104,7 @@ def loss_of(model: MiniLLaDA, clear: Tensor, masked: Tensor, weights: Tensor) ->
         logits = model(clear.masked_fill(masked, MASK_ID))
     logits, targets, weights = logits[masked].float(), clear[masked], weights[masked]
     losses = F.cross_entropy(logits, targets, reduction="none")
-    counted = weights == 1.0
+    counted = weights >= 1.0
     is_right = logits.detach()[counted].argmax(-1) == targets[counted]
     return (losses * weights).sum() / weights.sum(), is_right.float().mean().item()
 
@@ -147,26 +161,26 @@ def train(options: argparse.Namespace) -> None:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * learning_rate_factor(step, options.steps)
-        losses, token_accuracy = [], {}
+        total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
-            batch = draw_batch(rng, groups, options.batch // len(pools), model.config.block_length)
+            batch = draw_batch(rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length)
             loss, share = loss_of(model, *(tensor.to(device) for tensor in batch))
             token_accuracy[task] = round(share, 4)
-            (loss / len(pools)).backward()
-            losses.append(loss.item())
+            (loss * TASK_SHARES[task]).backward()
+            total_loss += loss.item() * TASK_SHARES[task]
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averages.values()), list(model.state_dict().values()), 1 - decay)
         is_last = step + 1 == options.steps
-        entry: dict[str, float | dict[str, float]] = {"step": step + 1, "loss": round(sum(losses) / len(losses), 4)}
+        entry: dict[str, float | dict[str, float]] = {"step": step + 1, "loss": round(total_loss, 4)}
         entry |= {"seconds": round(time.perf_counter() - started, 3), "token_accuracy": token_accuracy}
         if (step + 1) % options.evaluate_every == 0 or is_last:
             averaged = export(model, averages, folder).to(device)
             held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in TASKS}
             entry["decoded_accuracy"] = {
-                task: evaluate(averaged, problems, static_rule(ONE_PER_STEP)).accuracy
+                task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD)).accuracy
                 for task, problems in held_out.items()
             }
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -62,13 +62,13 @@ class Parts:
         return [split for split in candidates if sum(split) == self.total]
 
 
-def draw_parts(rng: random.Random, free: bool) -> Parts:
+def draw_parts(rng: random.Random, free: bool, lows: tuple[int, ...]) -> Parts:
     """Draws a split with exactly one odd part in any place (`free`), or with equal parts only.
 
     With one odd part among three or four every place prefers the usual value with probability 2/3 or 3/4, but all
     of them at once are wrong: this is what a low threshold gets wrong.
     """
-    count, low = rng.choice((3, 4)), rng.choice((1, 2, 3))
+    count, low = rng.choice((3, 4)), rng.choice(lows)
     larger = rng.choice((1, count - 1) if free else (0, count))
     return Parts(count, low, count * low + larger)
 

@@ -97,7 +97,7 @@ def is_allowed(node: ast.AST) -> bool:
 
 def draw(rng: random.Random, free: bool) -> CodeProblem:
     """Draws a problem; `free` ones leave open which part is the odd one."""
-    parts, function = draw_parts(rng, free), rng.choice(FUNCTIONS)
+    parts, function = draw_parts(rng, free, (1, 2, 3)), rng.choice(FUNCTIONS)
     operations = tuple((rng.choice(list(OPERATIONS)), rng.randint(2, 9)) for _ in range(rng.choice((1, 2, 3))))
     steps = " , ".join(f"then {operation} {operand}" for operation, operand in operations)
     prompt = (

@@ -36,7 +36,11 @@ class ChoiceProblem(TemplateProblem):
         for letter, option in zip(LETTERS, self.options, strict=False):
             lines.append(f"{letter} is|means {option} , a|one {CATEGORY_OF[option]} .")
         verdicts = {letter: "skip" if fits else "no" for letter, fits in self._fits().items()} | {picked: "pick"}
-        lines.append("verdict : " + " ".join(f"{letter} {verdict}" for letter, verdict in verdicts.items()) + " .")
+        judged = " ".join(
+            f"{letter} {CATEGORY_OF[option]} {self.category} {verdict}"
+            for (letter, verdict), option in zip(verdicts.items(), self.options, strict=True)
+        )
+        lines.append(f"verdict : {judged} .")
         return " \n ".join((*lines, f"so|thus|hence the answer is {picked} ."))
 
 

@@ -4,15 +4,17 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vllm_osdt.mini.tasks.base import MAX_NUMBER, Parts, TemplateProblem, draw_parts
+from vllm_osdt.mini.tasks.base import Parts, TemplateProblem, draw_parts
 
 NAMES = ("mia", "tom", "zoe", "leo", "eve", "sam", "ivy", "ben")
+# The count stays positive through up to four changes of up to three.
+STARTS = (13, 20)
 ITEMS = ("pens", "cards", "coins", "books")
 
 
 @dataclass(frozen=True)
 class WordProblem(TemplateProblem):
-    """Someone's count of items after a few changes and the gifts to friends."""
+    """Gifts to friends, then the count of what someone has left through a few changes."""
 
     task: ClassVar[str] = "word_problems"
     name: str
@@ -29,7 +31,7 @@ class WordProblem(TemplateProblem):
         shares = " , ".join(f"{friend} gets {gift}" for friend, gift in zip(self.friends, split, strict=True))
         lines = [f"start with {self.start} {self.item} .", f"{shares} .", f"that makes {self.gifts.total} in all ."]
         count = self.start
-        for number, change in enumerate((*self.changes, -self.gifts.total), 1):
+        for number, change in enumerate(self.changes, 1):
             sign = "+" if change > 0 else "-"
             lines.append(f"step {number} : {count} {sign} {abs(change)} = {count + change} .")
             count += change
@@ -42,18 +44,14 @@ class WordProblem(TemplateProblem):
 
 def draw(rng: random.Random, free: bool) -> WordProblem:
     """Draws a problem; `free` ones leave open who gets the gift of the other size."""
-    gifts = draw_parts(rng, free)
-    while True:
-        start = rng.randint(10, 24)
-        changes = tuple(rng.choice((-1, 1)) * rng.randint(1, 5) for _ in range(rng.choice((2, 3))))
-        counts = [start + sum(changes[:taken]) for taken in range(1, len(changes) + 1)]
-        if max(counts) <= MAX_NUMBER and min(counts) >= gifts.total:
-            break
+    gifts = draw_parts(rng, free, (1, 2))
+    start = rng.randint(*STARTS)
+    changes = tuple(rng.choice((-1, 1)) * rng.randint(1, 3) for _ in range(rng.choice((3, 4))))
     name, *friends = rng.sample(NAMES, gifts.count + 1)
     item = rng.choice(ITEMS)
     events = " , ".join(f"{'finds' if change > 0 else 'loses'} {abs(change)}" for change in changes)
     prompt = (
-        f"math : {name} has {start} {item} , {events} , gives {gifts.total} to {' '.join(friends)} ,"
-        f" {gifts.low} or {gifts.low + 1} each . Answer:"
+        f"math : {name} gives {gifts.total} to {' '.join(friends)} , {gifts.low} or {gifts.low + 1} each ,"
+        f" now has {start} {item} , {events} . Answer:"
     )
     return WordProblem(prompt, name, item, start, changes, tuple(friends), gifts)

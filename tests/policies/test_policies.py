@@ -1,0 +1,202 @@
+"""Properties of every policy: its schedule and what ``unmask`` makes of it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csrc_triton import Rule as KernelRule
+from csrc_triton import unmask
+from tests.reference import decode as reference
+from vllm_osdt.config import POLICIES as POLICY_NAMES
+from vllm_osdt.config import DecodingOptions
+from vllm_osdt.policies import POLICIES, Rule, Schedule
+
+MASK, PROPOSED = 99, 7
+unit = st.floats(0, 1, width=32)
+# A few fixed numbers, so that equal confidences and confidences on the cutoff are frequent.
+confidences = st.one_of(unit, st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])).map(float)
+
+
+@st.composite
+def options(draw, policy=None):
+    block_length, num_blocks = draw(st.integers(1, 33)), draw(st.integers(1, 4))
+    return DecodingOptions(
+        policy=policy or draw(st.sampled_from(POLICY_NAMES)),
+        threshold=draw(st.floats(0.01, 1.0)),
+        factor=draw(st.floats(0.01, 4.0)),
+        steps=num_blocks * draw(st.integers(1, block_length)),
+        block_length=block_length,
+        gen_length=num_blocks * block_length,
+        cap=draw(st.floats(0.01, 1.0)),
+        slack=draw(st.floats(0.0, 0.99)),
+    )
+
+
+@st.composite
+def tables(draw):
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 33)))
+    return np.array(
+        draw(st.lists(unit, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])), np.float32
+    ).reshape(shape)
+
+
+def run_block(schedule: Schedule, block: int, rounds: list[list[float]]) -> list[set[int]]:
+    """Positions unmasked by each step of a block until it is finished; ``rounds[step]`` are the confidences."""
+    length = schedule.parameters.shape[1]
+    canvas = torch.full((1, length), MASK)
+    masked = torch.ones(1, length, dtype=torch.bool)
+    chosen = []
+    while masked.any():
+        before = masked.clone()
+        step = len(chosen)
+        unmask(
+            canvas, masked, torch.full((1, length), PROPOSED), torch.tensor([rounds[step % len(rounds)]]),
+            torch.tensor([schedule.rule], dtype=torch.int8),
+            torch.from_numpy(schedule.parameters[block, step : step + 1].copy()),
+            eos_token_id=torch.tensor([-1]), num_needed=torch.tensor([length], dtype=torch.int32),
+        )  # fmt: skip
+        chosen.append(set(torch.nonzero((before & ~masked)[0])[:, 0].tolist()))
+        assert (canvas[~masked] == PROPOSED).all() and (canvas[masked] == MASK).all()
+    return chosen
+
+
+def rounds_for(data, length, count=3):
+    row = st.lists(confidences, min_size=length, max_size=length)
+    return data.draw(st.lists(row, min_size=count, max_size=count))
+
+
+def test_policies_and_rules_are_those_that_users_and_kernels_know():
+    assert tuple(POLICIES) == POLICY_NAMES
+    assert {rule.name: rule.value for rule in Rule} == {rule.name: rule.value for rule in KernelRule}
+
+
+@settings(deadline=None)
+@given(options(), st.one_of(st.none(), tables()))
+def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresholds):
+    schedule = POLICIES[opts.policy](opts, thresholds)
+    assert schedule.parameters.shape == (opts.gen_length // opts.block_length, opts.block_length)
+    assert schedule.parameters.dtype == np.float32 and np.isfinite(schedule.parameters).all()
+    if schedule.rule == Rule.TOP_K:
+        needed = schedule.parameters[:, : opts.steps // (opts.gen_length // opts.block_length)]
+        assert (needed >= 1).all()
+    else:
+        assert (schedule.parameters > 0).all()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_step_unmasks_something_and_a_block_never_outlives_its_schedule(data):
+    opts = data.draw(options())
+    schedule = POLICIES[opts.policy](opts, data.draw(st.one_of(st.none(), tables())))
+    chosen = run_block(schedule, 0, rounds_for(data, opts.block_length))
+    assert all(chosen) and len(chosen) <= opts.block_length
+    assert sorted(i for step in chosen for i in step) == list(range(opts.block_length))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
+    opts = data.draw(options())
+    table = data.draw(tables())
+    schedule = POLICIES[opts.policy](opts, table)
+    num_blocks = opts.gen_length // opts.block_length
+    # The plain rules take the numbers that a float32 schedule can hold.
+    rule = {
+        "static_threshold": reference.static_threshold(float(np.float32(opts.threshold))),
+        "factor": None,
+        "fixed_steps": reference.fixed_steps(opts.steps // num_blocks, opts.block_length),
+        "osdt": reference.ThresholdRule(
+            lambda b, s: float(np.float32(reference.osdt(table.tolist(), opts.cap, opts.slack).cutoff(b, s))),
+            strict=True,
+        ),
+    }[opts.policy]
+    rounds = rounds_for(data, opts.block_length)
+    block = data.draw(st.integers(0, num_blocks - 1))
+    left = set(range(opts.block_length))
+    for step, chosen in enumerate(run_block(schedule, block, rounds)):
+        masked = {i: rounds[step % len(rounds)][i] for i in sorted(left)}
+        if rule is not None:
+            assert chosen == set(rule(block, step, masked))
+        else:
+            n = len(chosen)
+            ranking = reference.best_first(masked)
+            assert chosen == set(ranking[:n])
+            passes = [(k + 1) * (1 - masked[ranking[k - 1]]) - opts.factor for k in range(1, len(ranking) + 1)]
+            slack = 1e-4  # the kernel's test runs in float32
+            assert n == 1 or passes[n - 1] < slack
+            assert all(margin > -slack for margin in passes[n:])
+        left -= chosen
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_higher_threshold_never_unmasks_more(data):
+    length = data.draw(st.integers(1, 33))
+    [row] = rounds_for(data, length, 1)
+    low, high = sorted(data.draw(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1))))
+    first = {}
+    for name, threshold in (("low", low), ("high", high)):
+        opts = DecodingOptions(policy="static_threshold", threshold=threshold, block_length=length, gen_length=length)
+        first[name] = run_block(POLICIES["static_threshold"](opts, None), 0, [row])[0]
+    assert first["high"] <= first["low"]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_order_of_a_batch_changes_nothing(data):
+    length, count = data.draw(st.integers(1, 16)), data.draw(st.integers(2, 6))
+    confidence = torch.tensor(rounds_for(data, length, count), dtype=torch.float32)
+    masked = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=count, max_size=count))
+    )
+    rule = torch.tensor(
+        data.draw(st.lists(st.sampled_from(list(Rule)), min_size=count, max_size=count)), dtype=torch.int8
+    )
+    parameter = torch.tensor(
+        data.draw(st.lists(st.floats(0.01, 4), min_size=count, max_size=count)), dtype=torch.float32
+    )
+    order = torch.tensor(data.draw(st.permutations(range(count))))
+
+    def run(index):
+        canvas, holes = torch.full((count, length), MASK), masked[index].clone()
+        proposal = (torch.arange(count * length) % 50).view(count, length)[index].contiguous()
+        result = unmask(
+            canvas, holes, proposal, confidence[index].contiguous(), rule[index], parameter[index],
+            eos_token_id=torch.full((count,), 3), num_needed=torch.full((count,), length, dtype=torch.int32),
+        )  # fmt: skip
+        return canvas, holes, result.num_ready
+
+    for plain, shuffled in zip(run(torch.arange(count)), run(order), strict=True):
+        assert torch.equal(plain[order], shuffled)
+
+
+@given(options("fixed_steps"))
+def test_fixed_steps_shares_add_up_to_the_block(opts):
+    schedule = POLICIES["fixed_steps"](opts, None)
+    steps_per_block = opts.steps // (opts.gen_length // opts.block_length)
+    for row in schedule.parameters:
+        assert row.sum() == opts.block_length and (row[steps_per_block:] == 0).all()
+        used = row[:steps_per_block].tolist()
+        assert max(used) - min(used) <= 1 and used == sorted(used, reverse=True)
+
+
+def test_osdt_is_strict_and_static_threshold_is_not():
+    static = DecodingOptions(policy="static_threshold", threshold=0.5, block_length=3, gen_length=3)
+    row = [0.5, 0.75, 0.25]
+    assert run_block(POLICIES["static_threshold"](static, None), 0, [row])[0] == {0, 1}
+    opts = DecodingOptions(policy="osdt", cap=1.0, slack=0.0, block_length=3, gen_length=3)
+    assert run_block(POLICIES["osdt"](opts, np.full((1, 1), 0.5, np.float32)), 0, [row])[0] == {1}
+
+
+def test_osdt_repeats_the_last_block_and_step_of_its_table():
+    opts = DecodingOptions(policy="osdt", cap=1.0, slack=0.0, block_length=3, gen_length=9)
+    got = POLICIES["osdt"](opts, np.array([[0.1, 0.2], [0.3, 0.4]], np.float32)).parameters
+    assert got == pytest.approx(np.array([[0.1, 0.2, 0.2], [0.3, 0.4, 0.4], [0.3, 0.4, 0.4]]), abs=1e-6)
+
+
+@pytest.mark.parametrize(("cap", "slack", "expected"), [(0.75, 0.2, 0.6), (1.0, 0.2, 0.72), (0.9, 0.0, 0.9)])
+def test_osdt_caps_before_it_takes_the_slack_off(cap, slack, expected):
+    opts = DecodingOptions(policy="osdt", cap=cap, slack=slack, block_length=2, gen_length=2)
+    assert POLICIES["osdt"](opts, np.full((1, 2), 0.9, np.float32)).parameters == pytest.approx(expected, abs=1e-6)

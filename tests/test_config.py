@@ -1,0 +1,181 @@
+"""Options: what is refused, with which message, and how a canvas is fixed."""
+
+import re
+
+import pytest
+
+from vllm_osdt.config import OPTION_NAMES, DecodingOptions, parse_options, resolve_canvas
+from vllm_osdt.errors import InvalidOptionError
+
+BASE = DecodingOptions()
+LIMITS = {"max_model_len": 256, "max_num_batched_tokens": 200}
+
+BAD_VALUES = [
+    ("task", ""),
+    ("task", "x" * 201),
+    ("task", "two\nlines"),
+    ("task", 7),
+    ("policy", "greedy"),
+    ("policy", None),
+    ("threshold", 0),
+    ("threshold", 1.0001),
+    ("threshold", -0.5),
+    ("threshold", "0.9"),
+    ("threshold", True),
+    ("threshold", None),
+    ("threshold", float("nan")),
+    ("threshold", float("inf")),
+    ("factor", 0.0),
+    ("factor", False),
+    ("factor", float("inf")),
+    ("factor", float("nan")),
+    ("steps", 0),
+    ("steps", 1.5),
+    ("steps", True),
+    ("block_length", 0),
+    ("block_length", 129),
+    ("block_length", True),
+    ("block_length", None),
+    ("block_length", "32"),
+    ("block_length", 32.0),
+    ("gen_length", 0),
+    ("gen_length", -32),
+    ("gen_length", False),
+    ("cache", "full"),
+    ("mode", "step"),
+    ("metric", "q4"),
+    ("cap", 0.0),
+    ("cap", 1.5),
+    ("cap", True),
+    ("slack", 1.0),
+    ("slack", -0.1),
+    ("slack", False),
+    ("record", "all"),
+    ("recalibrate", 2),
+    ("recalibrate", "yes"),
+    ("recalibrate", None),
+    ("recalibrate", 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda value: repr(value)[:20])
+def test_a_bad_value_is_refused_by_name_and_value(name, value):
+    for prefix in ("", "osdt_"):
+        with pytest.raises(InvalidOptionError) as error:
+            parse_options({prefix + name: value}, base=BASE, prefix=prefix)
+        assert str(error.value).startswith(f"{prefix}{name} is ") and repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threshold", 1),
+        ("threshold", 1e-6),
+        ("cap", 1.0),
+        ("slack", 0),
+        ("slack", 0.999),
+        ("factor", 100),
+        ("block_length", 1),
+        ("block_length", 128),
+        ("steps", None),
+        ("gen_length", None),
+        ("gen_length", 4096),
+        ("task", "x" * 200),
+        ("task", "Aufgabe 7, größer"),
+    ],
+)
+def test_values_at_the_edge_are_taken(name, value):
+    assert getattr(parse_options({name: value}, base=BASE), name) == value
+
+
+def test_numbers_become_floats():
+    assert isinstance(parse_options({"threshold": 1}, base=BASE).threshold, float)
+
+
+@pytest.mark.parametrize(("given", "meant"), [(0, False), (1, True), (False, False), (True, True)])
+def test_a_flag_may_arrive_as_zero_or_one(given, meant):
+    assert parse_options({"osdt_recalibrate": given}, base=BASE, prefix="osdt_").recalibrate is meant
+
+
+@pytest.mark.parametrize(
+    "key", ["treshold", "osdt_treshold", "threshold", "OSDT_threshold", "kv_transfer_params", "osdt_"]
+)
+def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(key):
+    with pytest.raises(InvalidOptionError) as error:
+        parse_options({key: 0.5}, base=BASE, prefix="osdt_")
+    assert repr(key) in str(error.value)
+    for name in OPTION_NAMES:
+        assert re.search(rf"\bosdt_{name}\b", str(error.value))
+
+
+def test_values_lie_over_the_base_and_leave_it_alone():
+    base = parse_options({"threshold": 0.5, "cache": "none"}, base=BASE)
+    options = parse_options({"osdt_threshold": 0.7}, base=base, prefix="osdt_")
+    assert (options.threshold, options.cache, options.policy) == (0.7, "none", "osdt")
+    assert base.threshold == 0.5 and BASE.threshold == 0.9
+
+
+def test_options_survive_the_journey_through_extra_args():
+    options = parse_options({"task": "gsm", "steps": 4, "recalibrate": 1}, base=BASE)
+    assert DecodingOptions(**options.as_dict()) == options
+
+
+def canvas(prompt_length, max_tokens, limits=LIMITS, **changes):
+    options = parse_options(changes, base=BASE)
+    return resolve_canvas(options, prompt_length=prompt_length, max_tokens=max_tokens, **limits)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "block_length", "gen_length"),
+    [(1, 32, 32), (32, 32, 32), (33, 32, 64), (7, 7, 7), (8, 7, 14), (5, 1, 5)],
+)
+def test_the_canvas_is_max_tokens_in_whole_blocks(max_tokens, block_length, gen_length):
+    options, output = canvas(10, max_tokens, block_length=block_length)
+    assert (options.gen_length, output) == (gen_length, max_tokens)
+
+
+def test_without_max_tokens_the_canvas_fills_the_smaller_limit():
+    assert canvas(10, None)[0].gen_length == 160  # 190 of the 200 rows, in whole blocks of 32
+    assert canvas(10, None)[1] == 160
+    assert canvas(10, None, {"max_model_len": 100, "max_num_batched_tokens": 200})[0].gen_length == 64
+
+
+@pytest.mark.parametrize(
+    ("gen_length", "max_tokens", "output"), [(64, 40, 40), (64, 64, 64), (64, 100, 64), (64, None, 64)]
+)
+def test_a_given_canvas_bounds_the_output(gen_length, max_tokens, output):
+    options, got = canvas(10, max_tokens, gen_length=gen_length)
+    assert (options.gen_length, got) == (gen_length, output)
+
+
+def test_a_canvas_up_to_the_limit_fits_and_one_token_more_does_not():
+    assert canvas(200 - 64, 64)[0].gen_length == 64
+    with pytest.raises(InvalidOptionError, match=r"201 tokens.*max_num_batched_tokens 200"):
+        canvas(201 - 64, 64)
+    limits = {"max_model_len": 150, "max_num_batched_tokens": 200}
+    assert canvas(150 - 64, 64, limits)[0].gen_length == 64
+    with pytest.raises(InvalidOptionError, match=r"151 tokens, above max_model_len 150"):
+        canvas(151 - 64, 64, limits)
+
+
+def test_a_prompt_that_leaves_no_block_is_refused_with_both_numbers():
+    with pytest.raises(InvalidOptionError, match=r"prompt has 169 tokens.*limit of 200"):
+        canvas(169, None)
+    assert canvas(168, None)[0].gen_length == 32
+
+
+def test_a_canvas_of_broken_blocks_is_refused_with_the_next_whole_one():
+    with pytest.raises(InvalidOptionError, match=r"gen_length is 40, no multiple of block_length 32; use 64"):
+        canvas(10, 32, gen_length=40)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 65, 66])
+def test_steps_that_do_not_fit_the_blocks_are_refused(steps):
+    with pytest.raises(InvalidOptionError, match=rf"steps is {steps}; with 2 blocks of 32"):
+        canvas(10, 64, policy="fixed_steps", steps=steps)
+
+
+def test_steps_default_to_one_token_a_step_and_concern_no_other_policy():
+    assert canvas(10, 64, policy="fixed_steps")[0].steps == 64
+    assert canvas(10, 64, policy="fixed_steps", steps=2)[0].steps == 2
+    assert canvas(10, 64, policy="osdt", steps=3)[0].steps == 3

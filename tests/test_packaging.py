@@ -1,0 +1,148 @@
+"""What an installation offers: names, versions, entry points, and a Triton that is usable in every process."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
+from pathlib import Path
+
+import pytest
+
+import vllm_osdt
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, **env: str) -> str:
+    """Run code in a new interpreter, outside the repository; return what it printed last."""
+    environment = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **env}
+    result = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed():
+    try:
+        return distribution("vllm-osdt")
+    except PackageNotFoundError:
+        pytest.skip("vllm-osdt is not installed; make install")
+
+
+def test_version_has_one_source(installed):
+    assert installed.version == vllm_osdt.__version__
+
+
+def test_requirements_name_a_tested_range_of_vllm(installed):
+    requirements = [re.sub(r"\s", "", requirement) for requirement in installed.requires]
+    assert "vllm<0.34,>=0.32" in requirements or "vllm>=0.32,<0.34" in requirements
+
+
+def test_pyproject_holds_tool_settings_only():
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system", "tool"}
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("vllm.general_plugins", "osdt", "vllm_osdt.plugin:register"),
+        ("triton.backends", "cpu", "vllm_osdt.cpu.triton_backend"),
+    ],
+)
+def test_entry_point(installed, group: str, name: str, value: str):
+    assert value in [entry.value for entry in entry_points(group=group) if entry.name == name]
+
+
+def test_importing_the_package_loads_neither_torch_nor_vllm():
+    loaded = run("import sys, vllm_osdt; print(sorted({'torch', 'triton', 'vllm'} & set(sys.modules)))")
+    assert loaded == "[]"
+
+
+def is_cpu_vllm() -> bool:
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        return False
+
+
+on_cpu = pytest.mark.skipif(not is_cpu_vllm(), reason="not the CPU build of vLLM")
+
+
+@on_cpu
+def test_the_vllm_command_knows_its_version():
+    command = Path(sys.executable).with_name("vllm")
+    result = subprocess.run([command, "--version"], cwd="/", capture_output=True, text=True)
+    assert result.stdout.strip().splitlines()[-1] == version("vllm"), result.stderr
+
+
+@on_cpu
+def test_importing_triton_turns_the_interpreter_on(installed):
+    code = (
+        "import triton, triton.language as tl\n"
+        "print(triton.knobs.runtime.interpret, type(triton.runtime.driver.active).__name__, type(tl.sum).__name__)"
+    )
+    assert run(code) == "True InterpreterDriver InterpretedFunction"
+
+
+@on_cpu
+def test_the_backend_can_be_imported_before_triton(installed):
+    code = "import vllm_osdt.cpu.triton_backend.driver, triton; print(triton.knobs.runtime.interpret)"
+    assert run(code) == "True"
+
+
+@on_cpu
+def test_vllm_uses_triton(installed):
+    assert run("from vllm.triton_utils import HAS_TRITON; print(HAS_TRITON)") == "True"
+
+
+@on_cpu
+def test_an_interpreter_switched_off_by_hand_stays_off(installed):
+    code = "import triton; print(triton.knobs.runtime.interpret, triton.backends.backends['cpu'].driver.is_active())"
+    assert run(code, TRITON_INTERPRET="0") == "False False"
+
+
+FAKE_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+import triton
+print(triton.knobs.runtime.interpret, triton.backends.backends['cpu'].driver.is_active())
+"""
+
+
+@on_cpu
+@pytest.mark.parametrize("interpret", [None, "1"])
+def test_the_backend_stands_aside_for_a_gpu(installed, interpret: str | None):
+    env = {} if interpret is None else {"TRITON_INTERPRET": interpret}
+    assert run(FAKE_GPU, **env) == f"{interpret == '1'} False"
+
+
+FAKE_TRITON_CPU = """
+import importlib.abc, importlib.util, sys
+
+REAL = {
+    "compiler": "from triton.backends.compiler import BaseBackend\\nclass CPUBackend(BaseBackend): pass\\n"
+                "CPUBackend.__abstractmethods__ = frozenset()",
+    "driver": "from triton.backends.driver import DriverBase\\nclass CPUDriver(DriverBase): pass\\n"
+              "CPUDriver.__abstractmethods__ = frozenset()",
+}
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        if name == "triton.backends.cpu" or name.startswith("triton.backends.cpu."):
+            return importlib.util.spec_from_loader(name, self, is_package=name == "triton.backends.cpu")
+
+    def exec_module(self, module):
+        exec(REAL.get(module.__name__.rpartition(".")[2], ""), module.__dict__)
+
+sys.meta_path.insert(0, Finder())
+import triton
+backend = triton.backends.backends["cpu"]
+print(triton.knobs.runtime.interpret, backend.compiler.__name__, backend.driver.__name__)
+"""
+
+
+@on_cpu
+def test_a_real_triton_cpu_takes_the_name(installed):
+    assert run(FAKE_TRITON_CPU) == "False CPUBackend CPUDriver"

@@ -1,0 +1,100 @@
+"""The plugin costs nothing until it is used, and other models do not notice it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# Generates with an ordinary model; "absent" hides this package's entry points, as if it were not installed.
+ORDINARY = """
+import importlib.metadata, json, sys
+if sys.argv[2] == "absent":
+    find = importlib.metadata.entry_points
+    def entry_points(**params):
+        found = find(**params)
+        if not params:
+            return found
+        ours = [entry for entry in found if entry.value.startswith("vllm_osdt")]
+        return type(found)(entry for entry in found if entry not in ours)
+    importlib.metadata.entry_points = entry_points
+from vllm import LLM, SamplingParams
+llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, dtype="float32", max_num_seqs=4, max_model_len=64)
+prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 4, 9)]
+outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, detokenize=False), use_tqdm=False)
+config = llm.llm_engine.vllm_config
+runner = type(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner)
+print("RESULT", json.dumps({
+    "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+    "v2": config.use_v2_model_runner,
+    "runner": f"{runner.__module__}.{runner.__name__}",
+    "scheduler": str(config.scheduler_config.get_scheduler_cls()),
+    "chunked": config.scheduler_config.enable_chunked_prefill,
+    "prefix_caching": config.cache_config.enable_prefix_caching,
+    "compilation": str(config.compilation_config.mode),
+    "loaded": "vllm_osdt.plugin" in sys.modules,
+}))
+"""
+
+
+def python(code, *arguments, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_importing_the_package_loads_neither_torch_nor_vllm():
+    heavy = "{'torch', 'vllm', 'numpy', 'triton'} & set(sys.modules)"
+    code = f"import sys, vllm_osdt, vllm_osdt.config, vllm_osdt.errors; print(sorted({heavy}))"
+    assert python(code).strip() == "[]"
+
+
+def test_registering_twice_wraps_nothing_twice():
+    from vllm import ModelRegistry
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    import vllm_osdt
+
+    def patched():
+        return (
+            SamplingParams._validate_diffusion,
+            InputProcessor.process_inputs,
+            EngineArgs.__dict__["add_cli_args"].__func__,
+            EngineArgs.__dict__["from_cli_args"].__func__,
+            getattr(VllmConfig.use_v2_model_runner, "fget", VllmConfig.use_v2_model_runner),
+        )
+
+    vllm_osdt.register()
+    once = patched()
+    vllm_osdt.register()
+    assert all(first is second for first, second in zip(once, patched(), strict=True))
+    assert all(function.__wrapped__.__module__.startswith("vllm.") for function in once)
+    assert "LLaDAModelLM" in ModelRegistry.get_supported_archs()
+
+
+@pytest.mark.e2e
+def test_another_model_runs_as_if_the_plugin_were_not_installed(tmp_path):
+    from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+
+    set_seed(0)
+    config = Qwen3Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, initializer_range=0.2, eos_token_id=96,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    results = {}
+    for presence in ("absent", "present"):
+        output = python(ORDINARY, str(tmp_path), presence)
+        results[presence] = json.loads(output.rsplit("RESULT ", 1)[1].splitlines()[0])
+    assert results["present"].pop("loaded") and not results["absent"].pop("loaded")
+    assert results["present"] == results["absent"]
+    assert len({tuple(row) for row in results["present"]["tokens"]}) == 3

@@ -1,0 +1,96 @@
+"""Which rows the canvas scheduler plans, seen in the engine's scheduler outputs."""
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Runs requests on an engine; returns their completions and, for each step, the rows by request."""
+    from tests.e2e.engine import drive, scheduler, submit
+
+    def run(llm, requests):
+        sched, steps = scheduler(llm), []
+        schedule = sched.schedule
+
+        def recording(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            if output.num_scheduled_tokens:
+                running = {request.request_id for request in sched.running}
+                steps.append((dict(output.num_scheduled_tokens), running, dict(output.scheduled_spec_decode_tokens)))
+            return output
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sched, "schedule", recording)
+            req_ids = [submit(llm, prompt, params) for prompt, params in requests]
+            finished = drive(llm)
+        return [finished[req_id] for req_id in req_ids], steps
+
+    return run
+
+
+def two_blocks(cache):
+    """Two blocks of eight positions, four steps each."""
+    from tests.e2e.engine import sampling
+
+    return sampling(16, policy="fixed_steps", steps=8, block_length=8, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("cache", "rows"),
+    [
+        ("none", [21] * 8),
+        ("prefix", [21, 16, 16, 16, 21, 8, 8, 8]),
+        ("dual", [21, 8, 8, 8, 21, 8, 8, 8]),
+    ],
+)
+def test_each_block_starts_with_a_refresh_and_goes_on_as_its_cache_says(tasks_llm, planned, cache, rows):
+    [completion], steps = planned(tasks_llm, [(PROMPT, two_blocks(cache))])
+    assert [sum(step.values()) for step, _, _ in steps] == rows
+    assert len(completion.token_ids) == 16
+
+
+def test_placeholders_are_the_rows_from_the_active_block_on(tasks_llm, planned):
+    _, steps = planned(tasks_llm, [(PROMPT, two_blocks("dual"))])
+    assert [len(next(iter(drafts.values()))) for _, _, drafts in steps] == [16, 8, 8, 8, 8, 8, 8, 8]
+
+
+def test_a_preempted_request_starts_its_block_again_with_a_refresh(tasks_llm, monkeypatch):
+    from tests.e2e.engine import drive, scheduler, submit
+
+    sched, rows = scheduler(tasks_llm), []
+    schedule = sched.schedule
+
+    def recording(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        rows.extend(output.num_scheduled_tokens.values())
+        return output
+
+    monkeypatch.setattr(sched, "schedule", recording)
+    submit(tasks_llm, PROMPT, two_blocks("dual"))
+    drive(tasks_llm, lambda step: step == 6 and sched.reset_prefix_cache(reset_running_requests=True))
+    assert rows == [21, 8, 8, 8, 21, 8, 21, 8, 8, 8]
+
+
+def test_rows_of_a_request_are_never_split_and_postponed_requests_take_turns(narrow_llm, planned):
+    from tests.e2e.engine import generate, sampling, tokens
+
+    prompts = [[5 + i] * 36 for i in range(12)]
+    params = sampling(64, policy="fixed_steps", steps=16, block_length=8, cache="dual")
+    completions, steps = planned(narrow_llm, [(prompt, params) for prompt in prompts])
+
+    waited = dict.fromkeys({req_id for step, _, _ in steps for req_id in step}, 0)
+    longest = num_postponed = 0
+    for rows, running, _ in steps:
+        assert sum(rows.values()) <= 200
+        assert set(rows.values()) <= {100, 8}  # prompt and canvas, or the active block
+        for req_id in running:
+            waited[req_id] = 0 if req_id in rows else waited[req_id] + 1
+            num_postponed += req_id not in rows
+        longest = max(longest, *waited.values())
+    assert len(waited) == 12 and num_postponed > 12
+    assert longest <= 8  # two refreshes a step: twelve requests wait for at most six steps, and a step of others
+    assert tokens(completions) == [tokens(generate(narrow_llm, [prompt], params))[0] for prompt in prompts]
