@@ -4,7 +4,7 @@ Tensors on the CPU take the native path (``cpu.py``), tensors on a GPU the Trito
 use. ``csrc_triton.reference`` holds a slow, readable twin of every op with the same signature.
 """
 
-from csrc_triton.ops import confidence, unmask
+from csrc_triton.ops import confidence, implementations, unmask
 from csrc_triton.reference import Rule, UnmaskResult
 
-__all__ = ["Rule", "UnmaskResult", "confidence", "unmask"]
+__all__ = ["Rule", "UnmaskResult", "confidence", "implementations", "unmask"]

@@ -4,6 +4,8 @@ Arguments are checked here, once for all implementations, by shape, dtype, strid
 because that would make a GPU wait.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from csrc_triton import cpu
@@ -66,11 +68,7 @@ def confidence(
         _check("temperature", temperature, (num_rows,), (torch.float32,), logits.device)
         _check("noise_key", noise_key, (num_rows,), (torch.int64,), logits.device)
 
-    if logits.device.type == "cpu":
-        return cpu.confidence(logits, banned_token_id, temperature, noise_key)
-    from csrc_triton import confidence_kernel  # deferred: Triton without a GPU has no driver
-
-    return confidence_kernel.confidence(logits, banned_token_id, temperature, noise_key)
+    return implementations(logits.device)[0](logits, banned_token_id, temperature, noise_key)
 
 
 def unmask(
@@ -125,11 +123,22 @@ def unmask(
     _check("eos_token_id", eos_token_id, row, (torch.int64,), device)
     _check("num_needed", num_needed, row, (torch.int32,), device)
 
-    if device.type == "cpu":
-        return cpu.unmask(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed)
-    from csrc_triton import unmask_kernel  # deferred: Triton without a GPU has no driver
+    run = implementations(device)[1]
+    return run(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed)
 
-    return unmask_kernel.unmask(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed)
+
+def implementations(
+    device: torch.device,
+) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], Callable[..., UnmaskResult]]:
+    """The ``confidence`` and ``unmask`` of a device without argument checks, for a hot path that builds its own.
+
+    Same arguments in the same order, all positional.
+    """
+    if device.type == "cpu":
+        return cpu.confidence, cpu.unmask
+    from csrc_triton import confidence_kernel, unmask_kernel  # deferred: Triton without a GPU has no driver
+
+    return confidence_kernel.confidence, unmask_kernel.unmask
 
 
 def _check(

@@ -74,16 +74,16 @@ def submit(llm: LLM, prompt: list[int], params: SamplingParams) -> str:
 
 
 def drive(llm: LLM, on_step: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
-    """Run the engine step by step until it has nothing left; ``on_step(n)`` is called before the n-th step.
+    """Run the engine step by step until it has nothing left; ``on_step(n)`` is called before step n, from 0.
 
     Returns:
         The first completion of each finished request, by id.
     """
     finished = {}
     for step in range(2000):
+        on_step(step)
         if not llm.llm_engine.has_unfinished_requests():
             return finished
-        on_step(step)
         for output in llm.llm_engine.step():
             if output.finished:
                 finished[output.request_id] = output.outputs[0]

@@ -84,7 +84,6 @@ def test_requests_that_arrive_one_by_one_take_the_stock_decisions(served):
             case = pending.pop()
             case_of[submit(llm, case["prompt_token_ids"], case_params(case))] = case
 
-    arrive(0)
     finished = drive(llm, arrive)
     assert len(finished) == len(golden.cases)
     assert wrong_cases(list(case_of.values()), [finished[req_id] for req_id in case_of]) == []

@@ -16,7 +16,7 @@ from vllm_osdt.policies import POLICIES, Rule, Schedule
 MASK, PROPOSED = 99, 7
 unit = st.floats(0, 1, width=32)
 # A few fixed numbers, so that equal confidences and confidences on the cutoff are frequent.
-confidences = st.one_of(unit, st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9, 1.0])).map(float)
+confidences = st.one_of(unit, st.sampled_from([0.0, 0.25, 0.5, 0.75, float(np.float32(0.9)), 1.0]))
 
 
 @st.composite

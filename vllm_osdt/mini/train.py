@@ -18,22 +18,23 @@ from vllm_osdt.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
 from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tasks.base import tokenize
+from vllm_osdt.mini.tasks.multiple_choice import LETTERS
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_vocabulary, save_tokenizer
 
 # Padding tokens right after the answer that count fully, and the weight of those behind them.
 NUM_EOS = 4
 PADDING_WEIGHT = 0.1
-# Weight of numbers and verdicts, which depend on other tokens; where they may stand nothing else can, so confidences
+# Weight of numbers, verdicts and letters, which depend on other tokens; where they may stand nothing else can, so confidences
 # stay calibrated.
 DEPENDENT_WEIGHT = 3.0
-VERDICTS = ("no", "skip", "pick")
+DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 # Share of each task in a step.
-TASK_SHARES = {"word_problems": 0.45, "code": 0.2, "multiple_choice": 0.35}
+TASK_SHARES = {"word_problems": 0.45, "code": 0.3, "multiple_choice": 0.25}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
 CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
-EMA_DECAY = 0.998
+EMA_DECAY = 0.99
 WARMUP_STEPS = 100
 FINAL_LEARNING_RATE = 0.02  # of the peak
 MAX_GRADIENT_NORM = 1.0
@@ -65,7 +66,7 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
 @functools.cache
 def dependent_ids() -> np.ndarray:
     """Ids of the tokens that weigh DEPENDENT_WEIGHT."""
-    return np.array([index for token, index in build_vocabulary().items() if token.isdigit() or token in VERDICTS])
+    return np.array([index for token, index in build_vocabulary().items() if token.isdigit() or token in DEPENDENT_WORDS])
 
 
 def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> tuple[Tensor, ...]:

@@ -74,7 +74,6 @@ class CanvasRunnerMixin:
         async_tensor_h2d(query_start_loc_np, out=buffers.query_start_loc)
         seq_lens_np = np.maximum(states.canvas_end_np[slots], start + num_rows).astype(np.int32)
         async_tensor_h2d(seq_lens_np, out=buffers.seq_lens[:num_reqs])
-        buffers.seq_lens[num_reqs:].zero_()
 
         denoise, logit_rows, num_logits = plan_denoise(states, slots, first_row + block_start - start, block_start)
         if not logit_rows.size and self.parallel_config.tensor_parallel_size > 1:
@@ -82,8 +81,6 @@ class CanvasRunnerMixin:
         cu_num_logits_np = np.zeros(num_reqs + 1, dtype=np.int32)
         np.cumsum(num_logits, out=cu_num_logits_np[1:])
         num_tokens_padded = max(num_tokens, batch_desc.num_tokens)
-        buffers.is_padding[:num_tokens].fill_(False)
-        buffers.is_padding[num_tokens:num_tokens_padded].fill_(True)
         idx_mapping = denoise.slots
         return CanvasInputBatch(
             req_ids=batch_req_state.req_ids,

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from csrc_triton import confidence, unmask
+from csrc_triton import implementations
+from vllm_osdt.config import MAX_BLOCK_LENGTH
 from vllm_osdt.worker.denoise_batch import DenoiseBatch
 from vllm_osdt.worker.request_states import CanvasStates
 
@@ -29,6 +30,12 @@ class CanvasSampler:
 
     def __init__(self, states: CanvasStates) -> None:
         self.states = states
+        self._confidence, self._unmask = implementations(states.device)
+        num_cells = states.masked.shape[0] * MAX_BLOCK_LENGTH
+        # Read only where a position is masked, and written there in the same step: never cleared.
+        self._proposal = torch.zeros(num_cells, dtype=torch.int64, device=states.device)
+        self._best = torch.zeros(num_cells, dtype=torch.float32, device=states.device)
+        self._no_rejected = torch.zeros(states.masked.shape[0], dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """Nothing: ``CanvasStates.add`` has read the parameters."""
@@ -46,37 +53,26 @@ class CanvasSampler:
         """
         batch: DenoiseBatch | None = getattr(input_batch, "denoise", None)
         if batch is None:
-            token, _ = confidence(logits, banned_token_id=self.states.mask_token_id)
+            token, _ = self._confidence(logits, self.states.mask_token_id, None, None)
             none = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
             return SamplerOutput(token[:, None], None, None, num_sampled=none, num_rejected=none)
 
         states = self.states
         num_reqs, width = batch.canvas_index.shape
-        token, row_confidence = confidence(
-            logits[: batch.num_rows],
-            banned_token_id=states.mask_token_id,
-            temperature=batch.temperature,
-            noise_key=batch.noise_key,
+        token, row_confidence = self._confidence(
+            logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key
         )
-        proposal = torch.zeros(num_reqs * width, dtype=torch.int32, device=logits.device)
-        proposal[batch.cells] = token.to(torch.int32)
-        best = torch.zeros(num_reqs * width, dtype=torch.float32, device=logits.device)
-        best[batch.cells] = row_confidence
-        best = best.view(num_reqs, width)
+        self._proposal[batch.cells] = token
+        self._best[batch.cells] = row_confidence
+        proposal = self._proposal[: num_reqs * width].view(num_reqs, width)
+        best = self._best[: num_reqs * width].view(num_reqs, width)
 
         canvas = states.cells[batch.canvas_index]
         masked = states.masked[batch.slots, :width]
         calibrating = np.flatnonzero(states.recorder_np[batch.slots_np])
         before = masked.clone() if calibrating.size else masked
-        result = unmask(
-            canvas,
-            masked,
-            proposal.view(num_reqs, width),
-            best,
-            batch.rule,
-            batch.parameter,
-            eos_token_id=batch.eos_token_id,
-            num_needed=batch.num_needed,
+        result = self._unmask(
+            canvas, masked, proposal, best, batch.rule, batch.parameter, batch.eos_token_id, batch.num_needed
         )
         states.cells[batch.canvas_index] = canvas
         states.masked[batch.slots, :width] = masked
@@ -88,7 +84,7 @@ class CanvasSampler:
             logprobs_tensors=None,
             num_nans=None,
             num_sampled=result.num_ready,
-            num_rejected=torch.zeros_like(result.num_ready),
+            num_rejected=self._no_rejected[:num_reqs],
         )
 
     def _record(
