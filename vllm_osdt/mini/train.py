@@ -24,12 +24,15 @@ from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_voc
 # Padding tokens right after the answer that count fully, and the weight of those behind them.
 NUM_EOS = 4
 PADDING_WEIGHT = 0.1
-# Weight of numbers, verdicts and letters, which depend on other tokens; where they may stand nothing else can, so confidences
-# stay calibrated.
-DEPENDENT_WEIGHT = 3.0
+# Weight of numbers, verdicts and letters, which depend on other tokens, and of the parts of a split, which follow one
+# of two words. Only such a token can stand in such a place, so the weights leave the confidences calibrated.
+DEPENDENT_WEIGHT, PART_WEIGHT = 3.0, 6.0
 DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
+BEFORE_PARTS = ("gets", "+")
+# Share of sequences in which only dependent tokens of the active block are masked: decoding leaves them for last.
+DEPENDENT_SHARE = 0.4
 # Share of each task in a step.
-TASK_SHARES = {"word_problems": 0.45, "code": 0.3, "multiple_choice": 0.25}
+TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
@@ -66,7 +69,8 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
 @functools.cache
 def dependent_ids() -> np.ndarray:
     """Ids of the tokens that weigh DEPENDENT_WEIGHT."""
-    return np.array([index for token, index in build_vocabulary().items() if token.isdigit() or token in DEPENDENT_WORDS])
+    numbers = [token for token in build_vocabulary() if token.isdigit()]
+    return np.array([build_vocabulary()[token] for token in (*numbers, *DEPENDENT_WORDS)])
 
 
 def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> tuple[Tensor, ...]:
@@ -83,11 +87,14 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
     positions = np.arange(canvas_length)
 
     weights = np.where(positions < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
-    weights = np.where(np.isin(canvas, dependent_ids()), DEPENDENT_WEIGHT, weights)
+    is_dependent = np.isin(canvas, dependent_ids())
+    weights = np.where(is_dependent, DEPENDENT_WEIGHT, weights)
+    weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
     masked = rng.random((size, canvas_length)) < 1.0 - rng.random((size, 1))
     if rng.random() < 0.5:  # what decoding meets: clear blocks, the active one, masked blocks
         blocks = positions // block_length
         active = rng.integers(lengths // block_length + 1)[:, None]
+        masked &= is_dependent | (rng.random((size, 1)) >= DEPENDENT_SHARE)
         masked = (blocks == active) & masked | (blocks > active)
         weights = weights * np.where(blocks > active, LATER_WEIGHT, 1.0)
 

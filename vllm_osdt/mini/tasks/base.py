@@ -63,14 +63,16 @@ class Parts:
 
 
 def draw_parts(rng: random.Random, free: bool, lows: tuple[int, ...]) -> Parts:
-    """Draws a split with exactly one odd part in any place (`free`), or with equal parts only.
+    """Draws a split into equal parts, or (`free`) into parts of 1 with a single 2 in any place.
 
     With one odd part among three or four every place prefers the usual value with probability 2/3 or 3/4, but all
     of them at once are wrong: this is what a low threshold gets wrong.
     """
-    count, low = rng.choice((3, 4)), rng.choice(lows)
-    larger = rng.choice((1, count - 1) if free else (0, count))
-    return Parts(count, low, count * low + larger)
+    count = rng.choice((3, 4))
+    if free:
+        return Parts(count, 1, count + 1)
+    low = rng.choice(lows)
+    return Parts(count, low, count * rng.choice((low, low + 1)))
 
 
 def tokenize(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Word problems with worked steps, after GSM8K: gifts of one or another size, a running count, a closing sentence."""
 
+import itertools
 import random
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +8,8 @@ from typing import ClassVar
 from vllm_osdt.mini.tasks.base import Parts, TemplateProblem, draw_parts
 
 NAMES = ("mia", "tom", "zoe", "leo", "eve", "sam", "ivy", "ben")
-# The count stays positive through up to four changes of up to three.
+# The count stays among these.
+COUNTS = range(8, 25)
 STARTS = (13, 20)
 ITEMS = ("pens", "cards", "coins", "books")
 
@@ -46,7 +48,11 @@ def draw(rng: random.Random, free: bool) -> WordProblem:
     """Draws a problem; `free` ones leave open who gets the gift of the other size."""
     gifts = draw_parts(rng, free, (1, 2))
     start = rng.randint(*STARTS)
-    changes = tuple(rng.choice((-1, 1)) * rng.randint(1, 3) for _ in range(rng.choice((3, 4))))
+    num_changes = rng.choice((3, 4))
+    while True:
+        changes = tuple(rng.choice((-1, 1)) * rng.randint(1, 3) for _ in range(num_changes))
+        if all(count in COUNTS for count in itertools.accumulate(changes, initial=start)):
+            break
     name, *friends = rng.sample(NAMES, gifts.count + 1)
     item = rng.choice(ITEMS)
     events = " , ".join(f"{'finds' if change > 0 else 'loses'} {abs(change)}" for change in changes)
