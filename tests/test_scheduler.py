@@ -75,22 +75,34 @@ def test_a_preempted_request_starts_its_block_again_with_a_refresh(tasks_llm, mo
     assert rows == [21, 8, 8, 8, 21, 8, 21, 8, 8, 8]
 
 
-def test_rows_of_a_request_are_never_split_and_postponed_requests_take_turns(narrow_llm, planned):
-    from tests.e2e.engine import generate, sampling, tokens
+@pytest.fixture
+def crowded(narrow_llm, golden_tasks, planned):
+    """Sixteen canvases of which one refresh fills most of a step of 200 rows; their prompts, parameters, outcome."""
+    from tests.e2e.engine import sampling
 
-    prompts = [[5 + i] * 36 for i in range(12)]
-    params = sampling(64, policy="fixed_steps", steps=16, block_length=8, cache="dual")
-    completions, steps = planned(narrow_llm, [(prompt, params) for prompt in prompts])
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:16]]
+    # Blocks take several steps at first and one at the end, when every step of every request is a refresh.
+    params = sampling(128, policy="static_threshold", threshold=0.95, block_length=8, cache="dual")
+    return prompts, params, *planned(narrow_llm, [(prompt, params) for prompt in prompts])
 
-    waited = dict.fromkeys({req_id for step, _, _ in steps for req_id in step}, 0)
-    longest = num_postponed = 0
-    for rows, running, _ in steps:
-        assert sum(rows.values()) <= 200
-        assert set(rows.values()) <= {100, 8}  # prompt and canvas, or the active block
-        for req_id in running:
-            waited[req_id] = 0 if req_id in rows else waited[req_id] + 1
-            num_postponed += req_id not in rows
-        longest = max(longest, *waited.values())
-    assert len(waited) == 12 and num_postponed > 12
-    assert longest <= 8  # two refreshes a step: twelve requests wait for at most six steps, and a step of others
+
+def test_rows_of_a_request_are_never_split(crowded, narrow_llm):
+    from tests.e2e.engine import generate, tokens
+
+    prompts, params, completions, steps = crowded
+    refresh = {len(prompt) + 128 for prompt in prompts}
+    assert all(sum(rows.values()) <= 200 for rows, _, _ in steps)
+    assert {count for rows, _, _ in steps for count in rows.values()} <= refresh | {8}
+    assert sum(len(running) - len(rows.keys() & running) for rows, running, _ in steps) > 100  # many were postponed
     assert tokens(completions) == [tokens(generate(narrow_llm, [prompt], params))[0] for prompt in prompts]
+
+
+def test_postponed_requests_take_turns(crowded):
+    _, _, _, steps = crowded
+    waited, longest = {}, 0
+    for rows, running, _ in steps:
+        for req_id in running:
+            waited[req_id] = 0 if req_id in rows else waited.get(req_id, 0) + 1
+        longest = max(longest, *waited.values())
+    # At least one request runs in every step; nobody runs twice while another waits.
+    assert longest < max(len(running) for _, running, _ in steps)

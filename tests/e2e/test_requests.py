@@ -16,12 +16,12 @@ from tests.e2e.engine import (
     submit,
     tokens,
 )
-from tests.reference.decode import decode, static_threshold
+from tests.reference.decode import decode, fixed_steps, static_threshold
 from vllm_osdt.config import RESOLVED_KEY
 
 pytestmark = pytest.mark.e2e
 
-EOS, MASK, EQUALS = 0, 1, 24
+EOS, MASK, SEMICOLON, EQUALS = 0, 1, 23, 24
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,21 @@ def test_output_ends_with_eos_unless_it_is_ignored(tasks_llm, prompts):
     assert num_ended >= 4
 
 
-@pytest.mark.parametrize("stop", [[EQUALS], [EQUALS, 23], [23]])
+def test_an_end_token_ends_its_block_before_the_rest_is_decided(tasks_llm, tasks_twin, prompts):
+    params = sampling(32, policy="fixed_steps", block_length=16, cache="dual", stop_token_ids=[SEMICOLON])
+    got = generate(tasks_llm, prompts, params)
+    rule = fixed_steps(16, 16)
+    expected = [
+        decode(tasks_twin, prompt, rule, gen_length=32, block_length=16, cache="dual", eos_token_id=SEMICOLON)
+        for prompt in prompts
+    ]
+    assert min(result.proposal_margin for result in expected) > 1e-5
+    assert tokens(got) == [result.tokens for result in expected]
+    assert [nfe(completion) for completion in got] == [result.nfe for result in expected]
+    assert any(result.nfe % 16 for result in expected)
+
+
+@pytest.mark.parametrize("stop", [[EQUALS], [EQUALS, SEMICOLON], [SEMICOLON]])
 def test_a_stop_token_ends_output_where_it_stands(tasks_llm, prompts, stop):
     full, cut = (generate(tasks_llm, prompts[:6], static(64, stop_token_ids=ids)) for ids in ([], stop))
     num_cut = 0

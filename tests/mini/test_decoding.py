@@ -17,7 +17,7 @@ def model():
     model = MiniLLaDA(CONFIG)
     model.initialize()
     # The end token never wins, so every block is decoded; the mask token always would.
-    head = model.model.transformer["ff_out"].weight.data
+    head = model.model["transformer"].ff_out.weight.data
     head[CONFIG.eos_token_id] = 0.0
     head[CONFIG.mask_token_id] *= 100.0
     return model.eval()
@@ -48,7 +48,7 @@ def test_a_request_decodes_the_same_alone_and_in_a_batch(model, prompts):
 def test_decoding_stops_after_the_block_with_the_end_token(model, prompts):
     ending = MiniLLaDA(CONFIG)
     ending.load_state_dict(model.state_dict())
-    ending.model.transformer["ff_out"].weight.data.zero_()  # all tokens tie, the lowest id is the end
+    ending.model["transformer"].ff_out.weight.data.zero_()  # all tokens tie, the lowest id is the end
     canvases, nfe = decode(ending.eval(), prompts, static_rule(0.0), CANVAS_LENGTH)
     assert nfe.tolist() == [1] * 4
     assert (canvases[:, CONFIG.block_length :] == CONFIG.mask_token_id).all()

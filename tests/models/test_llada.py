@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.reference.decode import decode, static_threshold
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
 from vllm_osdt.models.llada_config import LLaDAConfig
@@ -79,13 +80,13 @@ PUBLISHED = {
     ],
     ids=["one kv head, padded vocabulary", "tied, padded vocabulary", "two kv heads, other constants"],
 )  # fmt: skip
-def test_logits_of_a_refresh_equal_those_of_the_plain_model(tmp_path, monkeypatch, fields):
+def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch, fields):
     from vllm import LLM
 
     from tests.e2e.engine import generate, sampling
     from vllm_osdt.worker.sampler import CanvasSampler
 
-    folder = make_checkpoint(tmp_path / "model", seed=3, **fields)
+    folder = make_checkpoint(tmp_path / "model", seed=3, mask_scale=4.0, **fields)
     twin = ReferenceLLaDA.load(folder)
     llm = LLM(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_num_seqs=4, max_model_len=128)
     seen = []
@@ -96,7 +97,7 @@ def test_logits_of_a_refresh_equal_those_of_the_plain_model(tmp_path, monkeypatc
         return sample(self, logits, input_batch, *args)
 
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
-    generate(llm, PROMPTS, sampling(64, policy="static_threshold", threshold=1e-6, block_length=32))
+    completions = generate(llm, PROMPTS, sampling(64, policy="static_threshold", threshold=0.2, block_length=32))
     logits, num_rows = seen[0]  # the first step: every prompt with its whole canvas, logits of the first block
 
     num_lines = [len(prompt) + 64 for prompt in PROMPTS]
@@ -108,7 +109,14 @@ def test_logits_of_a_refresh_equal_those_of_the_plain_model(tmp_path, monkeypatc
         expected.append(full[len(prompt) : len(prompt) + 32])
     plain = torch.cat(expected)
     assert plain.std() > 0.5
-    torch.testing.assert_close(logits, plain, rtol=0, atol=LOGIT_TOLERANCE)
+    torch.testing.assert_close(logits, plain, rtol=1e-5, atol=LOGIT_TOLERANCE)
+
+    assert (plain.argmax(dim=-1) == twin.mask_token_id).any()  # the best token, but none to emit
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        decoded = decode(twin, prompt, static_threshold(0.2), gen_length=64, block_length=32, cache="dual")
+        assert min(decoded.proposal_margin, decoded.rule_margin) > 1e-5
+        assert list(completion.token_ids) == decoded.tokens
+        assert twin.mask_token_id not in completion.token_ids
 
 
 def test_the_published_config_loads_without_remote_code(tmp_path):

@@ -92,12 +92,13 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
 
 
-def make_checkpoint(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
+def make_checkpoint(folder: Path, *, seed: int = 0, mask_scale: float = 1.0, **fields: Any) -> Path:
     """Write a small random checkpoint in the published format.
 
     Args:
         folder: Where ``config.json`` and ``model.safetensors`` go; created.
         seed: Of the weights.
+        mask_scale: Factor on the mask token's logits; above 1 it is the best token of many positions.
         fields: Config fields that differ from the defaults below.
     """
     config: dict[str, Any] = {
@@ -159,6 +160,8 @@ def make_checkpoint(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
     weights["model.transformer.ln_f.weight"] = norm()
     if not config["weight_tying"]:
         weights["model.transformer.ff_out.weight"] = matrix(config["embedding_size"], width, 3.0)
+    head = "model.transformer.wte.weight" if config["weight_tying"] else "model.transformer.ff_out.weight"
+    weights[head][config["mask_token_id"]] *= mask_scale
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")

@@ -258,7 +258,7 @@ class Replacement:
 
 
 _GPU = "vllm.v1.worker.gpu"
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "prepare_prefill_inputs": prepare_prefill_inputs_np,
     "prepare_pos_seq_lens": prepare_pos_seq_lens_np,
     "combine_sampled_and_draft_tokens": combine_sampled_and_draft_tokens_np,

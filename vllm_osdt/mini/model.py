@@ -114,25 +114,36 @@ class Block(nn.Module):
         return hidden + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
 
 
+class Transformer(nn.Module):
+    """The layers, under the names the checkpoints give them."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = nn.RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, token_ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        hidden = self.wte(token_ids)
+        for block in self.blocks:
+            hidden = block(hidden, cos, sin)
+        return self.ff_out(self.ln_f(hidden))
+
+
 class MiniLLaDA(nn.Module):
     """Logits of every position from all positions: no causal mask, no padding mask."""
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.Module()
-        self.model.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.d_model),
-                "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
-                "ln_f": nn.RMSNorm(config.d_model, config.rms_norm_eps),
-                "ff_out": nn.Linear(config.d_model, config.vocab_size, bias=False),
-            }
-        )
+        self.model = nn.ModuleDict({"transformer": Transformer(config)})
         head_size = config.d_model // config.n_heads
         frequencies = config.rope_theta ** (-torch.arange(0, head_size, 2) / head_size)
         angles = torch.outer(torch.arange(config.max_sequence_length), frequencies).repeat(1, 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # [max_sequence_length, head_size]
+        self.cos: Tensor  # [max_sequence_length, head_size]
+        self.sin: Tensor
+        self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     @torch.no_grad()
@@ -147,13 +158,8 @@ class MiniLLaDA(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Maps `[batch, length]` ids to `[batch, length, vocab_size]` logits."""
-        layers = self.model.transformer
         length = token_ids.shape[1]
-        hidden = layers["wte"](token_ids)
-        cos, sin = self.cos[:length].to(hidden.dtype), self.sin[:length].to(hidden.dtype)
-        for block in layers["blocks"]:
-            hidden = block(hidden, cos, sin)
-        return layers["ff_out"](layers["ln_f"](hidden))
+        return self.model["transformer"](token_ids, self.cos[:length], self.sin[:length])
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `model.safetensors`."""

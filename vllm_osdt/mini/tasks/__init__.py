@@ -39,5 +39,5 @@ def generate(task: str, split: str, count: int, seed: int) -> list[Problem]:
 
 
 def check(problem: Problem, answer: str) -> bool:
-    """Whether an answer is valid."""
-    return problem.accepts(answer)
+    """Whether an answer is valid; space around it is not looked at (a completion of words starts with one)."""
+    return problem.accepts(answer.strip())

@@ -59,8 +59,8 @@ class CodeProblem(Problem):
         return function is not None and all(function(value) == self.expected(value) for value in TEST_INPUTS)
 
 
-def compile_function(source: str, name: str) -> Callable[[int], int] | None:
-    """Turns an answer into a function of one integer, or None where it is not one.
+def compile_function(source: str, name: str) -> Callable[[int], int | None] | None:
+    """Turns an answer into a function of one integer, or None where it is not one; it returns None where it fails.
 
     Only assignments and returns of sums, differences and products of names and small constants pass: no loop, call,
     attribute or import, so what runs ends after at most MAX_CODE_CHARS operations.
@@ -75,15 +75,16 @@ def compile_function(source: str, name: str) -> Callable[[int], int] | None:
         exec(compile(module, "answer", "exec"), {"__builtins__": {}}, namespace)
     except (SyntaxError, ValueError, NameError, TypeError, MemoryError, RecursionError):
         return None
-    function = namespace.get(name)
+    if not callable(namespace.get(name)):
+        return None
 
     def run(value: int) -> int | None:
         try:
-            return function(value)
+            return namespace[name](value)
         except (NameError, TypeError):
             return None
 
-    return run if callable(function) else None
+    return run
 
 
 def is_allowed(node: ast.AST) -> bool:
