@@ -9,6 +9,8 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # A GPU that answers gets a vLLM release; anything else the CPU build.
 FLAVOUR := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 INSTALLED := $(VENV)/.installed-$(FLAVOUR)
+# Each in a process of its own: an engine that goes takes the process groups of all engines in its process along.
+ENGINE_TESTS := $(sort $(wildcard tests/e2e/test_*.py) $(wildcard tests/models/test_*.py) tests/test_scheduler.py)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -17,7 +19,8 @@ demo: $(INSTALLED) ## decode with OSDT and its rivals, print and draw the compar
 	$(PY) -m vllm_osdt.demo --model $(or $(MODEL),llada-mini)
 
 test: lint types ## lint, types and the whole test suite (PYTEST_ARGS="-k name")
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST_ARGS) $(addprefix --ignore=,$(ENGINE_TESTS))
+	for module in $(ENGINE_TESTS); do $(PY) -m pytest $(PYTEST_ARGS) $$module || exit 1; done
 
 install: $(INSTALLED) ## make .venv and install what is missing
 

@@ -162,6 +162,20 @@ def _runner_choice() -> None:
     _wrap(VllmConfig, "use_v2_model_runner", make)
 
 
+def _ordinary_sampling() -> None:
+    """vLLM's top-k and top-p of other models use a Triton kernel that the interpreter cannot run; on a CPU without a
+    Triton compiler they take vLLM's PyTorch path, as they would without us.
+
+    Goes when vLLM for CPU ships a Triton compiler.
+    """
+    from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
+
+    if is_interpreting():
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        topk_topp_sampler.HAS_TRITON = False
+
+
 def use_native_twins() -> None:
     """Host functions of Model Runner V2 whose kernels the interpreter would run get NumPy twins.
 
@@ -188,3 +202,4 @@ def apply() -> None:
     _admission()
     _command_line()
     _runner_choice()
+    _ordinary_sampling()

@@ -13,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY
 
@@ -69,7 +70,7 @@ class CanvasScheduler(Scheduler):
         self.num_spec_tokens = MAX_BLOCK_LENGTH
         self._max_num_active_reqs: int = self.max_num_active_reqs
         self._placeholders = [-1] * self.max_model_len
-        self._postponed: set[str] = set()
+        self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
         self._failed_req_ids: set[str] = set()
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_canvas
@@ -84,11 +85,14 @@ class CanvasScheduler(Scheduler):
         """Plan one engine step (see the class)."""
         budget = self.max_num_scheduled_tokens
         order = self.running
-        if self._postponed:
-            order = sorted(order, key=lambda request: request.request_id not in self._postponed)
-            self._postponed = set()
+        waited, self._postponed = self._postponed, {}
+        if waited:
+            order = sorted(order, key=lambda request: -waited.get(request.request_id, 0))
         for request in order:
-            budget -= self._plan_step(request, budget)
+            num_rows = self._plan_step(request, budget)
+            if num_rows == 0:
+                self._postponed[request.request_id] = waited.get(request.request_id, 0) + 1
+            budget -= num_rows
         self._limit_admissions(budget)
         output = super().schedule(throttle_prefills)
         # A dynamic attribute travels with the output to every worker.
@@ -110,7 +114,6 @@ class CanvasScheduler(Scheduler):
         if num_rows > budget:
             # schedule() counts current_step up before it looks at this.
             request.next_decode_eligible_step = self.current_step + 2
-            self._postponed.add(request.request_id)
             return 0
         request.num_computed_tokens = start
         request.spec_token_ids = self._placeholders[:num_canvas_rows]
@@ -148,6 +151,20 @@ class CanvasScheduler(Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Nothing: the next step's placeholders are planned by :meth:`schedule`."""
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> SpecDecodingStats | None:
+        """vLLM's counters by position end at ``num_spec_tokens``; canvas rows beyond it count in the sum alone."""
+        counted = min(num_draft_tokens, self.num_spec_tokens)
+        stats = super().make_spec_decoding_stats(spec_decoding_stats, counted, *args, **kwargs)
+        if stats is not None:
+            stats.num_draft_tokens += num_draft_tokens - counted
+        return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if not _ended_well(request):

@@ -142,7 +142,7 @@ def test_chat_without_max_tokens_is_served(server: Server) -> None:
         ({"vllm_xargs": {"osdt_threshold": 1.5}}, ["osdt_threshold", "1.5"]),
         ({"vllm_xargs": {"osdt_cache": "triple"}}, ["osdt_cache", "triple"]),
         ({"vllm_xargs": {"osdt_gen_length": 100}}, ["100", "128"]),
-        ({"max_tokens": 500}, ["512"]),
+        ({"max_tokens": 5000}, ["512"]),
         ({"temperature": 0.7, "top_p": 0.5}, ["top_p=0.5"]),
         ({"temperature": 0.7, "top_k": 5}, ["top_k=5"]),
         ({"presence_penalty": 1.0}, ["presence_penalty=1.0"]),

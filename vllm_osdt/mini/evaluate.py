@@ -139,6 +139,7 @@ def main() -> None:
     """Prints accuracy and forward passes for every task and threshold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(model_path("llada-mini")), help="folder of a checkpoint")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
     parser.add_argument("--problems", type=int, default=300, help="held-out problems per task")
     parser.add_argument("--seed", type=int, default=7, help="seed of the held-out problems")
     parser.add_argument("--canvas-length", type=int, default=CANVAS_LENGTH)
@@ -148,7 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     model = MiniLLaDA.load(options.model).to(options.device)
     print(f"{'task':<16}{'rule':<22}{'accuracy':>9}  {'95 % interval':<16}{'n':>5}{'forwards':>10}")
-    for task in TASKS:
+    for task in options.tasks:
         problems = generate(task, "held_out", options.problems, options.seed)
         rules = {
             f"static {threshold}" if threshold <= 1 else "one per step": static_rule(threshold)

@@ -1,5 +1,7 @@
 """vLLM's CPU worker with the canvas runner."""
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda stand-ins
 
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner  # isort: skip
@@ -16,9 +18,12 @@ class CanvasModelRunner(CanvasRunnerMixin, CPUModelRunner):
 class CanvasWorker(CanvasWorkerMixin, CPUWorker):
     """Chooses the runner."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kernels.register()  # vLLM's constructor looks the configured kernels up
+        super().__init__(*args, **kwargs)
+
     def init_device(self) -> None:
         """Set up the device as vLLM does, then put our runner in place of its own."""
-        kernels.register()
         super().init_device()
         compat.use_native_twins()
         self.model_runner = CanvasModelRunner(self.vllm_config, self.device)
