@@ -75,14 +75,29 @@ def tasks_tokenizer(golden_tasks: Golden, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def tasks_llm(golden_tasks: Golden, tasks_tokenizer: Path) -> Any:
-    """The task model with room for everything; statistics are on, as in a server."""
+def start_llm() -> Any:
+    """Starts an engine in this process, with what the tests have in common.
+
+    Engines share vLLM's process groups, which the first one to be collected takes down: they live to the end.
+    """
     from vllm import LLM
 
-    return LLM(
-        model=str(golden_tasks.folder),
+    engines = []
+
+    def start(model: Path, **arguments: Any) -> Any:
+        arguments = {"dtype": "float32", "skip_tokenizer_init": "tokenizer" not in arguments, **arguments}
+        engines.append(LLM(model=str(model), **arguments))
+        return engines[-1]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def tasks_llm(golden_tasks: Golden, tasks_tokenizer: Path, start_llm: Any) -> Any:
+    """The task model with room for everything; statistics are on, as in a server."""
+    return start_llm(
+        golden_tasks.folder,
         tokenizer=str(tasks_tokenizer),
-        dtype="float32",
         max_num_seqs=64,
         max_model_len=256,
         disable_log_stats=False,
@@ -90,28 +105,15 @@ def tasks_llm(golden_tasks: Golden, tasks_tokenizer: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def random_llm(golden_random: Golden) -> Any:
+def random_llm(golden_random: Golden, start_llm: Any) -> Any:
     """The random model with room for everything."""
-    from vllm import LLM
-
-    return LLM(
-        model=str(golden_random.folder), skip_tokenizer_init=True, dtype="float32", max_num_seqs=32, max_model_len=512
-    )
+    return start_llm(golden_random.folder, max_num_seqs=32, max_model_len=512)
 
 
 @pytest.fixture(scope="session")
-def narrow_llm(golden_tasks: Golden) -> Any:
+def narrow_llm(golden_tasks: Golden, start_llm: Any) -> Any:
     """The task model where few requests fit one forward pass, and not every canvas that the model allows."""
-    from vllm import LLM
-
-    return LLM(
-        model=str(golden_tasks.folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_num_seqs=64,
-        max_model_len=256,
-        max_num_batched_tokens=200,
-    )
+    return start_llm(golden_tasks.folder, max_num_seqs=64, max_model_len=256, max_num_batched_tokens=200)
 
 
 @pytest.fixture(scope="session")
@@ -120,11 +122,3 @@ def tasks_twin(golden_tasks: Golden) -> Any:
     from tests.reference.llada import ReferenceLLaDA
 
     return ReferenceLLaDA.load(golden_tasks.folder)
-
-
-@pytest.fixture(scope="session")
-def random_twin(golden_random: Golden) -> Any:
-    """The random model in plain PyTorch."""
-    from tests.reference.llada import ReferenceLLaDA
-
-    return ReferenceLLaDA.load(golden_random.folder)

@@ -18,7 +18,8 @@ if sys.argv[2] == "absent":
         distribution for distribution in installed(**context) if distribution.name != "vllm-osdt"
     )
 from vllm import LLM, SamplingParams
-llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, dtype="float32", max_num_seqs=4, max_model_len=64)
+llm = LLM(model=sys.argv[1], skip_tokenizer_init=True, dtype="float32", max_num_seqs=4, max_model_len=64,
+          enforce_eager=True)
 prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 4, 9)]
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, detokenize=False), use_tqdm=False)
 config = llm.llm_engine.vllm_config

@@ -32,15 +32,14 @@ class Row:
     tokens_per_second: float
 
 
-def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any]) -> Row:
+def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: str) -> Row:
     """Decode every problem of a task with one policy; with OSDT the first one, alone, calibrates."""
     from vllm import SamplingParams
 
     from vllm_osdt.mini.tasks import check
 
-    params = SamplingParams(
-        temperature=0.0, max_tokens=GEN_LENGTH, extra_args={**POLICIES[policy], "osdt_task": task}
-    )
+    options = {**POLICIES[policy], "osdt_task": task, "osdt_cache": cache}
+    params = SamplingParams(temperature=0.0, max_tokens=GEN_LENGTH, extra_args=options)
     prompts = [problem.prompt for problem in problems]
     first = 1 if policy == "OSDT" else 0
     start = time.perf_counter()
@@ -95,6 +94,12 @@ def main() -> None:
     parser.add_argument("--model", default="llada-mini", help="name of a bundled model")
     parser.add_argument("--problems", type=int, default=64, help="problems per task")
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
+    parser.add_argument(
+        "--cache",
+        default="none",
+        choices=("none", "prefix", "dual"),
+        help="KV cache mode; the bundled model counts on its prompt's keys and values being up to date (none)",
+    )
     parser.add_argument("--picture", type=Path, default=Path("demo/osdt_signature.png"))
     args = parser.parse_args()
 
@@ -108,14 +113,14 @@ def main() -> None:
     from vllm_osdt.mini.tasks import TASKS, generate
 
     start = time.perf_counter()
-    llm = LLM(model=model_path(args.model), max_num_seqs=args.problems)
+    llm = LLM(model=model_path(args.model), max_num_seqs=args.problems, dtype="float32", max_num_batched_tokens=16384)
     print(f"engine started in {time.perf_counter() - start:.1f} s; {args.problems} held-out problems per task")
     header = f"{'task':<16} {'policy':<20} {'accuracy':>9} {'NFE':>7} {'tokens/forward':>15} {'tokens/s':>9}"
     print(f"{header}\n{'-' * len(header)}")
     for task in TASKS:
         problems = generate(task, "held_out", args.problems, args.seed)
         for policy in POLICIES:
-            row = run_policy(llm, task, policy, problems)
+            row = run_policy(llm, task, policy, problems, args.cache)
             print(
                 f"{row.task:<16} {row.policy:<20} {row.accuracy:>9.1%} {row.nfe:>7.1f} {row.tokens_per_forward:>15.2f} "
                 f"{row.tokens_per_second:>9.0f}",

@@ -16,19 +16,9 @@ def served(request):
 
 
 @pytest.fixture(scope="module")
-def scarce_llm(golden_tasks):
+def scarce_llm(golden_tasks, start_llm):
     """An engine whose KV pages hold a few requests at a time."""
-    from vllm import LLM
-
-    return LLM(
-        model=str(golden_tasks.folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_num_seqs=64,
-        max_model_len=256,
-        block_size=32,
-        num_gpu_blocks_override=9,
-    )
+    return start_llm(golden_tasks.folder, max_num_seqs=64, max_model_len=256, block_size=32, num_gpu_blocks_override=9)
 
 
 def prompts_and_params(cases):

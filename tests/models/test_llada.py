@@ -80,15 +80,13 @@ PUBLISHED = {
     ],
     ids=["one kv head, padded vocabulary", "tied, padded vocabulary", "two kv heads, other constants"],
 )  # fmt: skip
-def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch, fields):
-    from vllm import LLM
-
+def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch, start_llm, fields):
     from tests.e2e.engine import generate, sampling
     from vllm_osdt.worker.sampler import CanvasSampler
 
     folder = make_checkpoint(tmp_path / "model", seed=3, mask_scale=4.0, **fields)
     twin = ReferenceLLaDA.load(folder)
-    llm = LLM(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_num_seqs=4, max_model_len=128)
+    llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
     seen = []
     sample = CanvasSampler.__call__
 
