@@ -32,15 +32,18 @@ def _wrap(owner: Any, name: str, make: Any) -> None:
 
 @contextmanager
 def _http_400() -> Iterator[None]:
-    """Our refusals leave as vLLM's own kind of ValueError, which its server answers with HTTP 400."""
+    """Our refusals leave as a ValueError that is also vLLM's own kind, which its server answers with HTTP 400."""
     from vllm.exceptions import VLLMValidationError
 
     from vllm_osdt.errors import OSDTError
 
+    class RefusedRequestError(VLLMValidationError, ValueError):
+        pass
+
     try:
         yield
     except OSDTError as error:
-        raise VLLMValidationError(str(error)) from error
+        raise RefusedRequestError(str(error)) from error
 
 
 def _own_sampling_rules() -> None:
