@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_osdt.mini.evaluate import ONE_PER_STEP, Score, calibrate, decode, osdt_rule, static_rule
+from vllm_osdt.mini.evaluate import ONE_PER_STEP, Score, block_logits, calibrate, decode, osdt_rule, static_rule
 from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
 from vllm_osdt.mini.tasks import generate
 
@@ -37,6 +37,23 @@ def test_one_token_per_step_takes_a_forward_per_position(model, prompts):
 def test_threshold_zero_takes_a_forward_per_block(model, prompts):
     _, nfe = decode(model, prompts, static_rule(0.0), CANVAS_LENGTH)
     assert nfe.tolist() == [CANVAS_LENGTH // CONFIG.block_length] * 4
+
+
+def test_the_dual_cache_computes_what_two_passes_with_kept_keys_and_values_do(model, prompts):
+    """With one layer, what a row sees depends on the ids alone: masks instead of the active block's tokens are gone."""
+    length, start = prompts.shape[1] + CANVAS_LENGTH, prompts.shape[1]
+    entered = torch.cat((prompts, prompts.new_full((4, CANVAS_LENGTH), CONFIG.mask_token_id)), dim=1)
+    now = entered.clone()
+    now[:, start : start + 3] = 7
+    active = slice(start, start + CONFIG.block_length)
+    expected = model(now)[:, active]
+    assert torch.allclose(block_logits(model, now, entered, active, "dual"), expected, atol=1e-5)
+    assert torch.allclose(block_logits(model, now, entered, active, "prefix"), expected, atol=1e-5)
+    assert torch.equal(block_logits(model, now, entered, active, "none"), expected)
+    changed = entered.clone()
+    changed[:, length - 1] = 9
+    assert not torch.allclose(block_logits(model, now, changed, active, "dual"), expected, atol=1e-5)
+    assert torch.allclose(block_logits(model, now, changed, active, "prefix"), expected, atol=1e-5)
 
 
 def test_a_request_decodes_the_same_alone_and_in_a_batch(model, prompts):

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from vllm_osdt.mini import model_path
+from vllm_osdt.mini import train as training
 from vllm_osdt.mini.evaluate import evaluate, static_rule
 from vllm_osdt.mini.model import MiniLLaDA
 from vllm_osdt.mini.tasks import TASKS, generate
-from vllm_osdt.mini.train import NUM_EOS, PADDING_WEIGHT, draw_batch, encode_pool, train
+from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
+from vllm_osdt.mini.train import NUM_EOS, NUM_STATES, PADDING_WEIGHT, VIEWS, draw_batch, encode_pool, train
 
 BLOCK_LENGTH = 32
 MAX_CHECKPOINT_BYTES = 9.5e6
@@ -32,20 +34,44 @@ def test_model_path_names_the_known_models():
         model_path("llada-maxi")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_batches_mask_only_the_canvas_and_weigh_the_answer(task):
-    groups = encode_pool(task, 100, 0)
+@pytest.fixture(params=TASKS)
+def groups(request):
+    return encode_pool(request.param, 100, 0)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_batches_ask_only_for_masked_tokens_of_the_canvas_and_weigh_the_answer(groups, view, monkeypatch):
+    monkeypatch.setattr(training, "VIEWS", {view: 1.0})
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        clear, masked, weights = draw_batch(rng, groups, 8, BLOCK_LENGTH)
-        prompt_length = next(p.shape[1] for p, _, _ in groups if (clear.shape[1] - p.shape[1]) % BLOCK_LENGTH == 0)
-        assert not masked[:, :prompt_length].any()
-        assert masked.any()
-        assert (weights[:, :prompt_length] == 0).all()
-        padding = clear[:, prompt_length:] == 0
-        assert padding[:, -1].all() or clear.shape[1] == prompt_length + BLOCK_LENGTH * 2
-        late = padding.cumsum(1) > NUM_EOS
-        assert (weights[:, prompt_length:][late] <= PADDING_WEIGHT).all()
+    for _ in range(10):
+        batch = draw_batch(rng, groups, 8, BLOCK_LENGTH)
+        asked = batch.weights > 0
+        assert asked.any()
+        assert (batch.token_ids[asked] == MASK_ID).all()
+        assert torch.equal(batch.token_ids[~asked], batch.targets[~asked])
+        num_states = NUM_STATES if view == "stale" else 0
+        length = asked.shape[1] - num_states * BLOCK_LENGTH
+        prompt_length = max(p.shape[1] for p, _, _ in groups if (length - p.shape[1]) % BLOCK_LENGTH == 0)
+        assert not asked[:, :prompt_length].any()
+        late = (batch.targets[:, prompt_length:length] == EOS_ID).cumsum(1) > NUM_EOS
+        assert (batch.weights[:, prompt_length:length][late] <= PADDING_WEIGHT).all()
+
+
+def test_later_states_stand_for_the_active_block(monkeypatch):
+    monkeypatch.setattr(training, "VIEWS", {"stale": 1.0})
+    batch = draw_batch(np.random.default_rng(0), encode_pool("code", 100, 0), 8, BLOCK_LENGTH)
+    length = batch.token_ids.shape[1] - NUM_STATES * BLOCK_LENGTH
+    rows = torch.arange(8)
+    for state in range(NUM_STATES):
+        own = slice(length + state * BLOCK_LENGTH, length + (state + 1) * BLOCK_LENGTH)
+        positions = batch.positions[:, own]
+        assert torch.equal(batch.targets[:, own], batch.targets[:, :length].gather(1, positions))
+        assert (batch.token_ids.gather(1, positions) == MASK_ID).all()
+        seen = batch.visible[rows, length + state * BLOCK_LENGTH]
+        assert seen[:, own].all()
+        assert (seen.sum(1) == length).all()
+        assert not seen.gather(1, positions).any()
+    assert not batch.visible[:, :length, length:].any()
 
 
 def test_training_writes_a_checkpoint_and_continues_it(tmp_path):
@@ -55,12 +81,12 @@ def test_training_writes_a_checkpoint_and_continues_it(tmp_path):
     )  # fmt: skip
     train(options)
     first = MiniLLaDA.load(tmp_path)
-    options.steps = 3
+    options.steps = 4
     train(options)
-    second = MiniLLaDA.load(tmp_path)
-    assert not torch.equal(*(model.state_dict()["model.transformer.wte.weight"] for model in (first, second)))
+    continued = MiniLLaDA.load(tmp_path)
+    assert not torch.equal(*(model.state_dict()["model.transformer.wte.weight"] for model in (first, continued)))
     curve = [json.loads(line) for line in (tmp_path / "learning_curve.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in curve] == [1, 2, 3]
+    assert [entry["step"] for entry in curve] == [1, 2, 3, 4]
 
 
 def test_bundled_checkpoint_is_small_and_solves_its_tasks():

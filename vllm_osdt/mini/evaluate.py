@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vllm_osdt.mini import model_path
-from vllm_osdt.mini.model import MiniLLaDA
+from vllm_osdt.mini.model import MiniLLaDA, beside_stale_cache
 from vllm_osdt.mini.tasks import TASKS, check, generate
 from vllm_osdt.mini.tasks.base import Problem
 from vllm_osdt.mini.tokenizer import build_tokenizer
@@ -21,6 +21,7 @@ from vllm_osdt.mini.tokenizer import build_tokenizer
 ONE_PER_STEP = 2.0
 THRESHOLDS = (ONE_PER_STEP, 0.9, 0.8, 0.7, 0.6, 0.5)
 CANVAS_LENGTH = 96
+CACHES = ("none", "prefix", "dual")
 # OSDT: threshold of the calibration, cap and slack of the rule after it.
 CALIBRATION_THRESHOLD, CAP, SLACK = 0.9, 0.9, 0.1
 MAX_BATCH = 64
@@ -61,13 +62,19 @@ def osdt_rule(table: Sequence[float]) -> Rule:
 
 @torch.no_grad()
 def decode(
-    model: MiniLLaDA, prompts: Tensor, rule: Rule, canvas_length: int, recorded: dict[int, list[float]] | None = None
+    model: MiniLLaDA,
+    prompts: Tensor,
+    rule: Rule,
+    canvas_length: int,
+    recorded: dict[int, list[float]] | None = None,
+    cache: str = "dual",
 ) -> tuple[Tensor, Tensor]:
-    """Decodes prompts of one length block by block, without a cache.
+    """Decodes prompts of one length block by block.
 
     Args:
         prompts: `[batch, prompt_length]` ids.
         recorded: Collects the confidences of all masked positions by block.
+        cache: One of CACHES. What the cache modes compute, without their speed.
 
     Returns:
         Canvases `[batch, canvas_length]`, where blocks after the one that ends the answer stay masked, and the
@@ -82,10 +89,10 @@ def decode(
     for block in range(canvas_length // config.block_length):
         start = prompt_length + block * config.block_length
         active = slice(start, start + config.block_length)
-        rows = running
+        rows, entered = running, token_ids.clone()
         while rows.numel():
             nfe[rows] += 1
-            logits = model(token_ids[rows])[:, active].float()
+            logits = block_logits(model, token_ids[rows], entered[rows], active, cache).float()
             logits[..., config.mask_token_id] = -torch.inf
             confidence, proposal = logits.softmax(-1).max(-1)
             canvas = token_ids[rows, active]
@@ -101,7 +108,23 @@ def decode(
     return token_ids[:, prompt_length:], nfe
 
 
-def evaluate(model: MiniLLaDA, problems: Sequence[Problem], rule: Rule, canvas_length: int = CANVAS_LENGTH) -> Score:
+def block_logits(model: MiniLLaDA, token_ids: Tensor, entered: Tensor, active: slice, cache: str) -> Tensor:
+    """Logits of the active block; `entered` is what the sequences were when it became active."""
+    if cache == "none":
+        return model(token_ids)[:, active]
+    computed = active if cache == "dual" else slice(active.start, token_ids.shape[1])
+    starts = torch.full(token_ids.shape[:1], active.start, device=token_ids.device)
+    logits = model(*beside_stale_cache(entered, starts, token_ids[:, None, computed]))
+    return logits[:, token_ids.shape[1] :][:, : active.stop - active.start]
+
+
+def evaluate(
+    model: MiniLLaDA,
+    problems: Sequence[Problem],
+    rule: Rule,
+    canvas_length: int = CANVAS_LENGTH,
+    cache: str = "dual",
+) -> Score:
     """Decodes problems in batches of equal prompt length and checks the answers."""
     tokenizer = build_tokenizer()
     device = next(model.parameters()).device
@@ -114,7 +137,7 @@ def evaluate(model: MiniLLaDA, problems: Sequence[Problem], rule: Rule, canvas_l
         for first in range(0, len(group), MAX_BATCH):
             batch = group[first : first + MAX_BATCH]
             prompts = torch.tensor([prompt for _, prompt in batch], device=device)
-            canvases, nfe = decode(model, prompts, rule, canvas_length)
+            canvases, nfe = decode(model, prompts, rule, canvas_length, cache=cache)
             total_nfe += int(nfe.sum())
             for (problem, _), canvas in zip(batch, canvases.tolist(), strict=True):
                 num_right += check(problem, answer_text(tokenizer, canvas, model.config.eos_token_id))
@@ -127,11 +150,13 @@ def answer_text(tokenizer: Tokenizer, canvas: list[int], eos_token_id: int) -> s
     return tokenizer.decode(canvas[:end])
 
 
-def calibrate(model: MiniLLaDA, problem: Problem, canvas_length: int = CANVAS_LENGTH) -> list[float]:
+def calibrate(
+    model: MiniLLaDA, problem: Problem, canvas_length: int = CANVAS_LENGTH, cache: str = "dual"
+) -> list[float]:
     """OSDT's table from one request: by block, the lower quartile of the confidences of all masked positions."""
     recorded: dict[int, list[float]] = defaultdict(list)
     prompt = torch.tensor([build_tokenizer().encode(problem.prompt).ids], device=next(model.parameters()).device)
-    decode(model, prompt, static_rule(CALIBRATION_THRESHOLD), canvas_length, recorded)
+    decode(model, prompt, static_rule(CALIBRATION_THRESHOLD), canvas_length, recorded, cache)
     return [torch.tensor(recorded[block]).quantile(0.25).item() for block in sorted(recorded)]
 
 
@@ -144,6 +169,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7, help="seed of the held-out problems")
     parser.add_argument("--canvas-length", type=int, default=CANVAS_LENGTH)
     parser.add_argument("--thresholds", type=float, nargs="*", default=THRESHOLDS, help="above 1: one token per step")
+    parser.add_argument("--cache", choices=CACHES, default="dual", help="which keys and values a step sees")
     parser.add_argument("--osdt", type=int, default=0, help="simulate OSDT calibrated on this many requests")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
@@ -156,10 +182,10 @@ def main() -> None:
             for threshold in options.thresholds
         }
         for first in range(options.osdt):
-            table = calibrate(model, problems[first], options.canvas_length)
+            table = calibrate(model, problems[first], options.canvas_length, options.cache)
             rules["osdt " + " ".join(f"{threshold:.2f}" for threshold in table) + f" #{first}"] = osdt_rule(table)
         for name, rule in rules.items():
-            score = evaluate(model, problems, rule, options.canvas_length)
+            score = evaluate(model, problems, rule, options.canvas_length, options.cache)
             low, high = score.interval()
             print(
                 f"{task:<16}{name:<22}{score.accuracy:>9.1%}  {f'{low:.1%} - {high:.1%}':<16}"

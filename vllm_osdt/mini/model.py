@@ -100,7 +100,7 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
         normed = self.attn_norm(hidden)
         heads = (hidden.shape[0], hidden.shape[1], self.n_heads, -1)
         query, key, value = (
@@ -108,6 +108,8 @@ class Block(nn.Module):
         )
         # Written out: on a CPU the fused kernel's bf16 backward pass is several times slower.
         scores = rotate(query, cos, sin) @ rotate(key, cos, sin).transpose(-1, -2) * query.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
         attended = scores.softmax(-1).to(value.dtype) @ value
         hidden = hidden + self.attn_out(attended.transpose(1, 2).flatten(2))
         normed = self.ff_norm(hidden)
@@ -124,15 +126,15 @@ class Transformer(nn.Module):
         self.ln_f = nn.RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, token_ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
         hidden = self.wte(token_ids)
         for block in self.blocks:
-            hidden = block(hidden, cos, sin)
+            hidden = block(hidden, cos, sin, bias)
         return self.ff_out(self.ln_f(hidden))
 
 
 class MiniLLaDA(nn.Module):
-    """Logits of every position from all positions: no causal mask, no padding mask."""
+    """Logits of every position from all positions (no causal mask), or from those a view lets it see."""
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
@@ -156,10 +158,21 @@ class MiniLLaDA(nn.Module):
                 is_residual = ".blocks." in name and name.endswith(("attn_out.weight", "ff_out.weight"))
                 weight.normal_(std=(RESIDUAL_SCALE if is_residual else 1.0) * weight.shape[1] ** -0.5)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Maps `[batch, length]` ids to `[batch, length, vocab_size]` logits."""
-        length = token_ids.shape[1]
-        return self.model["transformer"](token_ids, self.cos[:length], self.sin[:length])
+    def forward(self, token_ids: Tensor, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        """Maps `[batch, length]` ids to `[batch, length, vocab_size]` logits.
+
+        Args:
+            positions: Place of every token, `[batch, length]`; by default 0, 1, 2, ...
+            visible: `[batch, length, length]` bool, which row (query) sees which column (key); by default all see all.
+        """
+        if positions is None:
+            cos, sin = self.cos[: token_ids.shape[1]], self.sin[: token_ids.shape[1]]
+        else:
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        bias = None
+        if visible is not None:
+            bias = torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf).unsqueeze(1)
+        return self.model["transformer"](token_ids, cos, sin, bias)
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
@@ -179,3 +192,32 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding that pairs the two halves of a head; `heads` is `[batch, heads, length, head_size]`."""
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def beside_stale_cache(token_ids: Tensor, starts: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of one forward pass that computes what the dual cache computes in two.
+
+    The dual cache keeps the keys and values that all other positions had when the active block was entered. Here the
+    sequences as they were then are followed by later states of the active block: the sequences see themselves, a later
+    state sees itself and what is outside the active block.
+
+    Args:
+        token_ids: Sequences on entering the active block, `[batch, length]`.
+        starts: First position of each active block, `[batch]`.
+        blocks: Later states of the active blocks, `[batch, states, block_length]`.
+
+    Returns:
+        Ids and positions `[batch, length + states * block_length]`, and who sees whom as `MiniLLaDA.forward` takes it.
+    """
+    (num_sequences, length), (_, num_states, block_length) = token_ids.shape, blocks.shape
+    offsets = torch.arange(block_length, device=token_ids.device)
+    own = torch.arange(length, device=token_ids.device).expand(num_sequences, -1)
+    later = (starts[:, None] + offsets).repeat(1, num_states)
+    # Sequence columns are state 0, the later states of the block count from 1.
+    states = torch.arange(1, num_states + 1, device=token_ids.device).repeat_interleave(block_length)
+    state = torch.cat((states.new_zeros(length), states))
+    positions = torch.cat((own, later), dim=1)
+    is_active = (positions >= starts[:, None]) & (positions < starts[:, None] + block_length)
+    is_cached = (state == 0) & ~is_active
+    visible = (state[:, None] == state) | is_cached[:, None, :]
+    return torch.cat((token_ids, blocks.flatten(1)), dim=1), positions, visible

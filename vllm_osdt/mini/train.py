@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_osdt.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
-from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
+from vllm_osdt.mini.model import MiniConfig, MiniLLaDA, beside_stale_cache
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tasks.base import tokenize
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
@@ -29,8 +30,12 @@ PADDING_WEIGHT = 0.1
 DEPENDENT_WEIGHT, PART_WEIGHT = 3.0, 6.0
 DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 BEFORE_PARTS = ("gets", "+")
-# Share of sequences in which only dependent tokens of the active block are masked: decoding leaves them for last.
+# Share of masked blocks in which only dependent tokens are masked: decoding leaves them for last.
 DEPENDENT_SHARE = 0.4
+# What a batch shows the model: masks anywhere; what decoding meets without a cache (clear blocks, the active one,
+# masked blocks); the same with a stale cache, and how many states of the active block stand beside it.
+VIEWS = {"anywhere": 0.25, "exact": 0.25, "stale": 0.5}
+NUM_STATES = 2
 # Share of each task in a step.
 TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2}
 # Weight of the blocks behind the active one, which stay fully masked.
@@ -38,6 +43,8 @@ LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
 CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
 EMA_DECAY = 0.99
+# Of the learning rate, for each of make_optimizers.
+LEARNING_RATE_SHARES = (1.0, 0.5)
 WARMUP_STEPS = 100
 FINAL_LEARNING_RATE = 0.02  # of the peak
 MAX_GRADIENT_NORM = 1.0
@@ -73,44 +80,86 @@ def dependent_ids() -> np.ndarray:
     return np.array([build_vocabulary()[token] for token in (*numbers, *DEPENDENT_WORDS)])
 
 
-def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> tuple[Tensor, ...]:
-    """Draws clear sequences, the masked positions and the loss weights, each `[size, P + canvas]`."""
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward pass and what it should predict."""
+
+    token_ids: Tensor  # [size, length], masked
+    targets: Tensor  # [size, length]
+    weights: Tensor  # [size, length] float32, 0 where nothing is to be predicted
+    positions: Tensor | None = None  # as MiniLLaDA.forward takes them
+    visible: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(**{name: part.to(device) for name, part in vars(self).items() if part is not None})
+
+
+def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray:
+    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens."""
+    masked = rng.random(is_dependent.shape) < 1.0 - rng.random((len(is_dependent), 1))
+    return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
+
+
+def weights_of(canvas: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
+    weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
+    is_dependent = np.isin(canvas, dependent_ids())
+    weights = np.where(is_dependent, DEPENDENT_WEIGHT, weights)
+    weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
+    return weights, is_dependent
+
+
+def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
+    """Draws problems of one prompt length and a view of them."""
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)
-    lengths = lengths[rows]
+    prompts, answers, lengths = prompts[rows], answers[rows], lengths[rows]
     fitting = -(-int(lengths.max()) // block_length) * block_length
     wanted = rng.choice([fitting, *CANVAS_LENGTHS], p=[1 - sum(CANVAS_LENGTHS.values()), *CANVAS_LENGTHS.values()])
     canvas_length = max(fitting, int(wanted))
     canvas = np.full((size, canvas_length), EOS_ID, dtype=np.int64)
-    canvas[:, : answers.shape[1]] = answers[rows][:, :canvas_length]
-    positions = np.arange(canvas_length)
+    canvas[:, : answers.shape[1]] = answers[:, :canvas_length]
+    weights, is_dependent = weights_of(canvas, lengths)
+    view = rng.choice(list(VIEWS), p=list(VIEWS.values()))
+    blocks = np.arange(canvas_length) // block_length
+    active = rng.integers(lengths // block_length + 1)
+    if view == "anywhere":
+        masked = rng.random(canvas.shape) < 1.0 - rng.random((size, 1))
+    else:
+        weights = weights * np.where(blocks > active[:, None], LATER_WEIGHT, 1.0)
+        masked = draw_masks(rng, is_dependent) if view == "exact" else np.ones(canvas.shape, dtype=bool)
+        masked = (blocks == active[:, None]) & masked | (blocks > active[:, None])
 
-    weights = np.where(positions < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
-    is_dependent = np.isin(canvas, dependent_ids())
-    weights = np.where(is_dependent, DEPENDENT_WEIGHT, weights)
-    weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
-    masked = rng.random((size, canvas_length)) < 1.0 - rng.random((size, 1))
-    if rng.random() < 0.5:  # what decoding meets: clear blocks, the active one, masked blocks
-        blocks = positions // block_length
-        active = rng.integers(lengths // block_length + 1)[:, None]
-        masked &= is_dependent | (rng.random((size, 1)) >= DEPENDENT_SHARE)
-        masked = (blocks == active) & masked | (blocks > active)
-        weights = weights * np.where(blocks > active, LATER_WEIGHT, 1.0)
-
-    clear_prompt = np.zeros((size, prompts.shape[1]))
-    return (
-        torch.from_numpy(np.concatenate((prompts[rows], canvas), axis=1)),
-        torch.from_numpy(np.concatenate((clear_prompt, masked), axis=1).astype(bool)),
-        torch.from_numpy(np.concatenate((clear_prompt, weights), axis=1)).float(),
+    prompt_length = prompts.shape[1]
+    token_ids = torch.from_numpy(np.concatenate((prompts, np.where(masked, MASK_ID, canvas)), axis=1))
+    targets = torch.from_numpy(np.concatenate((prompts, canvas), axis=1))
+    asked = F.pad(torch.from_numpy(weights * masked).float(), (prompt_length, 0))
+    if view != "stale":
+        return Batch(token_ids, targets, asked)
+    inside = np.where(blocks == active[:, None])[1].reshape(size, 1, block_length).repeat(NUM_STATES, axis=1)
+    state_is_dependent = np.take_along_axis(is_dependent[:, None], inside, axis=2).reshape(-1, block_length)
+    state_masks = torch.from_numpy(draw_masks(rng, state_is_dependent).reshape(inside.shape))
+    states = torch.from_numpy(np.take_along_axis(canvas[:, None], inside, axis=2))
+    starts = torch.from_numpy(prompt_length + active * block_length)
+    token_ids, positions, visible = beside_stale_cache(token_ids, starts, states.masked_fill(state_masks, MASK_ID))
+    state_asked = asked.gather(1, positions[:, targets.shape[1] :]) * state_masks.flatten(1)
+    return Batch(
+        token_ids,
+        torch.cat((targets, states.flatten(1)), dim=1),
+        torch.cat((asked, state_asked), dim=1),
+        positions,
+        visible,
     )
 
 
-def loss_of(model: MiniLLaDA, clear: Tensor, masked: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+def loss_of(model: MiniLLaDA, batch: Batch) -> tuple[Tensor, float]:
     """Weighted cross-entropy of the masked positions, and the share of fully weighted ones predicted right."""
-    with torch.autocast(clear.device.type, dtype=torch.bfloat16):
-        logits = model(clear.masked_fill(masked, MASK_ID))
-    logits, targets, weights = logits[masked].float(), clear[masked], weights[masked]
+    with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16):
+        logits = model(batch.token_ids, batch.positions, batch.visible)
+    asked = batch.weights > 0
+    logits, targets, weights = logits[asked].float(), batch.targets[asked], batch.weights[asked]
     losses = F.cross_entropy(logits, targets, reduction="none")
     counted = weights >= 1.0
     is_right = logits.detach()[counted].argmax(-1) == targets[counted]
@@ -123,6 +172,16 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
         return (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / max(1, num_steps - WARMUP_STEPS)
     return FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizers(model: MiniLLaDA) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices inside the layers, which needs half the steps of AdamW here, and AdamW for the rest."""
+    matrices = {name: weight for name, weight in model.named_parameters() if ".blocks." in name and weight.dim() == 2}
+    rest = [weight for name, weight in model.named_parameters() if name not in matrices]
+    return (
+        torch.optim.Muon(list(matrices.values()), weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    )
 
 
 def export(model: MiniLLaDA, averages: dict[str, Tensor], folder: Path) -> MiniLLaDA:
@@ -151,34 +210,32 @@ def train(options: argparse.Namespace) -> None:
     model = MiniLLaDA(MiniConfig(len(build_vocabulary()), EOS_ID, MASK_ID))
     model.initialize()
     model.to(device)
-    parameters = [
-        {"params": [weight for weight in model.parameters() if weight.dim() > 1], "weight_decay": 0.02},
-        {"params": [weight for weight in model.parameters() if weight.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizers = make_optimizers(model)
     averages = {name: weight.clone() for name, weight in model.state_dict().items()}
-    first_step = 0
+    first_step, rng = 0, np.random.default_rng(options.seed)
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", map_location=device)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        averages, first_step = state["averages"], state["step"]
-    rng = np.random.default_rng((options.seed, first_step))
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        averages, first_step, rng.bit_generator.state = state["averages"], state["step"], state["rng"]
     pools = {task: encode_pool(task, options.pool, options.seed) for task in TASKS}
     for step in range(first_step, options.steps):
         started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * learning_rate_factor(step, options.steps)
+        for optimizer, share in zip(optimizers, LEARNING_RATE_SHARES, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = share * options.learning_rate * learning_rate_factor(step, options.steps)
         total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
             batch = draw_batch(rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length)
-            loss, share = loss_of(model, *(tensor.to(device) for tensor in batch))
+            loss, share = loss_of(model, batch.to(device))
             token_accuracy[task] = round(share, 4)
             (loss * TASK_SHARES[task]).backward()
             total_loss += loss.item() * TASK_SHARES[task]
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averages.values()), list(model.state_dict().values()), 1 - decay)
         is_last = step + 1 == options.steps
@@ -191,8 +248,9 @@ def train(options: argparse.Namespace) -> None:
                 task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD)).accuracy
                 for task, problems in held_out.items()
             }
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"averages": averages, "step": step + 1}, folder / "state.pt")
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state |= {"averages": averages, "step": step + 1, "rng": rng.bit_generator.state}
+            torch.save(state, folder / "state.pt")
         if (step + 1) % options.log_every == 0 or is_last:
             log_curve(folder, entry)
 
@@ -201,14 +259,14 @@ def main() -> None:
     """Reads the options and trains."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; a run in it is continued")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--batch", type=int, default=192, help="sequences per step, all tasks together")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=96, help="sequences per step, all tasks together")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--pool", type=int, default=150_000, help="training problems per task")
     parser.add_argument("--log-every", type=int, default=20, help="steps between lines of the learning curve")
-    parser.add_argument("--evaluate-every", type=int, default=400, help="steps between checkpoints and evaluations")
+    parser.add_argument("--evaluate-every", type=int, default=300, help="steps between checkpoints and evaluations")
     parser.add_argument("--evaluate-problems", type=int, default=40, help="held-out problems per task and evaluation")
     train(parser.parse_args())
 

@@ -69,9 +69,7 @@ class CanvasStates:
         # Masks of the active block.
         self.masked = torch.zeros(max_num_reqs, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
         pinned = device.type != "cpu"
-        self._masked_host = (
-            torch.zeros_like(self.masked, device="cpu", pin_memory=True) if pinned else self.masked
-        )
+        self._masked_host = torch.zeros_like(self.masked, device="cpu", pin_memory=True) if pinned else self.masked
         self._copied = torch.cuda.Event() if pinned else None
         self._copy_pending: tuple[np.ndarray, torch.Tensor] | None = None
         self.masked_np = self._masked_host.numpy()
