@@ -1,18 +1,41 @@
-"""The CPU path of every op: NumPy and PyTorch calls on cache-sized pieces.
+"""The CPU path of every op: loops that Numba compiles, NumPy where it is as fast.
 
 Called by ``csrc_triton.ops``, which has checked the arguments. Integer hashing wraps in uint32 here, so it equals the
-reference bit for bit.
+reference bit for bit. A small batch takes about ten NumPy calls' time, so the loops are one call each.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
 import numpy as np
 import torch
 
 from csrc_triton.reference import Rule, UnmaskResult
 
-CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: a chunk stays in the second-level cache between passes
+CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: a converted chunk stays in the second-level cache
 GUMBEL_MAX = 16.7  # above the largest noise value, 24 ln 2 = 16.64
 LOG2_E = np.float32(1.4426950408889634)
 UINT32_MASK = 0xFFFFFFFF
+# Taylor series of 2**f; its remainder is below 6e-9 for |f| <= 1/2.
+C0, C1, C2, C3, C4, C5, C6, C7 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
+HALF, ONE = np.float32(0.5), np.float32(1)
+SMALLEST_EXPONENT = np.float32(-126)
+MANTISSA_BITS, EXPONENT_BIAS = np.int32(23), np.int32(127)
+THRESHOLD, TOP_K = int(Rule.THRESHOLD), int(Rule.TOP_K)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Numba's decorator for machine code that is kept on disk, or made anew where no folder can be written to."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(function, cache=True, **options)
+        except RuntimeError:  # no folder for the cache
+            return numba.njit(function, **options)
+
+    return decorate
 
 
 def confidence(
@@ -21,61 +44,79 @@ def confidence(
     temperature: torch.Tensor | None,
     noise_key: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``ops.confidence``.
-
-    Measured on one core: NumPy's argmax is 10 to 50 times as fast as PyTorch's, and base-2 exponentials with a separate
-    sum beat a fused softmax, whose sum moreover loses 1e-5 over 126,464 ids. PyTorch's ``exp2`` is vectorised
-    everywhere, NumPy's only with AVX-512.
-    """
+    """See ``ops.confidence``. NumPy's argmax is vectorised, a compiled loop for it is not."""
     num_rows, vocabulary = logits.shape
     token = torch.empty(num_rows, dtype=torch.int64)
     probability = torch.empty(num_rows, dtype=torch.float32)
     token_np, probability_np = token.numpy(), probability.numpy()
-    chunk_rows = max(1, min(num_rows, CHUNK_ELEMENTS // vocabulary))
-    buffer = torch.empty(chunk_rows, vocabulary)
+    banned = -1 if banned_token_id is None else banned_token_id
     logits = logits.detach()
+    is_plain = logits.dtype == torch.float32 and logits.is_contiguous()
+    chunk_rows = max(1, num_rows if is_plain else min(num_rows, CHUNK_ELEMENTS // vocabulary))
+    buffer = None if is_plain else torch.empty(chunk_rows, vocabulary)
 
-    # a row of -inf becomes NaN and is mended below; a difference beyond fp32 becomes -inf, weight 0
-    with np.errstate(invalid="ignore", over="ignore"):
-        for start in range(0, num_rows, chunk_rows):
-            stop = min(start + chunk_rows, num_rows)
-            weight = buffer[: stop - start]
-            chunk = logits[start:stop]
-            if chunk.dtype != torch.float32:
-                chunk = weight.copy_(chunk)
-            chunk_np, weight_np = chunk.numpy(), weight.numpy()
-            lines = np.arange(stop - start)
-            best = chunk_np.argmax(axis=-1)  # NaN counts as the maximum
-            largest = chunk_np[lines, best]
-            if banned_token_id is not None:
-                for row in np.flatnonzero(best == banned_token_id):
-                    best[row] = _argmax_allowed(chunk_np[row], banned_token_id)
-            if temperature is not None and noise_key is not None:
-                noise = temperature[start:stop].numpy(), noise_key[start:stop].numpy()
-                best = _sample(chunk_np, best, *noise, banned_token_id)
-            np.subtract(chunk_np, largest[:, None], out=weight_np)
-            np.multiply(weight_np, LOG2_E, out=weight_np)
-            total = weight.exp2_().sum(dim=-1).numpy()
-            token_np[start:stop] = best
-            np.divide(weight_np[lines, best], total, out=probability_np[start:stop])
-
-    hopeless = np.isnan(probability_np)  # rows with NaN, rows of -inf
-    if hopeless.any():
-        token_np[hopeless] = 1 if banned_token_id == 0 else 0
-        probability_np[hopeless] = 0.0
+    for start in range(0, num_rows, chunk_rows):
+        stop = min(start + chunk_rows, num_rows)
+        chunk = logits if buffer is None else buffer[: stop - start].copy_(logits[start:stop])
+        chunk_np, chosen = chunk.numpy(), token_np[start:stop]
+        best = chunk_np.argmax(axis=-1)  # NaN counts as the maximum
+        _choose_allowed(chunk_np, best, banned, chosen)
+        if temperature is not None and noise_key is not None:
+            noise = temperature[start:stop].numpy(), noise_key[start:stop].numpy()
+            chosen[:] = _sample(chunk_np, chosen, *noise, banned_token_id)
+        _choose_probability(chunk_np, best, banned, chosen, probability_np[start:stop])
     return token, probability
 
 
-def _argmax_allowed(logits: np.ndarray, banned_token_id: int) -> int:
-    """The first argmax of one row besides the banned id; NaN counts as the maximum."""
-    before, after = logits[:banned_token_id], logits[banned_token_id + 1 :]
-    if not after.size:
-        return int(before.argmax())
-    right = banned_token_id + 1 + int(after.argmax())
-    if not before.size:
-        return right
-    left = int(before.argmax())
-    return right if logits[right] > logits[left] else left
+@compiled()
+def _choose_allowed(logits: np.ndarray, best: np.ndarray, banned: int, token: np.ndarray) -> None:
+    """The argmax of every row besides the banned id; NaN counts as the maximum."""
+    for row in range(logits.shape[0]):
+        token[row] = best[row]
+        if best[row] == banned:
+            line = logits[row]
+            choice = 1 if banned == 0 else 0
+            for k in range(choice + 1, line.size):
+                if k != banned and (line[k] > line[choice] or (np.isnan(line[k]) and not np.isnan(line[choice]))):
+                    choice = k
+            token[row] = choice
+
+
+@compiled()
+def _choose_probability(
+    logits: np.ndarray, best: np.ndarray, banned: int, token: np.ndarray, probability: np.ndarray
+) -> None:
+    """The probability of every row's token; rows with NaN and rows without a finite logit get the lowest id, 0."""
+    for row in range(logits.shape[0]):
+        line = logits[row]
+        largest = line[best[row]]
+        share = _exp2((line[token[row]] - largest) * LOG2_E) / _sum_exp(line, largest)
+        if np.isnan(share):
+            token[row] = 1 if banned == 0 else 0
+            share = np.float32(0)
+        elif line[token[row]] == -np.inf:
+            share = np.float32(0)
+        probability[row] = share
+
+
+@compiled(fastmath={"reassoc", "contract", "nsz"})
+def _sum_exp(line: np.ndarray, largest: np.float32) -> np.float32:
+    """Sum of exp(line - largest), vectorised; NaN if one of them is."""
+    total = np.float32(0)
+    for k in range(line.size):
+        total += _exp2((line[k] - largest) * LOG2_E)
+    return total
+
+
+@compiled(fastmath={"contract", "nsz"}, inline="always")
+def _exp2(exponent: np.float32) -> np.float32:
+    """2**exponent up to 2e-7, for an exponent of at most 0; below -126 it is 2**-126, NaN stays NaN."""
+    if exponent < SMALLEST_EXPONENT:
+        exponent = SMALLEST_EXPONENT
+    whole = np.floor(exponent + HALF)
+    f = exponent - whole
+    series = ((((((C7 * f + C6) * f + C5) * f + C4) * f + C3) * f + C2) * f + C1) * f + C0
+    return series * np.int32((np.int32(whole) + EXPONENT_BIAS) << MANTISSA_BITS).view(np.float32)
 
 
 def _sample(
@@ -133,48 +174,122 @@ def unmask(
     eos_token_id: torch.Tensor,
     num_needed: torch.Tensor,
 ) -> UnmaskResult:
-    """See ``ops.unmask``. Blocks are ranked only if one of them has a rule other than ``THRESHOLD``."""
-    ids, undecided = canvas.numpy(), masked.numpy()
-    rules, cutoff = rule.numpy(), parameter.numpy()[:, None]
-    rows = np.arange(ids.shape[0])
-    # NaN counts as -1; decided positions rank behind every undecided one
-    score = np.where(undecided, np.fmax(confidence.numpy(), np.float32(-1)), np.float32(-np.inf))
-    if rules.any():  # THRESHOLD is 0
-        accepted = _accept_ranked(score, rules[:, None], cutoff)
-    else:
-        accepted = score >= cutoff
-        accepted[rows, score.argmax(axis=1)] = True
-    accepted &= undecided
-
-    np.copyto(ids, proposal.numpy(), where=accepted, casting="same_kind")
-    undecided ^= accepted
-
-    eos, needed = eos_token_id.numpy()[:, None], num_needed.numpy()
-    stop = (ids == eos) & (eos >= 0)  # positions where emission ends, one way or the other
-    stop |= undecided
-    first = stop.argmax(axis=1)
-    ends = stop[rows, first] & (first < needed)
-    num_ready = np.where(ends, np.where(undecided[rows, first], 0, first + 1), needed)
-    return UnmaskResult(
-        num_unmasked=torch.from_numpy(accepted.sum(axis=1, dtype=np.int32)),
-        num_masked=torch.from_numpy(undecided.sum(axis=1, dtype=np.int32)),
-        num_ready=torch.from_numpy(num_ready.astype(np.int32)),
-    )
+    """See ``ops.unmask``."""
+    counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
+    arguments = (canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed, counts)
+    _unmask(*(tensor.numpy() for tensor in arguments))
+    return UnmaskResult(*counts)
 
 
-def _accept_ranked(score: np.ndarray, rule: np.ndarray, parameter: np.ndarray) -> np.ndarray:
-    """Positions accepted under any mix of rules, [num_blocks, block_length]; may include decided ones, whose score is
-    -inf."""
-    num_blocks, block_length = score.shape
-    order = np.argsort(-score, axis=1, kind="stable") + np.arange(num_blocks)[:, None] * block_length
-    ranked = score.take(order)  # descending
-    rank = np.arange(1, block_length + 1, dtype=np.float32)
-    passing = np.where(
-        rule == Rule.THRESHOLD,
-        ranked >= parameter,
-        np.where(rule == Rule.TOP_K, rank <= parameter, (rank + 1) * (1 - ranked) < parameter),
-    )
-    num_accepted = np.where(passing, rank, np.float32(1)).max(axis=1, keepdims=True)
-    accepted = np.empty(score.shape, dtype=bool)
-    accepted.put(order, rank <= num_accepted)
-    return accepted
+def unmask_in_tables(
+    cells: torch.Tensor,
+    masked: torch.Tensor,
+    slots: torch.Tensor,
+    canvas_index: torch.Tensor,
+    logit_cells: torch.Tensor,
+    token: torch.Tensor,
+    confidence: torch.Tensor,
+    rule: torch.Tensor,
+    parameter: torch.Tensor,
+    eos_token_id: torch.Tensor,
+    num_needed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
+    """See ``tables.unmask_in_tables``."""
+    canvas = torch.empty(canvas_index.shape, dtype=torch.int32)
+    best = torch.empty(canvas_index.shape, dtype=torch.float32)
+    counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
+    arguments = (cells, masked, slots, canvas_index, logit_cells, token, confidence, rule, parameter, eos_token_id)
+    _unmask_in_tables(*(tensor.numpy() for tensor in (*arguments, num_needed, canvas, best, counts)))
+    return canvas, best, UnmaskResult(*counts)
+
+
+@compiled()
+def _unmask_in_tables(
+    cells: np.ndarray,
+    masked: np.ndarray,
+    slots: np.ndarray,
+    canvas_index: np.ndarray,
+    logit_cells: np.ndarray,
+    token: np.ndarray,
+    confidence: np.ndarray,
+    rule: np.ndarray,
+    parameter: np.ndarray,
+    eos_token_id: np.ndarray,
+    num_needed: np.ndarray,
+    canvas: np.ndarray,
+    best: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    num_blocks, block_length = canvas_index.shape
+    proposal = np.empty(canvas_index.shape, np.int64)
+    undecided = np.empty(canvas_index.shape, np.bool_)
+    for n in range(logit_cells.size):
+        row, k = divmod(logit_cells[n], block_length)
+        proposal[row, k], best[row, k] = token[n], confidence[n]
+    for row in range(num_blocks):
+        for k in range(block_length):
+            canvas[row, k] = cells[canvas_index[row, k]]
+            undecided[row, k] = masked[slots[row], k]
+    _unmask(canvas, undecided, proposal, best, rule, parameter, eos_token_id, num_needed, counts)
+    for row in range(num_blocks):
+        for k in range(block_length):
+            cells[canvas_index[row, k]] = canvas[row, k]
+            masked[slots[row], k] = undecided[row, k]
+
+
+@compiled()
+def _unmask(
+    canvas: np.ndarray,
+    masked: np.ndarray,
+    proposal: np.ndarray,
+    confidence: np.ndarray,
+    rule: np.ndarray,
+    parameter: np.ndarray,
+    eos_token_id: np.ndarray,
+    num_needed: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    block_length = canvas.shape[1]
+    order = np.empty(block_length, np.int64)  # masked positions, the most confident first
+    score = np.empty(block_length, np.float32)  # of those
+    for row in range(canvas.shape[0]):
+        num_masked = 0
+        for k in range(block_length):
+            if not masked[row, k]:
+                continue
+            value = -ONE if np.isnan(confidence[row, k]) else confidence[row, k]
+            place = num_masked
+            while place > 0 and score[place - 1] < value:
+                order[place], score[place] = order[place - 1], score[place - 1]
+                place -= 1
+            order[place], score[place] = k, value
+            num_masked += 1
+        num_unmasked = _count_accepted(score[:num_masked], rule[row], parameter[row])
+        for k in order[:num_unmasked]:
+            canvas[row, k] = proposal[row, k]
+            masked[row, k] = False
+        num_ready = num_needed[row]
+        for k in range(num_needed[row]):
+            if masked[row, k]:
+                num_ready = 0
+                break
+            if eos_token_id[row] >= 0 and canvas[row, k] == eos_token_id[row]:
+                num_ready = k + 1
+                break
+        counts[0, row], counts[1, row], counts[2, row] = num_unmasked, num_masked - num_unmasked, num_ready
+
+
+@compiled()
+def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32) -> int:
+    """How many of the masked positions to unmask; ``ranked`` has their confidences, descending."""
+    num_accepted = min(1, ranked.size)
+    for n in range(1, ranked.size + 1):
+        if rule == THRESHOLD:
+            passes = ranked[n - 1] >= parameter
+        elif rule == TOP_K:
+            passes = np.float32(n) <= parameter
+        else:
+            passes = np.float32(n + 1) * (ONE - ranked[n - 1]) < parameter
+        if passes:
+            num_accepted = n
+    return num_accepted

@@ -4,17 +4,27 @@ Arguments are checked here, once for all implementations, by shape, dtype, strid
 because that would make a GPU wait.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from csrc_triton import cpu
+from csrc_triton import cpu, tables
 from csrc_triton.reference import UnmaskResult
 
 MAX_VOCABULARY = 262_144
 MAX_BLOCK_LENGTH = 128
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
+
+
+class Implementations(NamedTuple):
+    """The ops of one device."""
+
+    confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    unmask: Callable[..., UnmaskResult]
+    unmask_in_tables: Callable[..., tuple[torch.Tensor, torch.Tensor, UnmaskResult]]
 
 
 def confidence(
@@ -68,7 +78,7 @@ def confidence(
         _check("temperature", temperature, (num_rows,), (torch.float32,), logits.device)
         _check("noise_key", noise_key, (num_rows,), (torch.int64,), logits.device)
 
-    return implementations(logits.device)[0](logits, banned_token_id, temperature, noise_key)
+    return implementations(logits.device).confidence(logits, banned_token_id, temperature, noise_key)
 
 
 def unmask(
@@ -123,22 +133,22 @@ def unmask(
     _check("eos_token_id", eos_token_id, row, (torch.int64,), device)
     _check("num_needed", num_needed, row, (torch.int32,), device)
 
-    run = implementations(device)[1]
+    run = implementations(device).unmask
     return run(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed)
 
 
-def implementations(
-    device: torch.device,
-) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], Callable[..., UnmaskResult]]:
-    """The ``confidence`` and ``unmask`` of a device without argument checks, for a hot path that builds its own.
+def implementations(device: torch.device) -> Implementations:
+    """The ops of a device without argument checks, for a hot path that builds its own arguments.
 
-    Same arguments in the same order, all positional.
+    ``confidence`` and ``unmask`` take the same arguments in the same order, all positional; ``unmask_in_tables`` those
+    of ``tables.unmask_in_tables`` but the first.
     """
     if device.type == "cpu":
-        return cpu.confidence, cpu.unmask
+        return Implementations(cpu.confidence, cpu.unmask, cpu.unmask_in_tables)
     from csrc_triton import confidence_kernel, unmask_kernel  # deferred: Triton without a GPU has no driver
 
-    return confidence_kernel.confidence, unmask_kernel.unmask
+    in_tables = functools.partial(tables.unmask_in_tables, unmask_kernel.unmask)
+    return Implementations(confidence_kernel.confidence, unmask_kernel.unmask, in_tables)
 
 
 def _check(

@@ -54,23 +54,29 @@ def golden_tasks() -> Golden:
     return load_golden("llada_tasks")
 
 
-@pytest.fixture(scope="session")
-def tasks_tokenizer(golden_tasks: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A word tokenizer of the task model's vocabulary, saved in the form vLLM loads."""
+def save_word_tokenizer(golden: Golden, folder: Path) -> None:
+    """Save a word tokenizer of a recorded checkpoint's vocabulary in the form vLLM loads; nameless ids become <id>."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    vocab = json.loads((golden_tasks.folder / "vocab.json").read_text())
-    for token_id in range(len(vocab), golden_tasks.config["vocab_size"]):
-        vocab[f"<{token_id}>"] = token_id
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="[SEP]"))
+    named = golden.folder / "vocab.json"
+    words = {token_id: word for word, token_id in json.loads(named.read_text()).items()} if named.exists() else {}
+    words = {token_id: words.get(token_id, f"<{token_id}>") for token_id in range(golden.config["vocab_size"])}
+    eos, mask = (words[golden.config[name]] for name in ("eos_token_id", "mask_token_id"))
+    tokenizer = Tokenizer(WordLevel({word: token_id for token_id, word in words.items()}, unk_token=eos))
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, mask_token=mask, unk_token=eos).save_pretrained(
+        folder
+    )
+
+
+@pytest.fixture(scope="session")
+def tasks_tokenizer(golden_tasks: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The task model's tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="[EOS]", mask_token="[MASK]", unk_token="[SEP]"
-    ).save_pretrained(folder)
+    save_word_tokenizer(golden_tasks, folder)
     return folder
 
 

@@ -2,79 +2,32 @@
 
 import asyncio
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from tests.e2e.serving import Server, serving
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import TASKS, generate
 
 pytestmark = pytest.mark.e2e
 
-START_LIMIT_S = 240
 PROMPTS = {task: generate(task, "held_out", 4, seed=7) for task in TASKS}
 BASE = {"model": "llada-mini", "max_tokens": 96, "temperature": 0}
 
 
-@dataclass
-class Server:
-    """A running server and where to reach it."""
-
-    process: subprocess.Popen
-    url: str
-    log: Path
-
-    def complete(self, prompt: str, **fields) -> httpx.Response:
-        """POST /v1/completions."""
-        return httpx.post(f"{self.url}/v1/completions", json={**BASE, "prompt": prompt, **fields}, timeout=120)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """``vllm serve PATH --plugin osdt`` as the README says it, in a process group of its own."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", model_path("llada-mini"), "--plugin", "osdt"]
-    command += ["--served-model-name", "llada-mini", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    """The bundled model with server defaults."""
     # The second default is one that only --osdt-config can have set.
-    command += ["--osdt-config", json.dumps({"policy": "static_threshold", "threshold": 0.85})]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    running = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        deadline = time.monotonic() + START_LIMIT_S
-        while True:
-            try:
-                if httpx.get(f"{running.url}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
+    defaults = json.dumps({"policy": "static_threshold", "threshold": 0.85})
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(model_path("llada-mini"), "llada-mini", log, "--osdt-config", defaults) as running:
         yield running
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def nfe_of(body: dict) -> int:

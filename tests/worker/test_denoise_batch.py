@@ -1,11 +1,12 @@
-"""The random keys that make sampling independent of the batch."""
+"""How a step is laid out, and the random keys that make sampling independent of the batch."""
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_osdt.worker.denoise_batch import noise_keys
-from vllm_osdt.worker.request_states import _seed
+from vllm_osdt.worker.denoise_batch import noise_keys, plan_step
+from vllm_osdt.worker.request_states import CanvasStates, _seed
 
 MASK64 = (1 << 64) - 1
 
@@ -45,3 +46,49 @@ def test_keys_of_neighbouring_seeds_positions_and_steps_are_distinct():
 def test_a_request_key_comes_from_its_seed_else_from_its_id():
     assert _seed("a", 7) == _seed("b", 7) != _seed("a", 8)
     assert _seed("a", None) != _seed("b", None)
+
+
+def states_of_two_requests():
+    """Slot 2: prompt 5, two blocks of 4, in the third step. Slot 0: prompt 3, a block of 2 to be entered."""
+    states = CanvasStates(4, 16, 99, torch.device("cpu"))
+    for slot, (prompt, canvas, output, length) in {2: (5, 8, 7, 4), 0: (3, 2, 2, 2)}.items():
+        states.host.prompt_len[slot] = prompt
+        states.host.canvas_end[slot] = prompt + canvas
+        states.host.output_end[slot] = prompt + output
+        states.host.block_length[slot] = length
+        states.host.parameters[slot] = np.arange(16) / 16
+        states.host.rule[slot] = slot
+        states.host.eos_token_id[slot] = 40 + slot
+    states.host.block_start[2], states.host.step[2] = 5, 1
+    states.host.masked[2, :4] = [False, True, False, True]
+    return states
+
+
+def test_a_step_runs_the_scheduled_rows_and_reads_the_masked_ones():
+    states = states_of_two_requests()
+    slots, start = np.array([2, 0]), np.array([5, 0])
+    num_rows, num_drafts = np.array([4, 5]), np.array([4, 2], dtype=np.int32)
+    states.begin_step(slots, start + num_rows - num_drafts)
+    assert states.host.step[slots].tolist() == [2, 0]
+    assert states.host.masked[0].nonzero()[0].tolist() == [0, 1]
+    plan = plan_step(states, slots, start, num_rows, num_drafts)
+    assert plan.positions.tolist() == [5, 6, 7, 8, 0, 1, 2, 3, 4]
+    assert plan.source.tolist() == [37, 38, 39, 40, 0, 1, 2, 3, 4]
+    assert plan.query_start_loc.tolist() == [0, 4, 9]
+    assert plan.seq_lens.tolist() == [13, 5]
+    assert plan.logit_rows.tolist() == [1, 3, 7, 8]
+    assert plan.cu_num_logits.tolist() == [0, 2, 4]
+    assert plan.cells.tolist() == [1, 3, 4, 5]
+    assert plan.canvas_index.tolist() == [[37, 38, 39, 40], [3, 4, 64, 64]]
+    assert plan.rule.tolist() == [2, 0]
+    assert plan.parameter.tolist() == [2 / 16, 0]
+    assert plan.eos_token_id.tolist() == [42, 40]
+    assert plan.num_needed.tolist() == [4, 2]
+
+
+def test_a_step_of_no_request_is_empty():
+    states, none = states_of_two_requests(), np.empty(0, dtype=np.int64)
+    states.begin_step(none, none)
+    plan = plan_step(states, none, none, none, np.empty(0, dtype=np.int32))
+    assert plan.positions.size == plan.logit_rows.size == plan.canvas_index.size == 0
+    assert plan.query_start_loc.tolist() == [0]

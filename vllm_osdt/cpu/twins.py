@@ -1,4 +1,4 @@
-"""NumPy twins of Model Runner V2's bookkeeping kernels, for processes that would interpret those kernels.
+"""NumPy and Numba twins of Model Runner V2's bookkeeping kernels, for processes that would interpret those kernels.
 
 Interpreted, they cost about 7 ms a request and engine step, several times a small model's forward pass. A twin has
 its host function's arguments, result and in-place effects (NumPy views share the memory of CPU tensors); arguments that
@@ -15,6 +15,8 @@ import torch
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+
+from csrc_triton.cpu import compiled
 
 _stock_gather_block_tables = BlockTables.gather_block_tables
 _stock_compute_slot_mappings = BlockTables.compute_slot_mappings
@@ -65,13 +67,16 @@ def gather_block_tables_np(
             num_rows, self._num_dirty_rows = self._num_dirty_rows, num_reqs
     for table, num_blocks, target in zip(self.block_tables, self.num_blocks.gpu.numpy(), out, strict=True):
         rows = target.numpy()
-        lens = num_blocks[slots]
-        width = lens.max(initial=0)
-        np.copyto(
-            rows[:num_reqs, :width], table.gpu.numpy()[slots, :width], where=np.arange(width) < lens[:, np.newaxis]
-        )
+        _gather_rows(table.gpu.numpy(), slots, num_blocks, rows)
         rows[num_reqs : max(num_rows, num_reqs_padded)] = 0
     return tuple(table[:num_reqs_padded] for table in out)
+
+
+@compiled()
+def _gather_rows(table: np.ndarray, slots: np.ndarray, lens: np.ndarray, rows: np.ndarray) -> None:
+    for row in range(slots.size):
+        for k in range(lens[slots[row]]):
+            rows[row, k] = table[slots[row], k]
 
 
 def compute_slot_mappings_np(
@@ -93,21 +98,32 @@ def compute_slot_mappings_np(
     slots = idx_mapping.numpy()
     bounds = query_start_loc.numpy()[: len(slots) + 1]
     start, end = bounds[0], bounds[-1]
-    owner = np.repeat(slots, np.diff(bounds))  # [num_tokens]
-    position = positions.numpy()[start:end]
-    ownerless = owner < 0
-    if ownerless.any():
-        position = np.where(ownerless, 0, position)
     groups = zip(slot_mappings.numpy(), self.block_tables, self.block_sizes, self.slot_mapping_enabled, strict=True)
     for mapping, table, block_size, enabled in groups:
         mapping[end:] = PAD_SLOT_ID
-        if not enabled:
+        if enabled:
+            _map_slots(table.gpu.numpy(), slots, bounds, positions.numpy(), block_size, mapping)
+        else:
             mapping[start:end] = PAD_SLOT_ID
-            continue
-        page, offset = np.divmod(position, block_size)
-        mapping[start:end] = table.gpu.numpy()[owner, page].astype(np.int64) * block_size + offset
-        mapping[start:end][ownerless] = PAD_SLOT_ID
     return slot_mappings[:, :num_tokens_padded]
+
+
+@compiled()
+def _map_slots(
+    table: np.ndarray,
+    slots: np.ndarray,
+    bounds: np.ndarray,
+    positions: np.ndarray,
+    block_size: int,
+    mapping: np.ndarray,
+) -> None:
+    for req in range(slots.size):
+        for row in range(bounds[req], bounds[req + 1]):
+            if slots[req] < 0:
+                mapping[row] = PAD_SLOT_ID
+            else:
+                page, offset = divmod(positions[row], block_size)
+                mapping[row] = np.int64(table[slots[req], page]) * block_size + offset
 
 
 def prepare_prefill_inputs_np(

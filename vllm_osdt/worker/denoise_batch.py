@@ -1,13 +1,14 @@
 """The denoising step of one batch: which rows run, which of them are read, and by which rule they are unmasked."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_osdt.worker.request_states import CanvasStates
+from csrc_triton.cpu import compiled
+from vllm_osdt.worker.request_states import CanvasStates, HostTables, to_device
 
 
 @dataclass(frozen=True)
@@ -67,51 +68,115 @@ def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.n
     return key.view(np.int64)
 
 
-def plan_denoise(
-    states: CanvasStates, slots: np.ndarray, first_row: np.ndarray, block_start: np.ndarray
-) -> tuple[DenoiseBatch, np.ndarray, np.ndarray]:
-    """Look up everything the step's sampler needs.
+class StepPlan(NamedTuple):
+    """What one step computes, on the host; R requests, T rows, M masked positions, W the longest active block."""
+
+    positions: np.ndarray  # int64 [T]
+    source: np.ndarray  # int64 [T], index of each row's token in CanvasStates.cells
+    query_start_loc: np.ndarray  # int32 [R + 1], first row of each request
+    seq_lens: np.ndarray  # int32 [R], positions whose keys and values are seen
+    logit_rows: np.ndarray  # int64 [M], rows whose logits are read
+    cu_num_logits: np.ndarray  # int32 [R + 1]
+    cells: np.ndarray  # int64 [M], where in [R, W] each of them is
+    canvas_index: np.ndarray  # int64 [R, W], index in CanvasStates.cells; padding points to the last
+    rule: np.ndarray  # int8 [R]
+    parameter: np.ndarray  # float32 [R]
+    eos_token_id: np.ndarray  # int64 [R]
+    num_needed: np.ndarray  # int32 [R]
+
+
+def plan_step(
+    states: CanvasStates, slots: np.ndarray, start: np.ndarray, num_rows: np.ndarray, num_drafts: np.ndarray
+) -> StepPlan:
+    """Lay out a step.
 
     Args:
         states: Tables, after ``begin_step``.
-        slots: ``[R]`` scheduled slots.
-        first_row: ``[R]`` batch row of each request's first active position.
-        block_start: ``[R]`` position of it.
-
-    Returns:
-        The batch; ``[M]`` batch rows whose logits are read; ``[R]`` how many of them each request has.
+        slots: int64 ``[R]`` scheduled slots.
+        start: int64 ``[R]`` position of the first row of each.
+        num_rows: int64 ``[R]`` rows of each.
+        num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block.
     """
-    device = states.device
-    block_length = states.block_length_np[slots]
-    num_reqs, width = slots.size, max(1, int(block_length.max()))
-    masked = states.masked_np[slots, :width]  # [R, W]
-    row_req, row_pos = np.nonzero(masked)
-    positions = np.arange(width)
+    num_reqs, num_tokens = slots.size, int(num_rows.sum())
+    width = int(states.host.block_length[slots].max(initial=1))
+    plan = StepPlan(
+        positions=np.empty(num_tokens, np.int64),
+        source=np.empty(num_tokens, np.int64),
+        query_start_loc=np.empty(num_reqs + 1, np.int32),
+        seq_lens=np.empty(num_reqs, np.int32),
+        logit_rows=np.empty(num_reqs * width, np.int64),
+        cu_num_logits=np.empty(num_reqs + 1, np.int32),
+        cells=np.empty(num_reqs * width, np.int64),
+        canvas_index=np.empty((num_reqs, width), np.int64),
+        rule=np.empty(num_reqs, np.int8),
+        parameter=np.empty(num_reqs, np.float32),
+        eos_token_id=np.empty(num_reqs, np.int64),
+        num_needed=np.empty(num_reqs, np.int32),
+    )
+    num_logits = _fill(states.host, slots, start, num_rows, num_drafts, plan)
+    return plan._replace(logit_rows=plan.logit_rows[:num_logits], cells=plan.cells[:num_logits])
 
-    max_model_len = states.max_model_len
-    canvas_index = (slots * max_model_len + block_start)[:, None] + positions
-    canvas_index[positions >= block_length[:, None]] = states.cells.numel() - 1
 
-    step = states.step_np[slots]
-    offset = np.minimum(block_start - states.prompt_len_np[slots] + step, max_model_len - 1)
-    temperature = states.temperature_np[slots]
+@compiled()
+def _fill(
+    host: HostTables,
+    slots: np.ndarray,
+    start: np.ndarray,
+    num_rows: np.ndarray,
+    num_drafts: np.ndarray,
+    plan: StepPlan,
+) -> int:
+    """Write a plan and return the number of logit rows."""
+    max_model_len = host.parameters.shape[1]
+    padding_cell = host.parameters.size
+    row = num_logits = 0
+    plan.query_start_loc[0] = plan.cu_num_logits[0] = 0
+    for req in range(slots.size):
+        slot = slots[req]
+        block_start = start[req] + num_rows[req] - num_drafts[req]
+        first_cell = slot * max_model_len
+        for k in range(num_rows[req]):
+            plan.positions[row + k] = start[req] + k
+            plan.source[row + k] = first_cell + start[req] + k
+        for k in range(plan.canvas_index.shape[1]):
+            inside = k < host.block_length[slot]
+            plan.canvas_index[req, k] = first_cell + block_start + k if inside else padding_cell
+            if inside and host.masked[slot, k]:
+                plan.logit_rows[num_logits] = row + block_start - start[req] + k
+                plan.cells[num_logits] = req * plan.canvas_index.shape[1] + k
+                num_logits += 1
+        row += num_rows[req]
+        plan.query_start_loc[req + 1] = row
+        plan.cu_num_logits[req + 1] = num_logits
+        plan.seq_lens[req] = max(host.canvas_end[slot], start[req] + num_rows[req])
+        plan.rule[req] = host.rule[slot]
+        step = min(block_start - host.prompt_len[slot] + host.step[slot], max_model_len - 1)
+        plan.parameter[req] = host.parameters[slot, step]
+        plan.eos_token_id[req] = host.eos_token_id[slot]
+        plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), host.block_length[slot])
+    return num_logits
+
+
+def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> DenoiseBatch:
+    """What the sampler needs of a planned step, on the device."""
+    host, device = states.host, states.device
     row_temperature = row_keys = None
+    temperature = host.temperature[slots]
     if temperature.any():
-        row_temperature = async_tensor_h2d(temperature[row_req], device=device)
-        keys = noise_keys(states.seed_np[slots][row_req], block_start[row_req] + row_pos, step[row_req])
-        row_keys = async_tensor_h2d(keys, device=device)
-    num_needed = np.clip(states.output_end_np[slots] - block_start, 0, block_length).astype(np.int32)
-    batch = DenoiseBatch(
+        row_req, row_pos = np.divmod(plan.cells, plan.canvas_index.shape[1])
+        positions = host.block_start[slots][row_req] + row_pos
+        row_temperature = to_device(temperature[row_req], device)
+        row_keys = to_device(noise_keys(host.seed[slots][row_req], positions, host.step[slots][row_req]), device)
+    return DenoiseBatch(
         slots_np=slots,
-        slots=async_tensor_h2d(slots, device=device),
-        num_rows=row_req.size,
-        cells=async_tensor_h2d(row_req * width + row_pos, device=device),
-        canvas_index=async_tensor_h2d(canvas_index, device=device),
-        rule=async_tensor_h2d(states.rule_np[slots], device=device),
-        parameter=async_tensor_h2d(states.parameters_np[slots, offset], device=device),
-        eos_token_id=async_tensor_h2d(states.eos_np[slots], device=device),
-        num_needed=async_tensor_h2d(num_needed, device=device),
+        slots=to_device(slots, device),
+        num_rows=plan.cells.size,
+        cells=to_device(plan.cells, device),
+        canvas_index=to_device(plan.canvas_index, device),
+        rule=to_device(plan.rule, device),
+        parameter=to_device(plan.parameter, device),
+        eos_token_id=to_device(plan.eos_token_id, device),
+        num_needed=to_device(plan.num_needed, device),
         temperature=row_temperature,
         noise_key=row_keys,
     )
-    return batch, first_row[row_req] + row_pos, np.bincount(row_req, minlength=num_reqs)

@@ -1,5 +1,6 @@
 """The thin runner: vLLM's Model Runner V2 with inputs that come from canvas tables."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,15 @@ import torch
 from vllm.config import ParallelConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_osdt.worker.denoise_batch import CanvasInputBatch, plan_denoise
+from vllm_osdt.worker.denoise_batch import CanvasInputBatch, plan_denoise, plan_step
 from vllm_osdt.worker.model_state import CanvasModelState
+from vllm_osdt.worker.request_states import to_device
+from vllm_osdt.worker.sampler import CanvasSampler
 
 
 class CanvasRunnerMixin:
@@ -28,6 +32,9 @@ class CanvasRunnerMixin:
     parallel_config: ParallelConfig
     device: torch.device
     max_num_reqs: int
+    vocab_size: int
+    sampler: CanvasSampler
+    block_tables: BlockTables
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Free slots as vLLM does, and end the requests that are done (not those preempted)."""
@@ -56,30 +63,22 @@ class CanvasRunnerMixin:
         num_drafts = batch_req_state.num_draft_tokens_np
         if num_drafts is None:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
-        start = self.req_states.num_computed_tokens_np[slots].astype(np.int64)
-        block_start = start + num_rows - num_drafts
-        states.begin_step(slots, block_start)
+        num_computed = self.req_states.num_computed_tokens_np[slots]
+        start = num_computed.astype(np.int64)
+        states.begin_step(slots, start + num_rows - num_drafts)
+        plan = plan_step(states, slots, start, num_rows, num_drafts)
 
-        row_ends = np.cumsum(num_rows)
-        first_row = row_ends - num_rows
-        positions = np.arange(num_tokens) + np.repeat(start - first_row, num_rows)
-        source = positions + np.repeat(slots * states.max_model_len, num_rows)
-        async_tensor_h2d(positions, out=buffers.positions[:num_tokens])
-        torch.index_select(
-            states.cells, 0, async_tensor_h2d(source, device=self.device), out=buffers.input_ids[:num_tokens]
-        )
+        device = self.device
+        async_tensor_h2d(plan.positions, out=buffers.positions[:num_tokens])
+        torch.index_select(states.cells, 0, to_device(plan.source, device), out=buffers.input_ids[:num_tokens])
         query_start_loc_np = np.full(self.max_num_reqs + 1, num_tokens, dtype=np.int32)
-        query_start_loc_np[0] = 0
-        query_start_loc_np[1 : num_reqs + 1] = row_ends
+        query_start_loc_np[: num_reqs + 1] = plan.query_start_loc
         async_tensor_h2d(query_start_loc_np, out=buffers.query_start_loc)
-        seq_lens_np = np.maximum(states.canvas_end_np[slots], start + num_rows).astype(np.int32)
-        async_tensor_h2d(seq_lens_np, out=buffers.seq_lens[:num_reqs])
+        async_tensor_h2d(plan.seq_lens, out=buffers.seq_lens[:num_reqs])
 
-        denoise, logit_rows, num_logits = plan_denoise(states, slots, first_row + block_start - start, block_start)
+        denoise, logit_rows = plan_denoise(states, slots, plan), plan.logit_rows
         if not logit_rows.size and self.parallel_config.tensor_parallel_size > 1:
             logit_rows = np.zeros(1, dtype=np.int64)  # a gather over ranks of no row at all fails
-        cu_num_logits_np = np.zeros(num_reqs + 1, dtype=np.int32)
-        np.cumsum(num_logits, out=cu_num_logits_np[1:])
         num_tokens_padded = max(num_tokens, batch_desc.num_tokens)
         idx_mapping = denoise.slots
         return CanvasInputBatch(
@@ -96,11 +95,11 @@ class CanvasRunnerMixin:
             num_draft_tokens=int(num_drafts.sum()),
             num_draft_tokens_per_req=num_drafts,
             query_start_loc=buffers.query_start_loc[: num_reqs + 1],
-            query_start_loc_np=query_start_loc_np[: num_reqs + 1],
+            query_start_loc_np=plan.query_start_loc,
             seq_lens=buffers.seq_lens[:num_reqs],
-            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens_np),
+            seq_lens_cpu_upper_bound=torch.from_numpy(plan.seq_lens),
             dcp_local_seq_lens=None,
-            num_computed_tokens_np=self.req_states.num_computed_tokens_np[slots],
+            num_computed_tokens_np=num_computed,
             prefill_len_np=batch_req_state.prefill_len_np,
             num_computed_prefill_tokens_np=batch_req_state.num_computed_prefill_tokens_np,
             is_prefilling_np=batch_req_state.is_prefilling_np,
@@ -109,13 +108,25 @@ class CanvasRunnerMixin:
             input_ids=buffers.input_ids[:num_tokens_padded],
             positions=buffers.positions[:num_tokens_padded],
             is_padding=buffers.is_padding[:num_tokens_padded],
-            logits_indices=async_tensor_h2d(logit_rows, device=self.device),
-            cu_num_logits=async_tensor_h2d(cu_num_logits_np, device=self.device),
-            cu_num_logits_np=cu_num_logits_np,
+            logits_indices=to_device(logit_rows, device),
+            cu_num_logits=to_device(plan.cu_num_logits, device),
+            cu_num_logits_np=plan.cu_num_logits,
             has_structured_output_reqs=False,
             prompt_lens=None,
             denoise=denoise,
         )
+
+    def compile_host_loops(self) -> None:
+        """Run the compiled loops on a batch of no request, so that the first request need not wait for them."""
+        states, none = self.model_state.canvas_states, np.empty(0, dtype=np.int64)
+        states.begin_step(none, none)
+        plan = plan_step(states, none, none, none, np.empty(0, dtype=np.int32))
+        denoise = plan_denoise(states, none, plan)
+        logits = torch.empty(0, self.vocab_size, device=self.device)
+        self.sampler(logits, SimpleNamespace(denoise=denoise, req_ids=[]))
+        self.block_tables.gather_block_tables(denoise.slots, num_reqs_padded=0)
+        query_start_loc = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.block_tables.compute_slot_mappings(denoise.slots, query_start_loc, self.input_buffers.positions, 0)
 
     def calibration_profiles(self) -> list[dict[str, Any]]:
         """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`)."""

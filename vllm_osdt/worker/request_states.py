@@ -8,6 +8,7 @@ that runs beside the engine's own copy of the output.
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 
+from csrc_triton.cpu import compiled
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
 from vllm_osdt.calibration.recorder import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
@@ -48,11 +50,35 @@ def _end_token_id(params: SamplingParams) -> int:
     return stop_token_ids[0] if len(stop_token_ids) == 1 else -1
 
 
+class HostTables(NamedTuple):
+    """What planning a step reads: one entry or row per slot, on the host."""
+
+    prompt_len: np.ndarray  # int64
+    canvas_end: np.ndarray  # int64, prompt + canvas
+    output_end: np.ndarray  # int64, prompt + max_tokens
+    block_length: np.ndarray  # int64; 0: the slot has no canvas
+    block_start: np.ndarray  # int64, position of the active block; -1: none yet
+    step: np.ndarray  # int64, denoising steps the active block has seen
+    masked: np.ndarray  # bool [slots, MAX_BLOCK_LENGTH], of the active block
+    rule: np.ndarray  # int8
+    parameters: np.ndarray  # float32 [slots, max_model_len], of the rule, by block and step
+    temperature: np.ndarray  # float32
+    seed: np.ndarray  # int64
+    eos_token_id: np.ndarray  # int64, -1 for none
+    recording: np.ndarray  # bool, the request calibrates its task
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor of the array on the device, without a copy where that is the host, without waiting elsewhere."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else async_tensor_h2d(tensor, device=device)
+
+
 class CanvasStates:
     """Tables of ``max_num_reqs`` slots.
 
-    Invariant: after :meth:`begin_step`, ``masked_np[slot, :block_length]`` are the masks of the slot's active block,
-    which starts at position ``block_start_np[slot]`` and has seen ``step_np[slot]`` denoising steps.
+    Invariant: after :meth:`begin_step`, ``host.masked[slot, :block_length]`` are the masks of the slot's active block,
+    which starts at position ``host.block_start[slot]`` and has seen ``host.step[slot]`` denoising steps.
     """
 
     def __init__(self, max_num_reqs: int, max_model_len: int, mask_token_id: int, device: torch.device) -> None:
@@ -72,20 +98,22 @@ class CanvasStates:
         self._masked_host = torch.zeros_like(self.masked, device="cpu", pin_memory=True) if pinned else self.masked
         self._copied = torch.cuda.Event() if pinned else None
         self._copy_pending: tuple[np.ndarray, torch.Tensor] | None = None
-        self.masked_np = self._masked_host.numpy()
 
-        self.prompt_len_np = np.zeros(max_num_reqs, dtype=np.int64)
-        self.canvas_end_np = np.zeros(max_num_reqs, dtype=np.int64)  # prompt + canvas
-        self.output_end_np = np.zeros(max_num_reqs, dtype=np.int64)  # prompt + max_tokens
-        self.block_length_np = np.zeros(max_num_reqs, dtype=np.int64)  # 0: the slot has no canvas
-        self.block_start_np = np.full(max_num_reqs, -1, dtype=np.int64)
-        self.step_np = np.zeros(max_num_reqs, dtype=np.int64)
-        self.rule_np = np.zeros(max_num_reqs, dtype=np.int8)
-        self.parameters_np = np.zeros((max_num_reqs, max_model_len), dtype=np.float32)
-        self.temperature_np = np.zeros(max_num_reqs, dtype=np.float32)
-        self.seed_np = np.zeros(max_num_reqs, dtype=np.int64)
-        self.eos_np = np.full(max_num_reqs, -1, dtype=np.int64)
-        self.recorder_np = np.zeros(max_num_reqs, dtype=bool)
+        self.host = HostTables(
+            prompt_len=np.zeros(max_num_reqs, dtype=np.int64),
+            canvas_end=np.zeros(max_num_reqs, dtype=np.int64),
+            output_end=np.zeros(max_num_reqs, dtype=np.int64),
+            block_length=np.zeros(max_num_reqs, dtype=np.int64),
+            block_start=np.full(max_num_reqs, -1, dtype=np.int64),
+            step=np.zeros(max_num_reqs, dtype=np.int64),
+            masked=self._masked_host.numpy(),
+            rule=np.zeros(max_num_reqs, dtype=np.int8),
+            parameters=np.zeros((max_num_reqs, max_model_len), dtype=np.float32),
+            temperature=np.zeros(max_num_reqs, dtype=np.float32),
+            seed=np.zeros(max_num_reqs, dtype=np.int64),
+            eos_token_id=np.full(max_num_reqs, -1, dtype=np.int64),
+            recording=np.zeros(max_num_reqs, dtype=bool),
+        )
 
     def add(self, slot: int, new: NewRequestData) -> None:
         """Fill a slot for a request that starts or resumes: its block starts again, its schedule stays."""
@@ -101,19 +129,19 @@ class CanvasStates:
         self._slot_of[new.req_id] = slot
         row = np.full(end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
-        self.token_ids[slot, :end] = async_tensor_h2d(row, device=self.device)
-        self.prompt_len_np[slot] = prompt_len
-        self.canvas_end_np[slot] = end
-        self.output_end_np[slot] = prompt_len + params.max_tokens
-        self.block_length_np[slot] = options.block_length
-        self.block_start_np[slot] = -1
-        self.rule_np[slot] = record.schedule.rule
+        self.token_ids[slot, :end] = to_device(row, self.device)
+        self.host.prompt_len[slot] = prompt_len
+        self.host.canvas_end[slot] = end
+        self.host.output_end[slot] = prompt_len + params.max_tokens
+        self.host.block_length[slot] = options.block_length
+        self.host.block_start[slot] = -1
+        self.host.rule[slot] = record.schedule.rule
         parameters = record.schedule.parameters.ravel()
-        self.parameters_np[slot, : parameters.size] = parameters
-        self.temperature_np[slot] = params.temperature
-        self.seed_np[slot] = record.seed
-        self.eos_np[slot] = _end_token_id(params)
-        self.recorder_np[slot] = record.recorder is not None
+        self.host.parameters[slot, : parameters.size] = parameters
+        self.host.temperature[slot] = params.temperature
+        self.host.seed[slot] = record.seed
+        self.host.eos_token_id[slot] = _end_token_id(params)
+        self.host.recording[slot] = record.recorder is not None
 
     def _admit(self, new: NewRequestData) -> RequestRecord:
         """Decide, once, how a request is decoded and whether it calibrates its task."""
@@ -138,9 +166,9 @@ class CanvasStates:
         """A request lost its slot: it ended or was preempted."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
-            self.block_length_np[slot] = 0
-            self.prompt_len_np[slot] = self.canvas_end_np[slot] = self.output_end_np[slot] = 0
-            self.recorder_np[slot] = False
+            self.host.block_length[slot] = 0
+            self.host.prompt_len[slot] = self.host.canvas_end[slot] = self.host.output_end[slot] = 0
+            self.host.recording[slot] = False
 
     def end(self, req_id: str, *, failed: bool) -> None:
         """A request ended. A calibration that went well is published; an aborted or failed one publishes nothing."""
@@ -164,24 +192,33 @@ class CanvasStates:
             copied_slots, host = self._copy_pending
             assert self._copied is not None
             self._copied.synchronize()  # long done: the engine has read the output of that step
-            self.masked_np[copied_slots, : host.shape[1]] = host.numpy()
+            self.host.masked[copied_slots, : host.shape[1]] = host.numpy()
             self._copy_pending = None
-        new_block = self.block_start_np[slots] != block_start
-        self.step_np[slots] = np.where(new_block, 0, self.step_np[slots] + 1)
-        self.block_start_np[slots] = block_start
-        fresh = slots[new_block]
-        if fresh.size:
-            self.masked_np[fresh] = np.arange(MAX_BLOCK_LENGTH) < self.block_length_np[fresh, None]
-            if self.device.type != "cpu":
-                index = async_tensor_h2d(fresh, device=self.device)
-                self.masked[index] = async_tensor_h2d(self.masked_np[fresh], device=self.device)
+        is_new = np.empty(slots.size, dtype=bool)
+        _enter_blocks(self.host, slots, block_start, is_new)
+        if self.device.type != "cpu" and is_new.any():
+            fresh = slots[is_new]
+            self.masked[to_device(fresh, self.device)] = to_device(self.host.masked[fresh], self.device)
 
-    def copy_masks_to_host(self, slots: np.ndarray, masked: torch.Tensor) -> None:
+    def copy_masks_to_host(self, slots_np: np.ndarray, slots: torch.Tensor, width: int) -> None:
         """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""
         if self.device.type == "cpu":
             return
-        host = torch.empty(masked.shape, dtype=torch.bool, pin_memory=True)
-        host.copy_(masked, non_blocking=True)
+        host = torch.empty((slots_np.size, width), dtype=torch.bool, pin_memory=True)
+        host.copy_(self.masked[slots, :width], non_blocking=True)
         assert self._copied is not None
         self._copied.record()
-        self._copy_pending = (slots, host)
+        self._copy_pending = (slots_np, host)
+
+
+@compiled()
+def _enter_blocks(host: HostTables, slots: np.ndarray, block_start: np.ndarray, is_new: np.ndarray) -> None:
+    """Count the step of every slot, or mask its block whole where it is another one than before."""
+    for req in range(slots.size):
+        slot = slots[req]
+        is_new[req] = host.block_start[slot] != block_start[req]
+        host.step[slot] += 1
+        if is_new[req]:
+            host.block_start[slot], host.step[slot] = block_start[req], 0
+            for k in range(host.masked.shape[1]):
+                host.masked[slot, k] = k < host.block_length[slot]

@@ -12,7 +12,6 @@ import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from csrc_triton import implementations
-from vllm_osdt.config import MAX_BLOCK_LENGTH
 from vllm_osdt.worker.denoise_batch import DenoiseBatch
 from vllm_osdt.worker.request_states import CanvasStates
 
@@ -30,11 +29,7 @@ class CanvasSampler:
 
     def __init__(self, states: CanvasStates) -> None:
         self.states = states
-        self._confidence, self._unmask = implementations(states.device)
-        num_cells = states.masked.shape[0] * MAX_BLOCK_LENGTH
-        # Read only where a position is masked, and written there in the same step: never cleared.
-        self._proposal = torch.zeros(num_cells, dtype=torch.int64, device=states.device)
-        self._best = torch.zeros(num_cells, dtype=torch.float32, device=states.device)
+        self._confidence, _, self._unmask_in_tables = implementations(states.device)
         self._no_rejected = torch.zeros(states.masked.shape[0], dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -58,33 +53,34 @@ class CanvasSampler:
             return SamplerOutput(token[:, None], None, None, num_sampled=none, num_rejected=none)
 
         states = self.states
-        num_reqs, width = batch.canvas_index.shape
         token, row_confidence = self._confidence(
             logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key
         )
-        self._proposal[batch.cells] = token
-        self._best[batch.cells] = row_confidence
-        proposal = self._proposal[: num_reqs * width].view(num_reqs, width)
-        best = self._best[: num_reqs * width].view(num_reqs, width)
-
-        canvas = states.cells[batch.canvas_index]
-        masked = states.masked[batch.slots, :width]
-        calibrating = np.flatnonzero(states.recorder_np[batch.slots_np])
-        before = masked.clone() if calibrating.size else masked
-        result = self._unmask(
-            canvas, masked, proposal, best, batch.rule, batch.parameter, batch.eos_token_id, batch.num_needed
+        calibrating = np.flatnonzero(states.host.recording[batch.slots_np])
+        width = batch.canvas_index.shape[1]
+        before = states.masked[batch.slots, :width] if calibrating.size else None
+        canvas, best, result = self._unmask_in_tables(
+            states.cells,
+            states.masked,
+            batch.slots,
+            batch.canvas_index,
+            batch.cells,
+            token,
+            row_confidence,
+            batch.rule,
+            batch.parameter,
+            batch.eos_token_id,
+            batch.num_needed,
         )
-        states.cells[batch.canvas_index] = canvas
-        states.masked[batch.slots, :width] = masked
-        states.copy_masks_to_host(batch.slots_np, masked)
-        if calibrating.size:
-            self._record(calibrating, batch, input_batch.req_ids, best, before, masked)
+        states.copy_masks_to_host(batch.slots_np, batch.slots, width)
+        if before is not None:
+            self._record(calibrating, batch, input_batch.req_ids, best, before, states.masked[batch.slots, :width])
         return SamplerOutput(
             sampled_token_ids=canvas,
             logprobs_tensors=None,
             num_nans=None,
             num_sampled=result.num_ready,
-            num_rejected=self._no_rejected[:num_reqs],
+            num_rejected=self._no_rejected[: canvas.shape[0]],
         )
 
     def _record(
@@ -99,9 +95,9 @@ class CanvasSampler:
         states = self.states
         for row in calibrating.tolist():
             slot = batch.slots_np[row]
-            length = int(states.block_length_np[slot])
-            block = int(states.block_start_np[slot] - states.prompt_len_np[slot]) // length
+            length = int(states.host.block_length[slot])
+            block = int(states.host.block_start[slot] - states.host.prompt_len[slot]) // length
             recorder = states.records[req_ids[row]].recorder
             assert recorder is not None
-            step = int(states.step_np[slot])
+            step = int(states.host.step[slot])
             recorder.add(block, step, best[row, :length], before[row, :length], after[row, :length])

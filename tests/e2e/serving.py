@@ -1,0 +1,67 @@
+"""``vllm serve PATH --plugin osdt`` as the README says it, in a process group of its own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_LIMIT_S = 240
+
+
+@dataclass
+class Server:
+    """A running server and where to reach it."""
+
+    process: subprocess.Popen
+    url: str
+    model: str
+    log: Path
+
+    def complete(self, prompt: str | list[int], **fields) -> httpx.Response:
+        """POST /v1/completions, greedy, for at most 96 tokens unless told otherwise."""
+        body = {"model": self.model, "max_tokens": 96, "temperature": 0, "prompt": prompt, **fields}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(model: str | Path, name: str, log: Path, *arguments: str) -> Iterator[Server]:
+    """Start a server, wait until it answers, and kill what is left of it at the end."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--plugin", "osdt"]
+    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    running = Server(process, f"http://127.0.0.1:{port}", name, log)
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                if httpx.get(f"{running.url}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield running
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
