@@ -74,6 +74,7 @@ def test_block_length_of_the_checkpoint_is_the_default_and_the_operators_wins(ch
         ({"additional_config": {"osdt": {"treshold": 0.5}}}, ["treshold", "threshold"]),
         ({"additional_config": {"osdt": {"threshold": 2}}}, ["threshold is 2"]),
         ({"scheduler_cls": "some.Scheduler"}, ["some.Scheduler"]),
+        ({"prefill_schedule_interval": 4}, ["prefill_schedule_interval is 4", "1"]),
     ],
 )
 def test_engine_that_cannot_work_is_refused(checkpoint: str, arguments: dict, words: list[str]) -> None:

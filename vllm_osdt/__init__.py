@@ -4,12 +4,15 @@ Importing this package loads neither torch nor vLLM; vLLM finds the plugin throu
 ``vllm.general_plugins: osdt``.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 __version__ = "0.1.0"
+
+NUM_POLLS, POLL_INTERVAL_S = 200, 0.01
 
 
 def register() -> None:
@@ -30,4 +33,14 @@ def profiles(llm: "LLM") -> list[dict[str, Any]]:
         denoising step, None where nothing was recorded) and ``thresholds`` (T by block and step, for each
         ``mode/metric/record`` that a request has asked for).
     """
-    return llm.collective_rpc("calibration_profiles")[0]
+    engine = llm.llm_engine
+    for _ in range(NUM_POLLS):
+        found, num_calibrating = llm.collective_rpc("calibration_profiles")[0]
+        if not num_calibrating or engine.has_unfinished_requests():
+            break
+        # Workers learn that a request has ended with the step after its last.
+        if hasattr(engine.engine_core, "engine_core"):  # the engine runs in this process: nobody else steps it
+            engine.step()
+        else:
+            time.sleep(POLL_INTERVAL_S)
+    return found

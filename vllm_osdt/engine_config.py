@@ -62,6 +62,11 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         ):
             if getattr(vllm_config, name) is not None:
                 raise OSDTError(f"{what} is set, but a diffusion canvas is rewritten in place; remove {name}.")
+        if scheduler.prefill_schedule_interval > 1:
+            raise OSDTError(
+                f"prefill_schedule_interval is {scheduler.prefill_schedule_interval}; a canvas starts as soon as a "
+                "refresh fits the step. Leave it at 1 and limit a step with --max-num-batched-tokens."
+            )
         if scheduler.scheduler_cls not in (None, SCHEDULER_CLS):
             raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; leave it unset: these models need ours.")
 

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 
+import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, registry, sampling, scheduler, submit, tokens
 from tests.reference.decode import calibrate, decode, osdt, static_threshold
 
@@ -130,8 +131,14 @@ def test_before_its_calibration_a_task_decodes_statically(tasks_llm, prompts):
     assert tokens(generate(tasks_llm, prompts[:6], params)) == tokens(static)
 
 
+def test_a_profile_can_be_read_right_after_its_request(tasks_llm, prompts):
+    generate(tasks_llm, prompts[:1], sampling(GEN_LENGTH, **OPTIONS, task="read at once"))
+    [profile] = [profile for profile in vllm_osdt.profiles(tasks_llm) if profile["task"] == "read at once"]
+    assert profile["mean_confidence"][0][0] > 0
+
+
 def own_profiles(llm, task):
-    llm.llm_engine.step()  # the worker hears of a request's end with the next step
+    vllm_osdt.profiles(llm)  # waits until the worker has heard of the request's end
     return [profile for key, profile in registry(llm).profiles.items() if key.task == task]
 
 

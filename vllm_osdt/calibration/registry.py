@@ -14,6 +14,11 @@ class ProfileRegistry:
         self.profiles: dict[ProfileKey, CalibrationProfile] = {}
         self._calibrating: dict[ProfileKey, str] = {}
 
+    @property
+    def num_calibrating(self) -> int:
+        """Requests that calibrate now."""
+        return len(self._calibrating)
+
     def claim(self, key: ProfileKey, req_id: str, *, recalibrate: bool) -> bool:
         """Whether ``req_id`` is to calibrate ``key``: nobody else does, and there is no profile or a new one is
         asked for."""

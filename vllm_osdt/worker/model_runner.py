@@ -128,9 +128,11 @@ class CanvasRunnerMixin:
         query_start_loc = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.block_tables.compute_slot_mappings(denoise.slots, query_start_loc, self.input_buffers.positions, 0)
 
-    def calibration_profiles(self) -> list[dict[str, Any]]:
-        """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`)."""
-        return [profile.as_dict() for profile in self.model_state.canvas_states.registry.profiles.values()]
+    def calibration_profiles(self) -> tuple[list[dict[str, Any]], int]:
+        """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`), and how many
+        requests are calibrating."""
+        registry = self.model_state.canvas_states.registry
+        return [profile.as_dict() for profile in registry.profiles.values()], registry.num_calibrating
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""
@@ -141,6 +143,6 @@ class CanvasWorkerMixin:
 
     model_runner: CanvasRunnerMixin
 
-    def calibration_profiles(self) -> list[dict[str, Any]]:
-        """The profiles in this worker's memory."""
+    def calibration_profiles(self) -> tuple[list[dict[str, Any]], int]:
+        """The profiles in this worker's memory, and how many requests are calibrating."""
         return self.model_runner.calibration_profiles()

@@ -1,0 +1,28 @@
+"""Decodes recorded cases and calibrates a task on two ranks; writes the outcome as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(folder: Path, outcome: Path) -> None:
+    from vllm import LLM
+
+    import vllm_osdt
+    from tests.e2e.engine import case_params, generate, sampling, tokens
+
+    cases = json.loads((folder / "cases.json").read_text())
+    prompts = [case["prompt_token_ids"] for case in cases]
+    llm = LLM(
+        model=str(folder), skip_tokenizer_init=True, dtype="float32", max_num_seqs=32, max_model_len=512,
+        tensor_parallel_size=2,
+    )  # fmt: skip
+    decided = tokens(generate(llm, prompts, [case_params(case) for case in cases]))
+    generate(llm, prompts[:1], sampling(64, task="shared"))
+    held = vllm_osdt.profiles(llm)
+    ranks = [found for found, _ in llm.collective_rpc("calibration_profiles")]
+    outcome.write_text(json.dumps({"decided": decided, "profiles": held, "ranks": ranks}))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
