@@ -44,9 +44,11 @@ class DenoiseBatch:
 
 @dataclass
 class CanvasInputBatch(InputBatch):
-    """vLLM's input batch with the denoising step it is for."""
+    """vLLM's input batch with the denoising step it is for, and the rows to which the last layer narrows the hidden
+    states, int64 ``[M]``; with them ``logits_indices`` counts from 0."""
 
     denoise: DenoiseBatch | None = None
+    logit_rows: torch.Tensor | None = None
 
 
 def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.ndarray:

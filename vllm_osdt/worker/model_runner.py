@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import ParallelConfig
+from vllm.config import LoRAConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -29,7 +29,7 @@ class CanvasRunnerMixin:
     model_state: CanvasModelState
     req_states: RequestState
     input_buffers: InputBuffers
-    parallel_config: ParallelConfig
+    lora_config: LoRAConfig | None
     device: torch.device
     max_num_reqs: int
     vocab_size: int
@@ -76,9 +76,12 @@ class CanvasRunnerMixin:
         async_tensor_h2d(query_start_loc_np, out=buffers.query_start_loc)
         async_tensor_h2d(plan.seq_lens, out=buffers.seq_lens[:num_reqs])
 
-        denoise, logit_rows = plan_denoise(states, slots, plan), plan.logit_rows
-        if not logit_rows.size and self.parallel_config.tensor_parallel_size > 1:
-            logit_rows = np.zeros(1, dtype=np.int64)  # a gather over ranks of no row at all fails
+        denoise = plan_denoise(states, slots, plan)
+        # Some kernels, and a gather over ranks, fail on no row at all; the sampler leaves a row too many out.
+        logit_rows = to_device(plan.logit_rows if plan.logit_rows.size else np.zeros(1, dtype=np.int64), device)
+        # Adapters know rows by their place in the whole batch.
+        is_narrowed = self.lora_config is None
+        logits_indices = torch.arange(len(logit_rows), device=device) if is_narrowed else logit_rows
         num_tokens_padded = max(num_tokens, batch_desc.num_tokens)
         idx_mapping = denoise.slots
         return CanvasInputBatch(
@@ -108,12 +111,13 @@ class CanvasRunnerMixin:
             input_ids=buffers.input_ids[:num_tokens_padded],
             positions=buffers.positions[:num_tokens_padded],
             is_padding=buffers.is_padding[:num_tokens_padded],
-            logits_indices=to_device(logit_rows, device),
+            logits_indices=logits_indices,
             cu_num_logits=to_device(plan.cu_num_logits, device),
             cu_num_logits_np=plan.cu_num_logits,
             has_structured_output_reqs=False,
             prompt_lens=None,
             denoise=denoise,
+            logit_rows=logit_rows if is_narrowed else None,
         )
 
     def compile_host_loops(self) -> None:

@@ -57,8 +57,8 @@ class CanvasModelState(ModelState):
         """Text only."""
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """No model inputs beyond the standard ones."""
-        return {}
+        """The rows whose logits are read, where the batch has them."""
+        return {"logit_rows": getattr(input_batch, "logit_rows", None)}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """No model inputs beyond the standard ones."""
