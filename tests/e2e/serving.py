@@ -38,29 +38,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextlib.contextmanager
-def serving(model: str | Path, name: str, log: Path, *arguments: str) -> Iterator[Server]:
-    """Start a server, wait until it answers, and kill what is left of it at the end."""
+def serving(model: str | Path, name: str, log: Path, *arguments: str) -> contextlib.AbstractContextManager[Server]:
+    """A server of a checkpoint, under a name, in float32."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--plugin", "osdt"]
     command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    return waiting_for([*command, *arguments], environment, f"http://127.0.0.1:{port}", name, log)
+
+
+@contextlib.contextmanager
+def waiting_for(command: list[str], environment: dict[str, str], url: str, name: str, log: Path) -> Iterator[Server]:
+    """Start a server, wait until it answers, and kill what is left of it at the end."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-    running = Server(process, f"http://127.0.0.1:{port}", name, log)
     try:
         deadline = time.monotonic() + START_LIMIT_S
         while True:
             try:
-                if httpx.get(f"{running.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                     break
             except httpx.TransportError:
                 pass
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
-        yield running
+        yield Server(process, url, name, log)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
