@@ -34,7 +34,7 @@ setup(
     package_data={"vllm_osdt": ["py.typed", "mini/checkpoints/**/*"]},
     # vLLM's internals are overridden here, so the range is what tools/check_host.py was run on.
     # On a CPU the name `vllm` is given by requirements/vllm-metadata.
-    install_requires=["vllm>=0.32,<0.34", "torch", "triton", "transformers", "numpy"],
+    install_requires=["vllm>=0.32,<0.34", "torch", "triton", "transformers", "numpy", "numba", "pydantic"],
     extras_require={
         "xformers": ["xformers"],
         "demo": ["matplotlib"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny: threads that spin for each other cost more than they bring on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Profiles are kept in the user's data folder by default: not in that of whoever runs the tests.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="vllm-osdt-tests-")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY.parent / "shared" / "golden"
@@ -91,6 +95,8 @@ def start_llm() -> Any:
     engines = []
 
     def start(model: Path, **arguments: Any) -> Any:
+        # Engines of one model would find each other's profiles on disk.
+        arguments.setdefault("additional_config", {"osdt": {"profile_dir": ""}})
         arguments = {"dtype": "float32", "skip_tokenizer_init": "tokenizer" not in arguments, **arguments}
         engines.append(LLM(model=str(model), **arguments))
         return engines[-1]

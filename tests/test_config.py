@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from vllm_osdt.config import OPTION_NAMES, DecodingOptions, parse_options, resolve_canvas
+from vllm_osdt.config import (
+    OPTION_NAMES,
+    DecodingOptions,
+    ServerOptions,
+    parse_options,
+    parse_server_options,
+    resolve_canvas,
+)
 from vllm_osdt.errors import InvalidOptionError
 
 BASE = DecodingOptions()
@@ -179,3 +186,24 @@ def test_steps_default_to_one_token_a_step_and_concern_no_other_policy():
     assert canvas(10, 64, policy="fixed_steps")[0].steps == 64
     assert canvas(10, 64, policy="fixed_steps", steps=2)[0].steps == 2
     assert canvas(10, 64, policy="osdt", steps=3)[0].steps == 3
+
+
+def test_options_of_the_operator_are_not_for_requests():
+    with pytest.raises(InvalidOptionError, match="osdt_profile_dir.*operator.*--osdt-config"):
+        parse_options({"osdt_profile_dir": "/"}, base=DecodingOptions(), prefix="osdt_")
+    assert parse_server_options({"profile_dir": "", "max_profiles": 3}) == ServerOptions("", 3)
+    assert parse_server_options({}) == ServerOptions(None, 1024)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_profiles": 0}, "max_profiles is 0; expected a positive integer"),
+        ({"max_profiles": "9"}, "max_profiles is '9'"),
+        ({"profile_dir": 3}, "profile_dir is 3; expected the path of a folder"),
+        ({"profile_dir": "a\nb"}, "profile_dir is"),
+    ],
+)
+def test_bad_values_of_the_operator_are_refused(values, words):
+    with pytest.raises(InvalidOptionError, match=words):
+        parse_server_options(values)

@@ -66,6 +66,21 @@ class DecodingOptions:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the operator alone decides: ``additional_config={"osdt": {...}}`` and ``--osdt-config``, no request.
+
+    Attributes:
+        profile_dir: Folder in which calibration profiles outlive the process, shared by engines; None for the user's
+            data folder, "" to keep profiles in memory only.
+        max_profiles: Profiles that a worker keeps in memory, at least 1.
+    """
+
+    profile_dir: str | None = None
+    max_profiles: int = 1024
+
+
+SERVER_OPTION_NAMES = tuple(field.name for field in fields(ServerOptions))
 OPTION_NAMES = tuple(field.name for field in fields(DecodingOptions))
 
 
@@ -140,6 +155,24 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+def _folder(name: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value.isprintable()):
+        raise InvalidOptionError(f'{name} is {value!r}; expected the path of a folder, or "" for none.')
+    return value
+
+
+_SERVER_CHECKS: dict[str, Callable[[str, Any], Any]] = {"profile_dir": _folder, "max_profiles": _count()}
+
+
+def parse_server_options(values: Mapping[str, Any]) -> ServerOptions:
+    """Check what the operator alone decides.
+
+    Raises:
+        InvalidOptionError: A wrong type or a value out of range.
+    """
+    return ServerOptions(**{name: _SERVER_CHECKS[name](name, value) for name, value in values.items()})
+
+
 def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:
     """Lay ``values`` over ``base``.
 
@@ -154,8 +187,11 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
     changes = {}
     for key, value in values.items():
         name = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        if prefix and name in SERVER_OPTION_NAMES:
+            raise InvalidOptionError(f"{key!r} is for the operator of the server; set {name} in --osdt-config.")
         if name not in _CHECKS:
-            known = ", ".join(prefix + option for option in OPTION_NAMES)
+            own = OPTION_NAMES if prefix else (*OPTION_NAMES, *SERVER_OPTION_NAMES)
+            known = ", ".join(prefix + option for option in own)
             raise InvalidOptionError(f"Unknown option {key!r}; this model's options are {known}.")
         changes[name] = _CHECKS[name](key, value)
     return replace(base, **changes)

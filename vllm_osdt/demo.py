@@ -113,7 +113,13 @@ def main() -> None:
     from vllm_osdt.mini.tasks import TASKS, generate
 
     start = time.perf_counter()
-    llm = LLM(model=model_path(args.model), max_num_seqs=args.problems, dtype="float32", max_num_batched_tokens=16384)
+    llm = LLM(
+        model=model_path(args.model),
+        max_num_seqs=args.problems,
+        dtype="float32",
+        max_num_batched_tokens=16384,
+        additional_config={"osdt": {"profile_dir": ""}},  # every run calibrates
+    )
     print(f"engine started in {time.perf_counter() - start:.1f} s; {args.problems} held-out problems per task")
     header = f"{'task':<16} {'policy':<20} {'accuracy':>9} {'NFE':>7} {'tokens/forward':>15} {'tokens/s':>9}"
     print(f"{header}\n{'-' * len(header)}")

@@ -1,13 +1,22 @@
 """Engine settings of the model families that attend to their whole canvas (LLaDA), set so that users need no flag."""
 
-from typing import TYPE_CHECKING
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import CompilationMode, CUDAGraphMode, DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_osdt.config import DecodingOptions, parse_options
+from vllm_osdt.calibration.fingerprint import ModelFingerprint, hash_weights
+from vllm_osdt.config import (
+    SERVER_OPTION_NAMES,
+    DecodingOptions,
+    ServerOptions,
+    parse_options,
+    parse_server_options,
+)
 from vllm_osdt.errors import OSDTError
 
 if TYPE_CHECKING:
@@ -25,6 +34,11 @@ def is_ours(model_config) -> bool:
     return model_config is not None and model_config.architecture in ARCHITECTURES
 
 
+def _operator_values(vllm_config: "VllmConfig") -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    return dict(additional.get("osdt", {})) if isinstance(additional, dict) else {}
+
+
 def server_defaults(vllm_config: "VllmConfig") -> DecodingOptions:
     """The options of a request that sets none: ours, the checkpoint's block length, then the operator's.
 
@@ -32,9 +46,38 @@ def server_defaults(vllm_config: "VllmConfig") -> DecodingOptions:
         InvalidOptionError: ``additional_config["osdt"]`` has an unknown name or a bad value.
     """
     base = DecodingOptions(block_length=vllm_config.model_config.hf_config.block_length)
-    additional = vllm_config.additional_config
-    values = additional.get("osdt", {}) if isinstance(additional, dict) else {}
-    return parse_options(values, base=base)
+    values = _operator_values(vllm_config)
+    return parse_options({name: values[name] for name in values if name not in SERVER_OPTION_NAMES}, base=base)
+
+
+def server_options(vllm_config: "VllmConfig") -> ServerOptions:
+    """What the operator alone decides.
+
+    Raises:
+        InvalidOptionError: A bad value.
+    """
+    values = _operator_values(vllm_config)
+    return parse_server_options({name: values[name] for name in values if name in SERVER_OPTION_NAMES})
+
+
+def model_fingerprint(vllm_config: "VllmConfig") -> ModelFingerprint:
+    """The identity of an engine's model, for calibration profiles."""
+    from vllm.transformers_utils.repo_utils import get_model_path
+
+    model = vllm_config.model_config
+    weights = None
+    if vllm_config.load_config.load_format != "dummy":
+        with contextlib.suppress(OSError, ValueError):  # weights that are not files here
+            weights = hash_weights(Path(get_model_path(model.model, model.revision)))
+    if weights is None:
+        weights = f"{model.model}@{model.revision}"
+    return ModelFingerprint(
+        weights=weights,
+        quantization=model.quantization or "none",
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.hf_config.vocab_size,
+        mask_token_id=model.hf_config.mask_token_id,
+    )
 
 
 class CanvasModelConfig(VerifyAndUpdateConfig):
@@ -71,6 +114,7 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; leave it unset: these models need ours.")
 
         defaults = server_defaults(vllm_config)
+        server_options(vllm_config)  # refuses a bad value before anything is loaded
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
         scheduler.scheduler_cls = SCHEDULER_CLS
         switched_off = []

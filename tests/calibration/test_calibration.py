@@ -128,31 +128,31 @@ def profile(key=KEY, value=0.5):
 
 def test_one_request_at_a_time_calibrates_a_key():
     registry = ProfileRegistry()
-    assert registry.claim(KEY, "a", recalibrate=False)
-    assert not registry.claim(KEY, "b", recalibrate=False) and not registry.claim(KEY, "b", recalibrate=True)
+    assert registry.claim(KEY, "a") and registry.num_calibrating == 1
+    assert not registry.claim(KEY, "b")
     other = ProfileKey("code", 4, "dual", 0.9)
-    assert registry.claim(other, "b", recalibrate=False)
+    assert registry.claim(other, "b") and registry.num_calibrating == 2
 
 
 def test_a_released_key_is_calibrated_by_the_next_request():
     registry = ProfileRegistry()
-    registry.claim(KEY, "a", recalibrate=False)
+    registry.claim(KEY, "a")
     registry.release(KEY, "b")
-    assert not registry.claim(KEY, "b", recalibrate=False)  # b did not hold it
+    assert not registry.claim(KEY, "b")  # b did not hold it
     registry.release(KEY, "a")
-    assert registry.profiles == {} and registry.claim(KEY, "b", recalibrate=False)
+    assert registry.find(KEY) is None and registry.claim(KEY, "b")
 
 
-def test_a_published_profile_is_used_until_somebody_recalibrates():
+def test_a_published_profile_is_used_until_it_is_replaced():
     registry = ProfileRegistry()
-    registry.claim(KEY, "a", recalibrate=False)
+    registry.claim(KEY, "a")
     first, second = profile(value=0.5), profile(value=0.7)
     registry.publish(first, "a")
-    assert registry.profiles[KEY] is first and not registry.claim(KEY, "b", recalibrate=False)
-    assert registry.claim(KEY, "c", recalibrate=True)
-    assert registry.profiles[KEY] is first
+    assert registry.find(KEY) is first
+    assert registry.claim(KEY, "c")
+    assert registry.find(KEY) is first
     registry.publish(second, "c")
-    assert registry.profiles == {KEY: second} and registry.claim(KEY, "d", recalibrate=True)
+    assert registry.find(KEY) is second and registry.num_calibrating == 0
 
 
 @pytest.mark.parametrize("change", [{"task": "b"}, {"block_length": 8}, {"cache": "none"}, {"threshold": 0.8}])
@@ -160,7 +160,7 @@ def test_profiles_apply_to_exactly_their_key(change):
     registry = ProfileRegistry()
     registry.publish(profile(), "a")
     other = ProfileKey(**{"task": "gsm", "block_length": 4, "cache": "dual", "threshold": 0.9, **change})
-    assert other not in registry.profiles and registry.claim(other, "b", recalibrate=False)
+    assert registry.find(other) is None
 
 
 def test_mean_confidence_counts_recorded_positions_only():

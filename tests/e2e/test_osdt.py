@@ -263,3 +263,36 @@ def test_calibration_stops_where_output_ends(tasks_llm, prompts, offline, golden
     assert tokens(got) == [e.tokens for e in expected]
     [profile] = own_profiles(tasks_llm, "ends early")
     assert profile.thresholds("block", "q1", "masked").shape[0] == len(phase_1[index].record)
+
+
+def test_profiles_outlive_the_engine_and_the_memory(golden_tasks, start_llm, prompts, tmp_path):
+    arguments = {"max_num_seqs": 4, "max_model_len": 256}
+    arguments["additional_config"] = {"osdt": {"profile_dir": str(tmp_path), "max_profiles": 1}}
+
+    def decode(llm, task, **changes):
+        completions = generate(llm, prompts, loose(task, **changes))
+        return tokens(completions), [nfe(completion) for completion in completions]
+
+    first = start_llm(golden_tasks.folder, **arguments)
+    generate(first, prompts[:1], loose("kept on disk"))
+    calibrated = decode(first, "kept on disk")
+    assert sum(calibrated[1]) < sum(decode(first, "any", policy="static_threshold")[1])
+    generate(first, prompts[:1], loose("another"))  # its profile takes the other's place in memory
+    [held] = vllm_osdt.profiles(first)
+    assert held["task"] == "another"
+    assert decode(first, "kept on disk") == calibrated
+    restarted = start_llm(golden_tasks.folder, **arguments)
+    assert decode(restarted, "kept on disk") == calibrated
+    [loaded] = vllm_osdt.profiles(restarted)
+    assert loaded["id"] == vllm_osdt.profiles(first)[0]["id"]
+    assert sorted(path.name.split(".")[0] for path in tmp_path.rglob("*.json")) == ["another", "kept-on-disk"]
+
+
+def test_a_model_of_other_weights_does_not_use_the_profile(golden_random, golden_tasks, start_llm, prompts, tmp_path):
+    arguments = {"max_num_seqs": 4, "max_model_len": 256, "additional_config": {"osdt": {"profile_dir": str(tmp_path)}}}
+    for golden in (golden_random, golden_tasks):
+        llm = start_llm(golden.folder, **arguments)
+        generate(llm, prompts[:1], loose("shared name"))
+        assert len(vllm_osdt.profiles(llm)) == 1
+    folders = [path.parent for path in tmp_path.rglob("*.json")]
+    assert len(set(folders)) == 2

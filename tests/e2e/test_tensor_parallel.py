@@ -28,5 +28,7 @@ def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, t
     assert run.returncode == 0, run.stderr[-4000:]
     result = json.loads((tmp_path / "outcome").read_text())
     assert result["decided"] == [case["output_token_ids"] for case in golden_random.cases]
-    assert [profile["task"] for profile in result["profiles"]] == ["shared"]
-    assert result["ranks"] == [result["profiles"]] * 2
+    assert [[profile["task"] for profile in held] for held in result["held"]] == [["shared"], ["other"], ["shared"]]
+    assert result["held"][0][0]["id"] == result["held"][2][0]["id"]
+    assert result["ranks"] == [result["held"][2]] * 2
+    assert len(list(tmp_path.rglob("*.json"))) == 2

@@ -81,11 +81,18 @@ class CanvasStates:
     which starts at position ``host.block_start[slot]`` and has seen ``host.step[slot]`` denoising steps.
     """
 
-    def __init__(self, max_num_reqs: int, max_model_len: int, mask_token_id: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_num_reqs: int,
+        max_model_len: int,
+        mask_token_id: int,
+        device: torch.device,
+        registry: ProfileRegistry | None = None,
+    ) -> None:
         self.max_model_len = max_model_len
         self.mask_token_id = mask_token_id
         self.device = device
-        self.registry = ProfileRegistry()
+        self.registry = registry or ProfileRegistry()
         self.records: dict[str, RequestRecord] = {}
         self._slot_of: dict[str, int] = {}
 
@@ -151,10 +158,10 @@ class CanvasStates:
         key = ProfileKey(options.task, options.block_length, options.cache, options.threshold)
         thresholds, recorder = None, None
         if options.policy == "osdt":
+            profile = self.registry.find(key)
             # A request that ends within its first block says too little of a task.
             long_enough = params.max_tokens >= options.block_length
-            profile = self.registry.profiles.get(key)
-            if long_enough and self.registry.claim(key, new.req_id, recalibrate=options.recalibrate):
+            if long_enough and (profile is None or options.recalibrate) and self.registry.claim(key, new.req_id):
                 num_blocks = options.gen_length // options.block_length
                 recorder = Recorder(num_blocks, options.block_length, self.device)
             elif profile is not None:

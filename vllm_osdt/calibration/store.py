@@ -1,0 +1,248 @@
+"""Profiles on disk: one JSON file per (model fingerprint, task), shared by every engine that uses the folder.
+
+A writer locks the task, reads what is there, replaces its own entry and renames a complete, synced file into place: a
+reader sees the old file or the new one, and of two writers of one entry the last wins. A file that cannot be used is
+renamed aside and named in the log; the task then calibrates again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from vllm_osdt.calibration.fingerprint import ModelFingerprint
+from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
+from vllm_osdt.config import CACHE_MODES, MAX_BLOCK_LENGTH
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
+
+SCHEMA_VERSION: Literal[1] = 1
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class StoredStep:
+    """One denoising step: confidence of every position, null where it was not masked, and positions unmasked."""
+
+    confidence: Annotated[list[float | None], Field(max_length=MAX_BLOCK_LENGTH)]
+    committed: list[int]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class StoredProfile:
+    """What one calibration recorded."""
+
+    id: str
+    block_length: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)]
+    cache: Annotated[str, Field(pattern=f"^({'|'.join(CACHE_MODES)})$")]
+    threshold: Annotated[float, Field(gt=0, le=1)]
+    created: str
+    versions: dict[str, str]
+    num_steps: Annotated[int, Field(ge=1)]
+    blocks: list[list[StoredStep]]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ProfileFile:
+    """A task's profiles for one model, one for each block length, cache mode and calibration threshold."""
+
+    schema_version: Literal[1]
+    fingerprint: dict[str, str | int]
+    task: str
+    profiles: list[StoredProfile]
+
+
+_FILE = TypeAdapter(ProfileFile)
+
+
+class UnusableFileError(Exception):
+    """A profile file that cannot be used, with the reason."""
+
+
+def default_folder() -> Path:
+    """The user's data folder: ``$XDG_DATA_HOME/vllm-osdt/profiles``, ``~/.local/share/...`` by default."""
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "vllm-osdt" / "profiles"
+
+
+class ProfileStore:
+    """The profiles of one model in a folder.
+
+    Args:
+        folder: Shared by models and engines; made when the first profile is written.
+        fingerprint: Of the model; profiles of others are neither seen nor touched.
+    """
+
+    def __init__(self, folder: Path, fingerprint: ModelFingerprint) -> None:
+        self.fingerprint = fingerprint
+        self.folder = folder / fingerprint.digest
+        self.num_set_aside = 0
+
+    def path(self, task: str) -> Path:
+        """Where a task's profiles are: a readable part of its name and a hash of all of it."""
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", task)[:40].strip("-")
+        return self.folder / f"{readable}.{hashlib.sha256(task.encode()).hexdigest()[:12]}.json"
+
+    def load(self, key: ProfileKey) -> CalibrationProfile | None:
+        """The profile of a key, None if there is none that can be used."""
+        path = self.path(key.task)
+        try:
+            stored = self._read(path, key.task)
+        except FileNotFoundError:
+            return None
+        except UnusableFileError as error:
+            self._set_aside(path, error)
+            return None
+        except OSError as error:
+            logger.warning("The profile file %s cannot be read (%s); the task calibrates again.", path, error)
+            return None
+        return next(
+            (from_stored(key.task, profile) for profile in stored.profiles if _key(key.task, profile) == key), None
+        )
+
+    def save(self, profile: CalibrationProfile) -> None:
+        """Write a profile, in place of an earlier one of its key. A folder that cannot be written to is logged."""
+        path = self.path(profile.key.task)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                self._replace(path, profile)
+        except OSError as error:
+            logger.warning(
+                "The profile of task %r is kept in memory only: %s cannot be written (%s).",
+                profile.key.task,
+                path,
+                error,
+            )
+
+    def _replace(self, path: Path, profile: CalibrationProfile) -> None:
+        others: list[StoredProfile] = []
+        try:
+            kept = self._read(path, profile.key.task).profiles
+            others = [other for other in kept if _key(profile.key.task, other) != profile.key]
+        except FileNotFoundError:
+            pass
+        except UnusableFileError as error:
+            self._set_aside(path, error)
+        content = ProfileFile(SCHEMA_VERSION, asdict(self.fingerprint), profile.key.task, [*others, to_stored(profile)])
+        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_FILE.dump_json(content) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _read(self, path: Path, task: str) -> ProfileFile:
+        try:
+            stored = _FILE.validate_json(path.read_bytes())
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"])) or "the file"
+            raise UnusableFileError(f"{field}: {problem['msg']}") from None
+        if stored.fingerprint != asdict(self.fingerprint):
+            raise UnusableFileError(f"fingerprint: {stored.fingerprint} is another model's")
+        if stored.task != task:
+            raise UnusableFileError(f"task: it is {stored.task!r}, expected {task!r}")
+        for index, profile in enumerate(stored.profiles):
+            if from_stored(task, profile).profile_id != profile.id:
+                raise UnusableFileError(f"profiles.{index}.id: {profile.id} does not fit the record")
+        return stored
+
+    def _set_aside(self, path: Path, error: UnusableFileError) -> None:
+        self.num_set_aside += 1
+        aside = path.with_suffix(f".aside-{os.getpid()}-{self.num_set_aside}")
+        with contextlib.suppress(FileNotFoundError):  # another engine was faster
+            path.replace(aside)
+            logger.warning(
+                "The profile file %s cannot be used and is kept as %s; the task calibrates again. %s.",
+                path, aside.name, error,
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _key(task: str, profile: StoredProfile) -> ProfileKey:
+    return ProfileKey(task, profile.block_length, profile.cache, profile.threshold)
+
+
+def to_stored(profile: CalibrationProfile) -> StoredProfile:
+    """The form on disk; blocks and steps behind the last record are left out."""
+    blocks = []
+    for confidence, committed in zip(profile.confidence, profile.committed, strict=True):
+        steps = []
+        for step in range(_num_used(confidence)):
+            # The shortest decimal that is this float32 and no other.
+            values = [None if math.isnan(value) else float(str(value)) for value in confidence[step]]
+            steps.append(StoredStep(values, np.flatnonzero(committed[step]).tolist()))
+        blocks.append(steps)
+    return StoredProfile(
+        id=profile.profile_id,
+        block_length=profile.key.block_length,
+        cache=profile.key.cache,
+        threshold=profile.key.threshold,
+        created=profile.created,
+        versions=profile.versions,
+        num_steps=profile.confidence.shape[1],
+        blocks=blocks,
+    )
+
+
+def _num_used(confidence: np.ndarray) -> int:
+    used = np.flatnonzero(~np.isnan(confidence).all(axis=-1))
+    return int(used[-1]) + 1 if used.size else 0
+
+
+def from_stored(task: str, stored: StoredProfile) -> CalibrationProfile:
+    """The profile of a task that a file holds.
+
+    Raises:
+        UnusableFileError: A step has another number of positions than the block, or a block more steps than it may.
+    """
+    shape = (len(stored.blocks), stored.num_steps, stored.block_length)
+    confidence = np.full(shape, np.nan, dtype=np.float32)
+    committed = np.zeros(shape, dtype=bool)
+    for block, steps in enumerate(stored.blocks):
+        if len(steps) > stored.num_steps:
+            raise UnusableFileError(
+                f"blocks.{block}: {len(steps)} steps, at most num_steps {stored.num_steps} expected"
+            )
+        for step, record in enumerate(steps):
+            place = f"blocks.{block}.{step}"
+            if len(record.confidence) != stored.block_length:
+                raise UnusableFileError(f"{place}.confidence: {len(record.confidence)} values, expected block_length")
+            if any(not 0 <= position < stored.block_length for position in record.committed):
+                raise UnusableFileError(f"{place}.committed: a position is not in the block")
+            values = np.array(record.confidence, dtype=np.float32)
+            if ((values < 0) | (values > 1)).any():
+                raise UnusableFileError(f"{place}.confidence: a value is not in [0, 1]")
+            confidence[block, step] = values
+            committed[block, step, record.committed] = True
+    profile = CalibrationProfile(_key(task, stored), confidence, committed, stored.created, stored.versions)
+    if not confidence.size or np.isnan(confidence[0]).all():
+        raise UnusableFileError("blocks.0: nothing is recorded")
+    return profile
