@@ -13,14 +13,14 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.e2e.serving import free_port, waiting_for
-from vllm_osdt.config import DecodingOptions
+from vllm_osdt.config import DecodingOptions, ServerOptions
 
 pytestmark = pytest.mark.e2e
 
 README = (REPOSITORY / "README.md").read_text()
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {
-    **os.environ,
+    **os.environ,  # XDG_DATA_HOME among them: profiles do not go to the user's folder
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -65,8 +65,9 @@ def test_server_and_client_examples(tmp_path):
 def test_options_table_is_complete_and_has_the_defaults():
     section = README.split("## Options")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE))
-    defaults = {field.name: field.default for field in dataclasses.fields(DecodingOptions)}
+    fields = (*dataclasses.fields(DecodingOptions), *dataclasses.fields(ServerOptions))
+    defaults = {field.name: field.default for field in fields}
     assert rows.keys() == defaults.keys()
-    in_words = {"steps", "block_length", "gen_length"}
+    in_words = {"steps", "block_length", "gen_length", "profile_dir"}
     told = {name: json.loads(text.strip("`")) for name, text in rows.items() if name not in in_words}
     assert told == {name: value for name, value in defaults.items() if name not in in_words}
