@@ -1,0 +1,417 @@
+"""When does a calibrated threshold pay, and against what?
+
+Decodes held-out problems of each task with every static threshold (the honest baseline: its whole curve), the factor
+rule and OSDT (mode x metric x record, then cap x slack, with several choices of the calibrating request), and prints
+accuracy with its interval, forward passes, tokens per forward and tokens per second, with the gain over static 0.9 and
+over the best static threshold chosen with hindsight.
+
+    python benchmarks/bench_osdt.py --json results.jsonl --pictures pictures
+
+- Every configuration decodes the same problems, so accuracies are compared in pairs: exact McNemar test, two-sided.
+  "Best static with hindsight" is the static threshold with the fewest forwards among those that do not answer
+  measurably fewer problems than static 0.9 (p >= 0.05); that choice sees the answers, which no user has.
+- OSDT's figures leave the calibrating request out: it is none of the problems, but one drawn from the same split with
+  another seed.
+- A calibrated table that is constant over all blocks and steps is a static threshold under another name; such rows are
+  marked "= static T" and count as no gain of OSDT.
+- Forward passes are counted by the engine. Tokens per second are of one run each on this machine; forwards and accuracy
+  are what to compare.
+- The transfer matrix uses the profile of one task for another. The signature's similarity is the cosine of two
+  requests' mean confidences by block and step, over the cells that both have. Vectors without a negative entry are
+  alike almost by construction: read it beside the transfer matrix.
+
+Another model: ``--model PATH --task-file FILE``, JSON lines with ``task``, ``prompt`` and ``answer``; a completion
+is right when it contains the answer, or with ``--checker MODULE:FUNCTION``, called as ``function(row, completion)``.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import numpy as np
+from common import environment, write_lines
+
+STATIC = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5)
+MODES, RECORDS = ("block", "step_block"), ("masked", "committed")
+METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
+CAPS, SLACKS = (0.95, 0.9, 0.8, 0.75), (0.0, 0.1, 0.2)
+SIGNIFICANCE = 0.05
+REPORTED = ("task", "name", "options", "seconds", "constant", "calibration", "notes")
+CALIBRATION_SEED = 1000  # of the problems that calibrate
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and whether a completion answers it."""
+
+    prompt: str
+    is_right: Callable[[str], bool]
+
+
+@dataclass
+class Outcome:
+    """One configuration on one task.
+
+    Attributes:
+        task, name: What was decoded, and how in words.
+        options: The request options.
+        right: Problem by problem, as are ``nfe`` and ``num_tokens``.
+        seconds: Wall clock of all of them together.
+        constant: The threshold, where OSDT's table has only one.
+        calibration: Which calibrating request, -1 for none.
+    """
+
+    task: str
+    name: str
+    options: dict[str, Any]
+    right: list[bool]
+    nfe: list[int]
+    num_tokens: list[int]
+    seconds: float
+    constant: float | None = None
+    calibration: int = -1
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.mean(self.right))
+
+    @property
+    def mean_nfe(self) -> float:
+        return float(np.mean(self.nfe))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return sum(self.num_tokens) / sum(self.nfe)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(self.num_tokens) / self.seconds
+
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        z, n, p = 1.96, len(self.right), self.accuracy
+        center = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return center - half, center + half
+
+
+def mcnemar(left: list[bool], right: list[bool]) -> float:
+    """Two-sided exact p-value that two configurations answer the same problems equally well."""
+    lost = sum(a and not b for a, b in zip(left, right, strict=True))
+    won = sum(b and not a for a, b in zip(left, right, strict=True))
+    n = lost + won
+    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def is_measurably_worse(outcome: Outcome, reference: Outcome) -> bool:
+    """Whether it answers fewer problems, beyond chance."""
+    return outcome.accuracy < reference.accuracy and mcnemar(outcome.right, reference.right) < SIGNIFICANCE
+
+
+def pareto(outcomes: list[Outcome]) -> list[Outcome]:
+    """Those that no other beats in forwards and accuracy, by rising forwards."""
+    front: list[Outcome] = []
+    for outcome in sorted(outcomes, key=lambda outcome: (outcome.mean_nfe, -outcome.accuracy)):
+        if not front or outcome.accuracy > front[-1].accuracy:
+            front.append(outcome)
+    return front
+
+
+class Bench:
+    """An engine and the outcomes it has given."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from vllm import LLM
+
+        self.args = args
+        self.llm = LLM(
+            model=args.model,
+            dtype=args.dtype,
+            max_num_seqs=args.concurrency,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            additional_config={"osdt": {"profile_dir": ""}},
+        )
+
+    def decode(self, problems: list[Problem], **options: Any) -> tuple[list[bool], list[int], list[int], float]:
+        """Right or not, forwards and tokens of every problem, and the seconds they took together."""
+        from vllm import SamplingParams
+
+        args = self.args
+        extra = {"osdt_" + name: value for name, value in {"cache": args.cache, **options}.items()}
+        params = SamplingParams(temperature=0.0, max_tokens=args.gen_length, extra_args=extra)
+        start = time.perf_counter()
+        outputs = self.llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        completions = [output.outputs[0] for output in outputs]
+        return (
+            [problem.is_right(completion.text) for problem, completion in zip(problems, completions, strict=True)],
+            [sum(completion.spec_decode_metrics.histogram) for completion in completions],
+            [len(completion.token_ids) for completion in completions],
+            seconds,
+        )
+
+    def run(self, problems_of: str, problems: list[Problem], name: str, **options: Any) -> Outcome:
+        """One configuration on one task."""
+        return Outcome(problems_of, name, options, *self.decode(problems, **options))
+
+    def profile(self, task: str) -> dict[str, Any]:
+        """The profile that a calibrating request has made."""
+        from vllm_osdt import profiles
+
+        [found] = [profile for profile in profiles(self.llm) if profile["task"] == task]
+        return found
+
+
+def own_problems(task: str, count: int, seed: int) -> list[Problem]:
+    """Held-out problems of a bundled task."""
+    from vllm_osdt.mini.tasks import check, generate
+
+    drawn = generate(task, "held_out", count, seed)
+    return [Problem(problem.prompt, lambda text, problem=problem: check(problem, text)) for problem in drawn]
+
+
+def user_problems(path: str, checker: str | None) -> dict[str, list[Problem]]:
+    """The problems of a file, by task."""
+    if checker is None:
+
+        def check(row, text):
+            return str(row["answer"]) in text
+    else:
+        module, _, name = checker.partition(":")
+        check = getattr(importlib.import_module(module), name)
+    found = defaultdict(list)
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        found[row.get("task", "task")].append(Problem(row["prompt"], lambda text, row=row: check(row, text)))
+    return dict(found)
+
+
+def osdt_settings(full: bool) -> list[dict[str, Any]]:
+    """Settings to try: all of them, or one group of options at a time around the defaults."""
+    statistics = [
+        {"mode": mode, "metric": metric, "record": record}
+        for mode, metric, record in itertools.product(MODES, METRICS, RECORDS)
+    ]
+    limits = [{"cap": cap, "slack": slack} for cap, slack in itertools.product(CAPS, SLACKS)]
+    if full:
+        return [{**statistic, **limit} for statistic, limit in itertools.product(statistics, limits)]
+    return [{}, *statistics, *limits]
+
+
+def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: list[Problem]) -> list[Outcome]:
+    """OSDT with every setting and calibrating request; settings that give one table are decoded once."""
+    outcomes: list[Outcome] = []
+    for index, problem in enumerate(calibrating):
+        name = f"{task} #{index}"
+        bench.decode([problem], policy="osdt", task=name)
+        decoded: dict[tuple, Outcome] = {}
+        for setting in osdt_settings(bench.args.full):
+            options = {"policy": "osdt", "task": name, **setting}
+            full = {"mode": "block", "metric": "q1", "record": "masked", "cap": 0.9, "slack": 0.1, **setting}
+            thresholds = _thresholds(bench, problems[0], name, full)
+            table = np.minimum(thresholds, full["cap"]) * (1 - full["slack"])
+            used = tuple(np.round(table, 6).ravel())
+            label = " ".join(str(full[part]) for part in ("mode", "metric", "record", "cap", "slack"))
+            if used not in decoded:
+                decoded[used] = bench.run(task, problems, label, **options)
+            first = decoded[used]
+            constant = float(table.flat[0]) if np.ptp(table) < 1e-6 else None
+            measured = (first.right, first.nfe, first.num_tokens, first.seconds)
+            outcomes.append(Outcome(task, label, options, *measured, constant, index))
+    return outcomes
+
+
+def _thresholds(bench: Bench, problem: Problem, task: str, setting: dict[str, Any]) -> np.ndarray:
+    """T by block and step of a setting; the engine computes it for the first request that asks."""
+    key = f"{setting['mode']}/{setting['metric']}/{setting['record']}"
+    if key not in bench.profile(task)["thresholds"]:
+        own = {name: setting[name] for name in ("mode", "metric", "record")}
+        bench.decode([problem], policy="osdt", task=task, **own)
+    return np.array(bench.profile(task)["thresholds"][key])
+
+
+def similarity(left: np.ndarray, right: np.ndarray) -> float:
+    """Cosine of two signatures over the cells that both have."""
+    both = ~np.isnan(left) & ~np.isnan(right)
+    a, b = left[both], right[both]
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def signatures(bench: Bench, task: str, problems: list[Problem]) -> list[np.ndarray]:
+    """Mean confidence by block and step of several requests, each decoded with the static threshold."""
+    found = []
+    for index, problem in enumerate(problems):
+        name = f"{task} signature {index}"
+        bench.decode([problem], policy="osdt", task=name)
+        found.append(np.array(bench.profile(name)["mean_confidence"], dtype=float))
+    return found
+
+
+def report(outcome: Outcome, static: Outcome, best: Outcome) -> str:
+    """A row of the table."""
+    low, high = outcome.interval()
+    same = "" if outcome.constant is None else f"  = static {outcome.constant:.3g}"
+    return (
+        f"{outcome.name:<38}{outcome.calibration if outcome.calibration >= 0 else '':>4}{outcome.accuracy:>8.1%} "
+        f"{f'{low:.0%}-{high:.0%}':>9}{outcome.mean_nfe:>7.2f}{outcome.tokens_per_forward:>8.2f}"
+        f"{outcome.tokens_per_second:>8.0f}{static.mean_nfe / outcome.mean_nfe - 1:>+9.0%}"
+        f"{best.mean_nfe / outcome.mean_nfe - 1:>+9.0%}{mcnemar(outcome.right, static.right):>8.3f}{same}"
+    )
+
+
+HEADER = (
+    f"{'':<38}{'cal':>4}{'right':>8} {'95 %':>9}{'NFE':>7}{'tok/fw':>8}{'tok/s':>8}{'vs 0.9':>9}{'vs best':>9}{'p':>8}"
+)
+
+
+def draw(folder: Path, task: str, outcomes: list[Outcome], found: list[np.ndarray]) -> None:
+    """Accuracy over forwards of all configurations, and the requests' signatures side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axis = plt.subplots(figsize=(7, 5))
+    for family, marker in (("static_threshold", "o"), ("factor", "s"), ("osdt", ".")):
+        own = [outcome for outcome in outcomes if outcome.options["policy"] == family]
+        own.sort(key=lambda outcome: outcome.mean_nfe)
+        line = "-" if family == "static_threshold" else ""
+        axis.plot([o.mean_nfe for o in own], [o.accuracy for o in own], line, marker=marker, label=family, alpha=0.7)
+    front = pareto(outcomes)
+    axis.plot([o.mean_nfe for o in front], [o.accuracy for o in front], ":", color="black", label="Pareto front")
+    axis.set(title=task, xlabel="forward passes per request", ylabel="accuracy")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / f"pareto_{task}.png", dpi=110)
+    columns = min(6, len(found))
+    figure, axes = plt.subplots(1, columns, figsize=(2.4 * columns, 2.6), squeeze=False)
+    for axis, signature in zip(axes[0], found, strict=False):
+        used = ~np.isnan(signature)
+        axis.imshow(signature[used.any(axis=1)][:, used.any(axis=0)], vmin=0, vmax=1, aspect="auto")
+        axis.set(xlabel="step", ylabel="block")
+    figure.suptitle(f"{task}: mean confidence of several requests")
+    figure.tight_layout()
+    figure.savefig(folder / f"signatures_{task}.png", dpi=110)
+    plt.close("all")
+
+
+def measure_task(bench: Bench, task: str, problems: list[Problem], calibrating: list[Problem]) -> list[Outcome]:
+    """Everything about one task; prints its table."""
+    bench.decode(problems, policy="static_threshold", threshold=0.9)  # warm
+    outcomes = [
+        bench.run(task, problems, f"static {value:g}", policy="static_threshold", threshold=value) for value in STATIC
+    ]
+    outcomes += [bench.run(task, problems, f"factor {value:g}", policy="factor", factor=value) for value in FACTORS]
+    static = next(outcome for outcome in outcomes if outcome.options.get("threshold") == 0.9)
+    statics = [outcome for outcome in outcomes if outcome.options["policy"] == "static_threshold"]
+    best = min(
+        (outcome for outcome in statics if not is_measurably_worse(outcome, static)),
+        key=lambda outcome: outcome.mean_nfe,
+    )
+    outcomes += sweep_osdt(bench, task, problems, calibrating)
+    print(f"\n{task}: {len(problems)} problems; best static with hindsight: {best.name}\n{HEADER}")
+    for outcome in outcomes:
+        outcome.notes = {
+            "gain_over_static_0.9": static.mean_nfe / outcome.mean_nfe - 1,
+            "gain_over_best_static": best.mean_nfe / outcome.mean_nfe - 1,
+            "p_against_static_0.9": mcnemar(outcome.right, static.right),
+        }
+        if bench.args.verbose or outcome.calibration < 0 or outcome.options.keys() <= {"policy", "task"}:
+            print(report(outcome, static, best), flush=True)
+    return outcomes
+
+
+def transfer(bench: Bench, tasks: dict[str, list[Problem]]) -> list[dict[str, Any]]:
+    """Accuracy and forwards of every task with the profile of every other."""
+    print(f"\nprofiles moved between tasks: accuracy / NFE\n{'problems of':<18}" + "".join(f"{t:>20}" for t in tasks))
+    rows = []
+    for task, problems in tasks.items():
+        cells = []
+        for other in tasks:
+            moved = bench.run(task, problems, f"profile of {other}", policy="osdt", task=f"{other} #0")
+            cells.append(f"{moved.accuracy:.1%} / {moved.mean_nfe:.2f}")
+            row = {"task": task, "profile_of": other, "accuracy": moved.accuracy, "nfe": moved.mean_nfe}
+            rows.append({"bench": "osdt_transfer", **row})
+        print(f"{task:<18}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Parse arguments, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="default: the bundled llada-mini")
+    parser.add_argument("--task-file", help="problems of your own instead of the bundled tasks")
+    parser.add_argument("--checker", metavar="MODULE:FUNCTION", help="how to check a completion of --task-file")
+    parser.add_argument("--problems", type=int, default=200, help="per task")
+    parser.add_argument("--calibrations", type=int, default=3, help="choices of the calibrating request")
+    parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
+    parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--gen-length", type=int, default=96)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
+    parser.add_argument("--full", action="store_true", help="every combination of OSDT's options")
+    parser.add_argument("--verbose", action="store_true", help="print every setting, not only the defaults")
+    parser.add_argument("--json", help="append JSON lines to this file")
+    parser.add_argument("--pictures", type=Path, help="folder for the pictures")
+    args = parser.parse_args()
+    if args.model is None:
+        from vllm_osdt.mini import model_path
+
+        args.model = model_path("llada-mini")
+    if args.task_file:
+        found = user_problems(args.task_file, args.checker)
+        tasks = {task: problems[args.calibrations :][: args.problems] for task, problems in found.items()}
+        calibrating = {task: problems[: args.calibrations] for task, problems in found.items()}
+    else:
+        from vllm_osdt.mini.tasks import TASKS
+
+        tasks = {task: own_problems(task, args.problems, args.seed) for task in TASKS}
+        calibrating = {task: own_problems(task, args.calibrations, CALIBRATION_SEED + args.seed) for task in TASKS}
+
+    bench = Bench(args)
+    record = environment(dtype=args.dtype, cache=args.cache, model=os.path.basename(args.model.rstrip("/")))
+    print(record)
+    lines: list[dict[str, Any]] = []
+    for task, problems in tasks.items():
+        outcomes = measure_task(bench, task, problems, calibrating[task])
+        found_signatures = signatures(bench, task, problems[: max(2, min(12, len(problems)))])
+        pairs = [similarity(a, b) for a, b in itertools.combinations(found_signatures, 2)]
+        print(f"cosine of two requests' signatures: lowest {min(pairs):.3f}, median {np.median(pairs):.3f}")
+        lines.append(
+            {"bench": "osdt_similarity", "task": task, "lowest": min(pairs), "median": float(np.median(pairs))}
+        )
+        front = {id(outcome) for outcome in pareto(outcomes)}
+        for outcome in outcomes:
+            values = {name: getattr(outcome, name) for name in REPORTED}
+            values |= {"accuracy": outcome.accuracy, "interval": outcome.interval(), "nfe": outcome.mean_nfe}
+            values |= {"tokens_per_forward": outcome.tokens_per_forward, "num_problems": len(outcome.right)}
+            values |= {"tokens_per_second": outcome.tokens_per_second, "on_front": id(outcome) in front}
+            lines.append({"bench": "osdt", **values})
+        if args.pictures:
+            draw(args.pictures, task, outcomes, found_signatures)
+    if len(tasks) > 1:
+        lines += transfer(bench, tasks)
+    if args.json:
+        write_lines(args.json, [{**record, **line} for line in lines])
+
+
+if __name__ == "__main__":
+    main()
