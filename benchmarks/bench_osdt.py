@@ -1,9 +1,9 @@
 """When does a calibrated threshold pay, and against what?
 
 Decodes held-out problems of each task with every static threshold (the honest baseline: its whole curve), the factor
-rule and OSDT (mode x metric x record, then cap x slack, with several choices of the calibrating request), and prints
-accuracy with its interval, forward passes, tokens per forward and tokens per second, with the gain over static 0.9 and
-over the best static threshold chosen with hindsight.
+rule, Fast-dLLM++ (joint bound) and OSDT (mode x metric x record, then cap x slack, with several choices of the
+calibrating request). Prints accuracy with its interval, forward passes, tokens per forward and tokens per second, with
+the gain over static 0.9 and over the best static threshold chosen with hindsight.
 
     python benchmarks/bench_osdt.py --json results.jsonl --pictures pictures
 
@@ -46,6 +46,7 @@ from common import environment, write_lines
 
 STATIC = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5)
+DELTAS = (0.5, 0.25, 0.1, 0.0)
 MODES, RECORDS = ("block", "step_block"), ("masked", "committed")
 METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
 CAPS, SLACKS = (0.95, 0.9, 0.8, 0.75), (0.0, 0.1, 0.2)
@@ -289,7 +290,7 @@ def draw(folder: Path, task: str, outcomes: list[Outcome], found: list[np.ndarra
 
     folder.mkdir(parents=True, exist_ok=True)
     figure, axis = plt.subplots(figsize=(7, 5))
-    for family, marker in (("static_threshold", "o"), ("factor", "s"), ("osdt", ".")):
+    for family, marker in (("static_threshold", "o"), ("factor", "s"), ("joint_bound", "^"), ("osdt", ".")):
         own = [outcome for outcome in outcomes if outcome.options["policy"] == family]
         own.sort(key=lambda outcome: outcome.mean_nfe)
         line = "-" if family == "static_threshold" else ""
@@ -319,6 +320,9 @@ def measure_task(bench: Bench, task: str, problems: list[Problem], calibrating: 
         bench.run(task, problems, f"static {value:g}", policy="static_threshold", threshold=value) for value in STATIC
     ]
     outcomes += [bench.run(task, problems, f"factor {value:g}", policy="factor", factor=value) for value in FACTORS]
+    outcomes += [
+        bench.run(task, problems, f"joint bound {value:g}", policy="joint_bound", delta=value) for value in DELTAS
+    ]
     static = next(outcome for outcome in outcomes if outcome.options.get("threshold") == 0.9)
     statics = [outcome for outcome in outcomes if outcome.options["policy"] == "static_threshold"]
     best = min(

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 
-from csrc_triton.reference import Rule, UnmaskResult
+from csrc_triton.reference import DOUBT_UNITS, Rule, UnmaskResult
 
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: a converted chunk stays in the second-level cache
 GUMBEL_MAX = 16.7  # above the largest noise value, 24 ln 2 = 16.64
@@ -23,7 +23,7 @@ C0, C1, C2, C3, C4, C5, C6, C7 = (np.float32(math.log(2) ** k / math.factorial(k
 HALF, ONE = np.float32(0.5), np.float32(1)
 SMALLEST_EXPONENT = np.float32(-126)
 MANTISSA_BITS, EXPONENT_BIAS = np.int32(23), np.int32(127)
-THRESHOLD, TOP_K = int(Rule.THRESHOLD), int(Rule.TOP_K)
+THRESHOLD, TOP_K, FACTOR = int(Rule.THRESHOLD), int(Rule.TOP_K), int(Rule.FACTOR)
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -283,13 +283,18 @@ def _unmask(
 def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32) -> int:
     """How many of the masked positions to unmask; ``ranked`` has their confidences, descending."""
     num_accepted = min(1, ranked.size)
+    doubts = np.int64(0)
     for n in range(1, ranked.size + 1):
         if rule == THRESHOLD:
             passes = ranked[n - 1] >= parameter
         elif rule == TOP_K:
             passes = np.float32(n) <= parameter
-        else:
+        elif rule == FACTOR:
             passes = np.float32(n + 1) * (ONE - ranked[n - 1]) < parameter
+        else:
+            doubt = np.int64(np.float64(ONE - ranked[n - 1]) * DOUBT_UNITS)
+            doubts += doubt
+            passes = doubts + doubt < np.float64(parameter) * DOUBT_UNITS
         if passes:
             num_accepted = n
     return num_accepted

@@ -116,7 +116,8 @@ def unmask(
         ValueError: on a wrong shape, stride or device.
         TypeError: on a wrong dtype.
 
-    Source: LLaDA, arXiv 2502.09992 (``TOP_K``); Fast-dLLM, arXiv 2505.22618 (``THRESHOLD`` and ``FACTOR``). Its code
+    Source: LLaDA, arXiv 2502.09992 (``TOP_K``); Fast-dLLM++, arXiv 2606.02955 (``JOINT_BOUND``); Fast-dLLM, arXiv
+        2505.22618 (``THRESHOLD`` and ``FACTOR``). Its code
         takes the last candidate even when the factor test fails there; we apply the test as published.
     """
     if canvas.dim() != 2 or not 1 <= canvas.shape[1] <= MAX_BLOCK_LENGTH:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 UINT32_MASK = 0xFFFFFFFF
+DOUBT_UNITS = 1 << 24  # in 1; a doubt 1 - c in fp32 is a whole number of them
 
 
 class Rule(IntEnum):
@@ -24,6 +25,9 @@ class Rule(IntEnum):
     """The floor(p) most confident positions."""
     FACTOR = 2
     """The n most confident, n the largest with (n + 1) * (1 - c_(n)) < p, evaluated in fp32."""
+    JOINT_BOUND = 3
+    """The n most confident, n the largest with (1 - c_(1)) + ... + (1 - c_(n)) + (1 - c_(n)) < p. Each doubt 1 - c is
+    taken in fp32, where it is a multiple of 2**-24; the sum is exact."""
 
 
 class UnmaskResult(NamedTuple):
@@ -120,8 +124,12 @@ def _num_accepted(ranked: torch.Tensor, rule: int, parameter: torch.Tensor) -> i
         passing = [n for n in range(1, num_masked + 1) if ranked[n - 1] >= parameter]
     elif rule == Rule.TOP_K:
         passing = [n for n in range(1, num_masked + 1) if n <= parameter]
-    else:
+    elif rule == Rule.FACTOR:
         passing = [n for n in range(1, num_masked + 1) if (n + 1) * (1 - ranked[n - 1]) < parameter]
+    else:
+        doubts = [int((1 - c).double() * DOUBT_UNITS) for c in ranked]
+        limit = parameter.double() * DOUBT_UNITS
+        passing = [n for n in range(1, num_masked + 1) if sum(doubts[:n]) + doubts[n - 1] < limit]
     return max(passing, default=min(1, num_masked))
 
 

@@ -7,10 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.reference import Rule, UnmaskResult
+from csrc_triton.reference import DOUBT_UNITS, Rule, UnmaskResult
 
 THRESHOLD = tl.constexpr(int(Rule.THRESHOLD))
 TOP_K = tl.constexpr(int(Rule.TOP_K))
+FACTOR = tl.constexpr(int(Rule.FACTOR))
+UNITS = tl.constexpr(float(DOUBT_UNITS))
 
 
 @triton.jit
@@ -51,7 +53,13 @@ def _unmask_kernel(
 
     factor_passes = (rank + 1).to(tl.float32) * (1.0 - score) < parameter
     top_k_passes = rank.to(tl.float32) <= parameter
-    passing = tl.where(rule == TOP_K, top_k_passes, factor_passes)
+    # doubts are whole numbers of units: their sum does not depend on its order
+    doubt = ((1.0 - score) * UNITS).to(tl.int64)
+    ahead_or_self = ahead | (masked[None, :] & (position[None, :] == position[:, None]))
+    doubts = tl.sum(tl.where(ahead_or_self, tl.broadcast_to(doubt[None, :], (PADDED_LENGTH, PADDED_LENGTH)), 0), axis=1)
+    bound_passes = doubts + doubt < tl.ceil(parameter * UNITS).to(tl.int64)
+    passing = tl.where(rule == FACTOR, factor_passes, bound_passes)
+    passing = tl.where(rule == TOP_K, top_k_passes, passing)
     passing = tl.where(rule == THRESHOLD, score >= parameter, passing)
     num_accepted = tl.max(tl.where(masked & passing, rank, 1))
     accepted = masked & (rank <= num_accepted)

@@ -17,7 +17,7 @@ PREFIX = "osdt_"
 RESOLVED_KEY = "osdt_resolved"
 MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
 
-POLICIES = ("osdt", "static_threshold", "factor", "fixed_steps")
+POLICIES = ("osdt", "static_threshold", "factor", "joint_bound", "fixed_steps")
 CACHE_MODES = ("none", "prefix", "dual")
 MODES = ("block", "step_block")
 METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
@@ -31,9 +31,10 @@ class DecodingOptions:
     Attributes:
         task: Name of the task whose calibration profile the request makes or uses.
         policy: Which masked positions a denoising step unmasks: ``osdt``, ``static_threshold``, ``factor``,
-            ``fixed_steps``.
+            ``joint_bound``, ``fixed_steps``.
         threshold: Confidence in (0, 1] of the static threshold; also the threshold of an OSDT calibration.
         factor: Parameter f > 0 of the factor rule.
+        delta: Parameter in [0, 1) of the joint bound.
         steps: Total denoising steps of ``fixed_steps``; None means one token per step.
         block_length: Positions denoised together, 1 to 128.
         gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up.
@@ -50,6 +51,7 @@ class DecodingOptions:
     policy: str = "osdt"
     threshold: float = 0.9
     factor: float = 1.0
+    delta: float = 0.25
     steps: int | None = None
     block_length: int = 32
     gen_length: int | None = None
@@ -142,6 +144,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "policy": _choice(POLICIES),
     "threshold": _number(0, 1, low_open=True),
     "factor": _number(0, math.inf, low_open=True),
+    "delta": _number(0, 1, low_open=False, high_open=True),
     "steps": _count(optional=True),
     "block_length": _count(MAX_BLOCK_LENGTH),
     "gen_length": _count(optional=True),

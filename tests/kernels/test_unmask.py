@@ -58,7 +58,9 @@ def random_state(
     confidence[integers(0, 10, *shape) == 0] = torch.nan
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 7.0])[integers(0, 4, *shape)]
     rule = torch.tensor(rules, dtype=torch.int8)[integers(0, len(rules), num_blocks)]
-    parameters = torch.tensor([[0.0, 0.5, 0.625, 2.0], [0.0, 1.0, 3.7, 1e9], [0.0, 0.75, 1.0, 4.0]])
+    parameters = torch.tensor(
+        [[0.0, 0.5, 0.625, 2.0], [0.0, 1.0, 3.7, 1e9], [0.0, 0.75, 1.0, 4.0], [0.0, 0.5, 1.0, 3.0]]
+    )
     return {
         "canvas": integers(0, 8, *shape),
         "masked": masked,
@@ -136,6 +138,12 @@ def test_no_blocks_give_empty_counts(implementation):
         (Rule.FACTOR, 0.75, [0.5, 0.75, 0.875, 0.0], [2]),
         (Rule.FACTOR, 0.1, [0.5, 0.75, 0.875, 0.0], [2]),
         (Rule.FACTOR, 2.5, [0.5, 0.75, 0.875, 0.0], [0, 1, 2]),
+        # sums of 1 - c, the last one twice: 0.25, 0.625, 1.375, 2.875
+        (Rule.JOINT_BOUND, 0.75, [0.5, 0.75, 0.875, 0.0], [1, 2]),
+        (Rule.JOINT_BOUND, 0.625, [0.5, 0.75, 0.875, 0.0], [2]),
+        (Rule.JOINT_BOUND, 0.1, [0.5, 0.75, 0.875, 0.0], [2]),
+        (Rule.JOINT_BOUND, 1.5, [0.5, 0.75, 0.875, math.nan], [0, 1, 2]),
+        (Rule.JOINT_BOUND, 2.9, [0.5, 0.75, 0.875, 0.0], [0, 1, 2, 3]),
     ],
 )
 def test_rule_unmasks_as_defined(implementation, rule, parameter, confidence, unmasked):

@@ -26,6 +26,7 @@ def options(draw, policy=None):
         policy=policy or draw(st.sampled_from(POLICY_NAMES)),
         threshold=draw(st.floats(0.01, 1.0)),
         factor=draw(st.floats(0.01, 4.0)),
+        delta=draw(st.floats(0.0, 0.99)),
         steps=num_blocks * draw(st.integers(1, block_length)),
         block_length=block_length,
         gen_length=num_blocks * block_length,
@@ -106,6 +107,7 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     rule = {
         "static_threshold": reference.static_threshold(float(np.float32(opts.threshold))),
         "factor": None,
+        "joint_bound": None,
         "fixed_steps": reference.fixed_steps(opts.steps // num_blocks, opts.block_length),
         "osdt": reference.ThresholdRule(
             lambda b, s: float(np.float32(reference.osdt(table.tolist(), opts.cap, opts.slack).cutoff(b, s))),
@@ -123,7 +125,11 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
             n = len(chosen)
             ranking = reference.best_first(masked)
             assert chosen == set(ranking[:n])
-            passes = [(k + 1) * (1 - masked[ranking[k - 1]]) - opts.factor for k in range(1, len(ranking) + 1)]
+            doubts = [1 - masked[position] for position in ranking]
+            if opts.policy == "factor":
+                passes = [(k + 1) * doubts[k - 1] - opts.factor for k in range(1, len(ranking) + 1)]
+            else:
+                passes = [sum(doubts[:k]) + doubts[k - 1] - 1 + opts.delta for k in range(1, len(ranking) + 1)]
             slack = 1e-4  # the kernel's test runs in float32
             assert n == 1 or passes[n - 1] < slack
             assert all(margin > -slack for margin in passes[n:])

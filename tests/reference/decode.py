@@ -67,6 +67,21 @@ def factor(f: float) -> Rule:
     return rule
 
 
+def joint_bound(delta: float) -> Rule:
+    """Fast-dLLM++ as published: lower bound of the joint probability above the next best choice by delta."""
+
+    def rule(block: int, step: int, masked: dict[int, float]) -> list[int]:
+        ranking = best_first(masked)
+        count = 1
+        for n in range(1, len(ranking) + 1):
+            lower = sum(masked[position] for position in ranking[:n]) - (n - 1)
+            if lower - (1.0 - masked[ranking[n - 1]]) > delta:
+                count = n
+        return ranking[:count]
+
+    return rule
+
+
 def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
     """LLaDA's quota: equal shares, the first steps one more where they do not come out even."""
 

@@ -20,6 +20,7 @@ class Rule(IntEnum):
     THRESHOLD = 0
     TOP_K = 1
     FACTOR = 2
+    JOINT_BOUND = 3
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Schedule:
     Attributes:
         rule: How ``parameters`` are read.
         parameters: float32 ``[num_blocks, block_length]``: confidence threshold (equality passes), number of
-            positions, or factor, by block and denoising step in the block; a block never needs more steps than
-            positions, since every step unmasks at least one.
+            positions, factor, or limit on the sum of doubts, by block and denoising step in the block; a block never
+            needs more steps than positions, since every step unmasks at least one.
     """
 
     rule: Rule
