@@ -60,34 +60,6 @@ def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: s
     )
 
 
-def draw_signature(profiles: list[dict[str, Any]], path: Path) -> None:
-    """One heat map per task, mean confidence by block and step, and the thresholds made from it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, axes = plt.subplots(2, len(profiles), figsize=(4.2 * len(profiles), 6), squeeze=False, height_ratios=(3, 2))
-    for column, profile in enumerate(profiles):
-        signature = np.array(profile["mean_confidence"], dtype=float)
-        used = ~np.isnan(signature)
-        signature = signature[used.any(axis=1)][:, used.any(axis=0)]
-        top, bottom = axes[:, column]
-        image = top.imshow(signature, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        top.set(title=profile["task"], xlabel="denoising step", ylabel="block", yticks=range(len(signature)))
-        figure.colorbar(image, ax=top, label="mean confidence")
-        for setting, table in profile["thresholds"].items():
-            bottom.step(range(len(table)), [row[0] for row in table], where="mid", marker="o", label=f"T, {setting}")
-        bottom.axhline(profile["threshold"], color="gray", linestyle=":", label="static threshold")
-        bottom.set(xlabel="block", ylabel="threshold", ylim=(0, 1.02), xticks=range(len(signature)))
-        bottom.legend(fontsize=7)
-    figure.suptitle("Confidence signature of the calibration request and the thresholds made from it")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     """Parse arguments, run, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,9 +68,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
     parser.add_argument(
         "--cache",
-        default="none",
+        default="dual",
         choices=("none", "prefix", "dual"),
-        help="KV cache mode; the bundled model counts on its prompt's keys and values being up to date (none)",
+        help="KV cache mode",
     )
     parser.add_argument("--picture", type=Path, default=Path("demo/osdt_signature.png"))
     args = parser.parse_args()
@@ -109,6 +81,7 @@ def main() -> None:
     from vllm import LLM
 
     from vllm_osdt import profiles
+    from vllm_osdt.calibration.picture import draw_signatures
     from vllm_osdt.mini import model_path
     from vllm_osdt.mini.tasks import TASKS, generate
 
@@ -132,7 +105,7 @@ def main() -> None:
                 f"{row.tokens_per_second:>9.0f}",
                 flush=True,
             )
-    draw_signature(profiles(llm), args.picture)
+    draw_signatures(profiles(llm), args.picture)
     print(f"confidence signatures and thresholds: {args.picture}")
 
 
