@@ -34,13 +34,14 @@ setup(
     package_data={"vllm_osdt": ["py.typed", "mini/checkpoints/**/*"]},
     # vLLM's internals are overridden here, so the range is what tools/check_host.py was run on.
     # On a CPU the name `vllm` is given by requirements/vllm-metadata.
-    install_requires=["vllm>=0.32,<0.34", "torch", "triton", "transformers", "numpy", "numba", "pydantic"],
+    install_requires=["vllm>=0.32,<0.34", "torch", "triton", "transformers", "numpy", "numba", "pydantic", "rich"],
     extras_require={
         "xformers": ["xformers"],
         "demo": ["matplotlib"],
         "test": ["pytest", "hypothesis", "ruff", "mypy", "matplotlib", "openai", "httpx"],
     },
     entry_points={
+        "console_scripts": ["vllm-osdt = vllm_osdt.cli:main"],
         "vllm.general_plugins": ["osdt = vllm_osdt.plugin:register"],
         "triton.backends": ["cpu = vllm_osdt.cpu.triton_backend"],
     },

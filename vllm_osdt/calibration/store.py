@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,7 +58,7 @@ class ProfileFile:
     """A task's profiles for one model, one for each block length, cache mode and calibration threshold."""
 
     schema_version: Literal[1]
-    fingerprint: dict[str, str | int]
+    fingerprint: ModelFingerprint
     task: str
     profiles: list[StoredProfile]
 
@@ -113,59 +112,66 @@ class ProfileStore:
 
     def save(self, profile: CalibrationProfile) -> None:
         """Write a profile, in place of an earlier one of its key. A folder that cannot be written to is logged."""
-        path = self.path(profile.key.task)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
-                self._replace(path, profile)
+            self.write(profile)
         except OSError as error:
-            logger.warning(
-                "The profile of task %r is kept in memory only: %s cannot be written (%s).",
-                profile.key.task,
-                path,
-                error,
-            )
+            logger.warning("The profile of task %r is kept in memory only: %s.", profile.key.task, error)
 
-    def _replace(self, path: Path, profile: CalibrationProfile) -> None:
-        others: list[StoredProfile] = []
-        try:
-            kept = self._read(path, profile.key.task).profiles
-            others = [other for other in kept if _key(profile.key.task, other) != profile.key]
-        except FileNotFoundError:
-            pass
-        except UnusableFileError as error:
-            self._set_aside(path, error)
-        content = ProfileFile(SCHEMA_VERSION, asdict(self.fingerprint), profile.key.task, [*others, to_stored(profile)])
-        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_FILE.dump_json(content) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def write(self, profile: CalibrationProfile) -> None:
+        """As :meth:`save`.
+
+        Raises:
+            OSError: The folder cannot be written to.
+        """
+        with self._others(profile.key) as others:
+            self._replace(profile.key.task, [*others, to_stored(profile)])
+
+    def remove(self, key: ProfileKey) -> None:
+        """Delete the profile of a key.
+
+        Raises:
+            OSError: The folder cannot be written to.
+        """
+        with self._others(key) as others:
+            if others:
+                self._replace(key.task, others)
+            else:
+                self.path(key.task).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _others(self, key: ProfileKey) -> Iterator[list[StoredProfile]]:
+        """The other profiles of a key's task, which is locked meanwhile."""
+        path = self.path(key.task)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            others: list[StoredProfile] = []
+            try:
+                others = [other for other in self._read(path, key.task).profiles if _key(key.task, other) != key]
+            except FileNotFoundError:
+                pass
+            except UnusableFileError as error:
+                self._set_aside(path, error)
+            yield others
+
+    def _replace(self, task: str, profiles: list[StoredProfile]) -> None:
+        write_file(self.path(task), ProfileFile(SCHEMA_VERSION, self.fingerprint, task, profiles))
+
+    def export(self, profile: CalibrationProfile, path: Path) -> None:
+        """Write one profile as a file of its own.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        content = ProfileFile(SCHEMA_VERSION, self.fingerprint, profile.key.task, [to_stored(profile)])
+        write_file(path, content)
 
     def _read(self, path: Path, task: str) -> ProfileFile:
-        try:
-            stored = _FILE.validate_json(path.read_bytes())
-        except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"])) or "the file"
-            raise UnusableFileError(f"{field}: {problem['msg']}") from None
-        if stored.fingerprint != asdict(self.fingerprint):
+        stored = _parse(path)
+        if stored.fingerprint != self.fingerprint:
             raise UnusableFileError(f"fingerprint: {stored.fingerprint} is another model's")
         if stored.task != task:
             raise UnusableFileError(f"task: it is {stored.task!r}, expected {task!r}")
-        for index, profile in enumerate(stored.profiles):
-            if from_stored(task, profile).profile_id != profile.id:
-                raise UnusableFileError(f"profiles.{index}.id: {profile.id} does not fit the record")
         return stored
 
     def _set_aside(self, path: Path, error: UnusableFileError) -> None:
@@ -179,11 +185,62 @@ class ProfileStore:
             )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def write_file(path: Path, content: ProfileFile) -> None:
+    """Put a complete, synced file in place of an earlier one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(_FILE.dump_json(content) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _parse(path: Path) -> ProfileFile:
+    """A file whose every field holds.
+
+    Raises:
+        UnusableFileError: Names the first field that does not.
+        OSError: It cannot be read.
+    """
+    try:
+        stored = _FILE.validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "the file"
+        raise UnusableFileError(f"{field}: {problem['msg']}") from None
+    for index, profile in enumerate(stored.profiles):
+        if from_stored(stored.task, profile).profile_id != profile.id:
+            raise UnusableFileError(f"profiles.{index}.id: {profile.id} does not fit the record")
+    return stored
+
+
+def read_file(path: Path) -> tuple[ModelFingerprint, list[CalibrationProfile]]:
+    """The profiles of a file and the model they are for.
+
+    Raises:
+        UnusableFileError: A field does not hold.
+        OSError: It cannot be read.
+    """
+    stored = _parse(path)
+    return stored.fingerprint, [from_stored(stored.task, profile) for profile in stored.profiles]
+
+
+def read_folder(folder: Path) -> Iterator[tuple[ModelFingerprint, list[CalibrationProfile]]]:
+    """What :func:`read_file` finds in the files of all models; files that cannot be used are logged and left alone."""
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            yield read_file(path)
+        except (UnusableFileError, OSError) as error:
+            logger.warning("The profile file %s cannot be used: %s.", path, error)
 
 
 def _key(task: str, profile: StoredProfile) -> ProfileKey:

@@ -1,0 +1,169 @@
+"""The vllm-osdt command."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.calibration.test_store import KEY, MODEL, recorded
+from vllm_osdt.calibration.profile import CalibrationProfile
+from vllm_osdt.calibration.store import ProfileStore
+from vllm_osdt.cli import compare, main
+
+OTHER = replace(KEY, task="code")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    store = ProfileStore(tmp_path / "profiles", MODEL)
+    store.save(recorded(KEY, 1))
+    store.save(recorded(OTHER, 2))
+    return tmp_path / "profiles"
+
+
+@pytest.fixture
+def run(folder, capsys):
+    def run(*arguments, status=0):
+        assert main([*arguments, "--dir", str(folder)]) == status
+        return capsys.readouterr()
+
+    return run
+
+
+def test_list_shows_every_profile(run, tmp_path, capsys):
+    listed = run("profiles", "list").out
+    assert all(profile.profile_id in listed for profile in (recorded(KEY, 1), recorded(OTHER, 2)))
+    rows = json.loads(run("profiles", "list", "--json").out)
+    assert [row["task"] for row in rows] == ["code", "gsm"]
+    used = ~np.isnan(recorded(OTHER, 2).confidence)
+    assert rows[0]["samples"] == used.sum() and rows[0]["forwards"] == used.any(axis=2).sum()
+    assert main(["profiles", "list", "--dir", str(tmp_path / "none")]) == 0
+    assert "no profiles" in capsys.readouterr().out
+
+
+def test_show_names_a_profile_by_task_or_id(run):
+    profile = recorded(KEY, 1)
+    for name in ("gsm", profile.profile_id, profile.profile_id[:6]):
+        assert profile.profile_id in run("profiles", "show", name).out
+    shown = json.loads(run("profiles", "show", "gsm", "--json").out)
+    assert shown["thresholds"]["step_block/q1/masked"] == profile.thresholds("step_block", "q1", "masked").tolist()
+    assert len(shown["thresholds"]) == 20
+
+
+def test_a_name_that_fits_none_or_several_is_refused_with_what_there_is(run, folder):
+    assert recorded(KEY, 1).profile_id in run("profiles", "show", "gone", status=1).err
+    second = replace(KEY, cache="none")
+    ProfileStore(folder, MODEL).save(recorded(second, 3))
+    refusal = run("profiles", "show", "gsm", status=1).err
+    assert "2 profiles" in refusal and recorded(second, 3).profile_id in refusal
+
+
+def test_plot_draws_a_picture(run, tmp_path):
+    run("profiles", "plot", "gsm", "--out", str(tmp_path / "a" / "gsm.png"))
+    assert (tmp_path / "a" / "gsm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_exported_profile_comes_back_after_its_removal(run, folder, tmp_path):
+    file = tmp_path / "out" / "gsm.json"
+    run("profiles", "export", "gsm", str(file))
+    run("profiles", "remove", "gsm", "code")
+    assert json.loads(run("profiles", "list", "--json").out) == []
+    assert run("profiles", "import", str(file)).out.startswith(recorded(KEY, 1).profile_id)
+    assert ProfileStore(folder, MODEL).load(KEY).profile_id == recorded(KEY, 1).profile_id
+
+
+def test_removing_one_entry_leaves_the_others_of_its_file(run, folder):
+    second = recorded(replace(KEY, cache="none"), 3)
+    ProfileStore(folder, MODEL).save(second)
+    run("profiles", "remove", recorded(KEY, 1).profile_id)
+    assert ProfileStore(folder, MODEL).load(KEY) is None
+    assert ProfileStore(folder, MODEL).load(second.key).profile_id == second.profile_id
+
+
+def test_import_refuses_a_damaged_file_by_its_field_and_changes_nothing(run, folder, tmp_path):
+    file = tmp_path / "gsm.json"
+    run("profiles", "export", "gsm", str(file))
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    content = json.loads(file.read_text())
+    content["profiles"][0]["threshold"] = 7
+    file.write_text(json.dumps(content))
+    assert "profiles.0.threshold" in run("profiles", "import", str(file), status=1).err
+    assert "no file" in run("profiles", "import", str(tmp_path / "gone"), status=1).err
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+
+
+def test_list_passes_over_damaged_files(run, folder):
+    ProfileStore(folder, MODEL).path("gsm").write_text("{")
+    assert [row["task"] for row in json.loads(run("profiles", "list", "--json").out)] == ["code"]
+    assert ProfileStore(folder, MODEL).path("gsm").read_text() == "{"
+
+
+def test_diff_compares_the_cells_that_both_have(run):
+    left = CalibrationProfile(KEY, np.array([[[0.5, 0.7], [np.nan, 0.9]]], np.float32), np.ones((1, 2, 2), bool))
+    right = CalibrationProfile(OTHER, np.array([[[0.8, 0.8], [np.nan] * 2]], np.float32), np.ones((1, 2, 2), bool))
+    result = compare(left, right)
+    assert result["cells"] == 1 and result["cosine"] == pytest.approx(1)
+    assert result["mean_gap"] == pytest.approx(0.2) == result["largest_gap"]
+    assert result["thresholds"] == [[pytest.approx(0.6), pytest.approx(0.8)]]
+    same = json.loads(run("profiles", "diff", "gsm", "gsm", "--json").out)
+    assert same["cosine"] == pytest.approx(1) and same["largest_gap"] == 0
+    assert "cosine" in run("profiles", "diff", "gsm", "code").out
+
+
+@pytest.mark.parametrize("arguments", [[], ["profiles"], ["profiles", "show"], ["unknown"], ["calibrate", "m"]])
+def test_wrong_arguments_end_with_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def command(*arguments, **environment):
+    """The installed command, in a process of its own."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("vllm-osdt")), *arguments],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_doctor_finds_a_working_installation_and_a_folder_it_cannot_write_to(tmp_path):
+    found = command("doctor", "--json")
+    assert found.returncode == 0, found.stdout + found.stderr
+    names = [check["name"] for check in json.loads(found.stdout)]
+    assert names == ["versions", "plugin", "triton", "kernels", "profile folder"]
+    (tmp_path / "file").write_text("")
+    sick = command("doctor", XDG_DATA_HOME=str(tmp_path / "file"))
+    assert sick.returncode == 1 and "BAD  profile folder" in sick.stdout
+
+
+@pytest.mark.e2e
+def test_calibrate_makes_a_profile_that_a_server_of_the_same_dtype_would_find(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("quiz : pick one beast . A saw B dog C plum . Answer:\n")
+    arguments = ["calibrate", "llada-mini", "--task", "quiz", "--prompts", str(prompts), "--dir", str(tmp_path / "p")]
+    short = command(*arguments, "--max-tokens", "8", "--dtype", "float32")
+    assert short.returncode == 1 and "at least one block" in short.stderr
+    made = command(*arguments, "--max-tokens", "96", "--dtype", "float32")
+    assert made.returncode == 0, made.stderr[-3000:]
+    rows = json.loads(command("profiles", "list", "--json", "--dir", str(tmp_path / "p")).stdout)
+    assert [(row["task"], row["dtype"], row["cache"]) for row in rows] == [("quiz", "float32", "dual")]
+    assert any(line.startswith(rows[0]["id"]) for line in made.stdout.splitlines())
+
+
+def test_calibrate_refuses_bad_options_and_prompts_before_it_starts_an_engine(tmp_path, capsys):
+    empty = tmp_path / "prompts.jsonl"
+    empty.write_text("")
+    arguments = ["calibrate", "llada-mini", "--task", "t", "--prompts", str(empty)]
+    assert main(arguments) == 1
+    empty.write_text('{"question": 1}\n')
+    assert main(arguments) == 1
+    empty.write_text('{"prompt": "a"}\n')
+    assert main([*arguments, "--osdt-config", '{"cap": 2}']) == 1
+    errors = capsys.readouterr().err
+    assert "holds no prompt" in errors and "field prompt" in errors and "cap is 2" in errors

@@ -1,0 +1,410 @@
+"""The ``vllm-osdt`` command: look after calibration profiles, make one ahead of time, and check an installation.
+
+Exit status: 0 when all went well, 1 when something asked for is not there or does not hold, 2 for wrong arguments.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vllm_osdt import __version__
+from vllm_osdt.calibration.fingerprint import ModelFingerprint
+from vllm_osdt.calibration.profile import CalibrationProfile
+from vllm_osdt.calibration.store import ProfileStore, UnusableFileError, default_folder, read_file, read_folder
+from vllm_osdt.config import METRICS, MODES, RECORDS, DecodingOptions, parse_options
+from vllm_osdt.errors import OSDTError
+
+
+class CommandError(OSDTError):
+    """What was asked for is not there or cannot be done; ends the command with status 1."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A profile on disk and the model it is for."""
+
+    fingerprint: ModelFingerprint
+    profile: CalibrationProfile
+
+    def summary(self) -> dict[str, Any]:
+        """One line of ``profiles list``."""
+        key, used = self.profile.key, ~np.isnan(self.profile.confidence)
+        return {
+            "id": self.profile.profile_id,
+            "task": key.task,
+            "model": self.fingerprint.digest,
+            "dtype": self.fingerprint.dtype,
+            "quantization": self.fingerprint.quantization,
+            "block_length": key.block_length,
+            "cache": key.cache,
+            "threshold": key.threshold,
+            "blocks": int(used.any(axis=(1, 2)).sum()),
+            "forwards": int(used.any(axis=2).sum()),
+            "samples": int(used.sum()),
+            "created": self.profile.created,
+            "versions": self.profile.versions,
+        }
+
+
+def _find(folder: Path) -> list[Found]:
+    found = [Found(fingerprint, profile) for fingerprint, profiles in read_folder(folder) for profile in profiles]
+    return sorted(found, key=lambda one: (one.profile.key.task, one.profile.created))
+
+
+def _one(args: argparse.Namespace, name: str) -> Found:
+    """The profile of an id, of the beginning of an id, or of a task that has one."""
+    everything = _find(args.dir)
+    matching = [one for one in everything if one.profile.profile_id.startswith(name)]
+    matching = matching or [one for one in everything if one.profile.key.task == name]
+    if len(matching) != 1:
+        what = "no profile" if not matching else f"{len(matching)} profiles"
+        ids = "".join(f"\n  {one.profile.profile_id}  {one.profile.key.task}" for one in matching or everything)
+        raise CommandError(f"{what} in {args.dir} for {name!r}; name one of these by its id:{ids or ' (none)'}")
+    return matching[0]
+
+
+def _print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width).print(table)
+
+
+def list_profiles(args: argparse.Namespace) -> None:
+    """What is in the folder."""
+    rows = [one.summary() for one in _find(args.dir)]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    elif rows:
+        shown = ("id", "task", "model", "block_length", "cache", "threshold", "blocks", "forwards", "created")
+        _print_table(f"profiles in {args.dir}", [{name: row[name] for name in shown} for row in rows])
+    else:
+        print(f"no profiles in {args.dir}")
+
+
+def show(args: argparse.Namespace) -> None:
+    """One profile: where it is from and the thresholds that each statistic makes of it, block by block."""
+    found = _one(args, args.profile)
+    tables = {
+        f"{metric}/{record}": found.profile.thresholds("block", metric, record)[:, 0].round(4).tolist()
+        for metric in METRICS
+        for record in RECORDS
+    }
+    if args.json:
+        everything = {
+            f"{mode}/{metric}/{record}": found.profile.thresholds(mode, metric, record).tolist()
+            for mode in MODES
+            for metric in METRICS
+            for record in RECORDS
+        }
+        print(json.dumps({**found.profile.as_dict(), **found.summary(), "thresholds": everything}, indent=2))
+        return
+    for name, value in found.summary().items():
+        print(f"{name:<14}{value}")
+    num_blocks = max(map(len, tables.values()))
+    rows = [
+        {"metric/record": name, **{f"block {block}": row[block] for block in range(num_blocks)}}
+        for name, row in tables.items()
+    ]
+    _print_table("T by block, before cap and slack", rows)
+
+
+def plot(args: argparse.Namespace) -> None:
+    """A picture of one profile."""
+    from vllm_osdt.calibration.picture import draw_signatures
+
+    found = _one(args, args.profile)
+    found.profile.thresholds("block", "q1", "masked")
+    draw_signatures([found.profile.as_dict()], args.out)
+    print(args.out)
+
+
+def export(args: argparse.Namespace) -> None:
+    """A profile in a file of its own, for another machine."""
+    found = _one(args, args.profile)
+    args.file.parent.mkdir(parents=True, exist_ok=True)
+    ProfileStore(args.dir, found.fingerprint).export(found.profile, args.file)
+    print(f"{found.profile.profile_id} ({found.profile.key.task}) -> {args.file}")
+
+
+def import_profiles(args: argparse.Namespace) -> None:
+    """The profiles of an exported file, in place of those with their keys."""
+    try:
+        fingerprint, profiles = read_file(args.file)
+    except FileNotFoundError:
+        raise CommandError(f"there is no file {args.file}") from None
+    except UnusableFileError as error:
+        raise CommandError(f"{args.file} cannot be used: {error}") from None
+    for profile in profiles:
+        ProfileStore(args.dir, fingerprint).write(profile)
+        print(f"{profile.profile_id} ({profile.key.task}) for model {fingerprint.digest}")
+
+
+def remove(args: argparse.Namespace) -> None:
+    """Delete profiles; a running engine keeps what it has in memory."""
+    for name in args.profiles:
+        found = _one(args, name)
+        ProfileStore(args.dir, found.fingerprint).remove(found.profile.key)
+        print(f"removed {found.profile.profile_id} ({found.profile.key.task})")
+
+
+def compare(left: CalibrationProfile, right: CalibrationProfile) -> dict[str, Any]:
+    """How two profiles differ, over the (block, step) cells that both have recorded."""
+    shape = tuple(min(a, b) for a, b in zip(left.mean_confidence.shape, right.mean_confidence.shape, strict=True))
+    a, b = (profile.mean_confidence[: shape[0], : shape[1]].astype(np.float64) for profile in (left, right))
+    both = ~np.isnan(a) & ~np.isnan(b)
+    a, b = a[both], b[both]
+    first, second = (profile.thresholds("block", "q1", "masked")[:, 0] for profile in (left, right))
+    return {
+        "cells": int(both.sum()),
+        "cosine": float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))),
+        "mean_gap": float((b - a).mean()),
+        "largest_gap": float(np.abs(b - a).max()),
+        "thresholds": [[float(x), float(y)] for x, y in zip(first, second, strict=False)],
+    }
+
+
+def diff(args: argparse.Namespace) -> None:
+    """How two profiles differ."""
+    left, right = (_one(args, name).profile for name in (args.left, args.right))
+    result = compare(left, right)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"mean confidences over {result['cells']} (block, step) cells that both have:")
+    print(f"  cosine {result['cosine']:.4f}, mean gap {result['mean_gap']:+.4f}, largest {result['largest_gap']:.4f}")
+    rows = [
+        {"block": block, left.profile_id: x, right.profile_id: y, "difference": y - x}
+        for block, (x, y) in enumerate(result["thresholds"])
+    ]
+    _print_table("T by block (q1 of all masked)", rows)
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Decode prompts until one has made the task's profile, and keep it."""
+    prompts = _prompts(args.prompts)
+    parse_options(args.osdt_config, base=DecodingOptions())  # refuses what the engine would, before it starts
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    from vllm_osdt import profiles
+
+    operator = {**args.osdt_config, "profile_dir": str(args.dir)}
+    llm = LLM(
+        model=args.model, dtype=args.dtype, max_model_len=args.max_model_len, additional_config={"osdt": operator}
+    )
+    extra = {"osdt_policy": "osdt", "osdt_task": args.task, "osdt_recalibrate": True}
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, extra_args=extra)
+    for prompt in prompts:
+        before = {profile["id"] for profile in profiles(llm)}
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+        made = [profile for profile in profiles(llm) if profile["task"] == args.task and profile["id"] not in before]
+        if made:
+            forwards = sum(output.outputs[0].spec_decode_metrics.histogram)
+            print(
+                f"{made[0]['id']}  task {args.task}: {len(output.outputs[0].token_ids)} tokens in {forwards} forwards"
+            )
+            return
+    raise CommandError(f"none of the {len(prompts)} prompts made a profile; --max-tokens must be at least one block")
+
+
+def _prompts(path: Path) -> list[str]:
+    """One prompt a line, or JSON lines with ``prompt``."""
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise CommandError(f"the prompts cannot be read: {error}") from None
+    if path.suffix == ".jsonl":
+        try:
+            lines = [json.loads(line)["prompt"] for line in lines]
+        except (ValueError, KeyError, TypeError):
+            raise CommandError(f"{path}: every line must be a JSON object with the field prompt") from None
+    if not lines:
+        raise CommandError(f"{path} holds no prompt")
+    return lines
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Whether this installation can serve, line by line."""
+    checks = [_check(name, check) for name, check in _CHECKS.items()]
+    if args.json:
+        print(json.dumps(checks, indent=2))
+    else:
+        for check in checks:
+            print(f"{'ok ' if check['ok'] else 'BAD'}  {check['name']:<16}{check['found']}")
+    if not all(check["ok"] for check in checks):
+        raise CommandError("not everything is as it should be")
+
+
+def _check(name: str, check: Callable[[], tuple[bool, str]]) -> dict[str, Any]:
+    try:
+        ok, found = check()
+    except Exception as error:  # a broken installation may fail in any way; that is the finding
+        ok, found = False, f"{type(error).__name__}: {error}"
+    return {"name": name, "ok": ok, "found": found}
+
+
+def _versions() -> tuple[bool, str]:
+    from importlib import metadata
+
+    import torch
+
+    vllm = metadata.version("vllm")
+    supported = (0, 32) <= tuple(int(part) for part in vllm.split(".")[:2]) < (0, 34)
+    return supported, f"vllm-osdt {__version__}, vllm {vllm} (0.32 or 0.33 needed), torch {torch.__version__}"
+
+
+def _plugin() -> tuple[bool, str]:
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from vllm_osdt.plugin import ARCHITECTURES
+
+    load_general_plugins()
+    missing = set(ARCHITECTURES) - set(ModelRegistry.get_supported_archs())
+    return not missing, f"vLLM does not know {sorted(missing)}" if missing else f"serves {', '.join(ARCHITECTURES)}"
+
+
+def _triton() -> tuple[bool, str]:
+    import triton
+
+    from vllm_osdt.cpu.triton_backend.stand_in import is_interpreting
+
+    if is_interpreting():
+        return (
+            True,
+            f"triton {triton.__version__}, no GPU: its interpreter stands in, hot loops are compiled with Numba",
+        )
+    return True, f"triton {triton.__version__} with a compiler"
+
+
+def _kernels() -> tuple[bool, str]:
+    import torch
+
+    import csrc_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    token, probability = csrc_triton.confidence(torch.tensor([[0.0, 3.0, 1.0]], device=device), banned_token_id=1)
+    right = token.item() == 2 and abs(probability.item() - 0.1141952) < 1e-4
+    return right, f"{csrc_triton.implementations(device).confidence.__module__} on {device.type}"
+
+
+def _folder() -> tuple[bool, str]:
+    folder = default_folder()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK), f"{folder} ({len(_find(folder))} profiles)"
+
+
+_CHECKS = {
+    "versions": _versions,
+    "plugin": _plugin,
+    "triton": _triton,
+    "kernels": _kernels,
+    "profile folder": _folder,
+}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="vllm-osdt",
+        description="Calibration profiles of One-Shot Dynamic Thresholding.",
+        epilog="examples:\n  vllm-osdt doctor\n  vllm-osdt profiles list\n  vllm-osdt profiles show gsm8k\n"
+        "  vllm-osdt calibrate llada-mini --task quiz --prompts prompts.txt --max-tokens 96",
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-osdt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument(
+        "--dir", type=Path, default=default_folder(), help="folder of the profiles (default: %(default)s)"
+    )
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="machine-readable output")
+
+    profiles = commands.add_parser("profiles", help="look after the profiles on disk").add_subparsers(required=True)
+
+    def add(name: str, function: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser) -> Any:
+        command = profiles.add_parser(
+            name, help=function.__doc__, description=function.__doc__, parents=[folder, *parents], formatter_class=raw
+        )
+        command.set_defaults(function=function)
+        return command
+
+    profile_help = "id, beginning of an id, or name of a task that has one profile"
+    add("list", list_profiles, as_json)
+    add("show", show, as_json).add_argument("profile", help=profile_help)
+    command = add("plot", plot)
+    command.add_argument("profile", help=profile_help)
+    command.add_argument("--out", type=Path, required=True, help="picture to write, such as profile.png")
+    command = add("export", export)
+    command.add_argument("profile", help=profile_help)
+    command.add_argument("file", type=Path)
+    add("import", import_profiles).add_argument("file", type=Path)
+    add("remove", remove).add_argument("profiles", nargs="+", help=profile_help)
+    command = add("diff", diff, as_json)
+    command.add_argument("left", help=profile_help)
+    command.add_argument("right", help=profile_help)
+
+    command = commands.add_parser(
+        "calibrate",
+        help="make a task's profile ahead of time",
+        description=calibrate.__doc__,
+        epilog="example:\n  vllm-osdt calibrate GSAI-ML/LLaDA-8B-Instruct --task gsm8k --prompts gsm8k.jsonl",
+        parents=[folder],
+        formatter_class=raw,
+    )
+    command.add_argument("model", help="checkpoint, or the name of a bundled model")
+    command.add_argument("--task", required=True, help="name that requests will give as osdt_task")
+    command.add_argument("--prompts", type=Path, required=True, help="a prompt a line, or .jsonl with the field prompt")
+    command.add_argument("--max-tokens", type=int, default=256, help="canvas of the calibrating request")
+    command.add_argument("--dtype", default="auto", help="as the server's: a profile is for one dtype")
+    command.add_argument("--max-model-len", type=int, help="as vLLM's")
+    command.add_argument("--osdt-config", type=_json_object, default={}, help="options as for the server, as JSON")
+    command.set_defaults(function=calibrate)
+
+    command = commands.add_parser(
+        "doctor", help="check this installation", description=doctor.__doc__, parents=[as_json]
+    )
+    command.set_defaults(function=doctor)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = make_parser().parse_args(arguments)
+    if getattr(args, "model", None) is not None:
+        from vllm_osdt.mini import MODELS, model_path
+
+        args.model = model_path(args.model) if args.model in MODELS else args.model
+    try:
+        args.function(args)
+    except OSDTError as error:
+        print(f"vllm-osdt: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
