@@ -190,7 +190,7 @@ def export(model: MiniLLaDA, averages: dict[str, Tensor], folder: Path) -> MiniL
     averaged.load_state_dict(averages)
     averaged.save(folder)
     save_tokenizer(build_tokenizer(), folder, model.config.max_sequence_length)
-    generation = {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID, "temperature": 0.0}
+    generation = {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return averaged.eval()
 
