@@ -1,9 +1,9 @@
 """When does a calibrated threshold pay, and against what?
 
 Decodes held-out problems of each task with every static threshold (the honest baseline: its whole curve), the factor
-rule, Fast-dLLM++ (joint bound) and OSDT (mode x metric x record, then cap x slack, with several choices of the
-calibrating request). Prints accuracy with its interval, forward passes, tokens per forward and tokens per second, with
-the gain over static 0.9 and over the best static threshold chosen with hindsight.
+rule, Fast-dLLM++ (joint bound) and OSDT (mode x metric x record, then cap x slack, then floor, with several choices of
+the calibrating request). Prints accuracy with its interval, forward passes, tokens per forward and tokens per second,
+with the gain over static 0.9 and over the best static threshold chosen with hindsight.
 
     python benchmarks/bench_osdt.py --json results.jsonl --pictures pictures
 
@@ -50,6 +50,7 @@ DELTAS = (0.5, 0.25, 0.1, 0.0)
 MODES, RECORDS = ("block", "step_block"), ("masked", "committed")
 METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
 CAPS, SLACKS = (0.95, 0.9, 0.8, 0.75), (0.0, 0.1, 0.2)
+FLOORS = (0.3, 0.4, 0.5, 0.6, 0.7)
 SIGNIFICANCE = 0.05
 REPORTED = ("task", "name", "options", "seconds", "constant", "calibration", "notes")
 CALIBRATION_SEED = 1000  # of the problems that calibrate
@@ -212,7 +213,7 @@ def osdt_settings(full: bool) -> list[dict[str, Any]]:
     limits = [{"cap": cap, "slack": slack} for cap, slack in itertools.product(CAPS, SLACKS)]
     if full:
         return [{**statistic, **limit} for statistic, limit in itertools.product(statistics, limits)]
-    return [{}, *statistics, *limits]
+    return [{}, *statistics, *limits, *({"floor": floor} for floor in FLOORS)]
 
 
 def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: list[Problem]) -> list[Outcome]:
@@ -224,11 +225,19 @@ def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: li
         decoded: dict[tuple, Outcome] = {}
         for setting in osdt_settings(bench.args.full):
             options = {"policy": "osdt", "task": name, **setting}
-            full = {"mode": "block", "metric": "q1", "record": "masked", "cap": 0.9, "slack": 0.1, **setting}
+            full = {
+                "mode": "block",
+                "metric": "q1",
+                "record": "masked",
+                "cap": 0.9,
+                "slack": 0.1,
+                "floor": 0.0,
+                **setting,
+            }
             thresholds = _thresholds(bench, problems[0], name, full)
-            table = np.minimum(thresholds, full["cap"]) * (1 - full["slack"])
+            table = np.maximum(np.minimum(thresholds, full["cap"]) * (1 - full["slack"]), full["floor"])
             used = tuple(np.round(table, 6).ravel())
-            label = " ".join(str(full[part]) for part in ("mode", "metric", "record", "cap", "slack"))
+            label = " ".join(str(full[part]) for part in ("mode", "metric", "record", "cap", "slack", "floor"))
             if used not in decoded:
                 decoded[used] = bench.run(task, problems, label, **options)
             first = decoded[used]

@@ -42,7 +42,8 @@ class DecodingOptions:
         mode: Calibrated thresholds per ``block`` or per block and step, ``step_block``.
         metric: Statistic that turns recorded confidences into a threshold.
         cap: Upper bound kappa in (0, 1] of a calibrated threshold.
-        slack: Relative slack epsilon in [0, 1): the threshold used is min(T, cap) * (1 - slack).
+        slack: Relative slack epsilon in [0, 1): the threshold used is min(T, cap) * (1 - slack), but at least floor.
+        floor: Lower bound in [0, 1] of the threshold used; guards against a calibrating request that was unsure.
         record: Which confidences a calibration records: all ``masked`` positions or only the ``committed`` ones.
         recalibrate: Calibrate again with this request and replace the task's profile when it ends well.
     """
@@ -60,6 +61,7 @@ class DecodingOptions:
     metric: str = "q1"
     cap: float = 0.9
     slack: float = 0.1
+    floor: float = 0.0
     record: str = "masked"
     recalibrate: bool = False
 
@@ -153,6 +155,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "metric": _choice(METRICS),
     "cap": _number(0, 1, low_open=True),
     "slack": _number(0, 1, low_open=False, high_open=True),
+    "floor": _number(0, 1, low_open=False),
     "record": _choice(RECORDS),
     "recalibrate": _flag,
 }

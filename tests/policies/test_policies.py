@@ -32,6 +32,7 @@ def options(draw, policy=None):
         gen_length=num_blocks * block_length,
         cap=draw(st.floats(0.01, 1.0)),
         slack=draw(st.floats(0.0, 0.99)),
+        floor=draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
 
 
@@ -103,6 +104,7 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     table = data.draw(tables())
     schedule = POLICIES[opts.policy](opts, table)
     num_blocks = opts.gen_length // opts.block_length
+    osdt_rule = reference.osdt(table.tolist(), opts.cap, opts.slack, opts.floor)
     # The plain rules take the numbers that a float32 schedule can hold.
     rule = {
         "static_threshold": reference.static_threshold(float(np.float32(opts.threshold))),
@@ -110,7 +112,9 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
         "joint_bound": None,
         "fixed_steps": reference.fixed_steps(opts.steps // num_blocks, opts.block_length),
         "osdt": reference.ThresholdRule(
-            lambda b, s: float(np.float32(reference.osdt(table.tolist(), opts.cap, opts.slack).cutoff(b, s))),
+            lambda b, s: float(
+                np.float32(reference.osdt(table.tolist(), opts.cap, opts.slack, opts.floor).cutoff(b, s))
+            ),
             strict=True,
         ),
     }[opts.policy]

@@ -94,13 +94,13 @@ def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
     return rule
 
 
-def osdt(table: list[list[float]], cap: float, slack: float) -> ThresholdRule:
+def osdt(table: list[list[float]], cap: float, slack: float, floor: float = 0.0) -> ThresholdRule:
     """OSDT's second phase; ``table[block][step]``, the last entry holds for all that follow."""
 
     def cutoff(block: int, step: int) -> float:
         row = table[block] if block < len(table) else table[-1]
         value = row[step] if step < len(row) else row[-1]
-        return (cap if value > cap else value) * (1.0 - slack)
+        return max((cap if value > cap else value) * (1.0 - slack), floor)
 
     return ThresholdRule(cutoff, strict=True)
 
