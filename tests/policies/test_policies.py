@@ -104,19 +104,14 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     table = data.draw(tables())
     schedule = POLICIES[opts.policy](opts, table)
     num_blocks = opts.gen_length // opts.block_length
-    osdt_rule = reference.osdt(table.tolist(), opts.cap, opts.slack, opts.floor)
+    calibrated = reference.osdt(table.tolist(), opts.cap, opts.slack, opts.floor)
     # The plain rules take the numbers that a float32 schedule can hold.
     rule = {
         "static_threshold": reference.static_threshold(float(np.float32(opts.threshold))),
         "factor": None,
         "joint_bound": None,
         "fixed_steps": reference.fixed_steps(opts.steps // num_blocks, opts.block_length),
-        "osdt": reference.ThresholdRule(
-            lambda b, s: float(
-                np.float32(reference.osdt(table.tolist(), opts.cap, opts.slack, opts.floor).cutoff(b, s))
-            ),
-            strict=True,
-        ),
+        "osdt": reference.ThresholdRule(lambda b, s: float(np.float32(calibrated.cutoff(b, s))), strict=True),
     }[opts.policy]
     rounds = rounds_for(data, opts.block_length)
     block = data.draw(st.integers(0, num_blocks - 1))
