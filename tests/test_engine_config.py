@@ -1,13 +1,14 @@
 """Engine settings of our models: what is set without a flag, what is refused, and the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_osdt.engine_config import server_defaults
+from vllm_osdt.engine_config import model_fingerprint, server_defaults
 
 CONFIG = {
     "architectures": ["LLaDAModelLM"],
@@ -102,3 +103,21 @@ def test_command_line_refuses_another_plugin(checkpoint: str, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         parser.parse_args(["--model", checkpoint, "--plugin", "other"])
     assert "--plugin" in capsys.readouterr().err
+
+
+def test_fingerprint_follows_the_weights_wherever_they_are(checkpoint: str, tmp_path_factory, monkeypatch) -> None:
+    (Path(checkpoint) / "model.safetensors").write_bytes(b"weights")
+    config = configure(checkpoint)
+    by_path = model_fingerprint(config)
+    assert (by_path.vocab_size, by_path.mask_token_id, by_path.dtype) == (64, 63, "bfloat16")
+    # A repository's name: the weights are those of its snapshot in the cache.
+    hub = tmp_path_factory.mktemp("hub")
+    shutil.copytree(checkpoint, hub / "models--org--name" / "snapshots" / "abc")
+    (hub / "models--org--name" / "refs").mkdir()
+    (hub / "models--org--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(config.model_config, "model", "org/name")
+    assert model_fingerprint(config) == by_path
+    # No file here: the name stands for the weights.
+    monkeypatch.setattr(config.model_config, "model", "org/other")
+    assert model_fingerprint(config).weights.startswith("org/other@")

@@ -1,6 +1,5 @@
 """Engine settings of the model families that attend to their whole canvas (LLaDA), set so that users need no flag."""
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,17 +59,26 @@ def server_options(vllm_config: "VllmConfig") -> ServerOptions:
     return parse_server_options({name: values[name] for name in values if name in SERVER_OPTION_NAMES})
 
 
+def _weights_folder(model: str, revision: str | None) -> Path | None:
+    """The folder of a checkpoint: itself, or that of its snapshot in the Hugging Face cache; None if there is none."""
+    from vllm.transformers_utils.repo_utils import try_get_local_file
+
+    if Path(model).is_dir():
+        return Path(model)
+    config = try_get_local_file(model, "config.json", revision or "main")
+    return config.parent if isinstance(config, Path) else None
+
+
 def model_fingerprint(vllm_config: "VllmConfig") -> ModelFingerprint:
     """The identity of an engine's model, for calibration profiles."""
-    from vllm.transformers_utils.repo_utils import get_model_path
-
     model = vllm_config.model_config
     weights = None
     if vllm_config.load_config.load_format != "dummy":
-        with contextlib.suppress(OSError, ValueError):  # weights that are not files here
-            weights = hash_weights(Path(get_model_path(model.model, model.revision)))
-    if weights is None:
-        weights = f"{model.model}@{model.revision}"
+        folder = _weights_folder(model.model, model.revision)
+        weights = hash_weights(folder) if folder is not None else None
+    if weights is None:  # no files of a known kind here
+        commit = getattr(model.hf_config, "_commit_hash", None)
+        weights = f"{model.model}@{commit or model.revision}"
     return ModelFingerprint(
         weights=weights,
         quantization=model.quantization or "none",
