@@ -106,10 +106,9 @@ class Outcome:
 
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
-        z, n, p = 1.96, len(self.right), self.accuracy
-        center = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return center - half, center + half
+        from vllm_osdt.mini.evaluate import Score
+
+        return Score(sum(self.right), len(self.right), self.mean_nfe).interval()
 
 
 def mcnemar(left: list[bool], right: list[bool]) -> float:

@@ -29,7 +29,7 @@ def profiles(llm: "LLM") -> list[dict[str, Any]]:
         llm: An engine that serves one of this package's models.
 
     Returns:
-        One dict per profile: ``task``, ``block_length``, ``cache``, ``threshold``, ``mean_confidence`` (by block and
+        One dict per profile: ``id``, ``created``, ``task``, ``block_length``, ``cache``, ``threshold``, ``mean_confidence`` (by block and
         denoising step, None where nothing was recorded) and ``thresholds`` (T by block and step, for each
         ``mode/metric/record`` that a request has asked for).
     """
