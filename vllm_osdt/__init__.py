@@ -29,9 +29,9 @@ def profiles(llm: "LLM") -> list[dict[str, Any]]:
         llm: An engine that serves one of this package's models.
 
     Returns:
-        One dict per profile: ``id``, ``created``, ``task``, ``block_length``, ``cache``, ``threshold``, ``mean_confidence`` (by block and
-        denoising step, None where nothing was recorded) and ``thresholds`` (T by block and step, for each
-        ``mode/metric/record`` that a request has asked for).
+        One dict per profile: ``id``, ``created``, ``task``, ``block_length``, ``cache``, ``threshold``,
+        ``mean_confidence`` (by block and denoising step, None where nothing was recorded) and ``thresholds`` (T by
+        block and step, for each ``mode/metric/record`` that a request has asked for).
     """
     engine = llm.llm_engine
     for _ in range(NUM_POLLS):
