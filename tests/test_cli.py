@@ -97,6 +97,13 @@ def test_import_refuses_a_damaged_file_by_its_field_and_changes_nothing(run, fol
     assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
 
 
+def test_a_folder_that_cannot_be_written_to_is_a_clear_refusal(run, folder, tmp_path, capsys):
+    run("profiles", "export", "gsm", str(tmp_path / "gsm.json"))
+    (tmp_path / "file").write_text("")
+    assert main(["profiles", "import", str(tmp_path / "gsm.json"), "--dir", str(tmp_path / "file")]) == 1
+    assert "Not a directory" in capsys.readouterr().err
+
+
 def test_list_passes_over_damaged_files(run, folder):
     ProfileStore(folder, MODEL).path("gsm").write_text("{")
     assert [row["task"] for row in json.loads(run("profiles", "list", "--json").out)] == ["code"]

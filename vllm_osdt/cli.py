@@ -400,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.model = model_path(args.model) if args.model in MODELS else args.model
     try:
         args.function(args)
-    except OSDTError as error:
+    except (OSDTError, OSError) as error:
         print(f"vllm-osdt: {error}", file=sys.stderr)
         return 1
     return 0

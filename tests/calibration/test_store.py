@@ -143,6 +143,18 @@ def test_torn_files_are_set_aside_by_readers_and_writers(store, content):
     assert store.num_set_aside == 2
 
 
+def test_a_damaged_file_in_a_folder_that_may_only_be_read_costs_nothing_but_the_profile(store, caplog, monkeypatch):
+    def refuse(self, target):
+        raise PermissionError(13, "Permission denied")
+
+    store.save(recorded())
+    store.path("gsm").write_bytes(b"{")
+    monkeypatch.setattr(type(store.path("gsm")), "replace", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert store.load(KEY) is None
+    assert "Permission denied" in caplog.text and str(store.path("gsm")) in caplog.text
+
+
 def test_a_folder_that_cannot_be_written_to_costs_only_the_file(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     store = ProfileStore(tmp_path / "file", MODEL)

@@ -177,12 +177,14 @@ class ProfileStore:
     def _set_aside(self, path: Path, error: UnusableFileError) -> None:
         self.num_set_aside += 1
         aside = path.with_suffix(f".aside-{os.getpid()}-{self.num_set_aside}")
-        with contextlib.suppress(FileNotFoundError):  # another engine was faster
+        try:
             path.replace(aside)
-            logger.warning(
-                "The profile file %s cannot be used and is kept as %s; the task calibrates again. %s.",
-                path, aside.name, error,
-            )  # fmt: skip
+            what = f"is kept as {aside.name}"
+        except FileNotFoundError:  # another engine was faster
+            return
+        except OSError as failure:  # a folder that this user may only read: serving goes on
+            what = f"cannot be renamed ({failure})"
+        logger.warning("The profile file %s cannot be used and %s; the task calibrates again. %s.", path, what, error)
 
 
 def write_file(path: Path, content: ProfileFile) -> None:
