@@ -1,17 +1,19 @@
 """When does a calibrated threshold pay, and against what?
 
 Decodes held-out problems of each task with every static threshold (the honest baseline: its whole curve), the factor
-rule, Fast-dLLM++ (joint bound) and OSDT (mode x metric x record, then cap x slack, then floor, with several choices of
-the calibrating request). Prints accuracy with its interval, forward passes, tokens per forward and tokens per second,
-with the gain over static 0.9 and over the best static threshold chosen with hindsight.
+rule, Fast-dLLM++ (joint bound) and OSDT: the defaults (conformal metric, several calibrating requests), other numbers
+of requests and risks, the paper's statistics over several requests, and calibration on one request (mode x metric x
+record, cap x slack, floor). Every setting is tried with several choices of the calibrating requests. Prints accuracy
+with its interval, forward passes, tokens per forward and tokens per second, with the gain over static 0.9 and over the
+best static threshold chosen with hindsight.
 
     python benchmarks/bench_osdt.py --json results.jsonl --pictures pictures
 
 - Every configuration decodes the same problems, so accuracies are compared in pairs: exact McNemar test, two-sided.
   "Best static with hindsight" is the static threshold with the fewest forwards among those that do not answer
   measurably fewer problems than static 0.9 (p >= 0.05); that choice sees the answers, which no user has.
-- OSDT's figures leave the calibrating request out: it is none of the problems, but one drawn from the same split with
-  another seed.
+- OSDT's figures leave the calibrating requests out: they are none of the problems, but drawn from the same split with
+  another seed. "cal" says which choice of them.
 - A calibrated table that is constant over all blocks and steps is a static threshold under another name; such rows are
   marked "= static T" and count as no gain of OSDT.
 - Forward passes are counted by the engine. Tokens per second are of one run each on this machine; forwards and accuracy
@@ -30,10 +32,11 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +47,18 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import numpy as np
 from common import environment, write_lines
 
+from vllm_osdt.calibration.calibrate import Thresholds
+from vllm_osdt.calibration.profile import Setting
+from vllm_osdt.config import DecodingOptions
+from vllm_osdt.policies.osdt import osdt
+
 STATIC = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5)
 DELTAS = (0.5, 0.25, 0.1, 0.0)
 MODES, RECORDS = ("block", "step_block"), ("masked", "committed")
 METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
+MARGINS = (0.0, 0.05, 0.2, 0.3)
+NUM_REQUESTS_AND_RISKS = ((16, 0.06), (32, 0.1), (64, 0.02), (64, 0.05), (64, 0.1))
 CAPS, SLACKS = (0.95, 0.9, 0.8, 0.75), (0.0, 0.1, 0.2)
 FLOORS = (0.3, 0.4, 0.5, 0.6, 0.7)
 SIGNIFICANCE = 0.05
@@ -146,7 +156,7 @@ class Bench:
             dtype=args.dtype,
             max_num_seqs=args.concurrency,
             max_num_batched_tokens=args.max_num_batched_tokens,
-            additional_config={"osdt": {"profile_dir": ""}},
+            additional_config={"osdt": {"profile_dir": "", "drift": "off"}},
         )
 
     def decode(self, problems: list[Problem], **options: Any) -> tuple[list[bool], list[int], list[int], float]:
@@ -171,12 +181,29 @@ class Bench:
         """One configuration on one task."""
         return Outcome(problems_of, name, options, *self.decode(problems, **options))
 
-    def profile(self, task: str) -> dict[str, Any]:
-        """The profile that a calibrating request has made."""
+    def profile(self, task: str) -> dict[str, Any] | None:
+        """A task's profile, None while it has none."""
         from vllm_osdt import profiles
 
-        [found] = [profile for profile in profiles(self.llm) if profile["task"] == task]
-        return found
+        found = [profile for profile in profiles(self.llm) if profile["task"] == task]
+        return found[0] if found else None
+
+    def calibrate(self, requests: list[Problem], full: DecodingOptions, options: dict[str, Any]) -> None:
+        """Have a task's first requests make its profile, where it has none."""
+        if self.profile(options["task"]) is None:
+            self.decode(requests[: full.calibrations], **options)
+
+    def thresholds(self, full: DecodingOptions, options: dict[str, Any], problem: Problem) -> Thresholds:
+        """T by block and step; the engine computes it for the first request that asks."""
+        setting = str(Setting(full.mode, full.metric, full.record, full.risk))
+        profile = self.profile(options["task"])
+        assert profile is not None
+        if setting not in profile["thresholds"]:
+            self.decode([problem], **options)
+            profile = self.profile(options["task"])
+            assert profile is not None
+        values = np.array(profile["thresholds"][setting], dtype=np.float32)  # None becomes NaN
+        return Thresholds(values, np.zeros(values.shape, dtype=np.int8))
 
 
 def own_problems(task: str, count: int, seed: int) -> list[Problem]:
@@ -203,60 +230,62 @@ def user_problems(path: str, checker: str | None) -> dict[str, list[Problem]]:
     return dict(found)
 
 
-def osdt_settings(full: bool) -> list[dict[str, Any]]:
-    """Settings to try: all of them, or one group of options at a time around the defaults."""
-    statistics = [
-        {"mode": mode, "metric": metric, "record": record}
-        for mode, metric, record in itertools.product(MODES, METRICS, RECORDS)
+def osdt_settings(only_defaults: bool) -> list[dict[str, Any]]:
+    """Settings to try, the defaults first; then one group of options at a time."""
+    one_shot = {"calibrations": 1, "metric": "q1", "slack": 0.1}
+    several = {**one_shot, "calibrations": 32}
+    if only_defaults:
+        return [{}, one_shot]
+    return [
+        {},
+        *({"margin": margin} for margin in MARGINS),
+        *({"calibrations": number, "risk": risk} for number, risk in NUM_REQUESTS_AND_RISKS),
+        {"mode": "step_block"},
+        *({**several, "metric": metric} for metric in METRICS),
+        *(
+            {**one_shot, "mode": mode, "metric": metric, "record": record}
+            for mode, metric, record in itertools.product(MODES, METRICS, RECORDS)
+        ),
+        *({**one_shot, "cap": cap, "slack": slack} for cap, slack in itertools.product(CAPS, SLACKS)),
+        *({**one_shot, "floor": floor} for floor in FLOORS),
     ]
-    limits = [{"cap": cap, "slack": slack} for cap, slack in itertools.product(CAPS, SLACKS)]
-    if full:
-        return [{**statistic, **limit} for statistic, limit in itertools.product(statistics, limits)]
-    return [{}, *statistics, *limits, *({"floor": floor} for floor in FLOORS)]
 
 
-def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: list[Problem]) -> list[Outcome]:
-    """OSDT with every setting and calibrating request; settings that give one table are decoded once."""
+def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: list[list[Problem]]) -> list[Outcome]:
+    """OSDT with every setting and choice of calibrating requests; settings that give one table are decoded once."""
     outcomes: list[Outcome] = []
-    for index, problem in enumerate(calibrating):
-        name = f"{task} #{index}"
-        bench.decode([problem], policy="osdt", task=name)
+    for index, requests in enumerate(calibrating):
         decoded: dict[tuple, Outcome] = {}
-        for setting in osdt_settings(bench.args.full):
+        for setting in osdt_settings(bench.args.only_defaults):
+            full = DecodingOptions(**setting)
+            name = f"{task} #{index} of {full.calibrations}"
             options = {"policy": "osdt", "task": name, **setting}
-            full = {
-                "mode": "block",
-                "metric": "q1",
-                "record": "masked",
-                "cap": 0.9,
-                "slack": 0.1,
-                "floor": 0.0,
-                **setting,
-            }
-            thresholds = _thresholds(bench, problems[0], name, full)
-            table = np.maximum(np.minimum(thresholds, full["cap"]) * (1 - full["slack"]), full["floor"])
-            used = tuple(np.round(table, 6).ravel())
-            label = " ".join(str(full[part]) for part in ("mode", "metric", "record", "cap", "slack", "floor"))
+            bench.calibrate(requests, full, options)
+            table = osdt(replace(full, gen_length=bench.args.gen_length), bench.thresholds(full, options, problems[0]))
+            used = tuple(np.round(table.parameters, 6).ravel())
             if used not in decoded:
-                decoded[used] = bench.run(task, problems, label, **options)
+                decoded[used] = bench.run(task, problems, "", **options)
             first = decoded[used]
-            constant = float(table.flat[0]) if np.ptp(table) < 1e-6 else None
+            constant = float(table.parameters.flat[0]) if np.ptp(table.parameters) < 1e-6 else None
             measured = (first.right, first.nfe, first.num_tokens, first.seconds)
-            outcomes.append(Outcome(task, label, options, *measured, constant, index))
+            outcomes.append(Outcome(task, label(full), options, *measured, constant, index))
     return outcomes
 
 
-def _thresholds(bench: Bench, problem: Problem, task: str, setting: dict[str, Any]) -> np.ndarray:
-    """T by block and step of a setting; the engine computes it for the first request that asks."""
-    key = f"{setting['mode']}/{setting['metric']}/{setting['record']}"
-    if key not in bench.profile(task)["thresholds"]:
-        own = {name: setting[name] for name in ("mode", "metric", "record")}
-        bench.decode([problem], policy="osdt", task=task, **own)
-    return np.array(bench.profile(task)["thresholds"][key])
+def label(options: DecodingOptions) -> str:
+    """A setting in words."""
+    statistic = options.metric
+    if statistic == "conformal":
+        statistic += f" {options.risk:g} {options.margin:g}"
+    limits = [f"{options.cap:g}", f"{options.slack:g}"]
+    parts = [f"{options.calibrations}x", options.mode, statistic, options.record, *limits]
+    return " ".join([*parts, f"floor {options.floor:g}"] if options.floor else parts)
 
 
 def similarity(left: np.ndarray, right: np.ndarray) -> float:
     """Cosine of two signatures over the cells that both have."""
+    num_blocks, num_steps = np.minimum(left.shape, right.shape)
+    left, right = left[:num_blocks, :num_steps], right[:num_blocks, :num_steps]
     both = ~np.isnan(left) & ~np.isnan(right)
     a, b = left[both], right[both]
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
@@ -267,8 +296,10 @@ def signatures(bench: Bench, task: str, problems: list[Problem]) -> list[np.ndar
     found = []
     for index, problem in enumerate(problems):
         name = f"{task} signature {index}"
-        bench.decode([problem], policy="osdt", task=name)
-        found.append(np.array(bench.profile(name)["mean_confidence"], dtype=float))
+        bench.decode([problem], policy="osdt", task=name, calibrations=1, metric="q1")
+        profile = bench.profile(name)
+        assert profile is not None
+        found.append(np.array(profile["mean_confidence"], dtype=float))
     return found
 
 
@@ -277,7 +308,7 @@ def report(outcome: Outcome, static: Outcome, best: Outcome) -> str:
     low, high = outcome.interval()
     same = "" if outcome.constant is None else f"  = static {outcome.constant:.3g}"
     return (
-        f"{outcome.name:<38}{outcome.calibration if outcome.calibration >= 0 else '':>4}{outcome.accuracy:>8.1%} "
+        f"{outcome.name:<44}{outcome.calibration if outcome.calibration >= 0 else '':>4}{outcome.accuracy:>8.1%} "
         f"{f'{low:.0%}-{high:.0%}':>9}{outcome.mean_nfe:>7.2f}{outcome.tokens_per_forward:>8.2f}"
         f"{outcome.tokens_per_second:>8.0f}{static.mean_nfe / outcome.mean_nfe - 1:>+9.0%}"
         f"{best.mean_nfe / outcome.mean_nfe - 1:>+9.0%}{mcnemar(outcome.right, static.right):>8.3f}{same}"
@@ -285,7 +316,7 @@ def report(outcome: Outcome, static: Outcome, best: Outcome) -> str:
 
 
 HEADER = (
-    f"{'':<38}{'cal':>4}{'right':>8} {'95 %':>9}{'NFE':>7}{'tok/fw':>8}{'tok/s':>8}{'vs 0.9':>9}{'vs best':>9}{'p':>8}"
+    f"{'':<44}{'cal':>4}{'right':>8} {'95 %':>9}{'NFE':>7}{'tok/fw':>8}{'tok/s':>8}{'vs 0.9':>9}{'vs best':>9}{'p':>8}"
 )
 
 
@@ -321,7 +352,7 @@ def draw(folder: Path, task: str, outcomes: list[Outcome], found: list[np.ndarra
     plt.close("all")
 
 
-def measure_task(bench: Bench, task: str, problems: list[Problem], calibrating: list[Problem]) -> list[Outcome]:
+def measure_task(bench: Bench, task: str, problems: list[Problem], calibrating: list[list[Problem]]) -> list[Outcome]:
     """Everything about one task; prints its table."""
     bench.decode(problems, policy="static_threshold", threshold=0.9)  # warm
     outcomes = [
@@ -345,7 +376,8 @@ def measure_task(bench: Bench, task: str, problems: list[Problem], calibrating: 
             "gain_over_best_static": best.mean_nfe / outcome.mean_nfe - 1,
             "p_against_static_0.9": mcnemar(outcome.right, static.right),
         }
-        if bench.args.verbose or outcome.calibration < 0 or outcome.options.keys() <= {"policy", "task"}:
+        is_default = outcome.options.keys() <= {"policy", "task"} or outcome.options.get("policy") != "osdt"
+        if bench.args.verbose or is_default:
             print(report(outcome, static, best), flush=True)
     return outcomes
 
@@ -357,7 +389,8 @@ def transfer(bench: Bench, tasks: dict[str, list[Problem]]) -> list[dict[str, An
     for task, problems in tasks.items():
         cells = []
         for other in tasks:
-            moved = bench.run(task, problems, f"profile of {other}", policy="osdt", task=f"{other} #0")
+            name = f"{other} #0 of {DecodingOptions().calibrations}"
+            moved = bench.run(task, problems, f"profile of {other}", policy="osdt", task=name)
             cells.append(f"{moved.accuracy:.1%} / {moved.mean_nfe:.2f}")
             row = {"task": task, "profile_of": other, "accuracy": moved.accuracy, "nfe": moved.mean_nfe}
             rows.append({"bench": "osdt_transfer", **row})
@@ -372,14 +405,14 @@ def main() -> None:
     parser.add_argument("--task-file", help="problems of your own instead of the bundled tasks")
     parser.add_argument("--checker", metavar="MODULE:FUNCTION", help="how to check a completion of --task-file")
     parser.add_argument("--problems", type=int, default=200, help="per task")
-    parser.add_argument("--calibrations", type=int, default=3, help="choices of the calibrating request")
+    parser.add_argument("--calibrations", type=int, default=3, help="choices of the calibrating requests")
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
     parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--gen-length", type=int, default=96)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
-    parser.add_argument("--full", action="store_true", help="every combination of OSDT's options")
+    parser.add_argument("--only-defaults", action="store_true", help="OSDT with default options and one request only")
     parser.add_argument("--verbose", action="store_true", help="print every setting, not only the defaults")
     parser.add_argument("--json", help="append JSON lines to this file")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
@@ -388,15 +421,21 @@ def main() -> None:
         from vllm_osdt.mini import model_path
 
         args.model = model_path("llada-mini")
+    most = max(DecodingOptions(**setting).calibrations for setting in osdt_settings(args.only_defaults))
     if args.task_file:
-        found = user_problems(args.task_file, args.checker)
-        tasks = {task: problems[args.calibrations :][: args.problems] for task, problems in found.items()}
-        calibrating = {task: problems[: args.calibrations] for task, problems in found.items()}
+        tasks, calibrating = {}, {}
+        for task, found in user_problems(args.task_file, args.checker).items():
+            first = args.calibrations * most
+            if len(found) <= first:
+                parser.error(f"{args.task_file} has {len(found)} problems of {task!r}; {first} are for calibration")
+            calibrating[task] = [found[start : start + most] for start in range(0, first, most)]
+            tasks[task] = found[first:][: args.problems]
     else:
         from vllm_osdt.mini.tasks import TASKS
 
         tasks = {task: own_problems(task, args.problems, args.seed) for task in TASKS}
-        calibrating = {task: own_problems(task, args.calibrations, CALIBRATION_SEED + args.seed) for task in TASKS}
+        seeds = [CALIBRATION_SEED + args.seed + choice for choice in range(args.calibrations)]
+        calibrating = {task: [own_problems(task, most, seed) for seed in seeds] for task in TASKS}
 
     bench = Bench(args)
     record = environment(dtype=args.dtype, cache=args.cache, model=os.path.basename(args.model.rstrip("/")))
@@ -421,8 +460,8 @@ def main() -> None:
             draw(args.pictures, task, outcomes, found_signatures)
     if len(tasks) > 1:
         lines += transfer(bench, tasks)
-    if args.json:
-        write_lines(args.json, [{**record, **line} for line in lines])
+    if args.json:  # the environment once, for all lines that follow it
+        write_lines(args.json, [{"bench": "osdt_run", **record, "arguments": sys.argv[1:]}, *lines])
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.calibration.test_store import KEY, MODEL, recorded
-from vllm_osdt.calibration.profile import CalibrationProfile
+from tests.calibration.records import KEY, MODEL, of_task, recorded
+from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
+from vllm_osdt.calibration.recorder import Recording
 from vllm_osdt.calibration.store import ProfileStore
 from vllm_osdt.cli import compare, main
+from vllm_osdt.config import DecodingOptions
+from vllm_osdt.mini.tasks import generate
 
-OTHER = replace(KEY, task="code")
+OTHER = of_task("code")
 
 
 @pytest.fixture
@@ -40,8 +43,9 @@ def test_list_shows_every_profile(run, tmp_path, capsys):
     assert all(profile.profile_id in listed for profile in (recorded(KEY, 1), recorded(OTHER, 2)))
     rows = json.loads(run("profiles", "list", "--json").out)
     assert [row["task"] for row in rows] == ["code", "gsm"]
-    used = ~np.isnan(recorded(OTHER, 2).confidence)
-    assert rows[0]["samples"] == used.sum() and rows[0]["forwards"] == used.any(axis=2).sum()
+    used = ~np.isnan(recorded(OTHER, 2).record.confidence)
+    assert rows[0]["samples"] == used.sum() and rows[0]["forwards"] == used.any(axis=3).sum()
+    assert (rows[0]["requests"], rows[0]["blocks"], rows[0]["replaced"]) == (1, 2, False)
     assert main(["profiles", "list", "--dir", str(tmp_path / "none")]) == 0
     assert "no profiles" in capsys.readouterr().out
 
@@ -51,8 +55,35 @@ def test_show_names_a_profile_by_task_or_id(run):
     for name in ("gsm", profile.profile_id, profile.profile_id[:6]):
         assert profile.profile_id in run("profiles", "show", name).out
     shown = json.loads(run("profiles", "show", "gsm", "--json").out)
-    assert shown["thresholds"]["step_block/q1/masked"] == profile.thresholds("step_block", "q1", "masked").tolist()
-    assert len(shown["thresholds"]) == 20
+    expected = profile.thresholds(Setting("step_block", "q1", "masked")).values
+    assert shown["thresholds"]["step_block/q1/masked"] == expected.tolist()
+    assert len(shown["thresholds"]) == 2 * (1 + 5 * 2)  # conformal looks at masked positions alone
+
+
+def test_show_says_static_where_requests_are_too_few_for_the_risk(run, folder):
+    assert "static" in run("profiles", "show", "gsm").out
+    [name] = [name for name in thresholds(run, "gsm") if name.startswith("block/conformal/masked/")]
+    assert thresholds(run, "gsm")[name] == as_lists(np.full_like(recorded(KEY, 1).mean_confidence, np.nan))
+    many = recorded(of_task("many"), 3, num_requests=40)
+    ProfileStore(folder, MODEL).save(many)
+    assert all(value is not None for value in thresholds(run, "many")[name][0])
+
+
+def thresholds(run, task):
+    return json.loads(run("profiles", "show", task, "--json").out)["thresholds"]
+
+
+def test_a_replaced_profile_is_listed_as_such_and_found_by_its_id_alone(run, folder):
+    newer = recorded(KEY, 5, num_requests=2)
+    ProfileStore(folder, MODEL).save(newer)
+    rows = {row["id"]: row for row in json.loads(run("profiles", "list", "--json").out)}
+    replaced = recorded(KEY, 1).profile_id
+    assert {name for name, row in rows.items() if row["replaced"]} == {replaced}
+    assert rows[newer.profile_id]["requests"] == 2
+    for name, meant in (("gsm", newer.profile_id), (newer.profile_id, newer.profile_id), (replaced, replaced)):
+        assert json.loads(run("profiles", "show", name, "--json").out)["id"] == meant
+    run("profiles", "remove", "gsm")
+    assert json.loads(run("profiles", "show", "gsm", "--json").out)["id"] == replaced
 
 
 def test_a_name_that_fits_none_or_several_is_refused_with_what_there_is(run, folder):
@@ -110,9 +141,15 @@ def test_list_passes_over_damaged_files(run, folder):
     assert ProfileStore(folder, MODEL).path("gsm").read_text() == "{"
 
 
+def of_confidence(key, confidence):
+    """A profile of one request."""
+    values = np.array([confidence], np.float32)
+    return CalibrationProfile(key, Recording(values, np.ones(values.shape, bool), np.zeros(values.shape, bool)))
+
+
 def test_diff_compares_the_cells_that_both_have(run):
-    left = CalibrationProfile(KEY, np.array([[[0.5, 0.7], [np.nan, 0.9]]], np.float32), np.ones((1, 2, 2), bool))
-    right = CalibrationProfile(OTHER, np.array([[[0.8, 0.8], [np.nan] * 2]], np.float32), np.ones((1, 2, 2), bool))
+    left = of_confidence(KEY, [[[0.5, 0.7], [np.nan, 0.9]]])
+    right = of_confidence(OTHER, [[[0.8, 0.8], [np.nan] * 2]])
     result = compare(left, right)
     assert result["cells"] == 1 and result["cosine"] == pytest.approx(1)
     assert result["mean_gap"] == pytest.approx(0.2) == result["largest_gap"]
@@ -149,18 +186,66 @@ def test_doctor_finds_a_working_installation_and_a_folder_it_cannot_write_to(tmp
     assert sick.returncode == 1 and "BAD  profile folder" in sick.stdout
 
 
+ONE_SHOT = json.dumps({"calibrations": 1, "metric": "q1"})
+
+
+def calibrate(folder, prompts, *arguments):
+    """``vllm-osdt calibrate`` of the bundled model, as far as the options are common to the tests."""
+    file = folder / "prompts.txt"
+    file.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    return command("calibrate", "llada-mini", "--task", "quiz", "--prompts", str(file), "--dir", str(folder / "p"),
+                   "--dtype", "float32", *arguments)  # fmt: skip
+
+
+@pytest.fixture
+def listed(tmp_path, capsys):
+    def listed(*names):
+        capsys.readouterr()
+        assert main(["profiles", *(names or ["list"]), "--json", "--dir", str(tmp_path / "p")]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return listed
+
+
 @pytest.mark.e2e
-def test_calibrate_makes_a_profile_that_a_server_of_the_same_dtype_would_find(tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("quiz : pick one beast . A saw B dog C plum . Answer:\n")
-    arguments = ["calibrate", "llada-mini", "--task", "quiz", "--prompts", str(prompts), "--dir", str(tmp_path / "p")]
-    short = command(*arguments, "--max-tokens", "8", "--dtype", "float32")
+def test_calibrate_makes_a_profile_that_a_server_of_the_same_dtype_would_find(tmp_path, listed):
+    prompts = ["quiz : pick one beast . A saw B dog C plum . Answer:"]
+    short = calibrate(tmp_path, prompts, "--osdt-config", ONE_SHOT, "--max-tokens", "8")
     assert short.returncode == 1 and "at least one block" in short.stderr
-    made = command(*arguments, "--max-tokens", "96", "--dtype", "float32")
+    made = calibrate(tmp_path, prompts, "--osdt-config", ONE_SHOT, "--max-tokens", "96")
     assert made.returncode == 0, made.stderr[-3000:]
-    rows = json.loads(command("profiles", "list", "--json", "--dir", str(tmp_path / "p")).stdout)
-    assert [(row["task"], row["dtype"], row["cache"]) for row in rows] == [("quiz", "float32", "dual")]
+    rows = listed()
+    assert [(row["task"], row["dtype"], row["cache"], row["requests"]) for row in rows] == [
+        ("quiz", "float32", "dual", 1)
+    ]
     assert any(line.startswith(rows[0]["id"]) for line in made.stdout.splitlines())
+    assert "osdt_calibrations = 1" in made.stdout
+    again = calibrate(tmp_path, prompts, "--osdt-config", ONE_SHOT, "--max-tokens", "8")
+    assert again.returncode == 1 and "at least one block" in again.stderr  # the old profile is not taken for a new one
+
+
+@pytest.mark.e2e
+def test_calibrate_takes_as_many_prompts_as_the_default_options_need(tmp_path, listed):
+    prompts = [problem.prompt for problem in generate("multiple_choice", "held_out", 40, 0)]
+    needed = DecodingOptions().calibrations
+    assert not any("\n" in prompt for prompt in prompts) and needed < 40
+    made = calibrate(tmp_path, prompts, "--max-tokens", "96")
+    assert made.returncode == 0, made.stderr[-3000:]
+    [row] = listed()
+    assert row["requests"] == needed and f"{row['id']}  task quiz: {needed} requests" in made.stdout
+    tables = listed("show", "quiz")["thresholds"]
+    conformal = next(table for name, table in tables.items() if name.startswith("block/conformal"))
+    assert 0 <= conformal[0][0] <= 1
+
+
+def test_calibrate_refuses_fewer_prompts_than_calibrations_before_it_starts_an_engine(tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\n\nb\n")
+    arguments = ["calibrate", "llada-mini", "--task", "t", "--prompts", str(file)]
+    for options, calibrations in (({}, 32), ({"calibrations": 3, "metric": "q1"}, 3)):
+        assert main([*arguments, "--osdt-config", json.dumps(options)]) == 1
+        error = capsys.readouterr().err
+        assert f"{file} holds 2 prompts, but calibrations is {calibrations}" in error and "--osdt-config" in error
 
 
 def test_calibrate_refuses_bad_options_and_prompts_before_it_starts_an_engine(tmp_path, capsys):
@@ -172,5 +257,11 @@ def test_calibrate_refuses_bad_options_and_prompts_before_it_starts_an_engine(tm
     assert main(arguments) == 1
     empty.write_text('{"prompt": "a"}\n')
     assert main([*arguments, "--osdt-config", '{"cap": 2}']) == 1
+    assert main([*arguments, "--osdt-config", '{"drift_window": 2}']) == 1
     errors = capsys.readouterr().err
-    assert "holds no prompt" in errors and "field prompt" in errors and "cap is 2" in errors
+    assert (
+        "holds no prompt" in errors
+        and "field prompt" in errors
+        and "cap is 2" in errors
+        and "drift_window is 2" in errors
+    )

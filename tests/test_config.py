@@ -6,6 +6,7 @@ import pytest
 
 from vllm_osdt.config import (
     OPTION_NAMES,
+    SERVER_OPTION_NAMES,
     DecodingOptions,
     ServerOptions,
     parse_options,
@@ -65,6 +66,24 @@ BAD_VALUES = [
     ("recalibrate", "yes"),
     ("recalibrate", None),
     ("recalibrate", 1.0),
+    ("metric", None),
+    ("risk", 0),
+    ("risk", 1),
+    ("risk", float("nan")),
+    ("risk", "0.1"),
+    ("risk", True),
+    ("calibrations", 0),
+    ("calibrations", 1025),
+    ("calibrations", 1.0),
+    ("calibrations", True),
+    ("calibrations", None),
+    ("profile", ""),
+    ("profile", 7),
+    ("profile", "0123456789abcde"),
+    ("profile", "0123456789abcdef0"),
+    ("profile", "0123456789ABCDEF"),
+    ("profile", "0123456789abcdeg"),
+    ("profile", "0123456789abcdef\n"),
 ]
 
 
@@ -94,6 +113,10 @@ def test_a_bad_value_is_refused_by_name_and_value(name, value):
         ("gen_length", 4096),
         ("task", "x" * 200),
         ("task", "Aufgabe 7, größer"),
+        ("calibrations", 1024),
+        ("risk", 0.999),
+        ("profile", None),
+        ("profile", "0123456789abcdef"),
     ],
 )
 def test_values_at_the_edge_are_taken(name, value):
@@ -193,20 +216,88 @@ def test_steps_default_to_one_token_a_step_and_concern_no_other_policy():
     assert canvas(10, 64, policy="osdt", steps=3)[0].steps == 3
 
 
+@pytest.mark.parametrize("prefix", ["", "osdt_"])
+def test_the_conformal_metric_cannot_use_committed_positions_alone(prefix):
+    with pytest.raises(InvalidOptionError, match=r"record is 'committed'; metric \"conformal\".*another metric"):
+        parse_options({f"{prefix}record": "committed"}, base=BASE, prefix=prefix)
+    paper = parse_options({"record": "committed", "metric": "q1"}, base=BASE)
+    with pytest.raises(InvalidOptionError, match="record is 'committed'"):
+        parse_options({"metric": "conformal"}, base=paper)
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "needed"),
+    [
+        ({"calibrations": 23}, 23, 24),
+        ({"calibrations": 1}, 1, 24),
+        ({"risk": 0.01}, 32, 99),
+        ({"risk": 0.1, "calibrations": 8}, 8, 9),
+        ({"risk": 0.0001, "calibrations": 1024}, 1024, 9999),
+    ],
+)
+def test_too_few_calibrations_for_the_risk_are_refused_with_how_many_it_takes(values, given, needed):
+    words = rf"calibrations is {given}; .*risk {values.get('risk', 0.04):g} needs at least {needed}\. .*\"q1\""
+    with pytest.raises(InvalidOptionError, match=words):
+        parse_options(values, base=BASE)
+    assert parse_options({**values, "metric": "q1"}, base=BASE).calibrations == given  # a statistic takes any number
+    if needed <= 1024:
+        assert parse_options({**values, "calibrations": needed}, base=BASE).calibrations == needed
+
+
+def test_a_risk_that_one_request_can_meet_needs_one():
+    assert parse_options({"risk": 0.5, "calibrations": 1}, base=BASE).risk == 0.5
+
+
+def test_what_contradicts_itself_is_refused_over_the_servers_values_too():
+    server = parse_options({"calibrations": 1, "metric": "q1"}, base=BASE)
+    with pytest.raises(InvalidOptionError, match="calibrations is 1"):
+        parse_options({"osdt_metric": "conformal"}, base=server, prefix="osdt_")
+
+
 def test_options_of_the_operator_are_not_for_requests():
-    with pytest.raises(InvalidOptionError, match="osdt_profile_dir.*operator.*--osdt-config"):
-        parse_options({"osdt_profile_dir": "/"}, base=DecodingOptions(), prefix="osdt_")
+    for name in SERVER_OPTION_NAMES:
+        with pytest.raises(InvalidOptionError, match=f"osdt_{name}.*operator.*--osdt-config"):
+            parse_options({f"osdt_{name}": "/"}, base=DecodingOptions(), prefix="osdt_")
     assert parse_server_options({"profile_dir": "", "max_profiles": 3}) == ServerOptions("", 3)
-    assert parse_server_options({}) == ServerOptions(None, 1024)
+    assert parse_server_options({}) == ServerOptions(None, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("drift", "off"),
+        ("drift", "warn"),
+        ("drift_window", 8),
+        ("drift_gap", 1),
+        ("drift_gap", 1e-6),
+        ("drift_cosine", 0),
+        ("drift_cosine", 0.999),
+        ("max_auto_tasks", 1),
+        ("max_profiles", 1),
+        ("profile_dir", None),
+    ],
+)
+def test_values_of_the_operator_at_the_edge_are_taken(name, value):
+    assert getattr(parse_server_options({name: value}), name) == value
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"max_profiles": 0}, "max_profiles is 0; expected a positive integer"),
+        ({"max_profiles": 0}, "max_profiles is 0; expected an integer of at least 1"),
         ({"max_profiles": "9"}, "max_profiles is '9'"),
         ({"profile_dir": 3}, "profile_dir is 3; expected the path of a folder"),
         ({"profile_dir": "a\nb"}, "profile_dir is"),
+        ({"drift": "on"}, "drift is 'on'; expected one of recalibrate, warn, off"),
+        ({"drift": False}, "drift is False; expected one of"),
+        ({"drift_window": 7}, "drift_window is 7; expected an integer of at least 8"),
+        ({"drift_window": 32.0}, r"drift_window is 32.0 \(float\)"),
+        ({"drift_gap": 0}, r"drift_gap is 0; expected a number in \(0, 1\]"),
+        ({"drift_gap": 1.5}, "drift_gap is 1.5"),
+        ({"drift_cosine": 1}, r"drift_cosine is 1; expected a number in \[0, 1\)"),
+        ({"drift_cosine": True}, "drift_cosine is True"),
+        ({"max_auto_tasks": 0}, "max_auto_tasks is 0"),
+        ({"max_auto_tasks": None}, "max_auto_tasks is None"),
     ],
 )
 def test_bad_values_of_the_operator_are_refused(values, words):

@@ -55,9 +55,12 @@ def test_importing_the_package_loads_neither_torch_nor_vllm():
 def test_registering_twice_wraps_nothing_twice():
     from vllm import ModelRegistry
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
     import vllm_osdt
 
@@ -68,6 +71,10 @@ def test_registering_twice_wraps_nothing_twice():
             EngineArgs.__dict__["add_cli_args"].__func__,
             EngineArgs.__dict__["from_cli_args"].__func__,
             getattr(VllmConfig.use_v2_model_runner, "fget", VllmConfig.use_v2_model_runner),
+            RequestState.make_request_output,
+            RequestSpecDecodeMetrics.to_dict,
+            KVConnectorProm.__init__,
+            KVConnectorLogging.observe,
         )
 
     vllm_osdt.register()

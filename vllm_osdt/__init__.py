@@ -22,6 +22,20 @@ def register() -> None:
     register_plugin()
 
 
+def describe(completion: Any) -> dict[str, Any] | None:
+    """How a request was decoded.
+
+    Args:
+        completion: One of ``RequestOutput.outputs``, of ``LLM.generate`` or ``AsyncLLM``.
+
+    Returns:
+        ``policy``, ``task`` (the one it was found to belong to), ``profile`` (id of the calibration profile it used, or
+        None), ``calibrating`` (whether it was recorded for one), ``nfe`` (forward passes it took part in) and
+        ``tokens_per_forward``. None for other models.
+    """
+    return getattr(completion.spec_decode_metrics, "osdt", None)
+
+
 def profiles(llm: "LLM") -> list[dict[str, Any]]:
     """The calibration profiles that an offline engine holds.
 
@@ -30,8 +44,9 @@ def profiles(llm: "LLM") -> list[dict[str, Any]]:
 
     Returns:
         One dict per profile: ``id``, ``created``, ``task``, ``block_length``, ``cache``, ``threshold``,
-        ``mean_confidence`` (by block and denoising step, None where nothing was recorded) and ``thresholds`` (T by
-        block and step, for each ``mode/metric/record`` that a request has asked for).
+        ``num_requests``, ``mean_confidence`` (by block and denoising step, None where nothing was recorded) and
+        ``thresholds`` (T by block and step, for each ``mode/metric/record`` that a request has asked for; None where
+        the static threshold holds).
     """
     engine = llm.llm_engine
     for _ in range(NUM_POLLS):

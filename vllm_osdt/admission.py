@@ -3,16 +3,27 @@
 Runs in the front-end process, so a refusal (ValueError offline, HTTP 400) never reaches the engine.
 """
 
+import math
+import os
+import time
+from collections import OrderedDict
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vllm_osdt.config import PREFIX, RESOLVED_KEY, parse_options, resolve_canvas
-from vllm_osdt.engine_config import server_defaults
+from vllm_osdt.calibration.auto_task import AutoTasks
+from vllm_osdt.calibration.profile import ProfileKey
+from vllm_osdt.calibration.store import ProfileStore
+from vllm_osdt.config import AUTO_TASK, PREFIX, RESOLVED_KEY, DecodingOptions, parse_options, resolve_canvas
+from vllm_osdt.engine_config import open_store, server_defaults, server_options
 from vllm_osdt.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
+
+MAX_PINS = 1024  # pinned profiles whose keys are remembered
 
 # Sampling parameters that this model family does not implement, and the value that asks for nothing. top_k is 0 or
 # -1 when off.
@@ -56,6 +67,93 @@ def check_sampling_params(params: "SamplingParams") -> None:
         )
 
 
+class FrontEnd:
+    """What a front-end process knows of one engine's tasks and profiles."""
+
+    REFRESH_S = 2.0  # how old the view of the profile folder may be
+
+    def __init__(self, vllm_config: "VllmConfig") -> None:
+        self._config = vllm_config
+        self._tasks = AutoTasks(server_options(vllm_config).max_auto_tasks, self._has_profile)
+        self._files: frozenset[str] = frozenset()
+        self._looked_at = -math.inf
+        self._pins: OrderedDict[tuple[str, str], ProfileKey] = OrderedDict()
+
+    @cached_property
+    def _store(self) -> ProfileStore | None:
+        return open_store(self._config)
+
+    def resolve(self, options: DecodingOptions, request: "EngineCoreRequest") -> DecodingOptions:
+        """Name the task and check the profile that a request asks for.
+
+        Raises:
+            InvalidOptionError: The profile cannot be used.
+        """
+        if options.profile is not None:
+            self._check_pin(options)
+        if options.task != AUTO_TASK or options.policy != "osdt":
+            return options
+        adapter = request.lora_request.lora_name if request.lora_request is not None else ""
+        assert request.prompt_token_ids is not None
+        return replace(options, task=self._tasks.name(request.prompt_token_ids, adapter))
+
+    def _has_profile(self, task: str) -> bool:
+        if self._store is None:
+            return False
+        if time.monotonic() - self._looked_at > self.REFRESH_S:
+            try:
+                self._files = frozenset(os.listdir(self._store.folder))
+            except OSError:
+                self._files = frozenset()
+            self._looked_at = time.monotonic()
+        return self._store.path(task).name in self._files
+
+    def _check_pin(self, options: DecodingOptions) -> None:
+        if options.policy != "osdt":
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out."
+            )
+        if options.recalibrate or options.task == AUTO_TASK:
+            what = "recalibrate" if options.recalibrate else f"task {AUTO_TASK!r}"
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, which {what} contradicts; name the profile's own task and leave "
+                "recalibrate out."
+            )
+        if self._store is None:
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, but this server keeps profiles in memory only; start it with a "
+                "profile_dir."
+            )
+        assert options.profile is not None
+        pin = (options.task, options.profile)
+        if pin not in self._pins:
+            found = self._store.load_id(*pin)
+            if found is None:
+                raise InvalidOptionError(
+                    f"profile is {options.profile!r}, but task {options.task!r} of this model has no such profile in "
+                    f"{self._store.folder}. `vllm-osdt profiles list` shows them; `profiles import` brings one back."
+                )
+            self._pins[pin] = found.key
+            if len(self._pins) > MAX_PINS:
+                self._pins.popitem(last=False)
+        key = self._pins[pin]
+        for name in ("block_length", "cache", "threshold"):
+            if getattr(key, name) != getattr(options, name):
+                raise InvalidOptionError(
+                    f"profile {options.profile!r} was made with {name} {getattr(key, name)!r}, but the request has "
+                    f"{getattr(options, name)!r}; send osdt_{name} = {getattr(key, name)!r}."
+                )
+
+
+_front_ends: dict[int, tuple["VllmConfig", FrontEnd]] = {}
+
+
+def _front_end(vllm_config: "VllmConfig") -> FrontEnd:
+    if id(vllm_config) not in _front_ends:
+        _front_ends[id(vllm_config)] = vllm_config, FrontEnd(vllm_config)  # the config, so that its id stays its own
+    return _front_ends[id(vllm_config)][1]
+
+
 def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
     """Resolve a request's options in place.
 
@@ -64,7 +162,7 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
         vllm_config: The engine's configuration.
 
     Raises:
-        InvalidOptionError: An option is unknown or out of range, or the canvas does not fit.
+        InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or there is no such profile.
     """
     params = request.sampling_params
     if params is None or request.prompt_token_ids is None:
@@ -90,5 +188,6 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
             scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens,
         ),
     )
+    options = _front_end(vllm_config).resolve(options, request)
     params.max_tokens = max_tokens
     params.extra_args = {RESOLVED_KEY: options.as_dict()}

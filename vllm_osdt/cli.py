@@ -18,10 +18,20 @@ from rich.table import Table
 
 from vllm_osdt import __version__
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
-from vllm_osdt.calibration.profile import CalibrationProfile
+from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
 from vllm_osdt.calibration.store import ProfileStore, UnusableFileError, default_folder, read_file, read_folder
-from vllm_osdt.config import METRICS, MODES, RECORDS, DecodingOptions, parse_options
+from vllm_osdt.config import (
+    METRICS,
+    MODES,
+    RECORDS,
+    SERVER_OPTION_NAMES,
+    DecodingOptions,
+    parse_options,
+    parse_server_options,
+)
 from vllm_osdt.errors import OSDTError
+
+STATISTICS = [("conformal", "masked"), *((metric, record) for metric in METRICS[1:] for record in RECORDS)]
 
 
 class CommandError(OSDTError):
@@ -30,14 +40,15 @@ class CommandError(OSDTError):
 
 @dataclass(frozen=True)
 class Found:
-    """A profile on disk and the model it is for."""
+    """A profile on disk and the model it is for; one that was replaced is kept for a while, to be pinned by its id."""
 
     fingerprint: ModelFingerprint
     profile: CalibrationProfile
+    is_replaced: bool
 
     def summary(self) -> dict[str, Any]:
         """One line of ``profiles list``."""
-        key, used = self.profile.key, ~np.isnan(self.profile.confidence)
+        key, used = self.profile.key, ~np.isnan(self.profile.record.confidence)
         return {
             "id": self.profile.profile_id,
             "task": key.task,
@@ -47,16 +58,21 @@ class Found:
             "block_length": key.block_length,
             "cache": key.cache,
             "threshold": key.threshold,
-            "blocks": int(used.any(axis=(1, 2)).sum()),
-            "forwards": int(used.any(axis=2).sum()),
+            "requests": self.profile.num_requests,
+            "blocks": used.shape[1],
+            "forwards": int(used.any(axis=3).sum()),
             "samples": int(used.sum()),
+            "replaced": self.is_replaced,
             "created": self.profile.created,
             "versions": self.profile.versions,
         }
 
 
 def _find(folder: Path) -> list[Found]:
-    found = [Found(fingerprint, profile) for fingerprint, profiles in read_folder(folder) for profile in profiles]
+    found = []
+    for fingerprint, profiles in read_folder(folder):
+        newest = {profile.key: profile for profile in profiles}  # files have it last
+        found += [Found(fingerprint, profile, newest[profile.key] is not profile) for profile in profiles]
     return sorted(found, key=lambda one: (one.profile.key.task, one.profile.created))
 
 
@@ -64,7 +80,7 @@ def _one(args: argparse.Namespace, name: str) -> Found:
     """The profile of an id, of the beginning of an id, or of a task that has one."""
     everything = _find(args.dir)
     matching = [one for one in everything if one.profile.profile_id.startswith(name)]
-    matching = matching or [one for one in everything if one.profile.key.task == name]
+    matching = matching or [one for one in everything if one.profile.key.task == name and not one.is_replaced]
     if len(matching) != 1:
         what = "no profile" if not matching else f"{len(matching)} profiles"
         ids = "".join(f"\n  {one.profile.profile_id}  {one.profile.key.task}" for one in matching or everything)
@@ -88,7 +104,7 @@ def list_profiles(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
     elif rows:
-        shown = ("id", "task", "model", "block_length", "cache", "threshold", "blocks", "forwards", "created")
+        shown = ("id", "task", "model", "block_length", "cache", "requests", "blocks", "replaced", "created")
         _print_table(f"profiles in {args.dir}", [{name: row[name] for name in shown} for row in rows])
     else:
         print(f"no profiles in {args.dir}")
@@ -97,27 +113,21 @@ def list_profiles(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """One profile: where it is from and the thresholds that each statistic makes of it, block by block."""
     found = _one(args, args.profile)
-    tables = {
-        f"{metric}/{record}": found.profile.thresholds("block", metric, record)[:, 0].round(4).tolist()
-        for metric in METRICS
-        for record in RECORDS
-    }
+    settings = [Setting(mode, *rest) for mode in MODES for rest in STATISTICS]
+    tables = {str(setting): as_lists(found.profile.thresholds(setting).values) for setting in settings}
     if args.json:
-        everything = {
-            f"{mode}/{metric}/{record}": found.profile.thresholds(mode, metric, record).tolist()
-            for mode in MODES
-            for metric in METRICS
-            for record in RECORDS
-        }
-        print(json.dumps({**found.profile.as_dict(), **found.summary(), "thresholds": everything}, indent=2))
+        print(json.dumps({**found.profile.as_dict(), **found.summary(), "thresholds": tables}, indent=2))
         return
     for name, value in found.summary().items():
         print(f"{name:<14}{value}")
-    num_blocks = max(map(len, tables.values()))
-    rows = [
-        {"metric/record": name, **{f"block {block}": row[block] for block in range(num_blocks)}}
-        for name, row in tables.items()
-    ]
+    rows = []
+    for setting in settings:
+        if setting.mode == "block":
+            blocks = {
+                f"block {block}": "static" if row[0] is None else row[0]
+                for block, row in enumerate(tables[str(setting)])
+            }
+            rows.append({"setting": str(setting).removeprefix("block/"), **blocks})
     _print_table("T by block, before cap and slack", rows)
 
 
@@ -126,7 +136,7 @@ def plot(args: argparse.Namespace) -> None:
     from vllm_osdt.calibration.picture import draw_signatures
 
     found = _one(args, args.profile)
-    found.profile.thresholds("block", "q1", "masked")
+    found.profile.thresholds(Setting())
     draw_signatures([found.profile.as_dict()], args.out)
     print(args.out)
 
@@ -156,7 +166,7 @@ def remove(args: argparse.Namespace) -> None:
     """Delete profiles; a running engine keeps what it has in memory."""
     for name in args.profiles:
         found = _one(args, name)
-        ProfileStore(args.dir, found.fingerprint).remove(found.profile.key)
+        ProfileStore(args.dir, found.fingerprint).remove(found.profile)
         print(f"removed {found.profile.profile_id} ({found.profile.key.task})")
 
 
@@ -166,7 +176,7 @@ def compare(left: CalibrationProfile, right: CalibrationProfile) -> dict[str, An
     a, b = (profile.mean_confidence[: shape[0], : shape[1]].astype(np.float64) for profile in (left, right))
     both = ~np.isnan(a) & ~np.isnan(b)
     a, b = a[both], b[both]
-    first, second = (profile.thresholds("block", "q1", "masked")[:, 0] for profile in (left, right))
+    first, second = (profile.thresholds(Setting(metric="q1")).values[:, 0] for profile in (left, right))
     return {
         "cells": int(both.sum()),
         "cosine": float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))),
@@ -193,9 +203,18 @@ def diff(args: argparse.Namespace) -> None:
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    """Decode prompts until one has made the task's profile, and keep it."""
+    """Decode prompts until they have made the task's profile, and keep it."""
     prompts = _prompts(args.prompts)
-    parse_options(args.osdt_config, base=DecodingOptions())  # refuses what the engine would, before it starts
+    # What the engine would refuse is refused before it starts.
+    own = {name: value for name, value in args.osdt_config.items() if name in SERVER_OPTION_NAMES}
+    parse_server_options(own)
+    rest = {name: value for name, value in args.osdt_config.items() if name not in own}
+    options = parse_options(rest, base=DecodingOptions())
+    if len(prompts) < options.calibrations:
+        raise CommandError(
+            f"{args.prompts} holds {len(prompts)} prompts, but calibrations is {options.calibrations}; give more "
+            'prompts, or fewer calibrations with --osdt-config (one request: {"calibrations": 1, "metric": "q1"})'
+        )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
@@ -208,15 +227,23 @@ def calibrate(args: argparse.Namespace) -> None:
     )
     extra = {"osdt_policy": "osdt", "osdt_task": args.task, "osdt_recalibrate": True}
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, extra_args=extra)
-    for prompt in prompts:
-        before = {profile["id"] for profile in profiles(llm)}
-        [output] = llm.generate([prompt], params, use_tqdm=False)
-        made = [profile for profile in profiles(llm) if profile["task"] == args.task and profile["id"] not in before]
+    before = {(one.profile.profile_id, one.profile.created) for one in _find(args.dir)}
+    num_tokens = num_forwards = num_decoded = 0
+    while len(prompts) - num_decoded > 0:  # more than calibrations where some do not count
+        batch = prompts[num_decoded : num_decoded + options.calibrations]
+        num_decoded += len(batch)
+        for output in llm.generate(batch, params, use_tqdm=False):
+            num_tokens += len(output.outputs[0].token_ids)
+            num_forwards += sum(output.outputs[0].spec_decode_metrics.histogram)
+        found = [profile for profile in profiles(llm) if profile["task"] == args.task]
+        made = [profile for profile in found if (profile["id"], profile["created"]) not in before]
         if made:
-            forwards = sum(output.outputs[0].spec_decode_metrics.histogram)
+            number = made[0]["num_requests"]
             print(
-                f"{made[0]['id']}  task {args.task}: {len(output.outputs[0].token_ids)} tokens in {forwards} forwards"
+                f"{made[0]['id']}  task {args.task}: {number} requests, {num_tokens} tokens in {num_forwards} forwards"
             )
+            if number < DecodingOptions.calibrations:
+                print(f"a server uses it for requests with osdt_calibrations = {number} or fewer")
             return
     raise CommandError(f"none of the {len(prompts)} prompts made a profile; --max-tokens must be at least one block")
 
@@ -378,7 +405,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="checkpoint, or the name of a bundled model")
     command.add_argument("--task", required=True, help="name that requests will give as osdt_task")
     command.add_argument("--prompts", type=Path, required=True, help="a prompt a line, or .jsonl with the field prompt")
-    command.add_argument("--max-tokens", type=int, default=256, help="canvas of the calibrating request")
+    command.add_argument("--max-tokens", type=int, default=256, help="canvas of the calibrating requests")
     command.add_argument("--dtype", default="auto", help="as the server's: a profile is for one dtype")
     command.add_argument("--max-model-len", type=int, help="as vLLM's")
     command.add_argument("--osdt-config", type=_json_object, default={}, help="options as for the server, as JSON")

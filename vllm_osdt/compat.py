@@ -92,6 +92,70 @@ def _admission() -> None:
     _wrap(InputProcessor, "process_inputs", make)
 
 
+def _response_field() -> None:
+    """A response says how its request was decoded: ``osdt`` beside vLLM's own per-request figures.
+
+    The engine's message has no field for it, so it travels in that of KV connectors and is moved here. Goes when vLLM's
+    per-request metrics carry a plugin's values.
+    """
+    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+
+    from vllm_osdt.metrics import KEY
+
+    def make_request_output(original):
+        def make_request_output(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs):
+            params, rest = (args[0], args[1:]) if args else (kwargs.pop("kv_transfer_params", None), ())
+            if params is not None and KEY in params:
+                setattr(self.spec_decode_metrics, KEY, params[KEY])
+                params = None
+            return original(self, new_token_ids, pooling_output, finish_reason, stop_reason, params, *rest, **kwargs)
+
+        return make_request_output
+
+    def make_to_dict(original):
+        def to_dict(self):
+            found = getattr(self, KEY, None)
+            return original(self) if found is None else {**original(self), KEY: found}
+
+        return to_dict
+
+    _wrap(RequestState, "make_request_output", make_request_output)
+    _wrap(RequestSpecDecodeMetrics, "to_dict", make_to_dict)
+
+
+def _metrics() -> None:
+    """Our Prometheus metrics, made and fed by vLLM's own logger as those of a KV connector are.
+
+    vLLM's hook for other loggers (``vllm.stat_logger_plugins``) is told nothing that the engine's stats lack, and
+    ``LLM`` does not load it. Goes when engine stats carry a plugin's values.
+    """
+    from prometheus_client import Counter, Gauge, Histogram
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
+
+    from vllm_osdt.engine_config import is_ours
+    from vllm_osdt.metrics import KEY, PrometheusMetrics
+
+    def make_init(original):
+        def __init__(self, vllm_config, labelnames, per_engine_labelvalues):
+            original(self, vllm_config, labelnames, per_engine_labelvalues)
+            if is_ours(vllm_config.model_config):
+                types = {Gauge: self._gauge_cls, Counter: self._counter_cls, Histogram: self._histogram_cls}
+                self.prom_metrics = PrometheusMetrics(vllm_config, types, labelnames, per_engine_labelvalues)
+
+        return __init__
+
+    def make_observe(original):
+        def observe(self, transfer_stats_data):
+            if KEY not in transfer_stats_data:
+                original(self, transfer_stats_data)
+
+        return observe
+
+    _wrap(KVConnectorProm, "__init__", make_init)
+    _wrap(KVConnectorLogging, "observe", make_observe)
+
+
 def _command_line() -> None:
     """``--plugin osdt`` and ``--osdt-config`` for ``vllm serve`` and every other command with engine arguments.
 
@@ -203,6 +267,8 @@ def apply() -> None:
     """Apply every patch; safe to call twice."""
     _own_sampling_rules()
     _admission()
+    _response_field()
+    _metrics()
     _command_line()
     _runner_choice()
     _ordinary_sampling()

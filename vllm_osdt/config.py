@@ -7,6 +7,7 @@ defaults). At admission everything is resolved into one :class:`DecodingOptions`
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -15,13 +16,16 @@ from vllm_osdt.errors import InvalidOptionError
 
 PREFIX = "osdt_"
 RESOLVED_KEY = "osdt_resolved"
+AUTO_TASK = "auto"
+UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
 MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
 
 POLICIES = ("osdt", "static_threshold", "factor", "joint_bound", "fixed_steps")
 CACHE_MODES = ("none", "prefix", "dual")
 MODES = ("block", "step_block")
-METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
+METRICS = ("conformal", "mean", "q1", "q2", "q3", "min_whisker")
 RECORDS = ("masked", "committed")
+DRIFT = ("recalibrate", "warn", "off")
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,17 @@ class DecodingOptions:
         gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up.
         cache: KV cache mode: ``none`` (recompute all), ``prefix`` or ``dual`` (arXiv 2505.22618, section 3).
         mode: Calibrated thresholds per ``block`` or per block and step, ``step_block``.
-        metric: Statistic that turns recorded confidences into a threshold.
+        metric: What turns recorded confidences into a threshold: ``conformal``, or a statistic of the paper.
+        risk: Of ``conformal``, in (0, 1): the share of requests that may see a wrong proposal pass in a block.
+        margin: Of ``conformal``, in [0, 1): its threshold T becomes 1 - (1 - T)(1 - margin), for wrong proposals that
+            are a little surer than any that was seen.
+        calibrations: Requests of a task that calibrate it, 1 to 1024; ``conformal`` needs 1 / risk - 1 of them.
         cap: Upper bound kappa in (0, 1] of a calibrated threshold.
         slack: Relative slack epsilon in [0, 1): the threshold used is min(T, cap) * (1 - slack), but at least floor.
         floor: Lower bound in [0, 1] of the threshold used; guards against a calibrating request that was unsure.
         record: Which confidences a calibration records: all ``masked`` positions or only the ``committed`` ones.
-        recalibrate: Calibrate again with this request and replace the task's profile when it ends well.
+        recalibrate: Calibrate again with this request; ``calibrations`` such requests replace the task's profile.
+        profile: Id of the profile to use, whatever the task has now; None for the task's own.
     """
 
     task: str = "default"
@@ -58,12 +67,16 @@ class DecodingOptions:
     gen_length: int | None = None
     cache: str = "dual"
     mode: str = "block"
-    metric: str = "q1"
+    metric: str = "conformal"
+    risk: float = 0.04
+    margin: float = 0.1
+    calibrations: int = 32
     cap: float = 0.9
-    slack: float = 0.1
+    slack: float = 0.0
     floor: float = 0.0
     record: str = "masked"
     recalibrate: bool = False
+    profile: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values, to travel in ``extra_args``."""
@@ -78,10 +91,22 @@ class ServerOptions:
         profile_dir: Folder in which calibration profiles outlive the process, shared by engines; None for the user's
             data folder, "" to keep profiles in memory only.
         max_profiles: Profiles that a worker keeps in memory, at least 1.
+        drift: What happens when a task's confidences no longer look like its profile: ``recalibrate``, ``warn`` or
+            ``off``.
+        drift_window: Requests whose mean is compared with the profile, at least 8.
+        drift_gap: Mean difference of confidence at block entry, in (0, 1], above which a task has drifted, where it is
+            also beyond chance.
+        drift_cosine: Cosine similarity with the profile, in [0, 1), below which a task has drifted.
+        max_auto_tasks: Tasks that ``task: auto`` may tell apart in one front-end process.
     """
 
     profile_dir: str | None = None
-    max_profiles: int = 1024
+    max_profiles: int = 256
+    drift: str = "recalibrate"
+    drift_window: int = 32
+    drift_gap: float = 0.03
+    drift_cosine: float = 0.95
+    max_auto_tasks: int = 256
 
 
 SERVER_OPTION_NAMES = tuple(field.name for field in fields(ServerOptions))
@@ -113,15 +138,15 @@ def _number(low: float, high: float, *, low_open: bool, high_open: bool = False)
     return check
 
 
-def _count(maximum: int | None = None, *, optional: bool = False) -> Callable[[str, Any], int | None]:
-    limit = "a positive integer" if maximum is None else f"an integer from 1 to {maximum}"
+def _count(maximum: int | None = None, *, minimum: int = 1, optional: bool = False) -> Callable[[str, Any], int | None]:
+    limit = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
 
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidOptionError(f"{name} is {value!r} ({type(value).__name__}); expected {limit}.")
-        if value < 1 or (maximum is not None and value > maximum):
+        if value < minimum or (maximum is not None and value > maximum):
             raise InvalidOptionError(f"{name} is {value}; expected {limit}.")
         return value
 
@@ -141,6 +166,12 @@ def _flag(name: str, value: Any) -> bool:
     raise InvalidOptionError(f"{name} is {value!r}; expected true or false.")
 
 
+def _profile_id(name: str, value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value)):
+        raise InvalidOptionError(f"{name} is {value!r}; expected a profile's id, 16 hexadecimal digits.")
+    return value
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "task": _task,
     "policy": _choice(POLICIES),
@@ -153,11 +184,15 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cache": _choice(CACHE_MODES),
     "mode": _choice(MODES),
     "metric": _choice(METRICS),
+    "risk": _number(0, 1, low_open=True, high_open=True),
+    "margin": _number(0, 1, low_open=False, high_open=True),
+    "calibrations": _count(1024),
     "cap": _number(0, 1, low_open=True),
     "slack": _number(0, 1, low_open=False, high_open=True),
     "floor": _number(0, 1, low_open=False),
     "record": _choice(RECORDS),
     "recalibrate": _flag,
+    "profile": _profile_id,
 }
 
 
@@ -167,7 +202,15 @@ def _folder(name: str, value: Any) -> str | None:
     return value
 
 
-_SERVER_CHECKS: dict[str, Callable[[str, Any], Any]] = {"profile_dir": _folder, "max_profiles": _count()}
+_SERVER_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "profile_dir": _folder,
+    "max_profiles": _count(),
+    "drift": _choice(DRIFT),
+    "drift_window": _count(minimum=8),
+    "drift_gap": _number(0, 1, low_open=True),
+    "drift_cosine": _number(0, 1, low_open=False, high_open=True),
+    "max_auto_tasks": _count(),
+}
 
 
 def parse_server_options(values: Mapping[str, Any]) -> ServerOptions:
@@ -200,7 +243,31 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
             known = ", ".join(prefix + option for option in own)
             raise InvalidOptionError(f"Unknown option {key!r}; this model's options are {known}.")
         changes[name] = _CHECKS[name](key, value)
-    return replace(base, **changes)
+    options = replace(base, **changes)
+    _check_conformal(options)
+    return options
+
+
+def num_requests_needed(risk: float) -> int:
+    """The fewest requests k from which the conformal metric gives a threshold: ceil((k + 1)(1 - risk)) <= k."""
+    return math.ceil(1 / risk - 1e-9) - 1
+
+
+def _check_conformal(options: DecodingOptions) -> None:
+    """The conformal metric needs enough requests for its risk, and the wrong proposals."""
+    if options.metric != "conformal":
+        return
+    if options.record != "masked":
+        raise InvalidOptionError(
+            f'record is {options.record!r}; metric "conformal" looks at masked positions that were not committed. '
+            'Leave record at "masked", or choose another metric.'
+        )
+    needed = num_requests_needed(options.risk)
+    if options.calibrations < needed:
+        raise InvalidOptionError(
+            f'calibrations is {options.calibrations}; metric "conformal" with risk {options.risk:g} needs at least '
+            f'{needed}. Raise calibrations or risk, or choose another metric, such as "q1".'
+        )
 
 
 def resolve_canvas(

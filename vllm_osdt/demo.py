@@ -18,6 +18,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "OSDT": {"osdt_policy": "osdt"},
 }
 GEN_LENGTH = 96
+CALIBRATION_SEED = 1000  # of the problems that calibrate
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,15 @@ class Row:
 
 
 def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: str) -> Row:
-    """Decode every problem of a task with one policy; with OSDT the first one, alone, calibrates."""
+    """Decode every problem of a task with one policy."""
     from vllm import SamplingParams
 
     from vllm_osdt.mini.tasks import check
 
     options = {**POLICIES[policy], "osdt_task": task, "osdt_cache": cache}
     params = SamplingParams(temperature=0.0, max_tokens=GEN_LENGTH, extra_args=options)
-    prompts = [problem.prompt for problem in problems]
-    first = 1 if policy == "OSDT" else 0
     start = time.perf_counter()
-    outputs = llm.generate(prompts[:first], params, use_tqdm=False) if first else []
-    outputs += llm.generate(prompts[first:], params, use_tqdm=False)
+    outputs = llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
     seconds = time.perf_counter() - start
     completions = [output.outputs[0] for output in outputs]
     num_tokens = sum(len(completion.token_ids) for completion in completions)
@@ -82,6 +80,7 @@ def main() -> None:
 
     from vllm_osdt import profiles
     from vllm_osdt.calibration.picture import draw_signatures
+    from vllm_osdt.config import DecodingOptions
     from vllm_osdt.mini import model_path
     from vllm_osdt.mini.tasks import TASKS, generate
 
@@ -98,6 +97,9 @@ def main() -> None:
     print(f"{header}\n{'-' * len(header)}")
     for task in TASKS:
         problems = generate(task, "held_out", args.problems, args.seed)
+        # The requests that calibrate are others, and are not in the figures.
+        calibrating = generate(task, "held_out", DecodingOptions().calibrations, CALIBRATION_SEED + args.seed)
+        run_policy(llm, task, "OSDT", calibrating, args.cache)
         for policy in POLICIES:
             row = run_policy(llm, task, policy, problems, args.cache)
             print(

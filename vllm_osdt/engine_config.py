@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint, hash_weights
+from vllm_osdt.calibration.store import ProfileStore, default_folder
 from vllm_osdt.config import (
     SERVER_OPTION_NAMES,
     DecodingOptions,
@@ -86,6 +87,14 @@ def model_fingerprint(vllm_config: "VllmConfig") -> ModelFingerprint:
         vocab_size=model.hf_config.vocab_size,
         mask_token_id=model.hf_config.mask_token_id,
     )
+
+
+def open_store(vllm_config: "VllmConfig") -> ProfileStore | None:
+    """Where an engine's profiles outlive it; None when they do not."""
+    folder = server_options(vllm_config).profile_dir
+    if folder is None:
+        folder = str(default_folder())
+    return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config)) if folder else None
 
 
 class CanvasModelConfig(VerifyAndUpdateConfig):

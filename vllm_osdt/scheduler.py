@@ -10,11 +10,13 @@ from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
-from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_osdt import metrics
 from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY
 
 
@@ -72,6 +74,7 @@ class CanvasScheduler(Scheduler):
         self._placeholders = [-1] * self.max_model_len
         self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
         self._failed_req_ids: set[str] = set()
+        self._news = metrics.EngineNews()
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_canvas
 
@@ -166,7 +169,32 @@ class CanvasScheduler(Scheduler):
             stats.num_draft_tokens += num_draft_tokens - counted
         return stats
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """As vLLM does. Every output, not only an engine's last, says how its request is decoded and how many forwards
+        it has taken so far: the front end may end the request at a stop string."""
+        self._news.hear(getattr(model_runner_output, "osdt_report", None), self.requests)
+        requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client in outputs.values():
+            for output in client.outputs:
+                request = requests.get(output.request_id)
+                if request is not None and request.spec_decode_metrics is not None:
+                    output.spec_decode_metrics = request.spec_decode_metrics
+                    output.kv_transfer_params = {metrics.KEY: self._news.describe(request)}
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's, with what happened to profiles and requests since the last ones."""
+        stats = super().make_stats(*args, **kwargs)
+        news = self._news.take()
+        if stats is not None and news:
+            stats.kv_connector_stats = {metrics.KEY: news}
+        return stats
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if not _ended_well(request):
             self._failed_req_ids.add(request.request_id)
+        self._news.ended(request, counts=_ended_well(request))
         return super()._free_request(request, *args, **kwargs)

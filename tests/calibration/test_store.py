@@ -1,49 +1,19 @@
-"""Profiles on disk: what comes back, what is set aside, several writers, and the bound on memory."""
+"""Profiles on disk: what comes back, what is set aside, how many are kept, several writers."""
 
 import json
 import logging
 import multiprocessing
 import os
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_osdt.calibration.fingerprint import PIECE_BYTES, ModelFingerprint, hash_weights
-from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
-from vllm_osdt.calibration.registry import ProfileRegistry
-from vllm_osdt.calibration.store import ProfileStore, default_folder, from_stored, to_stored
-
-MODEL = ModelFingerprint("abc", "none", "float32", 100, 99)
-KEY = ProfileKey("gsm", 4, "dual", 0.9)
-
-
-def recorded(key=KEY, seed=0, num_blocks=2):
-    """A profile as the recorder makes it: fewer positions are masked from step to step, unused steps are empty."""
-    rng = np.random.default_rng(seed)
-    shape = (num_blocks, key.block_length, key.block_length)
-    confidence, committed = np.full(shape, np.nan, np.float32), np.zeros(shape, bool)
-    for block in range(num_blocks):
-        masked = np.ones(key.block_length, bool)
-        for step in range(key.block_length):
-            if not masked.any():
-                break
-            confidence[block, step, masked] = rng.random(masked.sum(), dtype=np.float32)
-            committed[block, step] = masked & (rng.random(key.block_length) < 0.7)
-            masked &= ~committed[block, step]
-    return CalibrationProfile(key, confidence, committed)
-
-
-def same(left, right):
-    """Whether two profiles hold the same."""
-    return (
-        (left.key, left.created, left.versions, left.profile_id)
-        == (right.key, right.created, right.versions, right.profile_id)
-        and np.array_equal(left.confidence, right.confidence, equal_nan=True)
-        and np.array_equal(left.committed, right.committed)
-    )
+from tests.calibration.records import KEY, MODEL, of_task, recorded, same
+from vllm_osdt.calibration.fingerprint import PIECE_BYTES, hash_weights
+from vllm_osdt.calibration.store import MAX_VERSIONS, ProfileStore, default_folder, from_stored, to_stored
 
 
 @pytest.fixture
@@ -52,14 +22,14 @@ def store(tmp_path):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 8), st.integers(1, 4))
-def test_the_stored_form_loses_nothing(seed, block_length, num_blocks):
-    profile = recorded(replace(KEY, block_length=block_length), seed, num_blocks)
+@given(st.integers(0, 1000), st.integers(1, 8), st.integers(1, 4), st.integers(1, 5))
+def test_the_stored_form_loses_nothing(seed, block_length, num_blocks, num_requests):
+    profile = recorded(replace(KEY, block_length=block_length), seed, num_blocks, num_requests)
     assert same(from_stored("gsm", to_stored(profile)), profile)
 
 
 def test_what_was_saved_comes_back(store):
-    profile = recorded()
+    profile = recorded(num_requests=3)
     assert store.load(KEY) is None
     store.save(profile)
     assert same(store.load(KEY), profile)
@@ -81,11 +51,11 @@ def test_a_task_has_one_file_with_an_entry_for_each_way_of_decoding(store):
 def test_tasks_with_like_names_and_other_models_do_not_meet(tmp_path, store):
     tasks = ["a b", "a-b", "a/b", "A b", "..", "ä" * 200]
     for seed, task in enumerate(tasks):
-        store.save(recorded(replace(KEY, task=task), seed))
-    ids = [store.load(replace(KEY, task=task)).profile_id for task in tasks]
+        store.save(recorded(of_task(task), seed))
+    ids = [store.load(of_task(task)).profile_id for task in tasks]
     assert len(set(ids)) == len(tasks)
     other = ProfileStore(tmp_path, replace(MODEL, dtype="bfloat16"))
-    assert other.load(replace(KEY, task="a b")) is None
+    assert other.load(of_task("a b")) is None
     assert all(path.parent == store.folder for path in tmp_path.rglob("*.json"))
 
 
@@ -99,26 +69,35 @@ def damaged(content, change):
     return json.dumps(content)
 
 
+STEP = ["profiles", 0, "requests", 1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ((["schema_version"], 2), "schema_version"),
+        ((["schema_version"], 3), "schema_version"),
         ((["fingerprint", "weights"], "xyz"), "fingerprint"),
         ((["task"], "other"), "task"),
         ((["surprise"], 1), "surprise"),
         ((["profiles", 0, "cache"], "half"), "profiles.0.cache"),
         ((["profiles", 0, "threshold"], 1.5), "profiles.0.threshold"),
-        ((["profiles", 0, "num_steps"], 1), "blocks.0"),
-        ((["profiles", 0, "blocks", 0, 0, "confidence", 1], 2.0), "blocks.0.0.confidence"),
-        ((["profiles", 0, "blocks", 0, 0, "confidence"], [0.5]), "blocks.0.0.confidence"),
-        ((["profiles", 0, "blocks", 0, 0, "confidence", 0], "high"), "profiles.0.blocks.0.0.confidence.0"),
-        ((["profiles", 0, "blocks", 0, 0, "confidence", 0], 0.123), "profiles.0.id"),
-        ((["profiles", 0, "blocks", 0, 0, "committed"], [4]), "blocks.0.0.committed"),
-        ((["profiles", 0, "blocks"], []), "blocks.0"),
+        ((["profiles", 0, "block_length"], 1), "requests: a block of"),
+        ((["profiles", 0, "requests"], []), "profiles.0.requests"),
+        ((["profiles", 0, "requests"], [[], []]), "requests: nothing is recorded in the first block"),
+        ((["profiles", 0, "requests", 1], 7), "profiles.0.requests.1"),
+        ((["profiles", 0, "requests", 1], []), "profiles.0.id"),
+        (([*STEP, "confidence", 1], 2.0), "requests.1.0.0.confidence"),
+        (([*STEP, "confidence"], [0.5]), "requests.1.0.0.confidence"),
+        (([*STEP, "confidence", 0], "high"), "profiles.0.requests.1.0.0.confidence.0"),
+        (([*STEP, "confidence", 0], 0.123), "profiles.0.id"),
+        (([*STEP, "committed"], [4]), "requests.1.0.0.committed"),
+        (([*STEP, "wrong"], [-1]), "requests.1.0.0.wrong"),
+        (([*STEP, "wrong"], None), "profiles.0.requests.1.0.0.wrong"),
+        (([*STEP, "tokens"], [1, 2]), "profiles.0.requests.1.0.0.tokens"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_set_aside_and_its_field_named(store, caplog, change, field):
-    store.save(recorded())
+    store.save(recorded(num_requests=2))
     path = store.path("gsm")
     content = damaged(json.loads(path.read_text()), change)
     path.write_text(content)
@@ -130,6 +109,108 @@ def test_a_file_that_cannot_be_used_is_set_aside_and_its_field_named(store, capl
     assert aside.read_text() == content and not path.exists()
     store.save(recorded(seed=5))
     assert store.load(KEY).profile_id == recorded(seed=5).profile_id
+
+
+FIRST_SCHEMA = {
+    "schema_version": 1,
+    "fingerprint": {
+        "weights": "abc",
+        "quantization": "none",
+        "dtype": "float32",
+        "vocab_size": 100,
+        "mask_token_id": 99,
+    },
+    "task": "gsm",
+    "profiles": [
+        {
+            "id": "0123456789abcdef",
+            "block_length": 4,
+            "cache": "dual",
+            "threshold": 0.9,
+            "created": "2026-01-01T00:00:00+00:00",
+            "versions": {"vllm": "0.32.0", "vllm-osdt": "0.1.0"},
+            "num_steps": 4,
+            "blocks": [[{"confidence": [0.5, 0.5, 0.5, 0.5], "committed": [0, 1, 2, 3]}]],
+        }
+    ],
+}
+
+
+def test_a_file_of_the_first_schema_is_set_aside_and_the_task_calibrates_again(store, caplog):
+    store.folder.mkdir(parents=True)
+    store.path("gsm").write_text(json.dumps(FIRST_SCHEMA))
+    with caplog.at_level(logging.WARNING):
+        assert store.load(KEY) is None
+    assert "schema_version" in caplog.text and "calibrates again" in caplog.text
+    [aside] = store.folder.glob("*.aside-*")
+    assert json.loads(aside.read_text()) == FIRST_SCHEMA
+    store.save(recorded())
+    assert same(store.load(KEY), replace(recorded(), created=store.load(KEY).created))
+
+
+def test_the_last_profiles_of_a_key_are_kept_and_the_newest_is_loaded(store):
+    history = [recorded(seed=seed) for seed in range(MAX_VERSIONS + 3)]
+    other = recorded(replace(KEY, cache="none"), 50)
+    store.save(other)
+    for number, profile in enumerate(history, 1):
+        store.save(profile)
+        assert same(store.load(KEY), profile)
+        kept = [store.load_id("gsm", old.profile_id) for old in history[:number]]
+        assert [old is not None for old in kept] == [number - i <= MAX_VERSIONS for i in range(number)]
+        assert all(found is None or same(found, old) for found, old in zip(kept, history, strict=False))
+    assert same(store.load(other.key), other)  # another key's do not count
+    assert store.load_id("gsm", "0" * 16) is None and store.load_id("code", history[-1].profile_id) is None
+
+
+def test_a_profile_that_is_saved_again_is_the_newest_and_there_once(store):
+    first, second = recorded(seed=1), recorded(seed=2)
+    for profile in (first, second, first):
+        store.save(profile)
+    assert same(store.load(KEY), first)
+    content = json.loads(store.path("gsm").read_text())
+    assert [entry["id"] for entry in content["profiles"]] == [second.profile_id, first.profile_id]
+
+
+def test_a_removed_profile_leaves_the_earlier_one_in_its_place(store):
+    profiles = [recorded(seed=seed) for seed in (1, 2)]
+    for profile in profiles:
+        store.save(profile)
+    store.remove(profiles[1])
+    assert same(store.load(KEY), profiles[0])
+    store.remove(profiles[1])  # it is gone already
+    store.remove(profiles[0])
+    assert store.load(KEY) is None and not store.path("gsm").exists()
+
+
+def test_a_file_holds_no_tokens(store):
+    """Confidences, and positions below the block length: prompts and answers cannot be read from it."""
+    store.save(recorded(num_requests=3))
+    content = json.loads(store.path("gsm").read_text())
+    [profile] = content.pop("profiles")
+    assert content.keys() == {"schema_version", "fingerprint", "task"}
+    assert profile.keys() == {"id", "block_length", "cache", "threshold", "created", "versions", "requests"}
+    for step in (step for request in profile["requests"] for block in request for step in block):
+        assert step.keys() == {"confidence", "committed", "wrong"}
+        assert all(value is None or 0 <= value <= 1 for value in step["confidence"])
+        assert {*step["committed"], *step["wrong"]} <= set(range(KEY.block_length))
+
+
+def test_among_10_000_tasks_one_is_found_without_listing_the_folder(store, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the folder is listed")
+
+    store.folder.mkdir(parents=True)
+    for index in range(10_000):
+        store.path(f"task {index}").touch()
+    profile = recorded(of_task("the task"))
+    for owner, name in ((os, "listdir"), (os, "scandir"), (Path, "glob"), (Path, "rglob"), (Path, "iterdir")):
+        monkeypatch.setattr(owner, name, refuse)
+    store.save(profile)
+    assert same(store.load(profile.key), profile)
+    assert same(store.load_id("the task", profile.profile_id), profile)
+    assert store.load(of_task("no such task")) is None
+    store.remove(profile)
+    assert store.load(profile.key) is None and store.num_set_aside == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2]", b"null"])
@@ -184,33 +265,6 @@ def test_writers_of_one_file_lose_nothing(tmp_path):
         key = replace(KEY, cache=cache)
         assert store.load(key).profile_id == recorded(key, seed=100 * writer + 19).profile_id
     assert sorted({path.suffix for path in store.folder.iterdir()}) == [".json", ".lock"]
-
-
-def test_an_evicted_profile_comes_back_without_calibrating(store):
-    registry = ProfileRegistry(max_profiles=2, store=store)
-    keys = [replace(KEY, task=task) for task in "abc"]
-    for seed, key in enumerate(keys):
-        registry.publish(recorded(key, seed), "x")
-    assert list(registry.profiles) == keys[1:]
-    assert registry.find(keys[1]) is not None  # now the least recently used one is c
-    assert registry.find(keys[0]).profile_id == recorded(keys[0], 0).profile_id
-    assert list(registry.profiles) == [keys[1], keys[0]]
-
-
-def test_a_second_engine_finds_what_the_first_has_made(tmp_path):
-    first, second = (ProfileRegistry(store=ProfileStore(tmp_path, MODEL)) for _ in range(2))
-    assert second.find(KEY) is None
-    first.claim(KEY, "a")
-    first.publish(recorded(), "a")
-    assert same(second.find(KEY), first.find(KEY))
-
-
-def test_a_rank_that_does_not_read_takes_what_it_is_given(tmp_path):
-    given_profile = recorded()
-    other = ProfileRegistry(store=ProfileStore(tmp_path, MODEL), is_writer=False, share=lambda found: given_profile)
-    assert other.find(KEY) is given_profile
-    other.publish(recorded(seed=1), "a")
-    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_the_default_folder_is_the_user_data_folder(monkeypatch, tmp_path):

@@ -99,4 +99,4 @@ def assert_idle(llm: LLM) -> None:
     assert manager.block_pool.get_num_free_blocks() == manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
     llm.llm_engine.step()  # the worker hears of a request's end with the next step
     assert len(states.records) <= 1 and not states._slot_of.keys() - states.records.keys()
-    assert len(states.registry._calibrating) == 0
+    assert states.registry.num_calibrating == 0

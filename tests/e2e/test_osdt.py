@@ -7,6 +7,7 @@ import pytest
 import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, registry, sampling, scheduler, submit, tokens
 from tests.reference.decode import calibrate, decode, osdt, static_threshold
+from vllm_osdt.calibration.profile import Setting
 
 pytestmark = pytest.mark.e2e
 
@@ -17,7 +18,10 @@ CAPS_AND_SLACKS = [(0.9, 0.1), (1.0, 0.3), (0.75, 0.2), (1.0, 0.1)]
 # float32 sums in another order move a confidence by about 1e-6; a prompt whose path comes closer to a cutoff or a tie
 # says nothing.
 MIN_MARGIN = 1e-5
-OPTIONS = {"block_length": BLOCK_LENGTH, "gen_length": GEN_LENGTH, "threshold": THRESHOLD, "cache": "dual"}
+# One calibrating request and the paper's statistics; the conformal metric is in test_service.py.
+ONE_SHOT = {"calibrations": 1, "metric": "q1", "slack": 0.1}
+OPTIONS = {"block_length": BLOCK_LENGTH, "gen_length": GEN_LENGTH, "threshold": THRESHOLD, "cache": "dual", **ONE_SHOT}
+Q1 = Setting(metric="q1")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +62,13 @@ def both(prompts, offline, tasks_llm):
             if len(later) == 3:
                 break
         params = sampling(
-            GEN_LENGTH, **OPTIONS, task=f"{mode} {metric} {record}", mode=mode, metric=metric, record=record, cap=cap,
-            slack=slack,
-        )  # fmt: skip
+            GEN_LENGTH,
+            **{**OPTIONS, "metric": metric, "slack": slack},
+            task=f"{mode} {metric} {record}",
+            mode=mode,
+            record=record,
+            cap=cap,
+        )
         jobs.append((first, phase_1, later, params))
     calibrated = generate(tasks_llm, [job[0] for job in jobs], [job[3] for job in jobs])
     requests = [(prompt, params) for _, _, later, params in jobs for prompt, _ in later]
@@ -89,7 +97,7 @@ def test_the_settings_compared_are_not_all_one_static_threshold(both):
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_every_cache_mode_keeps_its_own_profile(tasks_llm, prompts, offline, cache):
     params = sampling(
-        GEN_LENGTH, **{**OPTIONS, "cache": cache}, task="by cache", mode="step_block", metric="q2", cap=1.0
+        GEN_LENGTH, **{**OPTIONS, "cache": cache, "metric": "q2"}, task="by cache", mode="step_block", cap=1.0
     )
     phase_1 = offline(prompts[3], static_threshold(THRESHOLD), cache=cache)
     rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
@@ -101,14 +109,14 @@ def test_every_cache_mode_keeps_its_own_profile(tasks_llm, prompts, offline, cac
 
 
 def test_a_later_request_may_have_more_blocks_than_the_profile(tasks_llm, prompts, offline):
-    options = {"task": "short first", "mode": "step_block", "metric": "q1", "cap": 1.0, "slack": 0.2}
+    options = {"task": "short first", "mode": "step_block", "cap": 1.0, "slack": 0.2}
     phase_1 = offline(prompts[0], static_threshold(THRESHOLD), gen_length=16)
     table = calibrate(phase_1.record, "step_block", "q1", False)
     assert len(table) == 2
     expected = offline(prompts[1], osdt(table, 1.0, 0.2), gen_length=48)
     assert min(expected.rule_margin, expected.proposal_margin) > MIN_MARGIN
-    generate(tasks_llm, [prompts[0]], sampling(16, **{**OPTIONS, "gen_length": 16}, **options))
-    [got] = generate(tasks_llm, [prompts[1]], sampling(48, **{**OPTIONS, "gen_length": 48}, **options))
+    generate(tasks_llm, [prompts[0]], sampling(16, **{**OPTIONS, "gen_length": 16, **options}))
+    [got] = generate(tasks_llm, [prompts[1]], sampling(48, **{**OPTIONS, "gen_length": 48, **options}))
     assert list(got.token_ids) == expected.tokens and nfe(got) == expected.nfe
 
 
@@ -116,8 +124,8 @@ def test_where_the_cap_binds_osdt_is_a_static_threshold(tasks_llm, prompts):
     generate(tasks_llm, prompts[:1], sampling(GEN_LENGTH, **OPTIONS, task="capped"))
     cap = 0.05  # below every confidence of a vocabulary whose best of 76 words leads
     [profile] = own_profiles(tasks_llm, "capped")
-    assert profile.thresholds("block", "q1", "masked").min() > cap
-    capped = generate(tasks_llm, prompts, sampling(GEN_LENGTH, **OPTIONS, task="capped", cap=cap, slack=0.0))
+    assert profile.thresholds(Q1).values.min() > cap
+    capped = generate(tasks_llm, prompts, sampling(GEN_LENGTH, **{**OPTIONS, "slack": 0.0}, task="capped", cap=cap))
     static = sampling(GEN_LENGTH, **{**OPTIONS, "threshold": cap}, policy="static_threshold")
     expected = generate(tasks_llm, prompts, static)
     assert tokens(capped) == tokens(expected)
@@ -164,7 +172,9 @@ def test_of_concurrent_first_requests_exactly_one_calibrates(tasks_llm, telling)
     claims = set()
 
     def watch(step):
-        claims.update(r for key, r in registry(tasks_llm)._calibrating.items() if key.task == "crowd")
+        claims.update(
+            r for key, round_ in registry(tasks_llm)._rounds.items() if key.task == "crowd" for r in round_.req_ids
+        )
 
     finished = drive(tasks_llm, watch)
     assert len(claims) == 1
@@ -175,13 +185,15 @@ def test_of_concurrent_first_requests_exactly_one_calibrates(tasks_llm, telling)
 
 def test_two_tasks_at_once_keep_separate_profiles(tasks_llm, prompts, offline):
     pair = prompts[5], prompts[9]
-    params = [sampling(GEN_LENGTH, **OPTIONS, task=name, metric="mean", cap=1.0) for name in ("left", "right")]
+    params = [sampling(GEN_LENGTH, **{**OPTIONS, "metric": "mean"}, task=name, cap=1.0) for name in ("left", "right")]
     generate(tasks_llm, pair, params)
     for name, prompt in zip(("left", "right"), pair, strict=True):
         [profile] = own_profiles(tasks_llm, name)
         record = offline(prompt, static_threshold(THRESHOLD)).record
         expected = [row[0] for row in calibrate(record, "block", "mean", False)]
-        assert profile.thresholds("block", "mean", "masked")[:, 0].tolist() == pytest.approx(expected, abs=MIN_MARGIN)
+        assert profile.thresholds(Setting(metric="mean")).values[:, 0].tolist() == pytest.approx(
+            expected, abs=MIN_MARGIN
+        )
     left, right = (own_profiles(tasks_llm, name)[0].mean_confidence[0, 0] for name in ("left", "right"))
     assert abs(left - right) > 10 * MIN_MARGIN
 
@@ -192,7 +204,7 @@ def test_an_aborted_calibration_publishes_nothing_and_the_next_request_calibrate
 
     def abort(step):
         if step == 2:
-            assert any(key.task == "aborted" for key in registry(tasks_llm)._calibrating)
+            assert any(key.task == "aborted" for key in registry(tasks_llm)._rounds)
             tasks_llm.llm_engine.abort_request([req_id])
 
     assert drive(tasks_llm, abort) == {}
@@ -243,8 +255,9 @@ def test_a_preempted_calibration_makes_the_same_profile(tasks_llm, prompts):
         generate(tasks_llm, [prompts[7]], loose(task))
         profiles += own_profiles(tasks_llm, task)
     undisturbed, preempted = profiles
-    assert undisturbed.confidence == pytest.approx(preempted.confidence, abs=MIN_MARGIN, nan_ok=True)
-    assert (undisturbed.committed == preempted.committed).all()
+    left, right = undisturbed.record, preempted.record
+    assert left.confidence == pytest.approx(right.confidence, abs=MIN_MARGIN, nan_ok=True)
+    assert (left.committed == right.committed).all() and (left.wrong == right.wrong).all()
 
 
 def test_calibration_stops_where_output_ends(tasks_llm, prompts, offline, golden_tasks):
@@ -262,7 +275,7 @@ def test_calibration_stops_where_output_ends(tasks_llm, prompts, offline, golden
     assert rule_is_clear, "choose other prompts"
     assert tokens(got) == [e.tokens for e in expected]
     [profile] = own_profiles(tasks_llm, "ends early")
-    assert profile.thresholds("block", "q1", "masked").shape[0] == len(phase_1[index].record)
+    assert profile.thresholds(Q1).values.shape[0] == len(phase_1[index].record)
 
 
 def test_profiles_outlive_the_engine_and_the_memory(golden_tasks, start_llm, prompts, tmp_path):

@@ -55,6 +55,7 @@ def test_task_calibrates_on_its_first_request(server: Server) -> None:
     prompt = PROMPTS["multiple_choice"][0].prompt
     static = nfe_of(server.complete(prompt, vllm_xargs={"osdt_threshold": 0.99}).json())
     options = {"osdt_policy": "osdt", "osdt_task": "first-request", "osdt_threshold": 0.99, "osdt_cap": 0.5}
+    options |= {"osdt_metric": "q1", "osdt_calibrations": 1}
     first, second = (nfe_of(server.complete(prompt, vllm_xargs=options).json()) for _ in range(2))
     assert first == static
     assert second < first
@@ -169,6 +170,67 @@ def test_denoising_steps_are_in_vllms_own_metrics(server: Server) -> None:
     while steps() < before + nfe_of(body):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+ONE_SHOT = {"osdt_policy": "osdt", "osdt_metric": "q1", "osdt_calibrations": 1}
+
+
+def told(body: dict) -> dict:
+    """What a response or the last piece of a stream says of its decoding."""
+    return body["metrics"]["speculative_decoding"]["osdt"]
+
+
+def test_every_kind_of_response_says_how_it_was_decoded(server: Server) -> None:
+    prompt = PROMPTS["code"][3].prompt
+    options = {**ONE_SHOT, "osdt_task": "told"}
+    first = told(server.complete(prompt, vllm_xargs=options).raise_for_status().json())
+    assert (first["policy"], first["task"], first["profile"], first["calibrating"]) == ("osdt", "told", None, True)
+    whole = server.complete(prompt, vllm_xargs=options).json()
+    about = told(whole)
+    assert len(about["profile"]) == 16 and not about["calibrating"] and about["nfe"] == nfe_of(whole)
+    assert about["tokens_per_forward"] == whole["usage"]["completion_tokens"] / about["nfe"]
+    messages = [{"role": "user", "content": prompt.removesuffix(" Answer:")}]
+    for path, content in (("completions", {"prompt": prompt}), ("chat/completions", {"messages": messages})):
+        body = {**BASE, **content, "vllm_xargs": options}
+        answers = [httpx.post(f"{server.url}/v1/{path}", json=body, timeout=120).raise_for_status().json()]
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        with httpx.stream("POST", f"{server.url}/v1/{path}", json=body, timeout=120) as stream:
+            pieces = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        answers.append([piece for piece in pieces if piece.get("metrics")][-1])
+        assert [told(answer) for answer in answers] == [about, about]
+        assert all("kv_transfer_params" not in answer or not answer["kv_transfer_params"] for answer in answers)
+
+
+def test_a_pinned_profile_is_used_over_http_and_an_unknown_one_refused(server: Server) -> None:
+    prompt = PROMPTS["multiple_choice"][3].prompt
+    options = {**ONE_SHOT, "osdt_task": "pin"}
+    server.complete(prompt, vllm_xargs=options)
+    pin = told(server.complete(prompt, vllm_xargs=options).json())["profile"]
+    server.complete(PROMPTS["code"][3].prompt, vllm_xargs={**options, "osdt_recalibrate": True})
+    pinned = told(server.complete(prompt, vllm_xargs={**options, "osdt_profile": pin}).json())
+    assert pinned["profile"] == pin != told(server.complete(prompt, vllm_xargs=options).json())["profile"]
+    refused = server.complete(prompt, vllm_xargs={**options, "osdt_profile": "0" * 16})
+    assert refused.status_code == 400 and "0" * 16 in refused.json()["error"]["message"]
+
+
+def test_what_happens_to_profiles_is_in_the_servers_metrics(server: Server) -> None:
+    def value(name: str, *labels: str) -> float:
+        lines = httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+        found = [line for line in lines if line.startswith(name + "{") and all(label in line for label in labels)]
+        return sum(float(line.split()[-1]) for line in found)
+
+    made = value("vllm:osdt_calibrations_total", 'outcome="made"')
+    used = value("vllm:osdt_requests_total", 'kind="calibrated"')
+    options = {**ONE_SHOT, "osdt_task": "metrics"}
+    bodies = [server.complete(PROMPTS["code"][0].prompt, vllm_xargs=options).json() for _ in range(3)]
+    assert [told(body)["calibrating"] for body in bodies] == [True, False, False]
+    deadline = time.monotonic() + 30
+    while value("vllm:osdt_requests_total", 'kind="calibrated"') < used + 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert value("vllm:osdt_calibrations_total", 'outcome="made"') == made + 1
+    assert value("vllm:osdt_request_forward_passes_count", 'policy="osdt"') >= 2
+    assert 0 < value("vllm:osdt_threshold", 'task="metrics"') <= 0.9
 
 
 def test_shutdown_is_clean(server: Server) -> None:

@@ -1,5 +1,7 @@
 """Properties of every policy: its schedule and what ``unmask`` makes of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from csrc_triton import Rule as KernelRule
 from csrc_triton import unmask
 from tests.reference import decode as reference
+from vllm_osdt.calibration.calibrate import Fallback, Thresholds
 from vllm_osdt.config import POLICIES as POLICY_NAMES
 from vllm_osdt.config import DecodingOptions
 from vllm_osdt.policies import POLICIES, Rule, Schedule
@@ -24,6 +27,7 @@ def options(draw, policy=None):
     block_length, num_blocks = draw(st.integers(1, 33)), draw(st.integers(1, 4))
     return DecodingOptions(
         policy=policy or draw(st.sampled_from(POLICY_NAMES)),
+        metric="q1",
         threshold=draw(st.floats(0.01, 1.0)),
         factor=draw(st.floats(0.01, 4.0)),
         delta=draw(st.floats(0.0, 0.99)),
@@ -33,15 +37,25 @@ def options(draw, policy=None):
         cap=draw(st.floats(0.01, 1.0)),
         slack=draw(st.floats(0.0, 0.99)),
         floor=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        mode=draw(st.sampled_from(["block", "step_block"])),
     )
 
 
+def known(values):
+    """A table whose every cell has a threshold of its own."""
+    values = np.array(values, dtype=np.float32)
+    return Thresholds(values, np.zeros(values.shape, dtype=np.int8))
+
+
 @st.composite
-def tables(draw):
+def tables(draw, cells=unit):
     shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 33)))
-    return np.array(
-        draw(st.lists(unit, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1])), np.float32
-    ).reshape(shape)
+    values = draw(st.lists(cells, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))
+    return known(np.reshape(values, shape))
+
+
+# Cells that nothing is known of are frequent in these.
+gappy_tables = tables(st.one_of(unit, st.just(float("nan"))))
 
 
 def run_block(schedule: Schedule, block: int, rounds: list[list[float]]) -> list[set[int]]:
@@ -75,7 +89,7 @@ def test_policies_and_rules_are_those_that_users_and_kernels_know():
 
 
 @settings(deadline=None)
-@given(options(), st.one_of(st.none(), tables()))
+@given(options(), st.one_of(st.none(), tables(), gappy_tables))
 def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresholds):
     schedule = POLICIES[opts.policy](opts, thresholds)
     assert schedule.parameters.shape == (opts.gen_length // opts.block_length, opts.block_length)
@@ -91,7 +105,7 @@ def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresh
 @given(st.data())
 def test_every_step_unmasks_something_and_a_block_never_outlives_its_schedule(data):
     opts = data.draw(options())
-    schedule = POLICIES[opts.policy](opts, data.draw(st.one_of(st.none(), tables())))
+    schedule = POLICIES[opts.policy](opts, data.draw(st.one_of(st.none(), tables(), gappy_tables)))
     chosen = run_block(schedule, 0, rounds_for(data, opts.block_length))
     assert all(chosen) and len(chosen) <= opts.block_length
     assert sorted(i for step in chosen for i in step) == list(range(opts.block_length))
@@ -104,7 +118,7 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     table = data.draw(tables())
     schedule = POLICIES[opts.policy](opts, table)
     num_blocks = opts.gen_length // opts.block_length
-    calibrated = reference.osdt(table.tolist(), opts.cap, opts.slack, opts.floor)
+    calibrated = reference.osdt(table.values.tolist(), opts.cap, opts.slack, opts.floor)
     # The plain rules take the numbers that a float32 schedule can hold.
     rule = {
         "static_threshold": reference.static_threshold(float(np.float32(opts.threshold))),
@@ -191,17 +205,63 @@ def test_osdt_is_strict_and_static_threshold_is_not():
     static = DecodingOptions(policy="static_threshold", threshold=0.5, block_length=3, gen_length=3)
     row = [0.5, 0.75, 0.25]
     assert run_block(POLICIES["static_threshold"](static, None), 0, [row])[0] == {0, 1}
-    opts = DecodingOptions(policy="osdt", cap=1.0, slack=0.0, block_length=3, gen_length=3)
-    assert run_block(POLICIES["osdt"](opts, np.full((1, 1), 0.5, np.float32)), 0, [row])[0] == {1}
+    opts = DecodingOptions(policy="osdt", metric="q1", cap=1.0, slack=0.0, block_length=3, gen_length=3)
+    assert run_block(POLICIES["osdt"](opts, known([[0.5]])), 0, [row])[0] == {1}
+
+
+def test_where_nothing_is_known_osdt_takes_the_static_threshold_and_equality_passes():
+    opts = DecodingOptions(
+        policy="osdt", metric="q1", threshold=0.5, cap=0.3, slack=0.9, floor=1.0, block_length=3, gen_length=6
+    )
+    schedule = POLICIES["osdt"](opts, known([[np.nan], [0.9]]))
+    assert (schedule.parameters[0] == 0.5).all() and (schedule.parameters[1] > 1.0).all()
+    assert run_block(schedule, 0, [[0.5, 0.75, 0.25]])[0] == {0, 1}
+    static = POLICIES["static_threshold"](opts, None).parameters
+    assert np.array_equal(POLICIES["osdt"](opts, known([[np.nan, np.nan]])).parameters, static)
+    assert np.array_equal(POLICIES["osdt"](opts, None).parameters, static)
 
 
 def test_osdt_repeats_the_last_block_and_step_of_its_table():
-    opts = DecodingOptions(policy="osdt", cap=1.0, slack=0.0, block_length=3, gen_length=9)
-    got = POLICIES["osdt"](opts, np.array([[0.1, 0.2], [0.3, 0.4]], np.float32)).parameters
+    opts = DecodingOptions(policy="osdt", metric="q1", cap=1.0, slack=0.0, block_length=3, gen_length=9)
+    got = POLICIES["osdt"](opts, known([[0.1, 0.2], [0.3, 0.4]])).parameters
     assert got == pytest.approx(np.array([[0.1, 0.2, 0.2], [0.3, 0.4, 0.4], [0.3, 0.4, 0.4]]), abs=1e-6)
 
 
 @pytest.mark.parametrize(("cap", "slack", "expected"), [(0.75, 0.2, 0.6), (1.0, 0.2, 0.72), (0.9, 0.0, 0.9)])
 def test_osdt_caps_before_it_takes_the_slack_off(cap, slack, expected):
-    opts = DecodingOptions(policy="osdt", cap=cap, slack=slack, block_length=2, gen_length=2)
-    assert POLICIES["osdt"](opts, np.full((1, 2), 0.9, np.float32)).parameters == pytest.approx(expected, abs=1e-6)
+    opts = DecodingOptions(policy="osdt", metric="q1", cap=cap, slack=slack, block_length=2, gen_length=2)
+    assert POLICIES["osdt"](opts, known([[0.9, 0.9]])).parameters == pytest.approx(expected, abs=1e-6)
+
+
+N, B, S, C = Fallback
+
+
+@pytest.mark.parametrize(
+    ("mode", "kinds", "expected"),
+    [
+        ("block", [[N, N], [C, C]], [[N] * 4, [C] * 4, [B] * 4]),  # a block's one threshold holds for its every step
+        ("step_block", [[N, C], [N, S]], [[N, C, S, S], [N, S, S, S], [B] * 4]),
+    ],
+)
+def test_osdt_says_where_each_threshold_comes_from(mode, kinds, expected):
+    opts = DecodingOptions(policy="osdt", metric="q1", mode=mode, block_length=4, gen_length=12)
+    table = Thresholds(np.full((2, 2), 0.5, np.float32), np.array(kinds, np.int8))
+    schedule = POLICIES["osdt"](opts, table)
+    assert schedule.fallback.tolist() == expected and schedule.fallback.dtype == np.int8
+    assert table.fallback.tolist() == kinds  # the profile's own table is shared by requests
+
+
+@given(options(), tables())
+def test_only_calibrated_schedules_tell_where_thresholds_come_from(opts, table):
+    schedule = POLICIES[opts.policy](opts, table)
+    assert (schedule.fallback is not None) == (opts.policy == "osdt")
+    if schedule.fallback is not None:
+        assert schedule.fallback.shape == schedule.parameters.shape
+    assert POLICIES[opts.policy](opts, None).fallback is None
+
+
+@pytest.mark.parametrize(("margin", "expected"), [(0.0, 0.5), (0.1, 0.55), (0.5, 0.75), (0.9, 0.9)])
+def test_the_margin_raises_a_conformal_threshold_below_the_cap_and_no_other(margin, expected):
+    opts = DecodingOptions(policy="osdt", margin=margin, block_length=2, gen_length=2)
+    assert POLICIES["osdt"](opts, known([[0.5, 0.5]])).parameters == pytest.approx(expected)
+    assert POLICIES["osdt"](replace(opts, metric="q1"), known([[0.5, 0.5]])).parameters == pytest.approx(0.5)

@@ -1,11 +1,13 @@
 """Semi-autoregressive decoding of one request, written from the papers with plain lists and tensors.
 
 Source: LLaDA (arXiv 2502.09992) for blocks and fixed steps; Fast-dLLM v1 (arXiv 2505.22618) for the threshold and
-factor rules and the caches; OSDT (arXiv 2511.02077) for calibrated thresholds.
+factor rules and the caches; OSDT (arXiv 2511.02077) for calibrated thresholds; Vovk, Gammerman and Shafer (2005) for
+conformal ones.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 
@@ -201,9 +203,20 @@ def calibrate(
     record: list[list[list[tuple[float, bool]]]], mode: str, metric: str, committed_only: bool
 ) -> list[list[float]]:
     """Thresholds ``[block][step]`` of a recorded decoding, by sorting and interpolating by hand."""
+    return calibrate_together([record], mode, metric, committed_only)
+
+
+def calibrate_together(
+    records: list[list[list[list[tuple[float, bool]]]]], mode: str, metric: str, committed_only: bool
+) -> list[list[float]]:
+    """As :func:`calibrate`, with the samples of several decodings pooled."""
     table = []
-    for steps in record:
-        cells = [[c for c, unmasked in step if unmasked or not committed_only] for step in steps]
+    for block in range(max(map(len, records))):
+        reached = [record[block] for record in records if len(record) > block]
+        cells: list[list[float]] = [[] for _ in range(max(map(len, reached)))]
+        for steps in reached:
+            for step, samples in enumerate(steps):
+                cells[step] += [c for c, unmasked in samples if unmasked or not committed_only]
         pooled = [c for cell in cells for c in cell]
         if not pooled:
             break
@@ -213,6 +226,39 @@ def calibrate(
         else:
             table.append([_statistic(cell, metric) if cell else whole for cell in cells])
     return table
+
+
+def conformal(
+    records: list[list[list[list[tuple[float, bool]]]]], mode: str, risk: Fraction
+) -> list[list[float | None]]:
+    """Thresholds of split conformal prediction, None where there are too few decodings.
+
+    Args:
+        records: ``records[request][block][step]``: (confidence, whether its token is another than the final one) of
+            every masked position.
+        mode: ``block`` or ``step_block``.
+        risk: The share of decodings that may see a wrong proposal pass.
+    """
+    table = []
+    for block in range(max(map(len, records))):
+        reached = [record[block] for record in records if len(record) > block]
+        whole = _rank([[sample for step in steps for sample in step] for steps in reached], risk)
+        row = [whole]
+        if mode == "step_block":
+            num_steps = max(map(len, reached))
+            own = [_rank([steps[step] for steps in reached if len(steps) > step], risk) for step in range(num_steps)]
+            row = [whole if value is None else value for value in own]
+        table.append(row)
+    return table
+
+
+def _rank(samples_of: list[list[tuple[float, bool]]], risk: Fraction) -> float | None:
+    """The lowest score that at least a share 1 - risk of the requests and of one unknown one is known not to exceed."""
+    scores = sorted(max([c for c, is_wrong in samples if is_wrong], default=0.0) for samples in samples_of if samples)
+    for rank, score in enumerate(scores, 1):
+        if Fraction(rank, len(scores) + 1) >= 1 - risk:
+            return score
+    return None
 
 
 def _statistic(samples: list[float], metric: str) -> float:

@@ -1,9 +1,11 @@
 """The references stand on their own feet: they reproduce what the stock decoder did."""
 
+from fractions import Fraction
+
 import pytest
 
 from tests.conftest import load_golden
-from tests.reference.decode import calibrate, decode, fixed_steps, static_threshold
+from tests.reference.decode import calibrate, calibrate_together, conformal, decode, fixed_steps, static_threshold
 from tests.reference.llada import ReferenceLLaDA
 
 
@@ -44,3 +46,24 @@ def test_reference_calibration_on_a_hand_made_record():
     assert calibrate([[[(0.0, True)] + [(0.9 + i / 100, True) for i in range(8)]]], "block", "min_whisker", False) == [
         [0.9]
     ]
+
+
+def test_reference_calibration_pools_the_requests_that_reached_a_block():
+    records = [[[[(0.1, True)], [(0.2, True)]]], [[[(0.3, True)]], [[(0.8, True)]]]]
+    assert calibrate_together(records, "block", "mean", False) == [[pytest.approx(0.2)], [0.8]]
+    assert calibrate_together(records, "step_block", "mean", False) == [[pytest.approx(0.2), 0.2], [0.8]]
+
+
+def test_reference_conformal_thresholds_on_a_hand_made_record():
+    # One block, highest wrong confidences 0.4, 0.6, none; the third request takes one step, the others two.
+    records = [
+        [[[(0.9, False), (0.3, True)], [(0.4, True)]]],
+        [[[(0.6, True)], [(0.5, True)]]],
+        [[[(1.0, False)]]],
+    ]
+    quarter, half, tenth = Fraction(1, 4), Fraction(1, 2), Fraction(1, 10)
+    assert conformal(records, "block", quarter) == [[0.6]]  # the third of three: 3 / 4
+    assert conformal(records, "block", half) == [[0.4]]  # 2 / 4
+    assert conformal(records, "block", tenth) == [[None]]
+    assert conformal(records, "step_block", half) == [[0.3, 0.5]]  # of 0, 0.3, 0.6 and of 0.4, 0.5: 2 / 4, 2 / 3
+    assert conformal(records, "step_block", quarter) == [[0.6, 0.6]]  # two are too few in the second step

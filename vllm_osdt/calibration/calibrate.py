@@ -3,11 +3,23 @@
 Source: OSDT (arXiv 2511.02077), CALIBRATE. The paper's text does not settle what is recorded, the quantile method or
 what holds beyond the recorded steps; ours: all masked positions by default, linear quantiles, and the fallbacks of
 :func:`calibrate`.
+
+Ours: the metric ``conformal``, split conformal prediction over requests (Vovk, Gammerman and Shafer 2005; Angelopoulos
+and Bates, arXiv 2107.07511, section 1). A request's score in a block is the highest confidence of a *wrong* proposal: a
+masked position whose best token is not the one that the calibration finally put there. With k requests that reached the
+block, T is the ceil((k + 1)(1 - risk))-th smallest score. The score of one more exchangeable request exceeds T with
+probability at most ``risk``, so at most that share of requests would see a wrong proposal pass in the block, judged
+along the calibration's own steps.
 """
 
+import math
 from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
+
+from vllm_osdt.config import DecodingOptions
 
 
 def min_whisker(samples: np.ndarray) -> float:
@@ -23,40 +35,88 @@ METRICS: dict[str, Callable[[np.ndarray], float]] = {
     "q3": lambda samples: float(np.quantile(samples, 0.75)),
     "min_whisker": min_whisker,
 }
+CONFORMAL = "conformal"
 
 
-def calibrate(confidence: np.ndarray, mode: str, metric: str) -> np.ndarray:
-    """Thresholds T of a recorded sequence.
+class Fallback(IntEnum):
+    """Where a threshold comes from when not from samples of its own."""
+
+    NONE = 0
+    BLOCK = 1  # a block beyond the profile: its last block
+    STEP = 2  # a step beyond those recorded in the block: the last of them
+    CELL = 3  # no sample, or for conformal too few requests: the block's value, or the static threshold
+
+
+class Thresholds(NamedTuple):
+    """A calibrated table.
+
+    Attributes:
+        values: T, float32 ``[blocks, steps]``; NaN where nothing is known and the static threshold holds.
+        fallback: int8, same shape, of :class:`Fallback`.
+    """
+
+    values: np.ndarray
+    fallback: np.ndarray
+
+
+def conformal(scores: np.ndarray, risk: float) -> float:
+    """The ceil((k + 1)(1 - risk))-th smallest of k scores, NaN when k is too small for the risk."""
+    rank = math.ceil((scores.size + 1) * (1 - risk) - 1e-9)
+    return float(np.sort(scores)[rank - 1]) if 1 <= rank <= scores.size else math.nan
+
+
+def calibrate(
+    confidence: np.ndarray, wrong: np.ndarray | None, mode: str, metric: str, risk: float = DecodingOptions.risk
+) -> Thresholds:
+    """Thresholds T of recorded sequences.
 
     Args:
-        confidence: float ``[num_blocks, num_steps, block_length]``, NaN where nothing was recorded. A block's
-            steps are recorded from the first on; a block without a record ends the sequence.
+        confidence: float ``[requests, blocks, steps, positions]``, NaN where nothing was recorded. A block's steps are
+            recorded from the first on; a block without a record in any request ends the table.
+        wrong: bool, same shape: the proposal was not the token finally chosen. Read by ``conformal`` alone.
         mode: ``block`` (one T per block, over all its steps) or ``step_block``.
-        metric: Name in :data:`METRICS`.
+        metric: Name in :data:`METRICS`, or ``conformal``. Samples of all requests are pooled; ``conformal`` has one
+            score for each request.
+        risk: Of ``conformal``, in (0, 1).
 
     Returns:
-        float32 ``[recorded blocks, num_steps]``. In ``step_block`` mode, steps beyond the last recorded one of a
-        block repeat it; a recorded step without a sample has the block's value.
+        ``[recorded blocks, steps]``. In ``step_block`` mode, steps beyond the last recorded one of a block repeat it,
+        and a recorded step without a sample (or, for ``conformal``, with too few requests) has the block's value.
 
     Raises:
         ValueError: The first block holds no sample.
     """
-    statistic = METRICS[metric]
-    num_steps = confidence.shape[1]
-    rows = []
-    for block in confidence.astype(np.float64):
-        samples = block[~np.isnan(block)]
-        if samples.size == 0:
+    num_steps = confidence.shape[2]
+    values, fallbacks = [], []
+    for block in range(confidence.shape[1]):
+        seen = confidence[:, block].astype(np.float64)  # [requests, steps, positions]
+        recorded = ~np.isnan(seen)
+        if not recorded.any():
             break
-        row = np.full(num_steps, statistic(samples), dtype=np.float32)
+        bad = None if wrong is None else wrong[:, block]
+        value = _statistic(seen, bad, metric, risk)
+        row = np.full(num_steps, value, dtype=np.float32)
+        kinds = np.full(num_steps, Fallback.CELL if math.isnan(value) else Fallback.NONE, dtype=np.int8)
         if mode == "step_block":
-            by_step = [step[~np.isnan(step)] for step in block]
-            last = max(index for index, step in enumerate(by_step) if step.size)
-            for index, step in enumerate(by_step[: last + 1]):
-                if step.size:
-                    row[index] = statistic(step)
-            row[last + 1 :] = row[last]
-        rows.append(row)
-    if not rows:
+            last = int(np.flatnonzero(recorded.any(axis=(0, 2)))[-1])
+            for step in range(last + 1):
+                own = _statistic(seen[:, [step]], None if bad is None else bad[:, [step]], metric, risk)
+                kinds[step] = Fallback.CELL if math.isnan(own) else Fallback.NONE
+                row[step] = value if math.isnan(own) else own
+            row[last + 1 :], kinds[last + 1 :] = row[last], Fallback.STEP
+        values.append(row)
+        fallbacks.append(kinds)
+    if not values:
         raise ValueError("Nothing was recorded in the first block; a profile needs at least one denoising step.")
-    return np.stack(rows)
+    return Thresholds(np.stack(values), np.stack(fallbacks))
+
+
+def _statistic(confidence: np.ndarray, wrong: np.ndarray | None, metric: str, risk: float) -> float:
+    """The metric of ``[requests, steps, positions]``; NaN where there are no samples, or too few requests."""
+    recorded = ~np.isnan(confidence)
+    if metric != CONFORMAL:
+        samples = confidence[recorded]
+        return METRICS[metric](samples) if samples.size else math.nan
+    assert wrong is not None
+    scores = np.where(wrong & recorded, confidence, 0.0).max(axis=(1, 2))
+    return conformal(scores[recorded.any(axis=(1, 2))], risk)

@@ -22,11 +22,12 @@ def draw_signatures(profiles: list[dict[str, Any]], path: Path) -> None:
         top.set(title=profile["task"], xlabel="denoising step", ylabel="block", yticks=range(len(signature)))
         figure.colorbar(image, ax=top, label="mean confidence")
         for setting, table in profile["thresholds"].items():
-            bottom.step(range(len(table)), [row[0] for row in table], where="mid", marker="o", label=f"T, {setting}")
+            first = [np.nan if row[0] is None else row[0] for row in table]
+            bottom.step(range(len(table)), first, where="mid", marker="o", label=f"T, {setting}")
         bottom.axhline(profile["threshold"], color="gray", linestyle=":", label="static threshold")
         bottom.set(xlabel="block", ylabel="threshold", ylim=(0, 1.02), xticks=range(len(signature)))
         bottom.legend(fontsize=7)
-    figure.suptitle("Confidence signature of the calibration request and the thresholds made from it")
+    figure.suptitle("Confidence signature of the calibrating requests and the thresholds made from it")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

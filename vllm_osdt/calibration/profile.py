@@ -2,14 +2,18 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
-from vllm_osdt.calibration.calibrate import calibrate
+from vllm_osdt.calibration.calibrate import Thresholds, calibrate
+from vllm_osdt.calibration.recorder import Recording
+from vllm_osdt.config import DecodingOptions
 
 
 @dataclass(frozen=True)
@@ -22,63 +26,134 @@ class ProfileKey:
     threshold: float
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How thresholds are made from a record: options of the same names."""
+
+    mode: str = "block"
+    metric: str = "conformal"
+    record: str = "masked"
+    risk: float = DecodingOptions.risk
+
+    def __str__(self) -> str:
+        risk = f"/{self.risk:g}" if self.metric == "conformal" else ""
+        return f"{self.mode}/{self.metric}/{self.record}{risk}"
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of vLLM and of this package."""
     return {name: metadata.version(name) for name in ("vllm", "vllm-osdt")}
 
 
+def stack(recordings: Sequence[Recording]) -> Recording:
+    """Recordings of several requests as one, ``[requests, blocks, steps, positions]``, cut to what any of them used;
+    what a request has less than others is NaN and False."""
+    used = [_used(recording.confidence) for recording in recordings]
+    num_blocks, num_steps = (max(sizes) for sizes in zip(*used, strict=True))
+    shape = (len(recordings), num_blocks, num_steps, recordings[0].confidence.shape[2])
+    stacked = Recording(np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, bool), np.zeros(shape, bool))
+    for index, (recording, (blocks, steps)) in enumerate(zip(recordings, used, strict=True)):
+        for whole, part in zip(stacked, recording, strict=True):
+            whole[index, :blocks, :steps] = part[:blocks, :steps]
+    return stacked
+
+
+def _used(confidence: np.ndarray) -> tuple[int, int]:
+    """Blocks and steps up to the last with a record, at least 1 each."""
+    seen = ~np.isnan(confidence).all(axis=2)
+    blocks, steps = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    return int(blocks[-1]) + 1 if blocks.size else 1, int(steps[-1]) + 1 if steps.size else 1
+
+
 @dataclass(frozen=True)
 class CalibrationProfile:
-    """Confidences recorded on one request of a task.
+    """What was recorded on the calibrating requests of a task.
 
     Attributes:
         key: What the profile applies to.
-        confidence: float32 ``[blocks, steps, positions]``, NaN where a position was not masked.
-        committed: bool, same shape: the positions that the step unmasked.
+        record: As :func:`stack` makes it, ``[requests, blocks, steps, positions]``.
         created: When it was made, UTC, ISO 8601.
         versions: Of the packages that made it.
     """
 
     key: ProfileKey
-    confidence: np.ndarray
-    committed: np.ndarray
+    record: Recording
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=installed_versions)
-    _thresholds: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
-
-    def thresholds(self, mode: str, metric: str, record: str) -> np.ndarray:
-        """Calibrated T, float32 ``[blocks, steps]``, computed on first use for each setting."""
-        setting = (mode, metric, record)
-        if setting not in self._thresholds:
-            confidence = self.confidence
-            if record == "committed":
-                confidence = np.where(self.committed, confidence, np.nan)
-            self._thresholds[setting] = calibrate(confidence, mode, metric)
-        return self._thresholds[setting]
+    _thresholds: dict[Setting, Thresholds] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def num_requests(self) -> int:
+        """How many requests were recorded."""
+        return len(self.record.confidence)
+
+    def thresholds(self, setting: Setting) -> Thresholds:
+        """Calibrated T, ``[blocks, steps]``, computed on first use for each setting."""
+        if setting not in self._thresholds:
+            confidence = self.record.confidence
+            if setting.record == "committed":
+                confidence = np.where(self.record.committed, confidence, np.nan)
+            self._thresholds[setting] = calibrate(
+                confidence, self.record.wrong, setting.mode, setting.metric, setting.risk
+            )
+        return self._thresholds[setting]
+
+    @cached_property
     def profile_id(self) -> str:
         """16 hexadecimal digits made from the key and the record: equal ids decode alike."""
-        digest = hashlib.sha256(repr(sorted(asdict(self.key).items())).encode())
-        digest.update(np.nan_to_num(self.confidence, nan=-1.0).tobytes())
-        digest.update(np.packbits(self.committed).tobytes())
+        digest = hashlib.sha256(repr((sorted(asdict(self.key).items()), self.record.confidence.shape)).encode())
+        digest.update(np.nan_to_num(self.record.confidence, nan=-1.0).tobytes())
+        for flags in (self.record.committed, self.record.wrong):
+            digest.update(np.packbits(flags).tobytes())
         return digest.hexdigest()[:16]
 
+    def expected_forwards(self, parameters: np.ndarray) -> tuple[float, float]:
+        """Mean forwards a recorded request took, and would about take with other thresholds.
+
+        The estimate replays the record: a position leaves at the first step where its confidence reaches the
+        threshold, or where it left. What earlier commits would have done to other confidences is not known.
+
+        Args:
+            parameters: float32 ``[blocks, steps]``, thresholds passed by equality.
+        """
+        confidence = self.record.confidence
+        _, num_blocks, num_steps, _ = confidence.shape
+        blocks = np.minimum(np.arange(num_blocks), parameters.shape[0] - 1)
+        steps = np.minimum(np.arange(num_steps), parameters.shape[1] - 1)
+        passes = confidence >= parameters[np.ix_(blocks, steps)][None, :, :, None]  # False for NaN
+        leaves = passes | self.record.committed
+        first = np.where(leaves.any(axis=2), leaves.argmax(axis=2), -1)  # [requests, blocks, positions]
+        taken = (~np.isnan(confidence)).any(axis=3).sum(axis=(1, 2))
+        return float(taken.mean()), float((first.max(axis=2) + 1).sum(axis=1).mean())
+
     def as_dict(self) -> dict[str, Any]:
-        """Id, key, mean confidence by block and step (None where nothing was recorded), thresholds by setting."""
-        rows = self.mean_confidence.tolist()
+        """Id, key, number of requests, mean confidence by block and step (None where nothing was recorded), thresholds
+        by setting (None where the static threshold holds)."""
         return {
             "id": self.profile_id,
             **asdict(self.key),
             "created": self.created,
-            "mean_confidence": [[None if math.isnan(value) else value for value in row] for row in rows],
-            "thresholds": {"/".join(setting): table.tolist() for setting, table in self._thresholds.items()},
+            "num_requests": self.num_requests,
+            "mean_confidence": as_lists(self.mean_confidence),
+            "thresholds": {str(setting): as_lists(table.values) for setting, table in self._thresholds.items()},
         }
 
-    @property
+    @cached_property
+    def entry(self) -> tuple[np.ndarray, np.ndarray]:
+        """What requests saw when they entered a block: mean confidence, float32 ``[blocks]``, NaN where none did, and
+        the number of requests, ``[blocks]``."""
+        return self.mean_confidence[:, 0], (~np.isnan(self.record.confidence[:, :, 0])).any(axis=-1).sum(axis=0)
+
+    @cached_property
     def mean_confidence(self) -> np.ndarray:
-        """Mean confidence of masked positions, float32 ``[blocks, steps]``, NaN where nothing was recorded."""
-        recorded = ~np.isnan(self.confidence)
-        count = recorded.sum(axis=-1)
-        total = np.where(recorded, self.confidence, 0.0).sum(axis=-1)
+        """Mean confidence of masked positions over all requests, float32 ``[blocks, steps]``, NaN where nothing was
+        recorded."""
+        recorded = ~np.isnan(self.record.confidence)
+        count = recorded.sum(axis=(0, 3))
+        total = np.where(recorded, self.record.confidence, 0.0).sum(axis=(0, 3))
         return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+
+
+def as_lists(table: np.ndarray) -> list[list[float | None]]:
+    """Rows as plain values, None for NaN."""
+    return [[None if math.isnan(value) else value for value in row] for row in table.tolist()]

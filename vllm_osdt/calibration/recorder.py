@@ -1,7 +1,24 @@
 """Confidences of one calibration sequence, by block and denoising step."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+
+
+class Recording(NamedTuple):
+    """What the denoising steps of one request saw; all ``[blocks, steps, positions]``.
+
+    Attributes:
+        confidence: float32, NaN where a position was not masked.
+        committed: bool, the positions that the step unmasked.
+        wrong: bool, masked positions whose proposal was not the token that was put there in the end. Positions that
+            never got a token, behind the end of the answer, are not counted as wrong.
+    """
+
+    confidence: np.ndarray
+    committed: np.ndarray
+    wrong: np.ndarray
 
 
 class Recorder:
@@ -15,14 +32,24 @@ class Recorder:
         shape = (num_blocks, block_length, block_length)  # [block, step, position]
         self.confidence = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
         self.committed = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.proposal = torch.full(shape, -1, dtype=torch.int64, device=device)
 
-    def add(self, block: int, step: int, confidence: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+    def add(
+        self,
+        block: int,
+        step: int,
+        confidence: torch.Tensor,
+        proposal: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+    ) -> None:
         """Record one denoising step.
 
         Args:
             block: Block index in the canvas.
             step: Denoising step in the block, from 0.
             confidence: float32 ``[block_length]``; read where ``before`` is set.
+            proposal: int64 ``[block_length]``, the best token of each position; read likewise.
             before: bool ``[block_length]``, masked positions before the step.
             after: bool ``[block_length]``, masked positions after it.
         """
@@ -31,7 +58,13 @@ class Recorder:
             self.committed[block] = False
         self.confidence[block, step] = torch.where(before, confidence, torch.nan)
         self.committed[block, step] = before & ~after
+        self.proposal[block, step] = proposal
 
-    def to_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Host copies: confidence (NaN where not masked) and committed, each ``[blocks, steps, positions]``."""
-        return self.confidence.cpu().numpy(), self.committed.cpu().numpy()
+    def to_arrays(self) -> Recording:
+        """Host copies of what was recorded."""
+        confidence, committed = self.confidence.cpu().numpy(), self.committed.cpu().numpy()
+        proposal = self.proposal.cpu().numpy()
+        # A position is unmasked in one step at most; -1 where in none.
+        final = np.where(committed, proposal, -1).max(axis=1, keepdims=True)
+        wrong = ~np.isnan(confidence) & (proposal != final) & (final >= 0)
+        return Recording(confidence, committed, wrong)

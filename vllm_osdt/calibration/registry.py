@@ -1,16 +1,27 @@
 """Who calibrates and who uses a profile: the life cycle of the profiles of one engine."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
+from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, stack
+from vllm_osdt.calibration.recorder import Recording
 from vllm_osdt.calibration.store import ProfileStore
 
 Share = Callable[[CalibrationProfile | None], CalibrationProfile | None]
 
 
+@dataclass
+class _Round:
+    """A calibration in progress: what was recorded, and the requests that are recording."""
+
+    recordings: list[Recording] = field(default_factory=list)
+    req_ids: set[str] = field(default_factory=set)
+    num_at_last_look: int = -1  # recordings there were when the store was last asked
+
+
 class ProfileRegistry:
-    """The profiles in use, by key, and for each key at most one request that calibrates it.
+    """The profiles in use, by key, and for each key at most one round of requests that calibrate it.
 
     A profile is published whole or not at all. Every rank of a tensor-parallel group sees the same requests in the
     same order and so holds the same registry; what the first rank reads from disk, it shares.
@@ -20,58 +31,137 @@ class ProfileRegistry:
         store: Where profiles outlive the process; None to keep them in memory only.
         is_writer: Whether this rank reads and writes the store.
         share: Gives every rank what the first one passes; called by all of them at once.
+
+    Attributes:
+        counts: ``made``, ``failed`` (a calibrating request did not end well), ``rejected`` (a file that cannot be
+            used), ``loaded``.
     """
 
     def __init__(
         self,
-        max_profiles: int = 1024,
+        max_profiles: int = 256,
         store: ProfileStore | None = None,
         *,
         is_writer: bool = True,
         share: Share = lambda found: found,
     ) -> None:
         self.profiles: OrderedDict[ProfileKey, CalibrationProfile] = OrderedDict()
+        self.counts: Counter[str] = Counter()
         self._max_profiles = max_profiles
         self._store = store
         self._is_writer = is_writer
         self._share = share
-        self._calibrating: dict[ProfileKey, str] = {}
+        self._rounds: OrderedDict[ProfileKey, _Round] = OrderedDict()
+        self._pinned: OrderedDict[str, CalibrationProfile] = OrderedDict()
+        self._stale: OrderedDict[ProfileKey, str] = OrderedDict()
 
     @property
     def num_calibrating(self) -> int:
         """Requests that calibrate now."""
-        return len(self._calibrating)
+        return sum(len(ongoing.req_ids) for ongoing in self._rounds.values())
 
-    def find(self, key: ProfileKey) -> CalibrationProfile | None:
-        """The profile of a key, from memory or else from the store; one that is being made is not looked for."""
-        if key in self.profiles:
-            self.profiles.move_to_end(key)
-            return self.profiles[key]
-        if self._store is None or key in self._calibrating:
-            return None
-        found = self._share(self._store.load(key) if self._is_writer else None)
+    def find(self, key: ProfileKey, num_requests: int = 1) -> CalibrationProfile | None:
+        """The profile of a key that was made from at least ``num_requests``, from memory or else from the store."""
+        found = self.profiles.get(key)
         if found is not None:
-            self._keep(found)
-        return found
+            self.profiles.move_to_end(key)
+        elif self._store is not None:
+            ongoing = self._rounds.get(key)
+            if ongoing is not None:
+                if ongoing.num_at_last_look == len(ongoing.recordings):
+                    return None  # nothing was decoded since: another engine is asked once per recording
+                ongoing.num_at_last_look = len(ongoing.recordings)
+            found = self._load(lambda store: store.load(key))
+            if found is not None and self._stale.get(key) == found.profile_id:
+                found = None
+            if found is not None:
+                self.counts["loaded"] += 1
+                self._keep(found)
+        return found if found is not None and found.num_requests >= num_requests else None
 
-    def claim(self, key: ProfileKey, req_id: str) -> bool:
-        """Whether ``req_id`` is to calibrate ``key``: nobody else does."""
-        return self._calibrating.setdefault(key, req_id) == req_id
+    def find_pinned(self, task: str, profile_id: str) -> CalibrationProfile | None:
+        """The profile with an id, be it replaced or stale, as long as the store or the memory has it."""
+        for profile in self.profiles.values():
+            if profile.profile_id == profile_id:
+                return profile
+        if profile_id not in self._pinned and self._store is not None:
+            found = self._load(lambda store: store.load_id(task, profile_id))
+            if found is not None:
+                self._pinned[profile_id] = found
+                _shrink(self._pinned, self._max_profiles)
+        return self._pinned.get(profile_id)
 
-    def publish(self, profile: CalibrationProfile, req_id: str) -> None:
-        """End ``req_id``'s calibration with a profile, replacing an earlier one."""
-        self.release(profile.key, req_id)
+    def claim(self, key: ProfileKey, req_id: str, num_requests: int = 1) -> bool:
+        """Whether ``req_id`` is to calibrate ``key``: fewer than ``num_requests`` have done so or do."""
+        ongoing = self._rounds.setdefault(key, _Round())
+        self._rounds.move_to_end(key)
+        if len(ongoing.recordings) + len(ongoing.req_ids) >= num_requests:
+            return req_id in ongoing.req_ids
+        ongoing.req_ids.add(req_id)
+        if len(self._rounds) > self._max_profiles:
+            idle = next((other for other, round_ in self._rounds.items() if not round_.req_ids), None)
+            if idle is not None:
+                del self._rounds[idle]
+        return True
+
+    def deliver(
+        self, key: ProfileKey, req_id: str, recording: Recording, num_requests: int = 1
+    ) -> CalibrationProfile | None:
+        """End ``req_id``'s part in a calibration with what it recorded.
+
+        Returns:
+            The profile, when this was the last of ``num_requests``; it has replaced an earlier one.
+        """
+        ongoing = self._rounds[key]
+        ongoing.req_ids.discard(req_id)
+        ongoing.recordings.append(recording)
+        if len(ongoing.recordings) < num_requests:
+            return None
+        profile = CalibrationProfile(key, stack(ongoing.recordings))
+        ongoing.recordings.clear()
+        if not ongoing.req_ids:
+            del self._rounds[key]
+        self.publish(profile)
+        return profile
+
+    def publish(self, profile: CalibrationProfile) -> None:
+        """Use a profile from now on, in place of an earlier one."""
+        self.counts["made"] += 1
+        self._stale.pop(profile.key, None)
         self._keep(profile)
         if self._store is not None and self._is_writer:
             self._store.save(profile)
 
     def release(self, key: ProfileKey, req_id: str) -> None:
-        """End ``req_id``'s calibration without a profile: the task's next request calibrates."""
-        if self._calibrating.get(key) == req_id:
-            del self._calibrating[key]
+        """End ``req_id``'s part in a calibration without a record: another request takes its place."""
+        ongoing = self._rounds.get(key)
+        if ongoing is None or req_id not in ongoing.req_ids:
+            return
+        self.counts["failed"] += 1
+        ongoing.req_ids.remove(req_id)
+        if not ongoing.req_ids and not ongoing.recordings:
+            del self._rounds[key]
+
+    def mark_stale(self, profile: CalibrationProfile) -> None:
+        """Stop using a profile: the task's next requests calibrate, or find what another engine has made since."""
+        if self.profiles.get(profile.key) is profile:
+            del self.profiles[profile.key]
+        self._stale[profile.key] = profile.profile_id
+        _shrink(self._stale, self._max_profiles)
+
+    def _load(self, ask: Callable[[ProfileStore], CalibrationProfile | None]) -> CalibrationProfile | None:
+        assert self._store is not None
+        before = self._store.num_set_aside
+        found = self._share(ask(self._store) if self._is_writer else None)
+        self.counts["rejected"] += self._store.num_set_aside - before
+        return found
 
     def _keep(self, profile: CalibrationProfile) -> None:
         self.profiles[profile.key] = profile
         self.profiles.move_to_end(profile.key)
-        while len(self.profiles) > self._max_profiles:
-            self.profiles.popitem(last=False)
+        _shrink(self.profiles, self._max_profiles)
+
+
+def _shrink(table: OrderedDict, size: int) -> None:
+    while len(table) > size:
+        table.popitem(last=False)

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,25 +23,29 @@ from pydantic.dataclasses import dataclass
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
+from vllm_osdt.calibration.recorder import Recording
 from vllm_osdt.config import CACHE_MODES, MAX_BLOCK_LENGTH
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
+MAX_VERSIONS = 4  # of one key: a replaced profile can still be pinned for a while
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class StoredStep:
-    """One denoising step: confidence of every position, null where it was not masked, and positions unmasked."""
+    """One denoising step: confidence of every position, null where it was not masked, positions unmasked, and masked
+    positions with a proposal that was not chosen in the end. Tokens are not kept."""
 
     confidence: Annotated[list[float | None], Field(max_length=MAX_BLOCK_LENGTH)]
     committed: list[int]
+    wrong: list[int]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class StoredProfile:
-    """What one calibration recorded."""
+    """What one calibration recorded: the steps of every block of every request."""
 
     id: str
     block_length: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)]
@@ -49,15 +53,15 @@ class StoredProfile:
     threshold: Annotated[float, Field(gt=0, le=1)]
     created: str
     versions: dict[str, str]
-    num_steps: Annotated[int, Field(ge=1)]
-    blocks: list[list[StoredStep]]
+    requests: Annotated[list[list[list[StoredStep]]], Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ProfileFile:
-    """A task's profiles for one model, one for each block length, cache mode and calibration threshold."""
+    """A task's profiles for one model: the last few for each block length, cache mode and calibration threshold, the
+    newest last."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     fingerprint: ModelFingerprint
     task: str
     profiles: list[StoredProfile]
@@ -94,10 +98,17 @@ class ProfileStore:
         return self.folder / f"{readable}.{hashlib.sha256(task.encode()).hexdigest()[:12]}.json"
 
     def load(self, key: ProfileKey) -> CalibrationProfile | None:
-        """The profile of a key, None if there is none that can be used."""
-        path = self.path(key.task)
+        """The newest profile of a key, None if there is none that can be used."""
+        return self._load(key.task, lambda profile: _key(key.task, profile) == key)
+
+    def load_id(self, task: str, profile_id: str) -> CalibrationProfile | None:
+        """The profile of a task with an id, None if there is none that can be used."""
+        return self._load(task, lambda profile: profile.id == profile_id)
+
+    def _load(self, task: str, is_meant: Callable[[StoredProfile], bool]) -> CalibrationProfile | None:
+        path = self.path(task)
         try:
-            stored = self._read(path, key.task)
+            stored = self._read(path, task)
         except FileNotFoundError:
             return None
         except UnusableFileError as error:
@@ -106,12 +117,10 @@ class ProfileStore:
         except OSError as error:
             logger.warning("The profile file %s cannot be read (%s); the task calibrates again.", path, error)
             return None
-        return next(
-            (from_stored(key.task, profile) for profile in stored.profiles if _key(key.task, profile) == key), None
-        )
+        return next((from_stored(task, profile) for profile in reversed(stored.profiles) if is_meant(profile)), None)
 
     def save(self, profile: CalibrationProfile) -> None:
-        """Write a profile, in place of an earlier one of its key. A folder that cannot be written to is logged."""
+        """Write a profile, as the newest of its key. A folder that cannot be written to is logged."""
         try:
             self.write(profile)
         except OSError as error:
@@ -123,31 +132,36 @@ class ProfileStore:
         Raises:
             OSError: The folder cannot be written to.
         """
-        with self._others(profile.key) as others:
+        with self._others(profile) as others:
+            same = [other for other in others if _key(profile.key.task, other) == profile.key]
+            for oldest in same[: max(0, len(same) + 1 - MAX_VERSIONS)]:
+                others.remove(oldest)
             self._replace(profile.key.task, [*others, to_stored(profile)])
 
-    def remove(self, key: ProfileKey) -> None:
-        """Delete the profile of a key.
+    def remove(self, profile: CalibrationProfile) -> None:
+        """Delete a profile.
 
         Raises:
             OSError: The folder cannot be written to.
         """
-        with self._others(key) as others:
+        task = profile.key.task
+        with self._others(profile) as others:
             if others:
-                self._replace(key.task, others)
+                self._replace(task, others)
             else:
-                self.path(key.task).unlink(missing_ok=True)
+                self.path(task).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _others(self, key: ProfileKey) -> Iterator[list[StoredProfile]]:
-        """The other profiles of a key's task, which is locked meanwhile."""
-        path = self.path(key.task)
+    def _others(self, profile: CalibrationProfile) -> Iterator[list[StoredProfile]]:
+        """The other profiles of a profile's task, which is locked meanwhile."""
+        path = self.path(profile.key.task)
         self.folder.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             others: list[StoredProfile] = []
             try:
-                others = [other for other in self._read(path, key.task).profiles if _key(key.task, other) != key]
+                stored = self._read(path, profile.key.task).profiles
+                others = [other for other in stored if other.id != profile.profile_id]
             except FileNotFoundError:
                 pass
             except UnusableFileError as error:
@@ -250,15 +264,7 @@ def _key(task: str, profile: StoredProfile) -> ProfileKey:
 
 
 def to_stored(profile: CalibrationProfile) -> StoredProfile:
-    """The form on disk; blocks and steps behind the last record are left out."""
-    blocks = []
-    for confidence, committed in zip(profile.confidence, profile.committed, strict=True):
-        steps = []
-        for step in range(_num_used(confidence)):
-            # The shortest decimal that is this float32 and no other.
-            values = [None if math.isnan(value) else float(str(value)) for value in confidence[step]]
-            steps.append(StoredStep(values, np.flatnonzero(committed[step]).tolist()))
-        blocks.append(steps)
+    """The form on disk; blocks and steps behind a request's last record are left out."""
     return StoredProfile(
         id=profile.profile_id,
         block_length=profile.key.block_length,
@@ -266,13 +272,29 @@ def to_stored(profile: CalibrationProfile) -> StoredProfile:
         threshold=profile.key.threshold,
         created=profile.created,
         versions=profile.versions,
-        num_steps=profile.confidence.shape[1],
-        blocks=blocks,
+        requests=[_stored_blocks(Recording(*request)) for request in zip(*profile.record, strict=True)],
     )
 
 
-def _num_used(confidence: np.ndarray) -> int:
-    used = np.flatnonzero(~np.isnan(confidence).all(axis=-1))
+def _stored_blocks(request: Recording) -> list[list[StoredStep]]:
+    num_steps = [_last(~np.isnan(block).all(axis=1)) for block in request.confidence]
+    return [
+        [
+            StoredStep(
+                # The shortest decimal that is this float32 and no other.
+                [None if math.isnan(value) else float(str(value)) for value in confidence[step]],
+                np.flatnonzero(committed[step]).tolist(),
+                np.flatnonzero(wrong[step]).tolist(),
+            )
+            for step in range(steps)
+        ]
+        for steps, confidence, committed, wrong in zip(num_steps, *request, strict=True)
+    ][: _last(np.array(num_steps) > 0)]
+
+
+def _last(flags: np.ndarray) -> int:
+    """Entries up to the last that is set."""
+    used = np.flatnonzero(flags)
     return int(used[-1]) + 1 if used.size else 0
 
 
@@ -282,26 +304,33 @@ def from_stored(task: str, stored: StoredProfile) -> CalibrationProfile:
     Raises:
         UnusableFileError: A step has another number of positions than the block, or a block more steps than it may.
     """
-    shape = (len(stored.blocks), stored.num_steps, stored.block_length)
-    confidence = np.full(shape, np.nan, dtype=np.float32)
-    committed = np.zeros(shape, dtype=bool)
-    for block, steps in enumerate(stored.blocks):
-        if len(steps) > stored.num_steps:
-            raise UnusableFileError(
-                f"blocks.{block}: {len(steps)} steps, at most num_steps {stored.num_steps} expected"
-            )
-        for step, record in enumerate(steps):
-            place = f"blocks.{block}.{step}"
-            if len(record.confidence) != stored.block_length:
-                raise UnusableFileError(f"{place}.confidence: {len(record.confidence)} values, expected block_length")
-            if any(not 0 <= position < stored.block_length for position in record.committed):
-                raise UnusableFileError(f"{place}.committed: a position is not in the block")
-            values = np.array(record.confidence, dtype=np.float32)
-            if ((values < 0) | (values > 1)).any():
-                raise UnusableFileError(f"{place}.confidence: a value is not in [0, 1]")
-            confidence[block, step] = values
-            committed[block, step, record.committed] = True
-    profile = CalibrationProfile(_key(task, stored), confidence, committed, stored.created, stored.versions)
-    if not confidence.size or np.isnan(confidence[0]).all():
-        raise UnusableFileError("blocks.0: nothing is recorded")
+    blocks = [block for request in stored.requests for block in request]
+    num_blocks = max(map(len, stored.requests))
+    num_steps = max(map(len, blocks), default=0)
+    if num_steps > stored.block_length:
+        raise UnusableFileError(f"requests: a block of {num_steps} steps, at most block_length expected")
+    shape = (len(stored.requests), num_blocks, num_steps, stored.block_length)
+    record = Recording(np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, bool), np.zeros(shape, bool))
+    for index, request in enumerate(stored.requests):
+        for block, steps in enumerate(request):
+            for step, found in enumerate(steps):
+                _fill_step(record, (index, block, step), found)
+    profile = CalibrationProfile(_key(task, stored), record, stored.created, stored.versions)
+    if not record.confidence.size or np.isnan(record.confidence[:, 0]).all():
+        raise UnusableFileError("requests: nothing is recorded in the first block")
     return profile
+
+
+def _fill_step(record: Recording, where: tuple[int, int, int], found: StoredStep) -> None:
+    place = "requests." + ".".join(map(str, where))
+    block_length = record.confidence.shape[-1]
+    if len(found.confidence) != block_length:
+        raise UnusableFileError(f"{place}.confidence: {len(found.confidence)} values, expected block_length")
+    values = np.array(found.confidence, dtype=np.float32)
+    if ((values < 0) | (values > 1)).any():
+        raise UnusableFileError(f"{place}.confidence: a value is not in [0, 1]")
+    record.confidence[where] = values
+    for name, positions in (("committed", found.committed), ("wrong", found.wrong)):
+        if any(not 0 <= position < block_length for position in positions):
+            raise UnusableFileError(f"{place}.{name}: a position is not in the block")
+        getattr(record, name)[where][positions] = True

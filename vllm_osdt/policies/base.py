@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vllm_osdt.calibration.calibrate import Thresholds
 from vllm_osdt.config import DecodingOptions
 
 
@@ -32,21 +33,24 @@ class Schedule:
         parameters: float32 ``[num_blocks, block_length]``: confidence threshold (equality passes), number of
             positions, factor, or limit on the sum of doubts, by block and denoising step in the block; a block never
             needs more steps than positions, since every step unmasks at least one.
+        fallback: int8, same shape, where a calibrated threshold comes from (``calibration.calibrate.Fallback``); None
+            where nothing was calibrated.
     """
 
     rule: Rule
     parameters: np.ndarray
+    fallback: np.ndarray | None = None
 
 
 class DecodingPolicy(Protocol):
     """Turns a request's options into its schedule."""
 
-    def __call__(self, options: DecodingOptions, thresholds: np.ndarray | None) -> Schedule:
+    def __call__(self, options: DecodingOptions, thresholds: Thresholds | None) -> Schedule:
         """Make the schedule.
 
         Args:
             options: Resolved options (``gen_length`` is set).
-            thresholds: Calibrated T, float32 ``[blocks, steps]``, when a profile applies; else None.
+            thresholds: Calibrated T, when a profile applies; else None.
         """
         ...
 

@@ -4,12 +4,11 @@ Source: Fast-dLLM (arXiv 2505.22618), section 3.3. The authors' code also commit
 test; here the rule is exact.
 """
 
-import numpy as np
-
+from vllm_osdt.calibration.calibrate import Thresholds
 from vllm_osdt.config import DecodingOptions
 from vllm_osdt.policies.base import Rule, Schedule, constant
 
 
-def factor(options: DecodingOptions, thresholds: np.ndarray | None = None) -> Schedule:
+def factor(options: DecodingOptions, thresholds: Thresholds | None = None) -> Schedule:
     """Schedule of ``options.factor`` everywhere."""
     return constant(options, Rule.FACTOR, options.factor)

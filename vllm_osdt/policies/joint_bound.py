@@ -5,12 +5,11 @@ least L = c_(1) + ... + c_(n) - (n - 1), and that of any other choice at most U 
 L - U > delta. Equal confidences give the factor rule with f = 1 - delta.
 """
 
-import numpy as np
-
+from vllm_osdt.calibration.calibrate import Thresholds
 from vllm_osdt.config import DecodingOptions
 from vllm_osdt.policies.base import Rule, Schedule, constant
 
 
-def joint_bound(options: DecodingOptions, thresholds: np.ndarray | None = None) -> Schedule:
+def joint_bound(options: DecodingOptions, thresholds: Thresholds | None = None) -> Schedule:
     """Schedule of ``options.delta`` everywhere: L - U > delta is a sum of doubts 1 - c below 1 - delta."""
     return constant(options, Rule.JOINT_BOUND, 1.0 - options.delta)

@@ -1,5 +1,6 @@
 """vLLM's CPU worker with the canvas runner."""
 
+import os
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda stand-ins
@@ -11,6 +12,10 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_osdt import compat
 from vllm_osdt.cpu import kernels
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
+
+# oneDNN keeps what it prepares for a matrix product of each size, 1024 sizes by default. Steps have almost any number
+# of rows, so that grew by gigabytes, and was no faster. oneDNN reads this at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 class CanvasModelRunner(CanvasRunnerMixin, CPUModelRunner):

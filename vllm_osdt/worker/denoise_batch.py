@@ -27,6 +27,7 @@ class DenoiseBatch:
         num_needed: int32 ``[R]``, leading positions of the block that the request still has to output.
         temperature: float32 ``[M]``, or None when all are 0.
         noise_key: int64 ``[M]``, or None likewise.
+        step_cell: int64 ``[R]``, index of block and step in tables ``[slots, max_model_len]``.
     """
 
     slots_np: np.ndarray
@@ -40,6 +41,7 @@ class DenoiseBatch:
     num_needed: torch.Tensor
     temperature: torch.Tensor | None
     noise_key: torch.Tensor | None
+    step_cell: torch.Tensor
 
 
 @dataclass
@@ -85,6 +87,7 @@ class StepPlan(NamedTuple):
     parameter: np.ndarray  # float32 [R]
     eos_token_id: np.ndarray  # int64 [R]
     num_needed: np.ndarray  # int32 [R]
+    step_cell: np.ndarray  # int64 [R], index of block and step in tables [slots, max_model_len]
 
 
 def plan_step(
@@ -114,6 +117,7 @@ def plan_step(
         parameter=np.empty(num_reqs, np.float32),
         eos_token_id=np.empty(num_reqs, np.int64),
         num_needed=np.empty(num_reqs, np.int32),
+        step_cell=np.empty(num_reqs, np.int64),
     )
     num_logits = _fill(states.host, slots, start, num_rows, num_drafts, plan)
     return plan._replace(logit_rows=plan.logit_rows[:num_logits], cells=plan.cells[:num_logits])
@@ -128,7 +132,7 @@ def _fill(
     num_drafts: np.ndarray,
     plan: StepPlan,
 ) -> int:
-    """Write a plan and return the number of logit rows."""
+    """Write a plan, count its fallbacks and return the number of logit rows."""
     max_model_len = host.parameters.shape[1]
     padding_cell = host.parameters.size
     row = num_logits = 0
@@ -154,6 +158,8 @@ def _fill(
         plan.rule[req] = host.rule[slot]
         step = min(block_start - host.prompt_len[slot] + host.step[slot], max_model_len - 1)
         plan.parameter[req] = host.parameters[slot, step]
+        plan.step_cell[req] = first_cell + step
+        host.num_fallbacks[slot, host.fallback[slot, step]] += 1
         plan.eos_token_id[req] = host.eos_token_id[slot]
         plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), host.block_length[slot])
     return num_logits
@@ -181,4 +187,5 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         num_needed=to_device(plan.num_needed, device),
         temperature=row_temperature,
         noise_key=row_keys,
+        step_cell=to_device(plan.step_cell, device),
     )

@@ -1,5 +1,6 @@
 """The thin runner: vLLM's Model Runner V2 with inputs that come from canvas tables."""
 
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from vllm.config import LoRAConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
@@ -41,8 +44,24 @@ class CanvasRunnerMixin:
         super().finish_requests(scheduler_output)  # type: ignore[misc]
         if scheduler_output.finished_req_ids:
             failed = getattr(scheduler_output, "failed_req_ids", ())
-            for req_id in sorted(scheduler_output.finished_req_ids):
-                self.model_state.canvas_states.end(req_id, failed=req_id in failed)
+            self.model_state.canvas_states.end(sorted(scheduler_output.finished_req_ids), failed)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does; a step without rows has an output of its own, which takes our report."""
+        return self._with_report(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does, and report."""
+        return self._with_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def _with_report(self, output: Any) -> Any:
+        # A dynamic attribute travels with the output to the scheduler.
+        if isinstance(output, AsyncOutput):
+            output.model_runner_output.osdt_report = self.model_state.canvas_states.take_report()
+        elif isinstance(output, ModelRunnerOutput):
+            output = copy(output)  # vLLM shares the empty one
+            output.osdt_report = self.model_state.canvas_states.take_report()
+        return output
 
     def prepare_inputs(
         self,

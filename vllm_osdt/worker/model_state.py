@@ -1,6 +1,5 @@
 """Attention metadata of a canvas forward and the tables behind it (vLLM's model state of Model Runner V2)."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_osdt.calibration.guard import DriftGuard
 from vllm_osdt.calibration.profile import CalibrationProfile
 from vllm_osdt.calibration.registry import ProfileRegistry
-from vllm_osdt.calibration.store import ProfileStore, default_folder
 from vllm_osdt.config import RESOLVED_KEY
-from vllm_osdt.engine_config import model_fingerprint, server_options
+from vllm_osdt.engine_config import open_store, server_options
 from vllm_osdt.worker.request_states import CanvasStates
 from vllm_osdt.worker.sampler import CanvasSampler
 
@@ -28,14 +27,22 @@ from vllm_osdt.worker.sampler import CanvasSampler
 def make_registry(vllm_config: VllmConfig) -> ProfileRegistry:
     """The profiles of this worker; the first rank of its tensor-parallel group reads and writes them."""
     options = server_options(vllm_config)
-    folder = default_folder() if options.profile_dir is None else options.profile_dir
-    store = ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config)) if folder else None
     group = get_tp_group()
 
     def share(found: CalibrationProfile | None) -> CalibrationProfile | None:
         return group.broadcast_object(found, src=0)
 
-    return ProfileRegistry(options.max_profiles, store, is_writer=group.is_first_rank, share=share)
+    return ProfileRegistry(options.max_profiles, open_store(vllm_config), is_writer=group.is_first_rank, share=share)
+
+
+def make_guard(vllm_config: VllmConfig) -> DriftGuard | None:
+    """The guard that the operator asks for."""
+    options = server_options(vllm_config)
+    if options.drift == "off":
+        return None
+    return DriftGuard(
+        options.drift, options.drift_window, options.drift_gap, options.drift_cosine, options.max_profiles
+    )
 
 
 class CanvasModelState(ModelState):
@@ -55,6 +62,7 @@ class CanvasModelState(ModelState):
             vllm_config.model_config.hf_config.mask_token_id,
             device,
             make_registry(vllm_config),
+            make_guard(vllm_config),
         )
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:

@@ -7,8 +7,10 @@ that runs beside the engine's own copy of the output.
 """
 
 import hashlib
+import logging
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +19,18 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 
 from csrc_triton.cpu import compiled
-from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
+from vllm_osdt.calibration.calibrate import Fallback
+from vllm_osdt.calibration.guard import DriftGuard
+from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Setting
 from vllm_osdt.calibration.recorder import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
-from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY, DecodingOptions
+from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY, UNDECIDED_TASK, DecodingOptions
 from vllm_osdt.policies import POLICIES, Schedule
+from vllm_osdt.policies.osdt import osdt
+from vllm_osdt.policies.static_threshold import static_threshold
+from vllm_osdt.worker.report import Report
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
 
 @dataclass
@@ -33,6 +42,14 @@ class RequestRecord:
     key: ProfileKey
     seed: int
     recorder: Recorder | None = None
+    profile: CalibrationProfile | None = None
+    slot: int = -1
+    num_fallbacks: np.ndarray | None = None  # of slots it has lost
+
+    @property
+    def setting(self) -> Setting:
+        """How its thresholds are made from a profile."""
+        return Setting(self.options.mode, self.options.metric, self.options.record, self.options.risk)
 
 
 def _seed(req_id: str, seed: int | None) -> int:
@@ -62,6 +79,8 @@ class HostTables(NamedTuple):
     masked: np.ndarray  # bool [slots, MAX_BLOCK_LENGTH], of the active block
     rule: np.ndarray  # int8
     parameters: np.ndarray  # float32 [slots, max_model_len], of the rule, by block and step
+    fallback: np.ndarray  # int8, same shape, where a calibrated parameter comes from
+    num_fallbacks: np.ndarray  # int64 [slots, kinds], denoising steps by kind
     temperature: np.ndarray  # float32
     seed: np.ndarray  # int64
     eos_token_id: np.ndarray  # int64, -1 for none
@@ -88,19 +107,25 @@ class CanvasStates:
         mask_token_id: int,
         device: torch.device,
         registry: ProfileRegistry | None = None,
+        guard: DriftGuard | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self.mask_token_id = mask_token_id
         self.device = device
         self.registry = registry or ProfileRegistry()
+        self.guard = guard
+        self.report = Report()
         self.records: dict[str, RequestRecord] = {}
         self._slot_of: dict[str, int] = {}
+        self._last_in_slot: dict[int, str] = {}
 
         # Prompt, decided tokens and mask tokens, by absolute position; the last cell takes writes of padding.
         self.cells = torch.zeros(max_num_reqs * max_model_len + 1, dtype=torch.int32, device=device)
         self.token_ids = self.cells[:-1].view(max_num_reqs, max_model_len)
         # Masks of the active block.
         self.masked = torch.zeros(max_num_reqs, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
+        # Mean confidence of the masked positions, by block and denoising step; NaN where there was no step.
+        self.mean_confidence = torch.full((max_num_reqs, max_model_len), torch.nan, device=device)
         pinned = device.type != "cpu"
         self._masked_host = torch.zeros_like(self.masked, device="cpu", pin_memory=True) if pinned else self.masked
         self._copied = torch.cuda.Event() if pinned else None
@@ -116,6 +141,8 @@ class CanvasStates:
             masked=self._masked_host.numpy(),
             rule=np.zeros(max_num_reqs, dtype=np.int8),
             parameters=np.zeros((max_num_reqs, max_model_len), dtype=np.float32),
+            fallback=np.zeros((max_num_reqs, max_model_len), dtype=np.int8),
+            num_fallbacks=np.zeros((max_num_reqs, len(Fallback)), dtype=np.int64),
             temperature=np.zeros(max_num_reqs, dtype=np.float32),
             seed=np.zeros(max_num_reqs, dtype=np.int64),
             eos_token_id=np.full(max_num_reqs, -1, dtype=np.int64),
@@ -145,6 +172,13 @@ class CanvasStates:
         self.host.rule[slot] = record.schedule.rule
         parameters = record.schedule.parameters.ravel()
         self.host.parameters[slot, : parameters.size] = parameters
+        self.host.fallback[slot] = 0
+        if record.schedule.fallback is not None:
+            self.host.fallback[slot, : parameters.size] = record.schedule.fallback.ravel()
+        self.host.num_fallbacks[slot] = 0
+        self.mean_confidence[slot] = torch.nan
+        record.slot = slot
+        self._last_in_slot[slot] = new.req_id
         self.host.temperature[slot] = params.temperature
         self.host.seed[slot] = record.seed
         self.host.eos_token_id[slot] = _end_token_id(params)
@@ -156,37 +190,129 @@ class CanvasStates:
         options = DecodingOptions(**params.extra_args[RESOLVED_KEY])
         assert options.gen_length is not None
         key = ProfileKey(options.task, options.block_length, options.cache, options.threshold)
-        thresholds, recorder = None, None
+        record = RequestRecord(options, static_threshold(options), key, _seed(new.req_id, params.seed))
         if options.policy == "osdt":
-            profile = self.registry.find(key)
+            self._find_profile(record, new.req_id, params.max_tokens)
+        else:
+            record.schedule = POLICIES[options.policy](options, None)
+        self.report.requests[new.req_id] = {
+            "policy": options.policy,
+            "task": options.task,
+            "profile": record.profile.profile_id if record.profile is not None else None,
+            "calibrating": record.recorder is not None,
+        }
+        return record
+
+    def _find_profile(self, record: RequestRecord, req_id: str, max_tokens: int) -> None:
+        """Have a request use a profile, or make one."""
+        options, key, counts = record.options, record.key, self.report.counts
+        if options.profile is not None:
+            record.profile = self.registry.find_pinned(options.task, options.profile)
+            if record.profile is None:
+                counts["fallbacks", "pin"] += 1
+        else:
+            record.profile = self.registry.find(key, options.calibrations)
             # A request that ends within its first block says too little of a task.
-            long_enough = params.max_tokens >= options.block_length
-            if long_enough and (profile is None or options.recalibrate) and self.registry.claim(key, new.req_id):
-                num_blocks = options.gen_length // options.block_length
-                recorder = Recorder(num_blocks, options.block_length, self.device)
-            elif profile is not None:
-                thresholds = profile.thresholds(options.mode, options.metric, options.record)
-        schedule = POLICIES[options.policy](options, thresholds)
-        return RequestRecord(options, schedule, key, _seed(new.req_id, params.seed), recorder)
+            can_calibrate = max_tokens >= options.block_length and options.task != UNDECIDED_TASK
+            if (
+                can_calibrate
+                and (record.profile is None or options.recalibrate)
+                and self.registry.claim(key, req_id, options.calibrations)
+            ):
+                assert options.gen_length is not None
+                record.profile = None
+                record.recorder = Recorder(
+                    options.gen_length // options.block_length, options.block_length, self.device
+                )
+        if record.profile is not None:
+            record.schedule = osdt(options, record.profile.thresholds(record.setting))
+            self.report.uses(options.task, record.profile.profile_id, float(record.schedule.parameters.mean()))
+        counts["requests", "calibrated" if record.profile else "calibrating" if record.recorder else "static"] += 1
 
     def free_slot(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
+            record = self.records[req_id]
+            lost = self.host.num_fallbacks[slot].copy()
+            record.num_fallbacks = lost if record.num_fallbacks is None else record.num_fallbacks + lost
             self.host.block_length[slot] = 0
             self.host.prompt_len[slot] = self.host.canvas_end[slot] = self.host.output_end[slot] = 0
             self.host.recording[slot] = False
 
-    def end(self, req_id: str, *, failed: bool) -> None:
-        """A request ended. A calibration that went well is published; an aborted or failed one publishes nothing."""
-        record = self.records.pop(req_id, None)
-        if record is None or record.recorder is None:
-            return
-        confidence, committed = record.recorder.to_arrays()
-        if failed or np.isnan(confidence[0, 0]).all():
+    def end(self, req_ids: Iterable[str], failed: Container[str]) -> None:
+        """Requests ended, their slots are free but not yet given away. A calibration that went well is delivered; an
+        aborted or failed one is not."""
+        ended = [(req_id, self.records.pop(req_id)) for req_id in req_ids if req_id in self.records]
+        for req_id, record in ended:
+            if record.num_fallbacks is not None:
+                for kind in (Fallback.BLOCK, Fallback.STEP, Fallback.CELL):
+                    if record.num_fallbacks[kind]:
+                        self.report.counts["fallbacks", kind.name.lower()] += int(record.num_fallbacks[kind])
+            if record.recorder is not None:
+                self._end_calibration(req_id, record, failed=req_id in failed)
+        self._watch([record for req_id, record in ended if req_id not in failed and self._is_watched(req_id, record)])
+
+    def _is_watched(self, req_id: str, record: RequestRecord) -> bool:
+        """Whether the guard is to hear of a request: it used its task's own profile, and its slot still is its own."""
+        own = record.profile is not None and record.options.profile is None
+        return own and self._last_in_slot.get(record.slot) == req_id
+
+    def _end_calibration(self, req_id: str, record: RequestRecord, *, failed: bool) -> None:
+        assert record.recorder is not None
+        recording = record.recorder.to_arrays()
+        if failed or np.isnan(recording.confidence[0, 0]).all():
             self.registry.release(record.key, req_id)
-        else:
-            self.registry.publish(CalibrationProfile(record.key, confidence, committed), req_id)
+            return
+        profile = self.registry.deliver(record.key, req_id, recording, record.options.calibrations)
+        if profile is not None:
+            schedule = osdt(record.options, profile.thresholds(record.setting))
+            before, after = profile.expected_forwards(schedule.parameters)
+            logger.info(
+                "Calibrated task %r on %d requests (profile %s): thresholds by block %s; about %.1f -> %.1f forwards "
+                "a request expected.",
+                record.key.task,
+                profile.num_requests,
+                profile.profile_id,
+                " ".join(f"{value:.2f}" for value in schedule.parameters[:, 0]),
+                before,
+                after,
+            )
+
+    def _watch(self, records: list[RequestRecord]) -> None:
+        """Compare what requests saw with the profiles they used."""
+        if self.guard is None or not records:
+            return
+        slots = to_device(np.array([record.slot for record in records]), self.device)
+        seen = self.mean_confidence[slots].cpu().numpy()
+        for record, row in zip(records, seen, strict=True):
+            profile = record.profile
+            assert profile is not None and record.options.gen_length is not None
+            table = row[: record.options.gen_length].reshape(-1, record.options.block_length)
+            drift = self.guard.observe(profile, table)
+            if drift is None:
+                continue
+            self.report.counts["drift", self.guard.action] += 1
+            logger.warning(
+                "Task %r no longer looks like its profile %s: over %d requests, confidence at block entry differs by "
+                "%.3f and has cosine %.3f with it. %s",
+                record.key.task,
+                profile.profile_id,
+                drift.num_requests,
+                drift.gap,
+                drift.cosine,
+                "It calibrates again." if self.guard.action == "recalibrate" else "",
+            )
+            if self.guard.action == "recalibrate":
+                self.registry.mark_stale(profile)
+
+    def take_report(self) -> dict[str, Any] | None:
+        """What happened since the last call, for the scheduler."""
+        for label, number in self.registry.counts.items():
+            if number:
+                self.report.counts["calibrations", label] += number
+        self.registry.counts.clear()
+        return self.report.take()
 
     def begin_step(self, slots: np.ndarray, block_start: np.ndarray) -> None:
         """Bring the host's view up to date for the step that is being prepared.
@@ -206,6 +332,28 @@ class CanvasStates:
         if self.device.type != "cpu" and is_new.any():
             fresh = slots[is_new]
             self.masked[to_device(fresh, self.device)] = to_device(self.host.masked[fresh], self.device)
+
+    def note_confidence(
+        self, step_cell: torch.Tensor, cells: torch.Tensor, width: int, confidence: torch.Tensor
+    ) -> None:
+        """Keep the mean confidence of a step's masked positions, for the guard.
+
+        Args:
+            step_cell: int64 ``[num_reqs]``, where in ``mean_confidence``.
+            cells: int64 ``[M]``, request * width + position of every masked position.
+            width: Of ``cells``.
+            confidence: float32 ``[M]``.
+        """
+        if self.guard is None:
+            return
+        if self.device.type == "cpu":
+            tensors = (self.mean_confidence.view(-1), step_cell, cells, confidence)
+            _mean_by_request(*(tensor.numpy() for tensor in tensors), width)
+            return
+        request = torch.div(cells, width, rounding_mode="floor")
+        total = torch.zeros_like(step_cell, dtype=torch.float32).index_add_(0, request, confidence)
+        count = torch.zeros_like(total).index_add_(0, request, torch.ones_like(confidence))
+        self.mean_confidence.view(-1)[step_cell] = total / count
 
     def copy_masks_to_host(self, slots_np: np.ndarray, slots: torch.Tensor, width: int) -> None:
         """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""
@@ -229,3 +377,18 @@ def _enter_blocks(host: HostTables, slots: np.ndarray, block_start: np.ndarray, 
             host.block_start[slot], host.step[slot] = block_start[req], 0
             for k in range(host.masked.shape[1]):
                 host.masked[slot, k] = k < host.block_length[slot]
+
+
+@compiled()
+def _mean_by_request(
+    table: np.ndarray, step_cell: np.ndarray, cells: np.ndarray, confidence: np.ndarray, width: int
+) -> None:
+    """Write the mean confidence of every request's rows; rows of a request follow each other."""
+    count = 0
+    for row in range(cells.size):
+        request = cells[row] // width
+        if row == 0 or cells[row - 1] // width != request:
+            count = 0
+            table[step_cell[request]] = 0.0
+        count += 1
+        table[step_cell[request]] += (confidence[row] - table[step_cell[request]]) / count

@@ -56,6 +56,7 @@ class CanvasSampler:
         token, row_confidence = self._confidence(
             logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key
         )
+        states.note_confidence(batch.step_cell, batch.cells, batch.canvas_index.shape[1], row_confidence)
         calibrating = np.flatnonzero(states.host.recording[batch.slots_np])
         width = batch.canvas_index.shape[1]
         before = states.masked[batch.slots, :width] if calibrating.size else None
@@ -74,7 +75,10 @@ class CanvasSampler:
         )
         states.copy_masks_to_host(batch.slots_np, batch.slots, width)
         if before is not None:
-            self._record(calibrating, batch, input_batch.req_ids, best, before, states.masked[batch.slots, :width])
+            after = states.masked[batch.slots, :width]
+            proposal = torch.full_like(batch.canvas_index, -1)
+            proposal.view(-1)[batch.cells] = token.to(proposal.dtype)
+            self._record(calibrating, batch, input_batch.req_ids, best, proposal, before, after)
         return SamplerOutput(
             sampled_token_ids=canvas,
             logprobs_tensors=None,
@@ -89,6 +93,7 @@ class CanvasSampler:
         batch: DenoiseBatch,
         req_ids: list[str],
         best: torch.Tensor,
+        proposal: torch.Tensor,
         before: torch.Tensor,
         after: torch.Tensor,
     ) -> None:
@@ -100,4 +105,4 @@ class CanvasSampler:
             recorder = states.records[req_ids[row]].recorder
             assert recorder is not None
             step = int(states.host.step[slot])
-            recorder.add(block, step, best[row, :length], before[row, :length], after[row, :length])
+            recorder.add(block, step, *(grid[row, :length] for grid in (best, proposal, before, after)))
