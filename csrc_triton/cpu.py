@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 
-from csrc_triton.reference import DOUBT_UNITS, Rule, UnmaskResult
+from csrc_triton.reference import DOUBT_UNITS, NO_CONFIDENCE, Rule, UnmaskResult
 
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: a converted chunk stays in the second-level cache
 GUMBEL_MAX = 16.7  # above the largest noise value, 24 ln 2 = 16.64
@@ -196,7 +196,7 @@ def unmask_in_tables(
 ) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
     """See ``tables.unmask_in_tables``."""
     canvas = torch.empty(canvas_index.shape, dtype=torch.int32)
-    best = torch.empty(canvas_index.shape, dtype=torch.float32)
+    best = torch.full(canvas_index.shape, NO_CONFIDENCE, dtype=torch.float32)
     counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
     arguments = (cells, masked, slots, canvas_index, logit_cells, token, confidence, rule, parameter, eos_token_id)
     _unmask_in_tables(*(tensor.numpy() for tensor in (*arguments, num_needed, canvas, best, counts)))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 UINT32_MASK = 0xFFFFFFFF
+NO_CONFIDENCE = -1.0  # of a position without logits: below every other
 DOUBT_UNITS = 1 << 24  # in 1; a doubt 1 - c in fp32 is a whole number of them
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from csrc_triton.reference import UnmaskResult
+from csrc_triton.reference import NO_CONFIDENCE, UnmaskResult
 
 
 def unmask_in_tables(
@@ -29,17 +29,18 @@ def unmask_in_tables(
         masked: [num_slots, at least block_length] bool, written in place: True where undecided.
         slots: [num_blocks] int64, distinct: row of ``masked`` of each block.
         canvas_index: [num_blocks, block_length] int64, place of each position in ``cells``.
-        logit_cells: [num_masked] int64, flat index into [num_blocks, block_length] of each masked position.
+        logit_cells: [num_masked] int64, flat index into [num_blocks, block_length] of each masked position with logits;
+            one without is less sure than any with.
         token: [num_masked] int64, what each proposes.
         confidence: [num_masked] fp32, how sure it is.
         rule, parameter, eos_token_id, num_needed: [num_blocks], see ``ops.unmask``.
 
     Returns:
         The blocks' tokens, [num_blocks, block_length] int32; the confidences at their places, [num_blocks,
-        block_length] fp32, arbitrary where nothing was masked; the counts of ``ops.unmask``.
+        block_length] fp32, below 0 elsewhere; the counts of ``ops.unmask``.
     """
     proposal = torch.empty(canvas_index.shape, dtype=token.dtype, device=cells.device)
-    best = torch.empty(canvas_index.shape, dtype=torch.float32, device=cells.device)
+    best = torch.full(canvas_index.shape, NO_CONFIDENCE, dtype=torch.float32, device=cells.device)
     proposal.view(-1)[logit_cells] = token
     best.view(-1)[logit_cells] = confidence
     block_length = canvas_index.shape[1]

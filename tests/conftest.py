@@ -53,6 +53,12 @@ def golden_random() -> Golden:
 
 
 @pytest.fixture(scope="session")
+def golden_dream() -> Golden:
+    """Dream, random weights, 24 cases."""
+    return load_golden("dream_random")
+
+
+@pytest.fixture(scope="session")
 def golden_tasks() -> Golden:
     """A small model trained on toy tasks, 60 cases."""
     return load_golden("llada_tasks")

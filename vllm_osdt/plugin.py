@@ -3,6 +3,7 @@
 _MODELS = {
     # architecture: (model class, HF model_type, config class)
     "LLaDAModelLM": ("vllm_osdt.models.llada:LLaDAModelLM", "llada", "vllm_osdt.models.llada_config:LLaDAConfig"),
+    "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
 }
 
 ARCHITECTURES = frozenset(_MODELS)
@@ -12,16 +13,20 @@ def register() -> None:
     """Register models, config classes, engine defaults and the patches of ``compat``; safe to call twice."""
     from importlib import import_module
 
+    from transformers import AutoTokenizer
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from vllm_osdt import compat
     from vllm_osdt.engine_config import CanvasModelConfig
+    from vllm_osdt.models.dream_config import DreamConfig
+    from vllm_osdt.models.dream_tokenizer import DreamTokenizer
 
     for architecture, (model, model_type, config) in _MODELS.items():
         ModelRegistry.register_model(architecture, model)
         module, name = config.split(":")
         _CONFIG_REGISTRY[model_type] = getattr(import_module(module), name)
         MODELS_CONFIG_MAP[architecture] = CanvasModelConfig
+    AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
     compat.apply()

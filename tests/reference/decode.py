@@ -135,7 +135,7 @@ def decode(
         max_tokens: Output tokens wanted, the whole canvas when None.
         eos_token_id: Where output ends, None for no such token.
     """
-    end = len(prompt) + gen_length
+    end, shift = len(prompt) + gen_length, model.logits_shift
     wanted = gen_length if max_tokens is None else min(max_tokens, gen_length)
     ids = torch.tensor(prompt + [model.mask_token_id] * gen_length)
     decided = [True] * len(prompt) + [False] * gen_length
@@ -149,31 +149,34 @@ def decode(
         for step in range(block_length):
             if step == 0 or cache == "none":
                 logits, computed = model.forward(ids)
-                logits = logits[first:last]
+                logits = logits[first - shift : last - shift]
                 if step == 0 and cache != "none":
                     kept = computed
             elif cache == "prefix":
                 assert kept is not None
                 before = [(k[:first], v[:first]) for k, v in kept]
                 logits, _ = model.forward(ids[first:], torch.arange(first, end), before)
-                logits = logits[:block_length]
+                logits = logits[:block_length].roll(shift, dims=0)
             else:
                 assert kept is not None
                 # Softmax over keys does not mind their order: the rest of the sequence first, then the block's rows.
                 rest = [(torch.cat([k[:first], k[last:]]), torch.cat([v[:first], v[last:]])) for k, v in kept]
                 logits, _ = model.forward(ids[first:last], torch.arange(first, last), rest)
+                logits = logits.roll(shift, dims=0)
             result.nfe += 1
             probability = logits.double().softmax(dim=-1)
             logits[:, model.mask_token_id] = -torch.inf
             proposal = logits.argmax(dim=-1).tolist()
             top = logits.topk(2, dim=-1).values
             masked = {}
-            for offset in range(block_length):
+            # With shifted logits and a cache only a block's first step has the row that its first position needs.
+            is_alone = shift > 0 and cache != "none" and step == 0
+            for offset in range(1 if is_alone else block_length):
                 if not decided[first + offset]:
                     masked[offset] = probability[offset, proposal[offset]].item()
                     margin = (top[offset, 0] - top[offset, 1]).item()
                     result.proposal_margin = min(result.proposal_margin, margin)
-            chosen = rule(block, step, masked)
+            chosen = [0] if is_alone else rule(block, step, masked)
             result.record[block].append([(c, offset in chosen) for offset, c in masked.items()])
             for offset in chosen:
                 ids[first + offset] = proposal[offset]

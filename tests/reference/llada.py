@@ -17,6 +17,8 @@ KV = list[tuple[torch.Tensor, torch.Tensor]]  # by layer: keys and values, each 
 class ReferenceLLaDA:
     """A checkpoint's config and weights, and its forward pass."""
 
+    logits_shift = 0  # position i is predicted by the logits at i - logits_shift
+
     def __init__(self, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
         self.config = config
         self.weights = {name: weight.float() for name, weight in weights.items()}
@@ -59,9 +61,13 @@ class ReferenceLLaDA:
                 )
             }  # fmt: skip
             h = _rms_norm(x, w["attn_norm"], eps)
-            q = self._rotate((h @ w["q_proj"].T).view(num_rows, self.num_heads, self.head_size), positions)
-            k = self._rotate((h @ w["k_proj"].T).view(num_rows, self.num_kv_heads, self.head_size), positions)
-            v = (h @ w["v_proj"].T).view(num_rows, self.num_kv_heads, self.head_size)
+            q, k, v = (
+                (h @ w[name].T + weights.get(f"model.transformer.blocks.{layer}.{name}.bias", 0.0)).view(
+                    num_rows, -1, self.head_size
+                )
+                for name in ("q_proj", "k_proj", "v_proj")
+            )
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
             kv.append((k, v))
             if prefix is not None:
                 k = torch.cat([prefix[layer][0], k])

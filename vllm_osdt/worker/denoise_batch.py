@@ -8,7 +8,10 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from csrc_triton.cpu import compiled
+from vllm_osdt.policies import Rule
 from vllm_osdt.worker.request_states import CanvasStates, HostTables, to_device
+
+TOP_K = int(Rule.TOP_K)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def plan_step(
         num_needed=np.empty(num_reqs, np.int32),
         step_cell=np.empty(num_reqs, np.int64),
     )
-    num_logits = _fill(states.host, slots, start, num_rows, num_drafts, plan)
+    num_logits = _fill(states.host, slots, start, num_rows, num_drafts, states.logits_shift, plan)
     return plan._replace(logit_rows=plan.logit_rows[:num_logits], cells=plan.cells[:num_logits])
 
 
@@ -130,6 +133,7 @@ def _fill(
     start: np.ndarray,
     num_rows: np.ndarray,
     num_drafts: np.ndarray,
+    logits_shift: int,
     plan: StepPlan,
 ) -> int:
     """Write a plan, count its fallbacks and return the number of logit rows."""
@@ -141,23 +145,24 @@ def _fill(
         slot = slots[req]
         block_start = start[req] + num_rows[req] - num_drafts[req]
         first_cell = slot * max_model_len
+        is_alone = host.first_alone[slot] and host.step[slot] == 0
         for k in range(num_rows[req]):
             plan.positions[row + k] = start[req] + k
             plan.source[row + k] = first_cell + start[req] + k
         for k in range(plan.canvas_index.shape[1]):
             inside = k < host.block_length[slot]
             plan.canvas_index[req, k] = first_cell + block_start + k if inside else padding_cell
-            if inside and host.masked[slot, k]:
-                plan.logit_rows[num_logits] = row + block_start - start[req] + k
+            if inside and host.masked[slot, k] and (k == 0 or not is_alone):
+                plan.logit_rows[num_logits] = row + block_start - start[req] + k - logits_shift
                 plan.cells[num_logits] = req * plan.canvas_index.shape[1] + k
                 num_logits += 1
         row += num_rows[req]
         plan.query_start_loc[req + 1] = row
         plan.cu_num_logits[req + 1] = num_logits
         plan.seq_lens[req] = max(host.canvas_end[slot], start[req] + num_rows[req])
-        plan.rule[req] = host.rule[slot]
+        plan.rule[req] = TOP_K if is_alone else host.rule[slot]
         step = min(block_start - host.prompt_len[slot] + host.step[slot], max_model_len - 1)
-        plan.parameter[req] = host.parameters[slot, step]
+        plan.parameter[req] = 1.0 if is_alone else host.parameters[slot, step]
         plan.step_cell[req] = first_cell + step
         host.num_fallbacks[slot, host.fallback[slot, step]] += 1
         plan.eos_token_id[req] = host.eos_token_id[slot]

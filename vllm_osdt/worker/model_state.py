@@ -63,6 +63,7 @@ class CanvasModelState(ModelState):
             device,
             make_registry(vllm_config),
             make_guard(vllm_config),
+            getattr(vllm_config.model_config.hf_config, "logits_shift", 0),
         )
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:

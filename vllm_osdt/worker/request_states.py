@@ -26,6 +26,7 @@ from vllm_osdt.calibration.recorder import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY, UNDECIDED_TASK, DecodingOptions
 from vllm_osdt.policies import POLICIES, Schedule
+from vllm_osdt.policies.fixed_steps import fixed_steps
 from vllm_osdt.policies.osdt import osdt
 from vllm_osdt.policies.static_threshold import static_threshold
 from vllm_osdt.worker.report import Report
@@ -85,6 +86,7 @@ class HostTables(NamedTuple):
     seed: np.ndarray  # int64
     eos_token_id: np.ndarray  # int64, -1 for none
     recording: np.ndarray  # bool, the request calibrates its task
+    first_alone: np.ndarray  # bool, a block's first step decides its first position, and no other
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -108,12 +110,14 @@ class CanvasStates:
         device: torch.device,
         registry: ProfileRegistry | None = None,
         guard: DriftGuard | None = None,
+        logits_shift: int = 0,
     ) -> None:
         self.max_model_len = max_model_len
         self.mask_token_id = mask_token_id
         self.device = device
         self.registry = registry or ProfileRegistry()
         self.guard = guard
+        self.logits_shift = logits_shift  # position i is read from the logits at i - logits_shift
         self.report = Report()
         self.records: dict[str, RequestRecord] = {}
         self._slot_of: dict[str, int] = {}
@@ -147,6 +151,7 @@ class CanvasStates:
             seed=np.zeros(max_num_reqs, dtype=np.int64),
             eos_token_id=np.full(max_num_reqs, -1, dtype=np.int64),
             recording=np.zeros(max_num_reqs, dtype=bool),
+            first_alone=np.zeros(max_num_reqs, dtype=bool),
         )
 
     def add(self, slot: int, new: NewRequestData) -> None:
@@ -183,6 +188,7 @@ class CanvasStates:
         self.host.seed[slot] = record.seed
         self.host.eos_token_id[slot] = _end_token_id(params)
         self.host.recording[slot] = record.recorder is not None
+        self.host.first_alone[slot] = self._is_first_alone(options)
 
     def _admit(self, new: NewRequestData) -> RequestRecord:
         """Decide, once, how a request is decoded and whether it calibrates its task."""
@@ -193,6 +199,8 @@ class CanvasStates:
         record = RequestRecord(options, static_threshold(options), key, _seed(new.req_id, params.seed))
         if options.policy == "osdt":
             self._find_profile(record, new.req_id, params.max_tokens)
+        elif options.policy == "fixed_steps":
+            record.schedule = fixed_steps(options, first_alone=self._is_first_alone(options))
         else:
             record.schedule = POLICIES[options.policy](options, None)
         self.report.requests[new.req_id] = {
@@ -202,6 +210,11 @@ class CanvasStates:
             "calibrating": record.recorder is not None,
         }
         return record
+
+    def _is_first_alone(self, options: DecodingOptions) -> bool:
+        """Whether a block's first step decides one position: with shifted logits, the one whose logits are at the row
+        before the block, which later steps do not compute."""
+        return self.logits_shift > 0 and options.cache != "none"
 
     def _find_profile(self, record: RequestRecord, req_id: str, max_tokens: int) -> None:
         """Have a request use a profile, or make one."""

@@ -59,7 +59,10 @@ class CanvasSampler:
         states.note_confidence(batch.step_cell, batch.cells, batch.canvas_index.shape[1], row_confidence)
         calibrating = np.flatnonzero(states.host.recording[batch.slots_np])
         width = batch.canvas_index.shape[1]
-        before = states.masked[batch.slots, :width] if calibrating.size else None
+        before = None
+        if calibrating.size:  # the positions whose logits were read
+            before = torch.zeros_like(batch.canvas_index, dtype=torch.bool)
+            before.view(-1)[batch.cells] = True
         canvas, best, result = self._unmask_in_tables(
             states.cells,
             states.masked,
