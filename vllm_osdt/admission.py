@@ -145,6 +145,17 @@ class FrontEnd:
                 )
 
 
+def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_config: "VllmConfig") -> None:
+    """A page's keys and values depend on the block length, which its hash does not hold; with blocks that pages cut,
+    they also depend on tokens of the next page."""
+    if vllm_config.cache_config.block_size % block_length:
+        assert request.sampling_params is not None
+        request.sampling_params.skip_reading_prefix_cache = True
+        request.cache_salt = f"osdt:{request.request_id}"
+    elif block_length != vllm_config.model_config.hf_config.block_length:
+        request.cache_salt = f"osdt:{block_length}:{request.cache_salt or ''}"
+
+
 _front_ends: dict[int, tuple["VllmConfig", FrontEnd]] = {}
 
 
@@ -189,5 +200,7 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
         ),
     )
     options = _front_end(vllm_config).resolve(options, request)
+    if vllm_config.cache_config.enable_prefix_caching:
+        _keep_pages_apart(request, options.block_length, vllm_config)
     params.max_tokens = max_tokens
     params.extra_args = {RESOLVED_KEY: options.as_dict()}

@@ -21,7 +21,9 @@ UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
 MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
 
 POLICIES = ("osdt", "static_threshold", "factor", "joint_bound", "fixed_steps")
-CACHE_MODES = ("none", "prefix", "dual")
+BLOCK_CACHE = "block"  # of block-causal models, the only one they have
+CANVAS_CACHES = ("none", "prefix", "dual")  # of models whose positions see the whole canvas
+CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
 MODES = ("block", "step_block")
 METRICS = ("conformal", "mean", "q1", "q2", "q3", "min_whisker")
 RECORDS = ("masked", "committed")
@@ -41,8 +43,10 @@ class DecodingOptions:
         delta: Parameter in [0, 1) of the joint bound.
         steps: Total denoising steps of ``fixed_steps``; None means one token per step.
         block_length: Positions denoised together, 1 to 128.
-        gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up.
-        cache: KV cache mode: ``none`` (recompute all), ``prefix`` or ``dual`` (arXiv 2505.22618, section 3).
+        gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up. A
+            block-causal model's canvas begins where the prompt's last, incomplete block does.
+        cache: KV cache mode: ``none`` (recompute all), ``prefix`` or ``dual`` (arXiv 2505.22618, section 3); ``block``
+            (finished blocks stay), the one of block-causal models.
         mode: Calibrated thresholds per ``block`` or per block and step, ``step_block``.
         metric: What turns recorded confidences into a threshold: ``conformal``, or a statistic of the paper.
         risk: Of ``conformal``, in (0, 1): the share of requests that may see a wrong proposal pass in a block.
@@ -98,6 +102,8 @@ class ServerOptions:
             also beyond chance.
         drift_cosine: Cosine similarity with the profile, in [0, 1), below which a task has drifted.
         max_auto_tasks: Tasks that ``task: auto`` may tell apart in one front-end process.
+        fused_commit: Whether the forward that writes a finished block's keys and values is also the first denoising
+            step of the next one; of block-causal models.
     """
 
     profile_dir: str | None = None
@@ -107,6 +113,7 @@ class ServerOptions:
     drift_gap: float = 0.03
     drift_cosine: float = 0.95
     max_auto_tasks: int = 256
+    fused_commit: bool = True
 
 
 SERVER_OPTION_NAMES = tuple(field.name for field in fields(ServerOptions))
@@ -210,6 +217,7 @@ _SERVER_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "drift_gap": _number(0, 1, low_open=True),
     "drift_cosine": _number(0, 1, low_open=False, high_open=True),
     "max_auto_tasks": _count(),
+    "fused_commit": _flag,
 }
 
 
@@ -245,6 +253,11 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
         changes[name] = _CHECKS[name](key, value)
     options = replace(base, **changes)
     _check_conformal(options)
+    if (options.cache == BLOCK_CACHE) != (base.cache == BLOCK_CACHE):
+        allowed = (BLOCK_CACHE,) if base.cache == BLOCK_CACHE else CANVAS_CACHES
+        raise InvalidOptionError(
+            f"{prefix}cache is {options.cache!r}; this model's attention allows {', '.join(allowed)}. Leave it out."
+        )
     return options
 
 
@@ -285,7 +298,8 @@ def resolve_canvas(
         prompt_length: Prompt tokens.
         max_tokens: The request's limit on output tokens; None for as many as fit in whole blocks.
         max_model_len: The engine's limit on prompt plus canvas.
-        max_num_batched_tokens: The engine's limit on the rows of one step; a refresh has prompt plus canvas rows.
+        max_num_batched_tokens: The engine's limit on the rows of one step; a refresh has prompt plus canvas rows, a
+            step of a block-causal model at most two blocks (its prompt may be cut).
 
     Returns:
         The options with ``gen_length`` (and, for ``fixed_steps``, ``steps``) set, and the output tokens the request
@@ -295,32 +309,38 @@ def resolve_canvas(
         InvalidOptionError: The canvas is no whole number of blocks, does not fit, or ``steps`` does not divide.
     """
     block = options.block_length
+    if options.cache == BLOCK_CACHE:
+        origin, limit = prompt_length // block * block, max_model_len
+        _check_block_causal(options, max_num_batched_tokens)
+        wanted = None if max_tokens is None else prompt_length - origin + max_tokens
+    else:
+        origin, limit = prompt_length, min(max_model_len, max_num_batched_tokens)
+        wanted = max_tokens
     gen_length = options.gen_length
-    limit = min(max_model_len, max_num_batched_tokens)
     if gen_length is None:
-        if max_tokens is None:
-            gen_length = (limit - prompt_length) // block * block
-            if gen_length < block:
+        if wanted is None:
+            gen_length = (limit - origin) // block * block
+            if origin + gen_length <= prompt_length:
                 raise InvalidOptionError(
                     f"The prompt has {prompt_length} tokens; with a block of {block} it exceeds the limit of {limit} "
-                    f"tokens (the smaller of max_model_len {max_model_len} and max_num_batched_tokens "
-                    f"{max_num_batched_tokens}). Shorten the prompt."
+                    f"tokens (the smaller of max_model_len {max_model_len} and, where prompt and canvas are computed "
+                    f"together, max_num_batched_tokens {max_num_batched_tokens}). Shorten the prompt."
                 )
         else:
-            gen_length = math.ceil(max_tokens / block) * block
+            gen_length = math.ceil(wanted / block) * block
     elif gen_length % block:
         raise InvalidOptionError(
             f"gen_length is {gen_length}, no multiple of block_length {block}; use "
             f"{math.ceil(gen_length / block) * block}."
         )
-    total = prompt_length + gen_length
+    total = origin + gen_length
     if total > max_model_len:
         raise InvalidOptionError(
             f"The prompt of {prompt_length} tokens and the canvas of {gen_length} (whole blocks of {block}) make "
             f"{total} tokens, above max_model_len {max_model_len}. Lower max_tokens or gen_length, or shorten the "
             "prompt."
         )
-    if total > max_num_batched_tokens:
+    if options.cache != BLOCK_CACHE and total > max_num_batched_tokens:
         raise InvalidOptionError(
             f"The prompt of {prompt_length} tokens and the canvas of {gen_length} (whole blocks of {block}) make "
             f"{total} tokens, but one forward pass holds max_num_batched_tokens {max_num_batched_tokens} and this "
@@ -329,12 +349,39 @@ def resolve_canvas(
         )
     steps = options.steps
     if options.policy == "fixed_steps":
-        num_blocks = gen_length // block
-        steps = gen_length if steps is None else steps
-        if steps % num_blocks or not num_blocks <= steps <= gen_length:
-            raise InvalidOptionError(
-                f"steps is {steps}; with {num_blocks} blocks of {block} it must be a multiple of {num_blocks} from "
-                f"{num_blocks} to {gen_length}."
-            )
-    output = gen_length if max_tokens is None else min(max_tokens, gen_length)
+        steps = _resolve_steps(options, gen_length, max_tokens)
+    room = total - prompt_length
+    output = room if max_tokens is None else min(max_tokens, room)
     return replace(options, gen_length=gen_length, steps=steps), output
+
+
+def _check_block_causal(options: DecodingOptions, max_num_batched_tokens: int) -> None:
+    if options.gen_length is not None:
+        raise InvalidOptionError(
+            f"gen_length is {options.gen_length}, but no block of this model sees a later one, so a longer canvas "
+            "changes nothing. Send max_tokens."
+        )
+    if 2 * options.block_length > max_num_batched_tokens:
+        raise InvalidOptionError(
+            f"block_length is {options.block_length}; a step computes up to two blocks, but one forward pass holds "
+            f"max_num_batched_tokens {max_num_batched_tokens}. Lower block_length or start the engine with a larger "
+            "--max-num-batched-tokens."
+        )
+
+
+def _resolve_steps(options: DecodingOptions, gen_length: int, max_tokens: int | None) -> int:
+    """Total denoising steps of the canvas. A user counts blocks of new tokens; a prompt's incomplete last block may
+    make one more."""
+    block = options.block_length
+    num_blocks = gen_length // block
+    if options.steps is None:
+        return gen_length
+    asked = num_blocks
+    if options.cache == BLOCK_CACHE and max_tokens is not None:
+        asked = math.ceil(max_tokens / block)
+    if options.steps % asked or not asked <= options.steps <= asked * block:
+        raise InvalidOptionError(
+            f"steps is {options.steps}; with {asked} blocks of {block} it must be a multiple of {asked} from {asked} "
+            f"to {asked * block}."
+        )
+    return options.steps // asked * num_blocks

@@ -1,5 +1,7 @@
-"""Engine settings of the model families that attend to their whole canvas (LLaDA), set so that users need no flag."""
+"""Engine settings of the model families, set so that users need no flag."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm_osdt.calibration.fingerprint import ModelFingerprint, hash_weights
 from vllm_osdt.calibration.store import ProfileStore, default_folder
 from vllm_osdt.config import (
+    BLOCK_CACHE,
     SERVER_OPTION_NAMES,
     DecodingOptions,
     ServerOptions,
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.vllm_osdt.engine_config")
 
+# Tokens of the smallest KV page that attention runs well with; small pages share more of two prompts.
+SMALLEST_PAGE = {"cpu": 32, "gpu": 16}
 SCHEDULER_CLS = "vllm_osdt.scheduler.CanvasScheduler"
 
 
@@ -45,7 +50,10 @@ def server_defaults(vllm_config: "VllmConfig") -> DecodingOptions:
     Raises:
         InvalidOptionError: ``additional_config["osdt"]`` has an unknown name or a bad value.
     """
-    base = DecodingOptions(block_length=vllm_config.model_config.hf_config.block_length)
+    hf_config = vllm_config.model_config.hf_config
+    base = DecodingOptions(block_length=hf_config.block_length)
+    if getattr(hf_config, "is_block_causal", False):
+        base = replace(base, cache=BLOCK_CACHE)
     values = _operator_values(vllm_config)
     return parse_options({name: values[name] for name in values if name not in SERVER_OPTION_NAMES}, base=base)
 
@@ -97,6 +105,48 @@ def open_store(vllm_config: "VllmConfig") -> ProfileStore | None:
     return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config)) if folder else None
 
 
+def _set_up_full_attention(vllm_config: "VllmConfig", options: ServerOptions) -> list[str]:
+    """Settings of models whose positions see the whole canvas; returns what was switched off."""
+    switched_off = []
+    if not options.fused_commit:
+        raise OSDTError(
+            "fused_commit is false, but this model's finished blocks have no keys and values of their own to write; "
+            "leave it out."
+        )
+    if vllm_config.scheduler_config.enable_chunked_prefill:
+        vllm_config.scheduler_config.enable_chunked_prefill = False
+        switched_off.append("chunked prefill (a refresh computes prompt and canvas together)")
+    if vllm_config.cache_config.enable_prefix_caching:
+        vllm_config.cache_config.enable_prefix_caching = False
+        switched_off.append("prefix caching (a prompt's keys and values depend on its canvas)")
+    return switched_off
+
+
+def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int) -> list[str]:
+    """Settings of block-causal models; returns what was switched off.
+
+    Keys and values of a block depend on all of its tokens, so pages may be shared only where each is a whole number of
+    blocks.
+    """
+    cache, max_rows = vllm_config.cache_config, vllm_config.scheduler_config.max_num_batched_tokens
+    if max_rows < 2 * block_length:
+        raise OSDTError(
+            f"max_num_batched_tokens is {max_rows}; a step computes up to two blocks of {block_length}. Raise it to at "
+            f"least {2 * block_length}."
+        )
+    # Prompts are cut at block boundaries anyway.
+    vllm_config.scheduler_config.enable_chunked_prefill = True
+    if not cache.enable_prefix_caching:
+        return []
+    if not cache.user_specified_block_size:
+        cache.block_size = math.lcm(SMALLEST_PAGE["cpu" if current_platform.is_cpu() else "gpu"], block_length)
+        cache.user_specified_block_size = True  # or the platform would choose
+    if cache.block_size % block_length:
+        cache.enable_prefix_caching = False
+        return [f"prefix caching (pages of --block-size {cache.block_size} cut blocks of {block_length})"]
+    return []
+
+
 class CanvasModelConfig(VerifyAndUpdateConfig):
     """vLLM's hook for a model's engine settings."""
 
@@ -131,20 +181,18 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; leave it unset: these models need ours.")
 
         defaults = server_defaults(vllm_config)
-        server_options(vllm_config)  # refuses a bad value before anything is loaded
+        options = server_options(vllm_config)  # refuses a bad value before anything is loaded
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
         scheduler.scheduler_cls = SCHEDULER_CLS
         switched_off = []
         if scheduler.async_scheduling is not False:
             scheduler.async_scheduling = False
             switched_off.append("async scheduling (a step's plan needs the last one's outcome)")
-        if scheduler.enable_chunked_prefill:
-            scheduler.enable_chunked_prefill = False
-            switched_off.append("chunked prefill (a refresh computes prompt and canvas together)")
         scheduler.long_prefill_token_threshold = 0
-        if vllm_config.cache_config.enable_prefix_caching:
-            vllm_config.cache_config.enable_prefix_caching = False
-            switched_off.append("prefix caching (a prompt's keys and values depend on its canvas)")
+        if defaults.cache == BLOCK_CACHE:
+            switched_off += _set_up_block_causal(vllm_config, defaults.block_length)
+        else:
+            switched_off += _set_up_full_attention(vllm_config, options)
         if switched_off:
             logger.info_once("vllm-osdt switches off what this model family cannot use: %s.", "; ".join(switched_off))
 

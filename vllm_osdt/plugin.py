@@ -3,6 +3,12 @@
 _MODELS = {
     # architecture: (model class, HF model_type, config class)
     "LLaDAModelLM": ("vllm_osdt.models.llada:LLaDAModelLM", "llada", "vllm_osdt.models.llada_config:LLaDAConfig"),
+    "SDARForCausalLM": ("vllm_osdt.models.sdar:SDARForCausalLM", "sdar", "vllm_osdt.models.sdar_config:SDARConfig"),
+    "SDARMoeForCausalLM": (
+        "vllm_osdt.models.sdar:SDARMoeForCausalLM",
+        "sdar_moe",
+        "vllm_osdt.models.sdar_config:SDARMoeConfig",
+    ),
     "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
 }
 

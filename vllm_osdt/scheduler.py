@@ -1,11 +1,9 @@
-"""Plans the rows of canvas requests: which steps refresh the whole canvas and which denoise only the active block.
+"""Plans the rows of canvas requests, by their ``CanvasPlan``.
 
 vLLM's scheduler keeps queues, KV pages, preemption, stop conditions and metrics. Rows of the canvas travel as
-speculative placeholders, the way vLLM's own diffusion models do, so a step of a request is described by two numbers:
-the position where its rows start (``num_computed_tokens``) and the number of placeholders after its committed tokens.
+speculative placeholders, the way vLLM's own diffusion models do; rows start at ``num_computed_tokens``.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -17,33 +15,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_osdt import metrics
-from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY
-
-
-@dataclass(slots=True)
-class CanvasPlan:
-    """What the scheduler knows of a request's canvas.
-
-    Attributes:
-        gen_length: Canvas length in tokens.
-        block_length: Positions denoised together.
-        cache: ``none``, ``prefix`` or ``dual``.
-        refreshed_at: Committed tokens when prompt and canvas were last computed together, -1 before the first time.
-    """
-
-    gen_length: int
-    block_length: int
-    cache: str
-    refreshed_at: int = -1
-
-
-def _plan(request: Request) -> CanvasPlan:
-    plan = getattr(request, "canvas_plan", None)
-    if plan is None:
-        options = request.sampling_params.extra_args[RESOLVED_KEY]
-        plan = CanvasPlan(options["gen_length"], options["block_length"], options["cache"])
-        request.canvas_plan = plan
-    return plan
+from vllm_osdt.canvas_plan import BlockCausalPlan, CanvasPlan, FullAttentionPlan, Rows
+from vllm_osdt.config import BLOCK_CACHE, MAX_BLOCK_LENGTH, RESOLVED_KEY
+from vllm_osdt.engine_config import server_options
 
 
 def _ended_well(request: Request) -> bool:
@@ -59,97 +33,113 @@ def _ended_well(request: Request) -> bool:
 
 
 class CanvasScheduler(Scheduler):
-    """vLLM's scheduler for models that attend to their whole canvas.
+    """vLLM's scheduler for models that denoise a canvas; a request's ``CanvasPlan`` says which of its rows run.
 
-    A request's first step, and the first step of each block, computes prompt and canvas together (a refresh); later
-    steps compute the rows its cache mode says. A step is planned whole or not at all: rows of one request are never
-    split over two steps.
+    It plans a step when the last one's outcome is known: the rows of a step depend on whether a block is finished.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Counters by number of accepted tokens: a request may have longer blocks than the served default.
         self.num_spec_tokens = MAX_BLOCK_LENGTH
-        self._max_num_active_reqs: int = self.max_num_active_reqs
+        self._is_fused = server_options(self.vllm_config).fused_commit
         self._placeholders = [-1] * self.max_model_len
         self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
+        self._rows: dict[str, Rows] = {}  # of the step that is being planned
+        self._room = 0  # rows of it that are left
         self._failed_req_ids: set[str] = set()
         self._news = metrics.EngineNews()
         self._allocate_slots = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate_with_canvas
+        self.kv_cache_manager.allocate_slots = self._allocate_for_rows
 
     def add_request(self, request: Request) -> None:
         """Queue a request, with vLLM's per-request speculative metrics on: their steps are the request's NFE. (The
         engine argument that turns them on is refused without a speculative config.)"""
-        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(_plan(request).block_length)
+        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._plan(request).block_length)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan one engine step (see the class)."""
-        budget = self.max_num_scheduled_tokens
-        order = self.running
+        self._room = self.max_num_scheduled_tokens
+        self._rows.clear()
+        order = list(self.running)
         waited, self._postponed = self._postponed, {}
         if waited:
             order = sorted(order, key=lambda request: -waited.get(request.request_id, 0))
         for request in order:
-            num_rows = self._plan_step(request, budget)
-            if num_rows == 0:
+            if not self._plan_step(request):
                 self._postponed[request.request_id] = waited.get(request.request_id, 0) + 1
-            budget -= num_rows
-        self._limit_admissions(budget)
         output = super().schedule(throttle_prefills)
+        for request in order:
+            request.num_output_placeholders = 0
         # A dynamic attribute travels with the output to every worker.
         output.failed_req_ids = self._failed_req_ids
         self._failed_req_ids = set()
         return output
 
-    def _plan_step(self, request: Request, budget: int) -> int:
-        """Set where a running request's rows start; returns their number, 0 when they must wait for budget."""
-        plan = _plan(request)
-        committed = request.num_output_tokens
-        prefix = request.num_prompt_tokens + committed
-        rest = plan.gen_length - committed
-        if plan.cache == "none" or plan.refreshed_at != committed:
-            start, num_canvas_rows = 0, rest
-        else:
-            start, num_canvas_rows = prefix, plan.block_length if plan.cache == "dual" else rest
-        num_rows = prefix + num_canvas_rows - start
-        if num_rows > budget:
+    def _plan(self, request: Request) -> CanvasPlan:
+        plan = getattr(request, "canvas_plan", None)
+        if plan is None:
+            options = request.sampling_params.extra_args[RESOLVED_KEY]
+            block_length, cache = options["block_length"], options["cache"]
+            if cache == BLOCK_CACHE:
+                plan = BlockCausalPlan(block_length, self._is_fused)
+            else:
+                plan = FullAttentionPlan(request.num_prompt_tokens + options["gen_length"], block_length, cache)
+            request.canvas_plan = plan
+        return plan
+
+    def _plan_step(self, request: Request) -> bool:
+        """Set which rows of a running request are next; False when they must wait for room."""
+        rows = self._plan(request).next_rows(request.num_tokens, self._room)
+        if rows is None:
             # schedule() counts current_step up before it looks at this.
             request.next_decode_eligible_step = self.current_step + 2
-            return 0
-        request.num_computed_tokens = start
-        request.spec_token_ids = self._placeholders[:num_canvas_rows]
-        return num_rows
+            return False
+        self._room -= rows.num_rows
+        self._rows[request.request_id] = rows
+        # schedule() takes num_tokens + spec_token_ids + num_output_placeholders - num_computed_tokens rows; the
+        # placeholders of asynchronous outputs, of which there are none, make up for a step that ends before num_tokens.
+        request.num_computed_tokens = rows.start
+        request.spec_token_ids = self._placeholders[: rows.num_drafts]
+        request.num_output_placeholders = rows.end - request.num_tokens - rows.num_drafts
+        return True
 
-    def _limit_admissions(self, budget: int) -> None:
-        """Admit only as many waiting requests as have room for prompt and canvas in this step."""
-        room = len(self.running)
-        for request in self.waiting:
-            budget -= request.num_prompt_tokens + _plan(request).gen_length
-            if budget < 0:
-                break
-            room += 1
-        self.max_num_active_reqs = min(room, self._max_num_active_reqs)
-
-    def _allocate_with_canvas(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        """Give a request that starts (or resumes) the KV pages of its whole canvas at once, and a running one none."""
-        if request.status == RequestStatus.RUNNING:
-            return self.kv_cache_manager.empty_kv_cache_blocks
-        num_new_tokens += _plan(request).gen_length - request.num_output_tokens
-        return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
+    def _allocate_for_rows(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        """Give a request the KV pages of its planned rows; plan those of one that starts or resumes."""
+        plan, is_new = self._plan(request), request.status != RequestStatus.RUNNING
+        if is_new:
+            plan.admit(request.num_computed_tokens + kwargs["num_new_computed_tokens"])
+            rows = plan.next_rows(request.num_tokens, self._room)
+            if rows is None:
+                return None
+        else:
+            rows = self._rows[request.request_id]
+        pages = self.kv_cache_manager.empty_kv_cache_blocks
+        if rows.end > plan.pages_end:
+            kwargs["delay_cache_blocks"] = True  # drafts are among its tokens
+            end = plan.pages_needed(rows)
+            pages = self._allocate_slots(request, end - rows.start, *args, **kwargs)
+            if pages is None:
+                return None
+            plan.pages_end = end
+        if is_new:
+            self._room -= rows.num_rows
+            self._rows[request.request_id] = rows
+        plan.schedule(request.num_tokens, rows)
+        self.kv_cache_manager.cache_blocks(request, plan.num_final)
+        return pages
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        """Add the canvas rows of newly admitted requests: their first step is a refresh, not a prompt-only prefill."""
-        for new in scheduler_output.scheduled_new_reqs:
-            request = self.requests[new.req_id]
-            num_canvas_rows = _plan(request).gen_length - request.num_output_tokens
-            scheduler_output.num_scheduled_tokens[new.req_id] += num_canvas_rows
-            scheduler_output.total_num_scheduled_tokens += num_canvas_rows
-            scheduler_output.scheduled_spec_decode_tokens[new.req_id] = self._placeholders[:num_canvas_rows]
-        for req_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests[req_id]
-            _plan(request).refreshed_at = request.num_output_tokens
+        """Put the planned rows of newly admitted requests in place of the prompt alone."""
+        num_scheduled = scheduler_output.num_scheduled_tokens
+        for req_id in num_scheduled:
+            rows = self._rows[req_id]
+            self.requests[req_id].num_output_placeholders = 0
+            scheduler_output.total_num_scheduled_tokens += rows.num_rows - num_scheduled[req_id]
+            num_scheduled[req_id] = rows.num_rows
+            if rows.num_drafts:
+                scheduler_output.scheduled_spec_decode_tokens[req_id] = self._placeholders[: rows.num_drafts]
         super()._update_after_schedule(scheduler_output)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -176,6 +166,7 @@ class CanvasScheduler(Scheduler):
         it has taken so far: the front end may end the request at a stop string."""
         self._news.hear(getattr(model_runner_output, "osdt_report", None), self.requests)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
+        self._count_commits(scheduler_output, requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
             for output in client.outputs:
@@ -184,6 +175,15 @@ class CanvasScheduler(Scheduler):
                     output.spec_decode_metrics = request.spec_decode_metrics
                     output.kv_transfer_params = {metrics.KEY: self._news.describe(request)}
         return outputs
+
+    def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
+        """Count the forwards that only write a finished block's keys and values; vLLM counts those with drafts."""
+        if self._is_fused:
+            return
+        for req_id, request in requests.items():
+            is_generated = request.num_computed_tokens > request.num_prompt_tokens
+            if req_id not in scheduler_output.scheduled_spec_decode_tokens and is_generated:
+                request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's, with what happened to profiles and requests since the last ones."""

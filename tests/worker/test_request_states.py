@@ -154,7 +154,7 @@ def step(states, slot, block=0):
     """Plan one denoising step of a request."""
     slots = np.array([slot])
     first, num_drafts = np.array([len(PROMPT) + block * LENGTH]), np.array([LENGTH], dtype=np.int32)
-    states.begin_step(slots, first)
+    states.begin_step(slots, first, num_drafts)
     return plan_step(states, slots, first, np.array([LENGTH]), num_drafts)
 
 
@@ -194,7 +194,7 @@ def test_the_mean_confidence_of_every_step_is_kept_by_request_block_and_step():
     expected = np.full((3, 4, LENGTH), NAN)
     for number, (block, masks) in enumerate([(0, [4, 4]), (0, [3, 1]), (1, [4, 4])]):
         first = np.full(2, len(PROMPT) + block * LENGTH)
-        states.begin_step(slots, first)
+        states.begin_step(slots, first, drafts)
         for slot, num_masked in zip(slots, masks, strict=True):
             states.host.masked[slot, :LENGTH] = np.arange(LENGTH) < num_masked
         plan = plan_step(states, slots, first, np.array([LENGTH] * 2), drafts)

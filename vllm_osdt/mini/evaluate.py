@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vllm_osdt.mini import model_path
-from vllm_osdt.mini.model import MiniLLaDA, beside_stale_cache
+from vllm_osdt.mini.model import MiniLLaDA, beside_stale_cache, block_causal
 from vllm_osdt.mini.tasks import TASKS, check, generate
 from vllm_osdt.mini.tasks.base import Problem
 from vllm_osdt.mini.tokenizer import build_tokenizer
@@ -73,6 +73,7 @@ def decode(
 
     Args:
         prompts: `[batch, prompt_length]` ids.
+        canvas_length: Of a block-causal model, a lower bound.
         recorded: Collects the confidences of all masked positions by block.
         cache: One of CACHES. What the cache modes compute, without their speed.
 
@@ -82,12 +83,15 @@ def decode(
     """
     config = model.config
     num_prompts, prompt_length = prompts.shape
+    first_start = prompt_length
+    if config.is_block_causal:  # blocks lie on a grid; the prompt's last, incomplete one is the first to be decoded
+        first_start = prompt_length // config.block_length * config.block_length
+        canvas_length = -(-(prompt_length + canvas_length) // config.block_length) * config.block_length - prompt_length
     masks = prompts.new_full((num_prompts, canvas_length), config.mask_token_id)
     token_ids = torch.cat((prompts, masks), dim=1)
     nfe = torch.zeros(num_prompts, dtype=torch.long, device=prompts.device)
     running = torch.arange(num_prompts, device=prompts.device)
-    for block in range(canvas_length // config.block_length):
-        start = prompt_length + block * config.block_length
+    for block, start in enumerate(range(first_start, prompt_length + canvas_length, config.block_length)):
         active = slice(start, start + config.block_length)
         rows, entered = running, token_ids.clone()
         while rows.numel():
@@ -104,12 +108,17 @@ def decode(
             accepted.scatter_(1, best, True)
             token_ids[rows, active] = torch.where(accepted, proposal, canvas)
             rows = rows[(masked & ~accepted).any(-1)]
-        running = running[~(token_ids[running, active] == config.eos_token_id).any(-1)]
+        answer = slice(max(start, prompt_length), active.stop)
+        running = running[~(token_ids[running, answer] == config.eos_token_id).any(-1)]
     return token_ids[:, prompt_length:], nfe
 
 
 def block_logits(model: MiniLLaDA, token_ids: Tensor, entered: Tensor, active: slice, cache: str) -> Tensor:
-    """Logits of the active block; `entered` is what the sequences were when it became active."""
+    """Logits of the active block; `entered` is what the sequences were when it became active. A block-causal model has
+    one exact cache, which is the same as none."""
+    if model.config.is_block_causal:
+        block = torch.arange(active.stop, device=token_ids.device) // model.config.block_length
+        return model(token_ids[:, : active.stop], visible=block_causal(block))[:, active]
     if cache == "none":
         return model(token_ids)[:, active]
     computed = active if cache == "dual" else slice(active.start, token_ids.shape[1])

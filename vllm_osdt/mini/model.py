@@ -1,8 +1,9 @@
-"""LLaDA in plain PyTorch, for training and offline evaluation, with the tensor names of the published checkpoints."""
+"""LLaDA and SDAR in plain PyTorch, for training and offline evaluation; checkpoints have the published tensor names."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,26 @@ from torch import Tensor, nn
 # Scale of the layers that write to the residual stream, relative to 1 / sqrt(fan-in).
 RESIDUAL_SCALE = 0.35
 EMBEDDING_STD = 0.5
+# What SDAR's checkpoints call LLaDA's tensors: of a layer, and of the rest.
+SDAR_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+SDAR_NAMES = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 
 
 @dataclass(frozen=True)
 class MiniConfig:
-    """Shape of a bundled model; the rest of `config.json` is the same for all."""
+    """Shape of a bundled model; the rest of `config.json` is the same for all of a family, `llada` or `sdar`."""
 
     vocab_size: int
     eos_token_id: int
@@ -29,10 +45,46 @@ class MiniConfig:
     max_sequence_length: int = 512
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
+    family: str = "llada"
+
+    @property
+    def is_block_causal(self) -> bool:
+        """Whether a position sees the blocks up to its own; otherwise it sees all."""
+        return self.family == "sdar"
 
     def to_json(self) -> str:
-        """The text of `config.json`, with the fields of published LLaDA checkpoints."""
-        fields = {
+        """The text of `config.json`, with the fields of published checkpoints."""
+        fields = self._sdar_fields() if self.family == "sdar" else self._llada_fields()
+        return json.dumps(fields, indent=2) + "\n"
+
+    def _sdar_fields(self) -> dict[str, Any]:
+        return {
+            "architectures": ["SDARForCausalLM"],
+            "model_type": "sdar",
+            "torch_dtype": "float32",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "block_size": self.block_length,
+            "eos_token_id": self.eos_token_id,
+            "head_dim": self.d_model // self.n_heads,
+            "hidden_act": "silu",
+            "hidden_size": self.d_model,
+            "intermediate_size": self.mlp_hidden_size,
+            "mask_token_id": self.mask_token_id,
+            "max_position_embeddings": self.max_sequence_length,
+            "num_attention_heads": self.n_heads,
+            "num_hidden_layers": self.n_layers,
+            "num_key_value_heads": self.n_heads,
+            "pad_token_id": self.eos_token_id,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": self.vocab_size,
+        }
+
+    def _llada_fields(self) -> dict[str, Any]:
+        return {
             "architectures": ["LLaDAModelLM"],
             "model_type": "llada",
             "torch_dtype": "float32",
@@ -74,17 +126,26 @@ class MiniConfig:
             "vocab_size": self.vocab_size,
             "weight_tying": False,
         }
-        return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> "MiniConfig":
         """Reads `config.json`."""
         fields = json.loads((folder / "config.json").read_text())
+        if fields["model_type"] == "sdar":
+            fields |= {
+                "block_length": fields["block_size"],
+                "d_model": fields["hidden_size"],
+                "n_layers": fields["num_hidden_layers"],
+                "n_heads": fields["num_attention_heads"],
+                "mlp_hidden_size": fields["intermediate_size"],
+                "max_sequence_length": fields["max_position_embeddings"],
+            }
+        fields["family"] = fields["model_type"]
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
 
 class Block(nn.Module):
-    """Pre-norm attention over all positions, then SwiGLU."""
+    """Pre-norm attention, then SwiGLU; SDAR's query and key heads are normed."""
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
@@ -94,6 +155,10 @@ class Block(nn.Module):
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
+        self.has_head_norms = config.family == "sdar"
+        if self.has_head_norms:
+            self.q_norm = nn.RMSNorm(width // config.n_heads, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(width // config.n_heads, config.rms_norm_eps)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.ff_norm = nn.RMSNorm(width, config.rms_norm_eps)
         self.ff_proj = nn.Linear(width, hidden, bias=False)
@@ -106,6 +171,8 @@ class Block(nn.Module):
         query, key, value = (
             projection(normed).view(heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.has_head_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
         # Written out: on a CPU the fused kernel's bf16 backward pass is several times slower.
         scores = rotate(query, cos, sin) @ rotate(key, cos, sin).transpose(-1, -2) * query.shape[-1] ** -0.5
         if bias is not None:
@@ -178,14 +245,58 @@ class MiniLLaDA(nn.Module):
         """Writes `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(self.config.to_json())
-        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        weights = {self._published(name): weight for name, weight in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _published(self, name: str) -> str:
+        """What a checkpoint calls a tensor."""
+        if self.config.family == "llada":
+            return name
+        stem, kind = name.removeprefix("model.transformer.").rsplit(".", 1)
+        if stem in SDAR_NAMES:
+            return f"{SDAR_NAMES[stem]}.{kind}"
+        _, layer, part = stem.split(".")
+        return f"model.layers.{layer}.{SDAR_LAYER_NAMES[part]}.{kind}"
 
     @classmethod
     def load(cls, folder: Path) -> "MiniLLaDA":
         """Reads what `save` wrote."""
         model = cls(MiniConfig.load(folder))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: weights[model._published(name)] for name in model.state_dict()})
         return model.eval()
+
+
+def block_causal(block: Tensor) -> Tensor:
+    """Who sees whom among positions of these blocks, `[length]`: `[1, length, length]` bool, as `MiniLLaDA.forward`
+    takes it."""
+    return (block[:, None] >= block[None, :]).unsqueeze(0)
+
+
+def beside_clean_blocks(states: Tensor, clean: Tensor, start: int, block_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of one forward pass that denoises every block of many sequences at once, each behind the finished ones.
+
+    Args:
+        states: Noised sequences from position `start` on, `[batch, states, length - start]`.
+        clean: The sequences, `[batch, length]`.
+        start: A block boundary.
+        block_length: Positions denoised together.
+
+    Returns:
+        Ids and positions `[batch, length + states * (length - start)]`, the finished sequences first, and who sees
+        whom as `MiniLLaDA.forward` takes it: a noised block sees itself and the finished blocks before it.
+    """
+    num_states, length = states.shape[1], clean.shape[1]
+    own = torch.arange(length, device=clean.device)
+    position = torch.cat((own, own[start:].repeat(num_states)))
+    state = torch.cat(
+        (own.new_zeros(length), torch.arange(1, num_states + 1, device=clean.device).repeat_interleave(length - start))
+    )
+    block = position // block_length
+    is_before, is_same = block[None, :] < block[:, None], block[None, :] == block[:, None]
+    visible = (state == 0)[None, :] & is_before | is_same & (state[None, :] == state[:, None])
+    token_ids = torch.cat((clean, states.flatten(1)), dim=1)
+    return token_ids, position.expand(len(clean), -1), visible.unsqueeze(0)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

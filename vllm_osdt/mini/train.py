@@ -1,4 +1,4 @@
-"""Trains a bundled model from scratch: `python -m vllm_osdt.mini.train --out DIR`."""
+"""Trains a bundled model from scratch: `python -m vllm_osdt.mini.train --model NAME --out DIR`."""
 
 import argparse
 import functools
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_osdt.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
-from vllm_osdt.mini.model import MiniConfig, MiniLLaDA, beside_stale_cache
+from vllm_osdt.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, beside_stale_cache
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tasks.base import tokenize
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
@@ -154,6 +154,46 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
     )
 
 
+def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
+    """Draws problems of one prompt length, and for every block from the prompt's last on NUM_STATES masked states."""
+    sizes = np.array([len(lengths) for _, _, lengths in groups])
+    prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
+    rows = rng.integers(len(lengths), size=size)
+    prompts, answers, lengths = prompts[rows], answers[rows], lengths[rows]
+    prompt_length = prompts.shape[1]
+    start = prompt_length // block_length * block_length
+    length = (prompt_length + int(lengths.max())) // block_length * block_length + block_length
+    canvas = np.full((size, length), EOS_ID, dtype=np.int64)
+    canvas[:, :prompt_length] = prompts
+    canvas[:, prompt_length:][:, : answers.shape[1]] = answers[:, : length - prompt_length]
+    weights, is_dependent = np.zeros(canvas.shape), np.zeros(canvas.shape, dtype=bool)
+    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(canvas[:, prompt_length:], lengths)
+
+    shape = (size, NUM_STATES, length - start)
+    of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
+    masked = torch.from_numpy(draw_masks(rng, of_blocks).reshape(shape))
+    masked[..., : prompt_length - start] = False
+    clean = torch.from_numpy(canvas)
+    targets = clean[:, None, start:].expand(shape)
+    states = targets.masked_fill(masked, MASK_ID)
+    token_ids, positions, visible = beside_clean_blocks(states, clean, start, block_length)
+    asked = torch.from_numpy(weights[:, None, start:]).float() * masked
+    return Batch(
+        token_ids,
+        torch.cat((clean, targets.flatten(1)), dim=1),
+        torch.cat((torch.zeros(clean.shape), asked.flatten(1)), dim=1),
+        positions,
+        visible,
+    )
+
+
+DRAW = {"llada": draw_batch, "sdar": draw_block_causal_batch}
+CONFIGS = {
+    "llada-mini": functools.partial(MiniConfig),
+    "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
+}
+
+
 def loss_of(model: MiniLLaDA, batch: Batch) -> tuple[Tensor, float]:
     """Weighted cross-entropy of the masked positions, and the share of fully weighted ones predicted right."""
     with torch.autocast(batch.token_ids.device.type, dtype=torch.bfloat16):
@@ -207,7 +247,8 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     device, folder = torch.device(options.device), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    model = MiniLLaDA(MiniConfig(len(build_vocabulary()), EOS_ID, MASK_ID))
+    model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary()), EOS_ID, MASK_ID))
+    draw = DRAW[model.config.family]
     model.initialize()
     model.to(device)
     optimizers = make_optimizers(model)
@@ -227,7 +268,7 @@ def train(options: argparse.Namespace) -> None:
                 group["lr"] = share * options.learning_rate * learning_rate_factor(step, options.steps)
         total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
-            batch = draw_batch(rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length)
+            batch = draw(rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length)
             loss, share = loss_of(model, batch.to(device))
             token_accuracy[task] = round(share, 4)
             (loss * TASK_SHARES[task]).backward()
@@ -258,6 +299,7 @@ def train(options: argparse.Namespace) -> None:
 def main() -> None:
     """Reads the options and trains."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=CONFIGS, default="llada-mini")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; a run in it is continued")
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)

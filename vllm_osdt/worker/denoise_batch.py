@@ -20,7 +20,10 @@ class DenoiseBatch:
 
     Attributes:
         slots_np: ``[R]`` slots, on the host.
-        slots: The same on the device.
+        is_active: bool ``[R]``, on the host: whether the request denoises in this step.
+        slots: The same as ``slots_np``, on the device.
+        mask_rows: int64 ``[R]``, row of ``CanvasStates.masked``: the slot, or the last row for a request that denoises
+            nothing in this step.
         num_rows: M; the logits may have a row more when nothing is masked.
         cells: int64 ``[M]``, index into ``[R, W]`` of each logits row.
         canvas_index: int64 ``[R, W]``, index into ``CanvasStates.cells``; padding points to the last cell.
@@ -34,7 +37,9 @@ class DenoiseBatch:
     """
 
     slots_np: np.ndarray
+    is_active: np.ndarray
     slots: torch.Tensor
+    mask_rows: torch.Tensor
     num_rows: int
     cells: torch.Tensor
     canvas_index: torch.Tensor
@@ -47,13 +52,22 @@ class DenoiseBatch:
     step_cell: torch.Tensor
 
 
+class BlockQueries(NamedTuple):
+    """A step's rows cut at block boundaries, S blocks: each sees all positions up to its own end, and nothing else."""
+
+    query_start_loc: np.ndarray  # int32 [S + 1], first row of each block
+    seq_lens: np.ndarray  # int32 [S], position behind each
+    request: np.ndarray  # int64 [S], whose it is
+
+
 @dataclass
 class CanvasInputBatch(InputBatch):
-    """vLLM's input batch with the denoising step it is for, and the rows to which the last layer narrows the hidden
-    states, int64 ``[M]``; with them ``logits_indices`` counts from 0."""
+    """vLLM's input batch with the denoising step it is for, the rows to which the last layer narrows the hidden states,
+    int64 ``[M]`` (with them ``logits_indices`` counts from 0), and a block-causal model's queries."""
 
     denoise: DenoiseBatch | None = None
     logit_rows: torch.Tensor | None = None
+    block_queries: BlockQueries | None = None
 
 
 def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -86,6 +100,7 @@ class StepPlan(NamedTuple):
     cu_num_logits: np.ndarray  # int32 [R + 1]
     cells: np.ndarray  # int64 [M], where in [R, W] each of them is
     canvas_index: np.ndarray  # int64 [R, W], index in CanvasStates.cells; padding points to the last
+    mask_rows: np.ndarray  # int64 [R], see DenoiseBatch
     rule: np.ndarray  # int8 [R]
     parameter: np.ndarray  # float32 [R]
     eos_token_id: np.ndarray  # int64 [R]
@@ -103,7 +118,7 @@ def plan_step(
         slots: int64 ``[R]`` scheduled slots.
         start: int64 ``[R]`` position of the first row of each.
         num_rows: int64 ``[R]`` rows of each.
-        num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block.
+        num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block; 0 without one.
     """
     num_reqs, num_tokens = slots.size, int(num_rows.sum())
     width = int(states.host.block_length[slots].max(initial=1))
@@ -116,6 +131,7 @@ def plan_step(
         cu_num_logits=np.empty(num_reqs + 1, np.int32),
         cells=np.empty(num_reqs * width, np.int64),
         canvas_index=np.empty((num_reqs, width), np.int64),
+        mask_rows=np.empty(num_reqs, np.int64),
         rule=np.empty(num_reqs, np.int8),
         parameter=np.empty(num_reqs, np.float32),
         eos_token_id=np.empty(num_reqs, np.int64),
@@ -145,12 +161,13 @@ def _fill(
         slot = slots[req]
         block_start = start[req] + num_rows[req] - num_drafts[req]
         first_cell = slot * max_model_len
+        active_length = min(host.block_length[slot], num_drafts[req])
         is_alone = host.first_alone[slot] and host.step[slot] == 0
         for k in range(num_rows[req]):
             plan.positions[row + k] = start[req] + k
             plan.source[row + k] = first_cell + start[req] + k
         for k in range(plan.canvas_index.shape[1]):
-            inside = k < host.block_length[slot]
+            inside = k < active_length
             plan.canvas_index[req, k] = first_cell + block_start + k if inside else padding_cell
             if inside and host.masked[slot, k] and (k == 0 or not is_alone):
                 plan.logit_rows[num_logits] = row + block_start - start[req] + k - logits_shift
@@ -160,14 +177,38 @@ def _fill(
         plan.query_start_loc[req + 1] = row
         plan.cu_num_logits[req + 1] = num_logits
         plan.seq_lens[req] = max(host.canvas_end[slot], start[req] + num_rows[req])
+        plan.mask_rows[req] = slot if active_length > 0 else host.block_length.size
         plan.rule[req] = TOP_K if is_alone else host.rule[slot]
-        step = min(block_start - host.prompt_len[slot] + host.step[slot], max_model_len - 1)
+        step = 0
+        if active_length > 0:
+            offset = block_start - host.origin[slot]
+            step = offset - offset % host.block_length[slot] + min(host.step[slot], host.block_length[slot] - 1)
+            host.num_fallbacks[slot, host.fallback[slot, step]] += 1
         plan.parameter[req] = 1.0 if is_alone else host.parameters[slot, step]
         plan.step_cell[req] = first_cell + step
-        host.num_fallbacks[slot, host.fallback[slot, step]] += 1
         plan.eos_token_id[req] = host.eos_token_id[slot]
-        plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), host.block_length[slot])
+        plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), active_length)
     return num_logits
+
+
+def cut_into_blocks(states: CanvasStates, slots: np.ndarray, start: np.ndarray, num_rows: np.ndarray) -> BlockQueries:
+    """The queries of a block-causal model.
+
+    Args:
+        states: Tables.
+        slots: int64 ``[R]`` scheduled slots.
+        start: int64 ``[R]`` position of the first row of each, the first of a block.
+        num_rows: int64 ``[R]`` rows of each, whole blocks.
+    """
+    block_length = states.host.block_length[slots]
+    # vLLM's warm-up requests have no canvas.
+    num_blocks = np.where(block_length > 0, num_rows // np.maximum(block_length, 1), 1)
+    request = np.repeat(np.arange(slots.size), num_blocks)
+    index = np.arange(request.size) - (num_blocks.cumsum() - num_blocks)[request]  # of a block in its request
+    length = np.where(block_length > 0, block_length, num_rows)[request]
+    query_start_loc = np.zeros(request.size + 1, dtype=np.int32)
+    length.cumsum(out=query_start_loc[1:])
+    return BlockQueries(query_start_loc, (start[request] + (index + 1) * length).astype(np.int32), request)
 
 
 def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> DenoiseBatch:
@@ -182,7 +223,9 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         row_keys = to_device(noise_keys(host.seed[slots][row_req], positions, host.step[slots][row_req]), device)
     return DenoiseBatch(
         slots_np=slots,
+        is_active=plan.mask_rows < host.block_length.size,
         slots=to_device(slots, device),
+        mask_rows=to_device(plan.mask_rows, device),
         num_rows=plan.cells.size,
         cells=to_device(plan.cells, device),
         canvas_index=to_device(plan.canvas_index, device),

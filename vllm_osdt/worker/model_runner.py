@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_osdt.worker.denoise_batch import CanvasInputBatch, plan_denoise, plan_step
+from vllm_osdt.worker.denoise_batch import CanvasInputBatch, cut_into_blocks, plan_denoise, plan_step
 from vllm_osdt.worker.model_state import CanvasModelState
 from vllm_osdt.worker.request_states import to_device
 from vllm_osdt.worker.sampler import CanvasSampler
@@ -84,7 +84,7 @@ class CanvasRunnerMixin:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
         num_computed = self.req_states.num_computed_tokens_np[slots]
         start = num_computed.astype(np.int64)
-        states.begin_step(slots, start + num_rows - num_drafts)
+        states.begin_step(slots, start + num_rows - num_drafts, num_drafts)
         plan = plan_step(states, slots, start, num_rows, num_drafts)
 
         device = self.device
@@ -137,13 +137,15 @@ class CanvasRunnerMixin:
             prompt_lens=None,
             denoise=denoise,
             logit_rows=logit_rows if is_narrowed else None,
+            block_queries=cut_into_blocks(states, slots, start, num_rows) if states.is_block_causal else None,
         )
 
     def compile_host_loops(self) -> None:
         """Run the compiled loops on a batch of no request, so that the first request need not wait for them."""
         states, none = self.model_state.canvas_states, np.empty(0, dtype=np.int64)
-        states.begin_step(none, none)
-        plan = plan_step(states, none, none, none, np.empty(0, dtype=np.int32))
+        no_drafts = np.empty(0, dtype=np.int32)
+        states.begin_step(none, none, no_drafts)
+        plan = plan_step(states, none, none, none, no_drafts)
         denoise = plan_denoise(states, none, plan)
         logits = torch.empty(0, self.vocab_size, device=self.device)
         self.sampler(logits, SimpleNamespace(denoise=denoise, req_ids=[]))

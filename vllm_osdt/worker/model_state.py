@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
@@ -20,7 +21,7 @@ from vllm_osdt.calibration.profile import CalibrationProfile
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.config import RESOLVED_KEY
 from vllm_osdt.engine_config import open_store, server_options
-from vllm_osdt.worker.request_states import CanvasStates
+from vllm_osdt.worker.request_states import CanvasStates, to_device
 from vllm_osdt.worker.sampler import CanvasSampler
 
 
@@ -46,10 +47,13 @@ def make_guard(vllm_config: VllmConfig) -> DriftGuard | None:
 
 
 class CanvasModelState(ModelState):
-    """State of a model whose every position sees the whole canvas.
+    """State of a model that denoises a canvas.
 
-    A step's queries are any rows of prompt and canvas; they attend to all pages of the request, without a causal
-    mask. Keys and values of rows that do not run stay as the last refresh left them.
+    A step's queries are any rows of prompt and canvas, without a causal mask. Where every position sees the whole
+    canvas, they attend to all pages of the request; keys and values of rows that do not run stay as the last refresh
+    left them. Those of a block-causal model are cut at block boundaries, and each block is to attention a request of
+    its own that ends with it; keys and values of all rows are written before any is read, so a block sees the ones
+    before it that run in the same step.
     """
 
     num_new_sampled_tokens_per_step = 0
@@ -64,6 +68,7 @@ class CanvasModelState(ModelState):
             make_registry(vllm_config),
             make_guard(vllm_config),
             getattr(vllm_config.model_config.hf_config, "logits_shift", 0),
+            getattr(vllm_config.model_config.hf_config, "is_block_causal", False),
         )
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -104,20 +109,31 @@ class CanvasModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Metadata for attention over the whole canvas."""
+        """Metadata for attention over the whole canvas, or over the blocks so far (see the class)."""
+        blocks = getattr(input_batch, "block_queries", None)
+        if blocks is None:
+            query_start_loc, query_start_loc_np = input_batch.query_start_loc, input_batch.query_start_loc_np
+            seq_lens, seq_lens_cpu = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
+            num_queries, max_query_len = input_batch.num_reqs, input_batch.num_scheduled_tokens.max()
+        else:
+            query_start_loc_np, seq_lens_cpu = blocks.query_start_loc, torch.from_numpy(blocks.seq_lens)
+            query_start_loc = to_device(query_start_loc_np, self.device)
+            seq_lens, request = to_device(blocks.seq_lens, self.device), to_device(blocks.request, self.device)
+            block_tables = tuple(table[request] for table in block_tables)
+            num_queries, max_query_len = blocks.request.size, np.diff(query_start_loc_np).max()
         return build_attn_metadata(
             attn_groups=attn_groups,
-            num_reqs=input_batch.num_reqs,
+            num_reqs=num_queries,
             num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc,
-            query_start_loc_cpu=torch.from_numpy(input_batch.query_start_loc_np),
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
-            seq_lens=input_batch.seq_lens,
+            query_start_loc_gpu=query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(query_start_loc_np),
+            max_query_len=int(max_query_len),
+            seq_lens=seq_lens,
             max_seq_len=self.max_model_len,
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+            seq_lens_cpu_upper_bound=seq_lens_cpu,
             for_cudagraph_capture=for_capture,
             causal=False,
         )

@@ -71,8 +71,8 @@ def _end_token_id(params: SamplingParams) -> int:
 class HostTables(NamedTuple):
     """What planning a step reads: one entry or row per slot, on the host."""
 
-    prompt_len: np.ndarray  # int64
-    canvas_end: np.ndarray  # int64, prompt + canvas
+    origin: np.ndarray  # int64, position of the first block: behind the prompt, or at its last incomplete block
+    canvas_end: np.ndarray  # int64
     output_end: np.ndarray  # int64, prompt + max_tokens
     block_length: np.ndarray  # int64; 0: the slot has no canvas
     block_start: np.ndarray  # int64, position of the active block; -1: none yet
@@ -111,6 +111,7 @@ class CanvasStates:
         registry: ProfileRegistry | None = None,
         guard: DriftGuard | None = None,
         logits_shift: int = 0,
+        is_block_causal: bool = False,
     ) -> None:
         self.max_model_len = max_model_len
         self.mask_token_id = mask_token_id
@@ -118,6 +119,7 @@ class CanvasStates:
         self.registry = registry or ProfileRegistry()
         self.guard = guard
         self.logits_shift = logits_shift  # position i is read from the logits at i - logits_shift
+        self.is_block_causal = is_block_causal  # blocks lie on a grid from position 0 and see no later ones
         self.report = Report()
         self.records: dict[str, RequestRecord] = {}
         self._slot_of: dict[str, int] = {}
@@ -126,8 +128,8 @@ class CanvasStates:
         # Prompt, decided tokens and mask tokens, by absolute position; the last cell takes writes of padding.
         self.cells = torch.zeros(max_num_reqs * max_model_len + 1, dtype=torch.int32, device=device)
         self.token_ids = self.cells[:-1].view(max_num_reqs, max_model_len)
-        # Masks of the active block.
-        self.masked = torch.zeros(max_num_reqs, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
+        # Masks of the active block; the last row is for requests that denoise nothing in a step.
+        self.masked = torch.zeros(max_num_reqs + 1, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
         # Mean confidence of the masked positions, by block and denoising step; NaN where there was no step.
         self.mean_confidence = torch.full((max_num_reqs, max_model_len), torch.nan, device=device)
         pinned = device.type != "cpu"
@@ -136,7 +138,7 @@ class CanvasStates:
         self._copy_pending: tuple[np.ndarray, torch.Tensor] | None = None
 
         self.host = HostTables(
-            prompt_len=np.zeros(max_num_reqs, dtype=np.int64),
+            origin=np.zeros(max_num_reqs, dtype=np.int64),
             canvas_end=np.zeros(max_num_reqs, dtype=np.int64),
             output_end=np.zeros(max_num_reqs, dtype=np.int64),
             block_length=np.zeros(max_num_reqs, dtype=np.int64),
@@ -163,13 +165,15 @@ class CanvasStates:
             record = self.records[new.req_id] = self._admit(new)
         options, num_prefill = record.options, len(new.prefill_token_ids)
         assert options.gen_length is not None and params.max_tokens is not None
-        prompt_len = new.prompt_len
-        end = prompt_len + options.gen_length
+        prompt_len = origin = new.prompt_len
+        if self.is_block_causal:
+            origin -= prompt_len % options.block_length
+        end = origin + options.gen_length
         self._slot_of[new.req_id] = slot
         row = np.full(end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
         self.token_ids[slot, :end] = to_device(row, self.device)
-        self.host.prompt_len[slot] = prompt_len
+        self.host.origin[slot] = origin
         self.host.canvas_end[slot] = end
         self.host.output_end[slot] = prompt_len + params.max_tokens
         self.host.block_length[slot] = options.block_length
@@ -250,7 +254,7 @@ class CanvasStates:
             lost = self.host.num_fallbacks[slot].copy()
             record.num_fallbacks = lost if record.num_fallbacks is None else record.num_fallbacks + lost
             self.host.block_length[slot] = 0
-            self.host.prompt_len[slot] = self.host.canvas_end[slot] = self.host.output_end[slot] = 0
+            self.host.origin[slot] = self.host.canvas_end[slot] = self.host.output_end[slot] = 0
             self.host.recording[slot] = False
 
     def end(self, req_ids: Iterable[str], failed: Container[str]) -> None:
@@ -327,12 +331,13 @@ class CanvasStates:
         self.registry.counts.clear()
         return self.report.take()
 
-    def begin_step(self, slots: np.ndarray, block_start: np.ndarray) -> None:
+    def begin_step(self, slots: np.ndarray, block_start: np.ndarray, num_drafts: np.ndarray) -> None:
         """Bring the host's view up to date for the step that is being prepared.
 
         Args:
             slots: ``[num_reqs]`` slots scheduled.
             block_start: ``[num_reqs]`` position of the first uncommitted token, as the scheduler sees it.
+            num_drafts: ``[num_reqs]`` canvas rows from there on; 0: the request denoises nothing in this step.
         """
         if self._copy_pending is not None:
             copied_slots, host = self._copy_pending
@@ -341,7 +346,7 @@ class CanvasStates:
             self.host.masked[copied_slots, : host.shape[1]] = host.numpy()
             self._copy_pending = None
         is_new = np.empty(slots.size, dtype=bool)
-        _enter_blocks(self.host, slots, block_start, is_new)
+        _enter_blocks(self.host, slots, block_start, num_drafts, is_new)
         if self.device.type != "cpu" and is_new.any():
             fresh = slots[is_new]
             self.masked[to_device(fresh, self.device)] = to_device(self.host.masked[fresh], self.device)
@@ -366,7 +371,8 @@ class CanvasStates:
         request = torch.div(cells, width, rounding_mode="floor")
         total = torch.zeros_like(step_cell, dtype=torch.float32).index_add_(0, request, confidence)
         count = torch.zeros_like(total).index_add_(0, request, torch.ones_like(confidence))
-        self.mean_confidence.view(-1)[step_cell] = total / count
+        means = self.mean_confidence.view(-1)
+        means[step_cell] = torch.where(count > 0, total / count, means[step_cell])
 
     def copy_masks_to_host(self, slots_np: np.ndarray, slots: torch.Tensor, width: int) -> None:
         """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""
@@ -380,16 +386,18 @@ class CanvasStates:
 
 
 @compiled()
-def _enter_blocks(host: HostTables, slots: np.ndarray, block_start: np.ndarray, is_new: np.ndarray) -> None:
+def _enter_blocks(
+    host: HostTables, slots: np.ndarray, block_start: np.ndarray, num_drafts: np.ndarray, is_new: np.ndarray
+) -> None:
     """Count the step of every slot, or mask its block whole where it is another one than before."""
     for req in range(slots.size):
         slot = slots[req]
-        is_new[req] = host.block_start[slot] != block_start[req]
-        host.step[slot] += 1
+        is_new[req] = num_drafts[req] > 0 and host.block_start[slot] != block_start[req]
+        host.step[slot] += num_drafts[req] > 0
         if is_new[req]:
             host.block_start[slot], host.step[slot] = block_start[req], 0
             for k in range(host.masked.shape[1]):
-                host.masked[slot, k] = k < host.block_length[slot]
+                host.masked[slot, k] = k < min(host.block_length[slot], num_drafts[req])
 
 
 @compiled()

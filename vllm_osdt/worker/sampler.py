@@ -30,7 +30,7 @@ class CanvasSampler:
     def __init__(self, states: CanvasStates) -> None:
         self.states = states
         self._confidence, _, self._unmask_in_tables = implementations(states.device)
-        self._no_rejected = torch.zeros(states.masked.shape[0], dtype=torch.int32, device=states.device)
+        self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """Nothing: ``CanvasStates.add`` has read the parameters."""
@@ -57,7 +57,7 @@ class CanvasSampler:
             logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key
         )
         states.note_confidence(batch.step_cell, batch.cells, batch.canvas_index.shape[1], row_confidence)
-        calibrating = np.flatnonzero(states.host.recording[batch.slots_np])
+        calibrating = np.flatnonzero(states.host.recording[batch.slots_np] & batch.is_active)
         width = batch.canvas_index.shape[1]
         before = None
         if calibrating.size:  # the positions whose logits were read
@@ -66,7 +66,7 @@ class CanvasSampler:
         canvas, best, result = self._unmask_in_tables(
             states.cells,
             states.masked,
-            batch.slots,
+            batch.mask_rows,
             batch.canvas_index,
             batch.cells,
             token,
@@ -78,7 +78,7 @@ class CanvasSampler:
         )
         states.copy_masks_to_host(batch.slots_np, batch.slots, width)
         if before is not None:
-            after = states.masked[batch.slots, :width]
+            after = states.masked[batch.mask_rows, :width]
             proposal = torch.full_like(batch.canvas_index, -1)
             proposal.view(-1)[batch.cells] = token.to(proposal.dtype)
             self._record(calibrating, batch, input_batch.req_ids, best, proposal, before, after)
@@ -104,7 +104,7 @@ class CanvasSampler:
         for row in calibrating.tolist():
             slot = batch.slots_np[row]
             length = int(states.host.block_length[slot])
-            block = int(states.host.block_start[slot] - states.host.prompt_len[slot]) // length
+            block = int(states.host.block_start[slot] - states.host.origin[slot]) // length
             recorder = states.records[req_ids[row]].recorder
             assert recorder is not None
             step = int(states.host.step[slot])

@@ -1,0 +1,267 @@
+"""Block-causal models, by the example of SDAR: as a plain loop decodes, however steps and pages are shared."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+import vllm_osdt
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
+from tests.reference.decode import best_first, calibrate, factor, joint_bound, osdt, static_threshold
+from vllm_osdt.errors import InvalidOptionError
+
+pytestmark = pytest.mark.e2e
+
+MIN_MARGIN = 1e-5
+PAGE = 32
+ENGINE = {"max_num_seqs": 32, "max_model_len": 256}
+RULES = [
+    ({"policy": "static_threshold", "threshold": 0.2}, lambda: static_threshold(0.2)),
+    ({"policy": "static_threshold", "threshold": 0.5}, lambda: static_threshold(0.5)),
+    ({"policy": "static_threshold", "threshold": 0.9}, lambda: static_threshold(0.9)),
+    ({"policy": "factor", "factor": 1.5}, lambda: factor(1.5)),
+    ({"policy": "joint_bound", "delta": 0.1}, lambda: joint_bound(0.1)),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and what a plain loop makes of it."""
+
+    prompt: list[int]
+    params: object
+    tokens: list[int]
+    nfe: int
+    num_blocks: int
+
+
+def make_jobs(twin, number=60, seed=0):
+    rng = random.Random(seed)
+    jobs = []
+    for index in range(number):
+        options, rule = RULES[index % len(RULES)]
+        block_length, max_tokens = (4, 8, 16)[index % 3], rng.randrange(1, 48)
+        prompt = [rng.randrange(3, 100) for _ in range(rng.randrange(1, 60))]
+        eos = 7 if index % 4 == 0 else None
+        decoded = decode_block_causal(
+            twin, prompt, rule(), block_length=block_length, max_tokens=max_tokens, eos_token_id=eos
+        )
+        if min(decoded.proposal_margin, decoded.rule_margin) <= MIN_MARGIN:
+            continue
+        params = sampling(max_tokens, block_length=block_length, stop_token_ids=[7] if eos else None, **options)
+        jobs.append(Job(prompt, params, decoded.tokens, decoded.nfe, len(decoded.record)))
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_sdar_checkpoint(tmp_path_factory.mktemp("sdar") / "model", seed=1)
+
+
+@pytest.fixture(scope="module")
+def twin(checkpoint):
+    return ReferenceSDAR.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def jobs(twin):
+    found = make_jobs(twin)
+    assert len(found) >= 50
+    return found
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint, start_llm):
+    return start_llm(checkpoint, **ENGINE)
+
+
+def run(llm, jobs):
+    return generate(llm, [job.prompt for job in jobs], [job.params for job in jobs])
+
+
+def wrong(jobs, completions):
+    return [i for i, (job, c) in enumerate(zip(jobs, completions, strict=True)) if list(c.token_ids) != job.tokens]
+
+
+def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
+    completions = run(llm, jobs)
+    assert wrong(jobs, completions) == []
+    assert [nfe(c) for c in completions] == [job.nfe for job in jobs]
+    assert_idle(llm)
+
+
+def test_neither_order_nor_company_changes_a_token(llm, jobs):
+    shuffled = random.Random(3).sample(jobs, len(jobs))
+    assert wrong(shuffled, run(llm, shuffled)) == []
+    assert wrong(jobs[:20], [run(llm, [job])[0] for job in jobs[:20]]) == []
+
+
+def test_preemption_in_mid_block_changes_no_token(llm, jobs):
+    req_ids = [submit(llm, job.prompt, job.params) for job in jobs]
+
+    def preempt(step):
+        if step in (1, 2, 5, 9):
+            scheduler(llm).reset_prefix_cache(reset_running_requests=True)
+
+    finished = drive(llm, preempt)
+    assert wrong(jobs, [finished[req_id] for req_id in req_ids]) == []
+    assert_idle(llm)
+
+
+def test_sampling_depends_on_the_seed_alone(llm, jobs):
+    params = [sampling(24, temperature=0.8, seed=seed, block_length=8, threshold=0.3) for seed in (1, 2, 1)]
+    prompts = [jobs[0].prompt, jobs[0].prompt, jobs[0].prompt]
+    together = tokens(generate(llm, prompts, params))
+    assert together[0] == together[2] != together[1]
+    assert tokens(generate(llm, prompts[:1], params[:1])) == together[:1]
+
+
+def other_engine(checkpoint, start_llm, jobs, **arguments):
+    """An engine of other arguments, and what it makes of the jobs."""
+    llm = start_llm(checkpoint, **{**ENGINE, **arguments})
+    return llm, run(llm, jobs)
+
+
+def test_without_fused_commit_the_tokens_stay_and_forwards_are_added(checkpoint, start_llm, jobs):
+    config = {"osdt": {"profile_dir": "", "fused_commit": False}}
+    llm, completions = other_engine(checkpoint, start_llm, jobs, additional_config=config)
+    assert wrong(jobs, completions) == []
+    # The last block of a request needs no keys and values.
+    assert [nfe(c) for c in completions] == [job.nfe + job.num_blocks - 1 for job in jobs]
+    assert_idle(llm)
+
+
+def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(checkpoint, start_llm, jobs):
+    llm, completions = other_engine(checkpoint, start_llm, jobs, max_num_batched_tokens=41)
+    assert wrong(jobs, completions) == []
+    assert [nfe(c) for c in completions] == [job.nfe for job in jobs]
+    assert_idle(llm)
+
+
+def test_scarce_pages_make_requests_wait_and_change_no_token(checkpoint, start_llm, jobs):
+    llm = start_llm(checkpoint, max_num_seqs=32, max_model_len=128, block_size=32, num_gpu_blocks_override=9)
+    seen = []
+    preempt = scheduler(llm)._preempt_request
+    scheduler(llm)._preempt_request = lambda *args, **kwargs: (seen.append(1), preempt(*args, **kwargs))[1]
+    assert wrong(jobs, run(llm, jobs)) == []
+    assert seen
+    assert_idle(llm)
+
+
+def num_cached(llm, prompt, params):
+    """Tokens of a prompt that came from the prefix cache, and the completion."""
+    [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return output.num_cached_tokens, list(output.outputs[0].token_ids)
+
+
+def test_prompts_that_share_an_unaligned_beginning_share_its_whole_pages(llm, twin):
+    rng = random.Random(11)
+    scheduler(llm).reset_prefix_cache()
+    shared = [rng.randrange(3, 100) for _ in range(77)]
+    rule, options = static_threshold(0.4), {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
+    cached = []
+    for index in range(4):
+        prompt = shared + [rng.randrange(3, 100) for _ in range(index * 7 + 1)]
+        expected = decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=20)
+        assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
+        hit, got = num_cached(llm, prompt, sampling(20, **options))
+        cached.append(hit)
+        assert got == expected.tokens
+    assert cached == [0, 64, 64, 64]
+
+
+def test_a_conversation_reuses_the_blocks_that_were_generated(llm, twin):
+    rng = random.Random(12)
+    scheduler(llm).reset_prefix_cache()
+    rule, options = static_threshold(0.4), {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
+    prompt = [rng.randrange(3, 100) for _ in range(21)]
+    for turn in range(3):
+        expected = decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=40)
+        assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
+        hit, got = num_cached(llm, prompt, sampling(40, **options))
+        assert got == expected.tokens
+        # The last block of a turn has no final keys and values, since nothing came after it.
+        assert hit == (len(prompt) - 5 - 1) // 8 * 8 // PAGE * PAGE * (turn > 0)
+        prompt = prompt + got + [rng.randrange(3, 100) for _ in range(5)]
+    assert hit >= 96
+
+
+def test_pages_are_shared_between_equal_block_lengths_only(llm, twin):
+    rng = random.Random(13)
+    scheduler(llm).reset_prefix_cache()
+    prompt = [rng.randrange(3, 100) for _ in range(70)]
+    cached = []
+    for block_length in (4, 8, 24, 4, 8, 24):
+        options = {"policy": "static_threshold", "threshold": 0.4, "block_length": block_length}
+        expected = decode_block_causal(twin, prompt, static_threshold(0.4), block_length=block_length, max_tokens=30)
+        assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
+        hit, got = num_cached(llm, prompt, sampling(30, **options))
+        cached.append(hit)
+        assert got == expected.tokens
+    assert cached == [0, 0, 0, 64, 64, 0]  # pages of 32 cut blocks of 24
+
+
+@pytest.mark.parametrize("mode", ["block", "step_block"])
+def test_osdt_equals_a_plain_implementation(llm, twin, mode):
+    rng = random.Random(5)
+    first, *later = [[rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
+    options = {"task": f"sdar {mode}", "threshold": 0.3, "mode": mode, "metric": "q2", "block_length": 8}
+    options |= {"calibrations": 1, "slack": 0.1, "cap": 1.0}
+    phase_1 = decode_block_causal(twin, first, static_threshold(0.3), block_length=8, max_tokens=40)
+    params = sampling(40, **options)
+    [got] = generate(llm, [first], params)
+    assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
+    rule = osdt(calibrate(phase_1.record, mode, "q2", False), 1.0, 0.1)
+    expected = [decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=40) for prompt in later]
+    clear = [index for index, e in enumerate(expected) if e.proposal_margin > MIN_MARGIN]
+    assert len(clear) >= 6 and rule.margin > MIN_MARGIN
+    completions = generate(llm, later, params)
+    assert [tokens(completions)[index] for index in clear] == [expected[index].tokens for index in clear]
+    assert vllm_osdt.describe(completions[0])["profile"] is not None
+    [profile] = [p for p in vllm_osdt.profiles(llm) if p["task"] == f"sdar {mode}"]
+    assert (profile["cache"], profile["block_length"]) == ("block", 8)
+
+
+@pytest.mark.parametrize(("steps", "num_prompt"), [(32, 8), (16, 11), (8, 3)])
+def test_fixed_steps_share_out_the_positions_of_new_tokens(llm, twin, steps, num_prompt):
+    rng = random.Random(steps)
+    prompt = [rng.randrange(3, 100) for _ in range(num_prompt)]
+    share = 32 // steps
+    expected = decode_block_causal(
+        twin, prompt, lambda block, step, masked: best_first(masked)[:share], block_length=8, max_tokens=32
+    )
+    assert expected.proposal_margin > MIN_MARGIN
+    [got] = generate(llm, [prompt], sampling(32, policy="fixed_steps", steps=steps, block_length=8))
+    assert (list(got.token_ids), nfe(got)) == (expected.tokens, expected.nfe)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "dual"}, "osdt_cache is 'dual'; this model's attention allows block"),
+        ({"gen_length": 64}, "no block of this model sees a later one"),
+        ({"policy": "fixed_steps", "steps": 5, "block_length": 8}, "steps is 5; with 4 blocks of 8"),
+    ],
+)
+def test_options_of_other_families_are_refused(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llm, [[5, 6]], sampling(32, **options))
+
+
+def test_a_request_beyond_the_context_is_refused_and_the_last_block_of_it_is_served(llm):
+    with pytest.raises(ValueError, match="above max_model_len 256"):
+        generate(llm, [[5] * 250], sampling(8, block_length=16))
+    [completion] = generate(llm, [[5] * 250], sampling(6, block_length=16, policy="static_threshold"))
+    assert len(completion.token_ids) == 6
+
+
+def test_an_engine_refuses_rows_for_less_than_two_blocks(checkpoint, start_llm):
+    with pytest.raises((InvalidOptionError, ValueError), match="max_num_batched_tokens is 60"):
+        start_llm(
+            checkpoint,
+            max_num_seqs=2,
+            max_model_len=48,
+            max_num_batched_tokens=60,
+            additional_config={"osdt": {"profile_dir": "", "block_length": 32}},
+        )

@@ -1,0 +1,329 @@
+"""Block-causal networks in plain float32 PyTorch: one sequence, a dense mask, no cache; and how they are decoded.
+
+Sources: SDAR (arXiv 2510.06303), layers of Qwen3; LLaDA2.0 and 2.1 (arXiv 2602.08676), a mixture of experts routed as
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) describes; Fast-dLLM v2 (arXiv 2509.26328), layers of Qwen2.5. Weights have
+the names of the published checkpoints.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.reference.decode import Decoded, Rule
+
+Weights = dict[str, torch.Tensor]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def _rotate(x: torch.Tensor, size: int, theta: float) -> torch.Tensor:
+    """Turn the first ``size`` entries of every head [rows, heads, head size] by its row's position."""
+    half = size // 2
+    angle = torch.arange(x.shape[0])[:, None, None] * theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    first, second, rest = x[..., :half], x[..., half:size], x[..., size:]
+    turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
+    return torch.cat([*turned, rest], dim=-1)
+
+
+def _swiglu(x: torch.Tensor, weights: Weights, prefix: str) -> torch.Tensor:
+    gate, up, down = (weights[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+class BlockCausalNetwork:
+    """A checkpoint's config and weights, and its forward pass; subclasses say what their layers are made of."""
+
+    logits_shift = 0
+    embedding = "model.embed_tokens.weight"
+
+    def __init__(self, config: dict[str, Any], weights: Weights) -> None:
+        self.config = config
+        self.weights = {name: weight.float() for name, weight in weights.items()}
+        self.num_heads, self.num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head_size = config.get("head_dim") or config["hidden_size"] // self.num_heads
+        self.mask_token_id = config["mask_token_id"]
+
+    @classmethod
+    def load(cls, folder: Path, **fields: Any) -> "BlockCausalNetwork":
+        """Read ``config.json`` and ``model.safetensors``; ``fields`` are added to the config."""
+        config = json.loads((folder / "config.json").read_text())
+        return cls({**config, **fields}, load_file(folder / "model.safetensors"))
+
+    def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys (both not yet rotated) and values, [rows, heads, head size]."""
+        raise NotImplementedError
+
+    def mix(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """The feed-forward part."""
+        raise NotImplementedError
+
+    def attention_output(self, layer: int) -> torch.Tensor:
+        """The matrix behind attention."""
+        return self.weights[f"model.layers.{layer}.self_attn.o_proj.weight"]
+
+    @torch.no_grad()
+    def forward(self, ids: torch.Tensor, block_length: int) -> torch.Tensor:
+        """Logits ``[rows, vocab_size]`` of a whole sequence; a row sees the blocks up to its own."""
+        eps, num_rows = self.config["rms_norm_eps"], ids.shape[0]
+        rotary_size = int(self.head_size * self.config.get("partial_rotary_factor", 1.0))
+        block = torch.arange(num_rows) // block_length
+        hidden = torch.where(block[:, None] >= block[None, :], 0.0, -torch.inf)
+        x = self.weights[self.embedding][ids]
+        for layer in range(self.config["num_hidden_layers"]):
+            norms = [
+                self.weights[f"model.layers.{layer}.{name}_layernorm.weight"] for name in ("input", "post_attention")
+            ]
+            q, k, v = self.project(layer, _norm(x, norms[0], eps))
+            q, k = (_rotate(heads, rotary_size, self.config["rope_theta"]) for heads in (q, k))
+            k, v = (heads.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for heads in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) / self.head_size**0.5 + hidden
+            mixed = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v).reshape(num_rows, -1)
+            x = x + mixed @ self.attention_output(layer).T
+            x = x + self.mix(layer, _norm(x, norms[1], eps))
+        x = _norm(x, self.weights["model.norm.weight"], eps)
+        tied = self.config.get("tie_word_embeddings", False)
+        return x @ self.weights[self.embedding if tied else "lm_head.weight"].T
+
+
+class ReferenceSDAR(BlockCausalNetwork):
+    """SDAR, dense or with experts: query and key heads are normed."""
+
+    def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See the base class."""
+        prefix, eps = f"model.layers.{layer}.self_attn.", self.config["rms_norm_eps"]
+        q, k, v = (
+            (x @ self.weights[f"{prefix}{name}_proj.weight"].T).view(x.shape[0], -1, self.head_size) for name in "qkv"
+        )
+        return (
+            _norm(q, self.weights[f"{prefix}q_norm.weight"], eps),
+            _norm(k, self.weights[f"{prefix}k_norm.weight"], eps),
+            v,
+        )
+
+    def mix(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        prefix = f"model.layers.{layer}.mlp."
+        if "num_experts" not in self.config:
+            return _swiglu(x, self.weights, prefix)
+        share = (x @ self.weights[f"{prefix}gate.weight"].T).softmax(dim=-1)
+        best = share.topk(self.config["num_experts_per_tok"], dim=-1)
+        weight = best.values / best.values.sum(dim=-1, keepdim=True)
+        return _experts(x, self.weights, prefix, best.indices, weight)
+
+
+class ReferenceFastDLLMv2(BlockCausalNetwork):
+    """Fast-dLLM v2: biases on queries, keys and values; position i is predicted by the logits at i - 1."""
+
+    logits_shift = 1
+
+    def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See the base class."""
+        prefix = f"model.layers.{layer}.self_attn."
+        q, k, v = (
+            (x @ self.weights[f"{prefix}{name}_proj.weight"].T + self.weights[f"{prefix}{name}_proj.bias"]).view(
+                x.shape[0], -1, self.head_size
+            )
+            for name in "qkv"
+        )
+        return q, k, v
+
+    def mix(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return _swiglu(x, self.weights, f"model.layers.{layer}.mlp.")
+
+
+class ReferenceLLaDA2(BlockCausalNetwork):
+    """LLaDA2: one matrix for queries, keys and values, half the head rotated, experts in groups."""
+
+    embedding = "model.word_embeddings.weight"
+
+    def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See the base class."""
+        prefix, eps = f"model.layers.{layer}.attention.", self.config["rms_norm_eps"]
+        heads = (x @ self.weights[f"{prefix}query_key_value.weight"].T).view(x.shape[0], -1, self.head_size)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return (
+            _norm(q, self.weights[f"{prefix}query_layernorm.weight"], eps),
+            _norm(k, self.weights[f"{prefix}key_layernorm.weight"], eps),
+            v,
+        )
+
+    def attention_output(self, layer: int) -> torch.Tensor:
+        """See the base class."""
+        return self.weights[f"model.layers.{layer}.attention.dense.weight"]
+
+    def mix(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """The best groups by the sum of their two best experts, then the best experts in them; a bias chooses but does
+        not weigh."""
+        prefix, config = f"model.layers.{layer}.mlp.", self.config
+        if layer < config["first_k_dense_replace"]:
+            return _swiglu(x, self.weights, prefix)
+        share = (x @ self.weights[f"{prefix}gate.weight"].T).sigmoid()
+        choice = share + self.weights[f"{prefix}gate.expert_bias"]
+        grouped = choice.view(x.shape[0], config["n_group"], -1)
+        best_groups = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(config["topk_group"], dim=-1).indices
+        allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, best_groups, True)
+        choice = choice.masked_fill(~allowed.repeat_interleave(grouped.shape[2], dim=1), -torch.inf)
+        experts = choice.topk(config["num_experts_per_tok"], dim=-1).indices
+        weight = share.gather(1, experts)
+        weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20) * config["routed_scaling_factor"]
+        shared = _swiglu(x, self.weights, f"{prefix}shared_experts.")
+        return _experts(x, self.weights, prefix, experts, weight) + shared
+
+
+def _experts(x: torch.Tensor, weights: Weights, prefix: str, chosen: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    rows = []
+    for row in range(x.shape[0]):
+        parts = [
+            w * _swiglu(x[row : row + 1], weights, f"{prefix}experts.{expert}.")
+            for expert, w in zip(chosen[row].tolist(), share[row], strict=True)
+        ]
+        rows.append(sum(parts))
+    return torch.cat(rows)
+
+
+def decode_block_causal(
+    model: BlockCausalNetwork,
+    prompt: list[int],
+    rule: Rule,
+    *,
+    block_length: int,
+    max_tokens: int,
+    eos_token_id: int | None = None,
+    on_step: Callable[[int, int], None] = lambda block, step: None,
+) -> Decoded:
+    """Decode a request with the whole sequence in every forward.
+
+    Args:
+        model: The network; its logits are not shifted.
+        prompt: Token ids. Blocks lie on a grid from its start; its incomplete last one is the first to be denoised.
+        rule: Which positions a step unmasks; blocks count from the first that is denoised.
+        block_length: Positions denoised together.
+        max_tokens: Output tokens wanted.
+        eos_token_id: Where output ends, None for no such token.
+        on_step: Called before every forward with block and step.
+    """
+    ids, result = list(prompt), Decoded()
+    first_block = len(prompt) // block_length
+    while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] != eos_token_id):
+        block, start = len(ids) // block_length, len(ids)
+        end = (block + 1) * block_length
+        canvas = torch.tensor(ids + [model.mask_token_id] * (end - start))
+        decided = [True] * start + [False] * (end - start)
+        needed = min(end, len(prompt) + max_tokens)
+        result.record.append([])
+        for step in range(block_length):
+            on_step(block - first_block, step)
+            logits = model.forward(canvas, block_length)
+            result.nfe += 1
+            probability = logits.double().softmax(dim=-1)
+            logits[:, model.mask_token_id] = -torch.inf
+            top = logits.topk(2, dim=-1)
+            masked = {}
+            for position in range(start, end):
+                if not decided[position]:
+                    token = int(top.indices[position, 0])
+                    masked[position] = probability[position, token].item()
+                    margin = (top.values[position, 0] - top.values[position, 1]).item()
+                    result.proposal_margin = min(result.proposal_margin, margin)
+            chosen = rule(block - first_block, step, masked)
+            result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
+            for position in chosen:
+                canvas[position], decided[position] = top.indices[position, 0], True
+            ready = _ready(canvas.tolist(), decided, start, needed, eos_token_id)
+            if ready is not None:
+                break
+        assert ready is not None
+        ids += ready
+    result.tokens = ids[len(prompt) :]
+    result.rule_margin = getattr(rule, "margin", float("inf"))
+    return result
+
+
+def _ready(ids: list[int], decided: list[bool], start: int, end: int, eos_token_id: int | None) -> list[int] | None:
+    """The block's output once nothing before its end is undecided."""
+    for position in range(start, end):
+        if not decided[position]:
+            return None
+        if ids[position] == eos_token_id:
+            return ids[start : position + 1]
+    return ids[start:end]
+
+
+SDAR_FIELDS: dict[str, Any] = {
+    "architectures": ["SDARForCausalLM"],
+    "model_type": "sdar",
+    "torch_dtype": "float32",
+    "hidden_act": "silu",
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 101,
+    "mask_token_id": 100,
+    "eos_token_id": 0,
+    "block_size": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
+
+
+def make_sdar_checkpoint(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
+    """Write a small random SDAR checkpoint in the published format; with ``num_experts``, one of SDAR-MoE's."""
+    config = {**SDAR_FIELDS, **fields}
+    if "num_experts" in config:
+        config |= {"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "norm_topk_prob": True}
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    generator = torch.Generator().manual_seed(seed)
+    width, head = config["hidden_size"], config["head_dim"]
+    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * (scale / columns**0.5)
+
+    def norm(size: int = width, mean: float = 1.0) -> torch.Tensor:
+        return mean + 0.2 * torch.randn(size, generator=generator)
+
+    def mlp(prefix: str, inner: int) -> Weights:
+        return {
+            f"{prefix}gate_proj.weight": matrix(inner, width),
+            f"{prefix}up_proj.weight": matrix(inner, width),
+            f"{prefix}down_proj.weight": matrix(width, inner),
+        }
+
+    weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], width, 3.0), "model.norm.weight": norm()}
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(config["vocab_size"], width, 3.0)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            f"{prefix}input_layernorm.weight": norm(),
+            f"{prefix}post_attention_layernorm.weight": norm(),
+            f"{prefix}self_attn.q_proj.weight": matrix(num_heads * head, width),
+            f"{prefix}self_attn.k_proj.weight": matrix(num_kv_heads * head, width),
+            f"{prefix}self_attn.v_proj.weight": matrix(num_kv_heads * head, width),
+            f"{prefix}self_attn.o_proj.weight": matrix(width, num_heads * head),
+            f"{prefix}self_attn.q_norm.weight": norm(head, 2.0),
+            f"{prefix}self_attn.k_norm.weight": norm(head, 2.0),
+        }
+        if "num_experts" in config:
+            weights[f"{prefix}mlp.gate.weight"] = matrix(config["num_experts"], width)
+            for expert in range(config["num_experts"]):
+                weights |= mlp(f"{prefix}mlp.experts.{expert}.", config["moe_intermediate_size"])
+        else:
+            weights |= mlp(f"{prefix}mlp.", config["intermediate_size"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return folder
