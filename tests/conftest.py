@@ -59,6 +59,18 @@ def golden_dream() -> Golden:
 
 
 @pytest.fixture(scope="session")
+def golden_llada2() -> Golden:
+    """LLaDA2, random weights, 30 cases, half of them with token editing."""
+    return load_golden("llada2_random")
+
+
+@pytest.fixture(scope="session")
+def golden_fast_dllm_v2() -> Golden:
+    """Fast-dLLM v2, random weights, 30 cases."""
+    return load_golden("fast_dllm_v2_random")
+
+
+@pytest.fixture(scope="session")
 def golden_tasks() -> Golden:
     """A small model trained on toy tasks, 60 cases."""
     return load_golden("llada_tasks")

@@ -15,7 +15,7 @@ from vllm_osdt.calibration.auto_task import AutoTasks
 from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore
 from vllm_osdt.config import AUTO_TASK, PREFIX, RESOLVED_KEY, DecodingOptions, parse_options, resolve_canvas
-from vllm_osdt.engine_config import open_store, server_defaults, server_options
+from vllm_osdt.engine_config import check_family, open_store, server_defaults, server_options
 from vllm_osdt.errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -137,11 +137,12 @@ class FrontEnd:
             if len(self._pins) > MAX_PINS:
                 self._pins.popitem(last=False)
         key = self._pins[pin]
-        for name in ("block_length", "cache", "threshold"):
-            if getattr(key, name) != getattr(options, name):
+        asked = {"block_length": options.block_length, "cache": options.cache_key, "threshold": options.threshold}
+        for name, value in asked.items():
+            if getattr(key, name) != value:
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {getattr(key, name)!r}, but the request has "
-                    f"{getattr(options, name)!r}; send osdt_{name} = {getattr(key, name)!r}."
+                    f"{value!r}; send osdt_{name} = {getattr(key, name)!r}."
                 )
 
 
@@ -190,7 +191,9 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
     # vLLM fills in the rest of the context for a request that names no limit.
     is_open_ended = params.max_tokens is None or params.max_tokens == max_model_len - prompt_length
     options, max_tokens = resolve_canvas(
-        parse_options(extra, base=server_defaults(vllm_config), prefix=PREFIX),
+        check_family(
+            parse_options(extra, base=server_defaults(vllm_config), prefix=PREFIX), vllm_config.model_config.hf_config
+        ),
         prompt_length=prompt_length,
         max_tokens=None if is_open_ended else params.max_tokens,
         max_model_len=max_model_len,

@@ -1,7 +1,8 @@
 """Which rows of a request run next: one plan for each kind of attention, both for the same scheduler.
 
 A step of a request is described by three numbers: the position where its rows start, how many rows follow, and how many
-of them, from the last, are drafts, that is canvas from the active block's first position on.
+of them, from the last, are drafts, that is canvas from the active block's first position on. A step without drafts
+decides nothing, unless its last row is to tell the next position's token.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ class Rows(NamedTuple):
     start: int
     num_rows: int
     num_drafts: int
+    reads_next: bool = False
 
     @property
     def end(self) -> int:
@@ -104,17 +106,20 @@ class BlockCausalPlan:
 
     Blocks lie on a grid from position 0; the prompt's last, incomplete block is part of the first active one, and is
     computed with it. A prompt is computed in whole blocks, as many as fit. With ``is_fused`` the step that writes the
-    final keys and values of a finished block is also the first denoising step of the next one.
+    final keys and values of a finished block is also the first denoising step of the next one. Where logits are shifted
+    (Fast-dLLM v2), that step gives the next block's first token instead.
 
     Attributes:
         block_length: Positions denoised together.
         is_fused: See above; otherwise a finished block has a step of its own.
+        is_shifted: Whether a position is predicted from the logits at the one before it.
         num_final: See ``CanvasPlan``; a multiple of ``block_length``.
         pages_end: See ``CanvasPlan``.
     """
 
     block_length: int
     is_fused: bool
+    is_shifted: bool = False
     num_final: int = 0
     pages_end: int = 0
 
@@ -127,10 +132,11 @@ class BlockCausalPlan:
         """See ``CanvasPlan``."""
         start, block = self.num_final, self._block_of(num_tokens)
         end = block + self.block_length
-        if end - start <= budget and (self.is_fused or start == block):
+        asks_first = self.is_shifted and num_tokens == block
+        if end - start <= budget and (start == block or self.is_fused and not asks_first):
             return Rows(start, end - start, end - num_tokens)
         num_rows = min(budget, block - start) // self.block_length * self.block_length
-        return Rows(start, num_rows, 0) if num_rows else None
+        return Rows(start, num_rows, 0, asks_first and start + num_rows == block) if num_rows else None
 
     def schedule(self, num_tokens: int, rows: Rows) -> None:
         """See ``CanvasPlan``."""

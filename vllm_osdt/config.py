@@ -56,6 +56,12 @@ class DecodingOptions:
         cap: Upper bound kappa in (0, 1] of a calibrated threshold.
         slack: Relative slack epsilon in [0, 1): the threshold used is min(T, cap) * (1 - slack), but at least floor.
         floor: Lower bound in [0, 1] of the threshold used; guards against a calibrating request that was unsure.
+        edit_threshold: Of models trained for it (LLaDA2.1): confidence in [0, 1) above which a written token is
+            replaced by another; None for no editing.
+        sub_block_length: Of Fast-dLLM v2: positions of a block that are denoised together, from left to right; a
+            divisor of ``block_length``, None for its own 8.
+        sub_block_cache: Of Fast-dLLM v2: whether a step computes the active sub-block alone where it can, against the
+            keys and values that the rest of the block had when it was last computed whole ("dual cache").
         record: Which confidences a calibration records: all ``masked`` positions or only the ``committed`` ones.
         recalibrate: Calibrate again with this request; ``calibrations`` such requests replace the task's profile.
         profile: Id of the profile to use, whatever the task has now; None for the task's own.
@@ -78,9 +84,19 @@ class DecodingOptions:
     cap: float = 0.9
     slack: float = 0.0
     floor: float = 0.0
+    edit_threshold: float | None = None
+    sub_block_length: int | None = None
+    sub_block_cache: bool = False
     record: str = "masked"
     recalibrate: bool = False
     profile: str | None = None
+
+    @property
+    def cache_key(self) -> str:
+        """The cache mode as profiles tell it apart: confidences depend on sub-blocks too."""
+        if self.sub_block_length is None:
+            return self.cache
+        return f"{self.cache}:{self.sub_block_length}{'c' if self.sub_block_cache else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values, to travel in ``extra_args``."""
@@ -129,10 +145,14 @@ def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     return check
 
 
-def _number(low: float, high: float, *, low_open: bool, high_open: bool = False) -> Callable[[str, Any], float]:
+def _number(
+    low: float, high: float, *, low_open: bool, high_open: bool = False, optional: bool = False
+) -> Callable[[str, Any], float | None]:
     bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
 
-    def check(name: str, value: Any) -> float:
+    def check(name: str, value: Any) -> float | None:
+        if value is None and optional:
+            return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidOptionError(f"{name} is {value!r} ({type(value).__name__}); expected a number in {bounds}.")
         number = float(value)
@@ -197,6 +217,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cap": _number(0, 1, low_open=True),
     "slack": _number(0, 1, low_open=False, high_open=True),
     "floor": _number(0, 1, low_open=False),
+    "edit_threshold": _number(0, 1, low_open=False, high_open=True, optional=True),
+    "sub_block_length": _count(MAX_BLOCK_LENGTH, optional=True),
+    "sub_block_cache": _flag,
     "record": _choice(RECORDS),
     "recalibrate": _flag,
     "profile": _profile_id,

@@ -20,9 +20,10 @@ from vllm_osdt.config import (
     parse_options,
     parse_server_options,
 )
-from vllm_osdt.errors import OSDTError
+from vllm_osdt.errors import InvalidOptionError, OSDTError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.vllm_osdt.engine_config")
@@ -55,7 +56,35 @@ def server_defaults(vllm_config: "VllmConfig") -> DecodingOptions:
     if getattr(hf_config, "is_block_causal", False):
         base = replace(base, cache=BLOCK_CACHE)
     values = _operator_values(vllm_config)
-    return parse_options({name: values[name] for name in values if name not in SERVER_OPTION_NAMES}, base=base)
+    values = {name: values[name] for name in values if name not in SERVER_OPTION_NAMES}
+    return check_family(parse_options(values, base=base), hf_config)
+
+
+def check_family(options: DecodingOptions, hf_config: "PretrainedConfig") -> DecodingOptions:
+    """Refuse what only other model families have; fill in this one's sub-blocks.
+
+    Raises:
+        InvalidOptionError: Token editing or sub-blocks on a model without, or sub-blocks that do not fit a block.
+    """
+    if options.edit_threshold is not None and not getattr(hf_config, "can_edit", False):
+        raise InvalidOptionError(
+            f"edit_threshold is {options.edit_threshold:g}, but this model was not trained to replace tokens that it "
+            "has written; leave it out."
+        )
+    own = getattr(hf_config, "sub_block_length", None)
+    if own is None:
+        if options.sub_block_length is not None or options.sub_block_cache:
+            raise InvalidOptionError(
+                f"sub_block_length is {options.sub_block_length}, sub_block_cache {options.sub_block_cache}; this "
+                "model's blocks have no sub-blocks. Leave both out."
+            )
+        return options
+    sub_block = own if options.sub_block_length is None else options.sub_block_length
+    if options.block_length % sub_block:
+        raise InvalidOptionError(
+            f"sub_block_length is {sub_block}; it must divide block_length {options.block_length}. Send another one."
+        )
+    return replace(options, sub_block_length=sub_block)
 
 
 def server_options(vllm_config: "VllmConfig") -> ServerOptions:
@@ -122,7 +151,7 @@ def _set_up_full_attention(vllm_config: "VllmConfig", options: ServerOptions) ->
     return switched_off
 
 
-def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int) -> list[str]:
+def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: ServerOptions) -> list[str]:
     """Settings of block-causal models; returns what was switched off.
 
     Keys and values of a block depend on all of its tokens, so pages may be shared only where each is a whole number of
@@ -133,6 +162,11 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int) -> list[s
         raise OSDTError(
             f"max_num_batched_tokens is {max_rows}; a step computes up to two blocks of {block_length}. Raise it to at "
             f"least {2 * block_length}."
+        )
+    if not options.fused_commit and vllm_config.model_config.hf_config.logits_shift:
+        raise OSDTError(
+            "fused_commit is false, but this model's forward of a finished block gives the next block's first token "
+            "and denoises nothing; leave it out."
         )
     # Prompts are cut at block boundaries anyway.
     vllm_config.scheduler_config.enable_chunked_prefill = True
@@ -180,6 +214,12 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         if scheduler.scheduler_cls not in (None, SCHEDULER_CLS):
             raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; leave it unset: these models need ours.")
 
+        hf_config = vllm_config.model_config.hf_config
+        if not 0 <= hf_config.mask_token_id < hf_config.vocab_size:
+            raise OSDTError(
+                f"the config's mask_token_id is {hf_config.mask_token_id}; it must be in [0, {hf_config.vocab_size}). "
+                "Name the mask token with --hf-overrides '{\"mask_token_id\": ID}'."
+            )
         defaults = server_defaults(vllm_config)
         options = server_options(vllm_config)  # refuses a bad value before anything is loaded
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
@@ -190,7 +230,7 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             switched_off.append("async scheduling (a step's plan needs the last one's outcome)")
         scheduler.long_prefill_token_threshold = 0
         if defaults.cache == BLOCK_CACHE:
-            switched_off += _set_up_block_causal(vllm_config, defaults.block_length)
+            switched_off += _set_up_block_causal(vllm_config, defaults.block_length, options)
         else:
             switched_off += _set_up_full_attention(vllm_config, options)
         if switched_off:

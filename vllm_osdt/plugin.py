@@ -9,6 +9,16 @@ _MODELS = {
         "sdar_moe",
         "vllm_osdt.models.sdar_config:SDARMoeConfig",
     ),
+    "LLaDA2MoeModelLM": (
+        "vllm_osdt.models.llada2:LLaDA2MoeModelLM",
+        "llada2_moe",
+        "vllm_osdt.models.llada2_config:LLaDA2MoeConfig",
+    ),
+    "Fast_dLLM_QwenForCausalLM": (
+        "vllm_osdt.models.fast_dllm_v2:FastDLLMv2ForCausalLM",
+        "Fast_dLLM_Qwen",
+        "vllm_osdt.models.fast_dllm_v2_config:FastDLLMv2Config",
+    ),
     "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
 }
 

@@ -43,6 +43,7 @@ class CanvasScheduler(Scheduler):
         # Counters by number of accepted tokens: a request may have longer blocks than the served default.
         self.num_spec_tokens = MAX_BLOCK_LENGTH
         self._is_fused = server_options(self.vllm_config).fused_commit
+        self._is_shifted = getattr(self.vllm_config.model_config.hf_config, "logits_shift", 0) > 0
         self._placeholders = [-1] * self.max_model_len
         self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
         self._rows: dict[str, Rows] = {}  # of the step that is being planned
@@ -72,7 +73,8 @@ class CanvasScheduler(Scheduler):
         output = super().schedule(throttle_prefills)
         for request in order:
             request.num_output_placeholders = 0
-        # A dynamic attribute travels with the output to every worker.
+        # Dynamic attributes travel with the output to every worker.
+        output.reads_next_req_ids = {req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].reads_next}
         output.failed_req_ids = self._failed_req_ids
         self._failed_req_ids = set()
         return output
@@ -83,7 +85,7 @@ class CanvasScheduler(Scheduler):
             options = request.sampling_params.extra_args[RESOLVED_KEY]
             block_length, cache = options["block_length"], options["cache"]
             if cache == BLOCK_CACHE:
-                plan = BlockCausalPlan(block_length, self._is_fused)
+                plan = BlockCausalPlan(block_length, self._is_fused, self._is_shifted)
             else:
                 plan = FullAttentionPlan(request.num_prompt_tokens + options["gen_length"], block_length, cache)
             request.canvas_plan = plan
@@ -177,12 +179,13 @@ class CanvasScheduler(Scheduler):
         return outputs
 
     def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
-        """Count the forwards that only write a finished block's keys and values; vLLM counts those with drafts."""
-        if self._is_fused:
+        """Count the forwards that write a finished block's keys and values and have no drafts, which vLLM counts."""
+        if self._is_fused and not self._is_shifted:
             return
         for req_id, request in requests.items():
             is_generated = request.num_computed_tokens > request.num_prompt_tokens
-            if req_id not in scheduler_output.scheduled_spec_decode_tokens and is_generated:
+            is_counted = is_generated or req_id in scheduler_output.reads_next_req_ids
+            if req_id not in scheduler_output.scheduled_spec_decode_tokens and is_counted:
                 request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -1,57 +1,29 @@
 """Block-causal models, by the example of SDAR: as a plain loop decodes, however steps and pages are shared."""
 
 import random
-from dataclasses import dataclass
 
 import pytest
 
 import vllm_osdt
-from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.engine import assert_idle, generate, nfe, sampling, scheduler, tokens
+from tests.e2e.jobs import (
+    MIN_MARGIN,
+    above,
+    assert_company_changes_nothing,
+    assert_one_batch_is_right,
+    assert_preemption_changes_nothing,
+    make_jobs,
+    run,
+    wrong,
+)
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
-from tests.reference.decode import best_first, calibrate, factor, joint_bound, osdt, static_threshold
+from tests.reference.decode import best_first, calibrate, osdt
 from vllm_osdt.errors import InvalidOptionError
 
 pytestmark = pytest.mark.e2e
 
-MIN_MARGIN = 1e-5
 PAGE = 32
 ENGINE = {"max_num_seqs": 32, "max_model_len": 256}
-RULES = [
-    ({"policy": "static_threshold", "threshold": 0.2}, lambda: static_threshold(0.2)),
-    ({"policy": "static_threshold", "threshold": 0.5}, lambda: static_threshold(0.5)),
-    ({"policy": "static_threshold", "threshold": 0.9}, lambda: static_threshold(0.9)),
-    ({"policy": "factor", "factor": 1.5}, lambda: factor(1.5)),
-    ({"policy": "joint_bound", "delta": 0.1}, lambda: joint_bound(0.1)),
-]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request and what a plain loop makes of it."""
-
-    prompt: list[int]
-    params: object
-    tokens: list[int]
-    nfe: int
-    num_blocks: int
-
-
-def make_jobs(twin, number=60, seed=0):
-    rng = random.Random(seed)
-    jobs = []
-    for index in range(number):
-        options, rule = RULES[index % len(RULES)]
-        block_length, max_tokens = (4, 8, 16)[index % 3], rng.randrange(1, 48)
-        prompt = [rng.randrange(3, 100) for _ in range(rng.randrange(1, 60))]
-        eos = 7 if index % 4 == 0 else None
-        decoded = decode_block_causal(
-            twin, prompt, rule(), block_length=block_length, max_tokens=max_tokens, eos_token_id=eos
-        )
-        if min(decoded.proposal_margin, decoded.rule_margin) <= MIN_MARGIN:
-            continue
-        params = sampling(max_tokens, block_length=block_length, stop_token_ids=[7] if eos else None, **options)
-        jobs.append(Job(prompt, params, decoded.tokens, decoded.nfe, len(decoded.record)))
-    return jobs
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +38,10 @@ def twin(checkpoint):
 
 @pytest.fixture(scope="module")
 def jobs(twin):
-    found = make_jobs(twin)
+    def decode(prompt, rule, *, stop_token_id, **options):
+        return decode_block_causal(twin, prompt, rule, eos_token_id=stop_token_id, **options)
+
+    found = make_jobs(decode, [{"block_length": length} for length in (4, 8, 16)])
     assert len(found) >= 50
     return found
 
@@ -76,37 +51,16 @@ def llm(checkpoint, start_llm):
     return start_llm(checkpoint, **ENGINE)
 
 
-def run(llm, jobs):
-    return generate(llm, [job.prompt for job in jobs], [job.params for job in jobs])
-
-
-def wrong(jobs, completions):
-    return [i for i, (job, c) in enumerate(zip(jobs, completions, strict=True)) if list(c.token_ids) != job.tokens]
-
-
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
-    completions = run(llm, jobs)
-    assert wrong(jobs, completions) == []
-    assert [nfe(c) for c in completions] == [job.nfe for job in jobs]
-    assert_idle(llm)
+    assert_one_batch_is_right(llm, jobs)
 
 
 def test_neither_order_nor_company_changes_a_token(llm, jobs):
-    shuffled = random.Random(3).sample(jobs, len(jobs))
-    assert wrong(shuffled, run(llm, shuffled)) == []
-    assert wrong(jobs[:20], [run(llm, [job])[0] for job in jobs[:20]]) == []
+    assert_company_changes_nothing(llm, jobs)
 
 
 def test_preemption_in_mid_block_changes_no_token(llm, jobs):
-    req_ids = [submit(llm, job.prompt, job.params) for job in jobs]
-
-    def preempt(step):
-        if step in (1, 2, 5, 9):
-            scheduler(llm).reset_prefix_cache(reset_running_requests=True)
-
-    finished = drive(llm, preempt)
-    assert wrong(jobs, [finished[req_id] for req_id in req_ids]) == []
-    assert_idle(llm)
+    assert_preemption_changes_nothing(llm, jobs)
 
 
 def test_sampling_depends_on_the_seed_alone(llm, jobs):
@@ -128,14 +82,14 @@ def test_without_fused_commit_the_tokens_stay_and_forwards_are_added(checkpoint,
     llm, completions = other_engine(checkpoint, start_llm, jobs, additional_config=config)
     assert wrong(jobs, completions) == []
     # The last block of a request needs no keys and values.
-    assert [nfe(c) for c in completions] == [job.nfe + job.num_blocks - 1 for job in jobs]
+    assert [nfe(c) for c in completions] == [job.decoded.nfe + len(job.decoded.record) - 1 for job in jobs]
     assert_idle(llm)
 
 
 def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(checkpoint, start_llm, jobs):
     llm, completions = other_engine(checkpoint, start_llm, jobs, max_num_batched_tokens=41)
     assert wrong(jobs, completions) == []
-    assert [nfe(c) for c in completions] == [job.nfe for job in jobs]
+    assert [nfe(c) for c in completions] == [job.decoded.nfe for job in jobs]
     assert_idle(llm)
 
 
@@ -159,7 +113,7 @@ def test_prompts_that_share_an_unaligned_beginning_share_its_whole_pages(llm, tw
     rng = random.Random(11)
     scheduler(llm).reset_prefix_cache()
     shared = [rng.randrange(3, 100) for _ in range(77)]
-    rule, options = static_threshold(0.4), {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
+    rule, options = above(0.4), {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
     cached = []
     for index in range(4):
         prompt = shared + [rng.randrange(3, 100) for _ in range(index * 7 + 1)]
@@ -174,7 +128,7 @@ def test_prompts_that_share_an_unaligned_beginning_share_its_whole_pages(llm, tw
 def test_a_conversation_reuses_the_blocks_that_were_generated(llm, twin):
     rng = random.Random(12)
     scheduler(llm).reset_prefix_cache()
-    rule, options = static_threshold(0.4), {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
+    rule, options = above(0.4), {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
     prompt = [rng.randrange(3, 100) for _ in range(21)]
     for turn in range(3):
         expected = decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=40)
@@ -194,7 +148,7 @@ def test_pages_are_shared_between_equal_block_lengths_only(llm, twin):
     cached = []
     for block_length in (4, 8, 24, 4, 8, 24):
         options = {"policy": "static_threshold", "threshold": 0.4, "block_length": block_length}
-        expected = decode_block_causal(twin, prompt, static_threshold(0.4), block_length=block_length, max_tokens=30)
+        expected = decode_block_causal(twin, prompt, above(0.4), block_length=block_length, max_tokens=30)
         assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
         hit, got = num_cached(llm, prompt, sampling(30, **options))
         cached.append(hit)
@@ -208,7 +162,7 @@ def test_osdt_equals_a_plain_implementation(llm, twin, mode):
     first, *later = [[rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
     options = {"task": f"sdar {mode}", "threshold": 0.3, "mode": mode, "metric": "q2", "block_length": 8}
     options |= {"calibrations": 1, "slack": 0.1, "cap": 1.0}
-    phase_1 = decode_block_causal(twin, first, static_threshold(0.3), block_length=8, max_tokens=40)
+    phase_1 = decode_block_causal(twin, first, above(0.3), block_length=8, max_tokens=40)
     params = sampling(40, **options)
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)

@@ -1,12 +1,11 @@
 """Block-causal networks in plain float32 PyTorch: one sequence, a dense mask, no cache; and how they are decoded.
 
 Sources: SDAR (arXiv 2510.06303), layers of Qwen3; LLaDA2.0 and 2.1 (arXiv 2602.08676), a mixture of experts routed as
-DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) describes; Fast-dLLM v2 (arXiv 2509.26328), layers of Qwen2.5. Weights have
-the names of the published checkpoints.
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) describes; Fast-dLLM v2 (arXiv 2509.26328), layers of Qwen2.5. Weights
+have the names of the published checkpoints.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.reference.decode import Decoded, Rule
 
+MAX_POST_STEPS = 16  # of LLaDA2.1's editing
 Weights = dict[str, torch.Tensor]
 
 
@@ -22,10 +22,10 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
 
 
-def _rotate(x: torch.Tensor, size: int, theta: float) -> torch.Tensor:
+def _rotate(x: torch.Tensor, positions: torch.Tensor, size: int, theta: float) -> torch.Tensor:
     """Turn the first ``size`` entries of every head [rows, heads, head size] by its row's position."""
     half = size // 2
-    angle = torch.arange(x.shape[0])[:, None, None] * theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    angle = positions[:, None, None] * theta ** (-torch.arange(half, dtype=torch.float32) / half)
     first, second, rest = x[..., :half], x[..., half:size], x[..., size:]
     turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
     return torch.cat([*turned, rest], dim=-1)
@@ -41,6 +41,7 @@ class BlockCausalNetwork:
 
     logits_shift = 0
     embedding = "model.embed_tokens.weight"
+    visible_bias, hidden_bias = 0.0, -torch.inf  # on the attention scores of what a row sees and does not see
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
         self.config = config
@@ -67,22 +68,27 @@ class BlockCausalNetwork:
         """The matrix behind attention."""
         return self.weights[f"model.layers.{layer}.self_attn.o_proj.weight"]
 
-    @torch.no_grad()
     def forward(self, ids: torch.Tensor, block_length: int) -> torch.Tensor:
         """Logits ``[rows, vocab_size]`` of a whole sequence; a row sees the blocks up to its own."""
+        positions = torch.arange(ids.shape[0])
+        block = positions // block_length
+        return self.run(ids, positions, block[:, None] >= block[None, :])
+
+    @torch.no_grad()
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Logits of rows at these positions; ``visible[q, k]``: row q sees row k."""
         eps, num_rows = self.config["rms_norm_eps"], ids.shape[0]
         rotary_size = int(self.head_size * self.config.get("partial_rotary_factor", 1.0))
-        block = torch.arange(num_rows) // block_length
-        hidden = torch.where(block[:, None] >= block[None, :], 0.0, -torch.inf)
+        bias = torch.where(visible, self.visible_bias, self.hidden_bias)
         x = self.weights[self.embedding][ids]
         for layer in range(self.config["num_hidden_layers"]):
             norms = [
                 self.weights[f"model.layers.{layer}.{name}_layernorm.weight"] for name in ("input", "post_attention")
             ]
             q, k, v = self.project(layer, _norm(x, norms[0], eps))
-            q, k = (_rotate(heads, rotary_size, self.config["rope_theta"]) for heads in (q, k))
+            q, k = (_rotate(heads, positions, rotary_size, self.config["rope_theta"]) for heads in (q, k))
             k, v = (heads.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for heads in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q, k) / self.head_size**0.5 + hidden
+            scores = torch.einsum("qhd,khd->hqk", q, k) / self.head_size**0.5 + bias
             mixed = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v).reshape(num_rows, -1)
             x = x + mixed @ self.attention_output(layer).T
             x = x + self.mix(layer, _norm(x, norms[1], eps))
@@ -196,7 +202,7 @@ def decode_block_causal(
     block_length: int,
     max_tokens: int,
     eos_token_id: int | None = None,
-    on_step: Callable[[int, int], None] = lambda block, step: None,
+    edit_threshold: float | None = None,
 ) -> Decoded:
     """Decode a request with the whole sequence in every forward.
 
@@ -207,7 +213,8 @@ def decode_block_causal(
         block_length: Positions denoised together.
         max_tokens: Output tokens wanted.
         eos_token_id: Where output ends, None for no such token.
-        on_step: Called before every forward with block and step.
+        edit_threshold: LLaDA2.1's token editing: a written token is replaced where another is surer than this, until a
+            step without masks edits nothing, at most MAX_POST_STEPS of them.
     """
     ids, result = list(prompt), Decoded()
     first_block = len(prompt) // block_length
@@ -218,25 +225,36 @@ def decode_block_causal(
         decided = [True] * start + [False] * (end - start)
         needed = min(end, len(prompt) + max_tokens)
         result.record.append([])
-        for step in range(block_length):
-            on_step(block - first_block, step)
+        num_post_steps = 0
+        for step in range(block_length + MAX_POST_STEPS):
             logits = model.forward(canvas, block_length)
             result.nfe += 1
             probability = logits.double().softmax(dim=-1)
             logits[:, model.mask_token_id] = -torch.inf
             top = logits.topk(2, dim=-1)
-            masked = {}
+            masked, edits = {}, []
             for position in range(start, end):
+                token = int(top.indices[position, 0])
+                confidence = probability[position, token].item()
+                if decided[position] and edit_threshold is None:
+                    continue
+                margin = (top.values[position, 0] - top.values[position, 1]).item()
+                result.proposal_margin = min(result.proposal_margin, margin)
                 if not decided[position]:
-                    token = int(top.indices[position, 0])
-                    masked[position] = probability[position, token].item()
-                    margin = (top.values[position, 0] - top.values[position, 1]).item()
-                    result.proposal_margin = min(result.proposal_margin, margin)
-            chosen = rule(block - first_block, step, masked)
-            result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
-            for position in chosen:
+                    masked[position] = confidence
+                elif token != canvas[position]:
+                    result.edit_margin = min(result.edit_margin, abs(confidence - edit_threshold))
+                    if confidence > edit_threshold:
+                        edits.append(position)
+            num_post_steps += not masked
+            chosen = rule(block - first_block, step, masked) if masked else []
+            if masked:
+                result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
+            for position in chosen + edits:
                 canvas[position], decided[position] = top.indices[position, 0], True
-            ready = _ready(canvas.tolist(), decided, start, needed, eos_token_id)
+            result.num_edits += len(edits)
+            is_open = edit_threshold is not None and (masked or edits and num_post_steps < MAX_POST_STEPS)
+            ready = None if is_open else _ready(canvas.tolist(), decided, start, needed, eos_token_id)
             if ready is not None:
                 break
         assert ready is not None
@@ -244,6 +262,95 @@ def decode_block_causal(
     result.tokens = ids[len(prompt) :]
     result.rule_margin = getattr(rule, "margin", float("inf"))
     return result
+
+
+def decode_fast_dllm_v2(
+    model: BlockCausalNetwork,
+    prompt: list[int],
+    rule: Rule,
+    *,
+    block_length: int,
+    sub_block_length: int,
+    sub_block_cache: bool,
+    max_tokens: int,
+    stop_token_id: int | None = None,
+) -> Decoded:
+    """Decode a request with Fast-dLLM v2's sub-blocks.
+
+    The forward that finishes the KV of a block gives the first token of the next one, whatever its confidence. A
+    sub-block is decoded before the next begins. With the cache, a step whose sub-block begins with a written token
+    computes the sub-block alone, against the rest of the block as it was when it was last computed whole.
+
+    Args:
+        model: The network, whose logits are shifted by one.
+        prompt: Token ids.
+        rule: Which positions a step unmasks, called with those of one sub-block; steps count in the block, the forward
+            that gives a first token among them.
+        block_length, sub_block_length: Positions of a block, and those denoised together.
+        sub_block_cache: See above.
+        max_tokens: Output tokens wanted.
+        stop_token_id: Where output ends, None for no such token.
+    """
+    ids, result = list(prompt), Decoded()
+    first_block = len(prompt) // block_length
+    while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] != stop_token_id):
+        start, block = len(ids), len(ids) // block_length
+        base, end = block * block_length, (block + 1) * block_length
+        canvas = torch.tensor(ids + [model.mask_token_id] * (end - start))
+        decided = [True] * start + [False] * (end - start)
+        needed = min(end, len(prompt) + max_tokens)
+        result.record.append([])
+        stale: torch.Tensor | None = None
+        step = 0
+        ready = None
+        while ready is None:
+            if start == base and step == 0 and base > 0:
+                proposals = {base: model.forward(canvas[:base], block_length)[-1]}
+                chosen = [base]
+            else:
+                sub = next(s for s in range(base, end, sub_block_length) if not all(decided[s : s + sub_block_length]))
+                last = sub + sub_block_length
+                if not sub_block_cache or stale is None or not decided[sub]:
+                    logits = model.forward(canvas, block_length)
+                    stale = canvas.clone()
+                else:
+                    logits = _beside_stale_block(model, stale, canvas, sub, last, block_length)
+                proposals = {p: logits[p - 1 if p > base else p] for p in range(sub, last) if not decided[p]}
+                chosen = None
+            result.nfe += 1
+            masked, tokens = {}, {}
+            for position, line in proposals.items():
+                probability = line.double().softmax(dim=-1)
+                line[model.mask_token_id] = -torch.inf
+                top = line.topk(2)
+                tokens[position] = int(top.indices[0])
+                masked[position] = probability[tokens[position]].item()
+                result.proposal_margin = min(result.proposal_margin, (top.values[0] - top.values[1]).item())
+            if chosen is None:
+                chosen = rule(block - first_block, step, masked)
+            result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
+            for position in chosen:
+                canvas[position], decided[position] = tokens[position], True
+            ready = _ready(canvas.tolist(), decided, start, needed, stop_token_id)
+            step += 1
+        ids += ready
+    result.tokens = ids[len(prompt) :]
+    result.rule_margin = getattr(rule, "margin", float("inf"))
+    return result
+
+
+def _beside_stale_block(
+    model: BlockCausalNetwork, stale: torch.Tensor, canvas: torch.Tensor, first: int, last: int, block_length: int
+) -> torch.Tensor:
+    """Logits at all positions, those of [first, last) from rows that see the rest of their block as in ``stale``."""
+    length = len(canvas)
+    positions = torch.cat([torch.arange(length), torch.arange(first, last)])
+    is_new = torch.arange(len(positions)) >= length
+    block = positions // block_length
+    replaced = (positions >= first) & (positions < last) & ~is_new
+    visible = (block[:, None] >= block[None, :]) & torch.where(is_new[:, None], ~replaced[None, :], ~is_new[None, :])
+    logits = model.run(torch.cat([stale, canvas[first:last]]), positions, visible)
+    return torch.cat([logits[:first], logits[length:], logits[last:length]])
 
 
 def _ready(ids: list[int], decided: list[bool], start: int, end: int, eos_token_id: int | None) -> list[int] | None:

@@ -27,6 +27,8 @@ class Decoded:
         record: ``record[block][step]``: (confidence, unmasked) of every position masked before the step.
         proposal_margin: Smallest distance between the best and second best logit on the way.
         rule_margin: Smallest distance of a confidence from the rule's cutoff, where the rule tells.
+        edit_margin: Smallest distance of a confidence from the editing threshold.
+        num_edits: Tokens that were replaced.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -34,6 +36,8 @@ class Decoded:
     record: list[list[list[tuple[float, bool]]]] = field(default_factory=list)
     proposal_margin: float = float("inf")
     rule_margin: float = float("inf")
+    edit_margin: float = float("inf")
+    num_edits: int = 0
 
 
 class ThresholdRule:

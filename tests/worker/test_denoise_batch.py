@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_osdt.worker.denoise_batch import cut_into_blocks, noise_keys, plan_step
+from vllm_osdt.worker.denoise_batch import TOP_K, StepRows, cut_into_blocks, noise_keys, plan_step, step_rows
 from vllm_osdt.worker.request_states import CanvasStates, _seed
 
 MASK64 = (1 << 64) - 1
@@ -48,6 +48,12 @@ def test_a_request_key_comes_from_its_seed_else_from_its_id():
     assert _seed("a", None) != _seed("b", None)
 
 
+def take_step(states, slots, start, num_rows, num_drafts, reads_next=None):
+    """Plan a step of requests of which none reads the next block's first token, unless told."""
+    reads_next = np.zeros(len(slots), dtype=bool) if reads_next is None else np.array(reads_next)
+    return plan_step(states, step_rows(states, slots, start, num_rows, num_drafts, reads_next))
+
+
 def states_of_two_requests():
     """Slot 2: prompt 5, two blocks of 4, in the third step. Slot 0: prompt 3, a block of 2 to be entered."""
     states = CanvasStates(4, 16, 99, torch.device("cpu"))
@@ -68,10 +74,9 @@ def test_a_step_runs_the_scheduled_rows_and_reads_the_masked_ones():
     states = states_of_two_requests()
     slots, start = np.array([2, 0]), np.array([5, 0])
     num_rows, num_drafts = np.array([4, 5]), np.array([4, 2], dtype=np.int32)
-    states.begin_step(slots, start + num_rows - num_drafts, num_drafts)
+    plan = take_step(states, slots, start, num_rows, num_drafts)
     assert states.host.step[slots].tolist() == [2, 0]
     assert states.host.masked[0].nonzero()[0].tolist() == [0, 1]
-    plan = plan_step(states, slots, start, num_rows, num_drafts)
     assert plan.positions.tolist() == [5, 6, 7, 8, 0, 1, 2, 3, 4]
     assert plan.source.tolist() == [37, 38, 39, 40, 0, 1, 2, 3, 4]
     assert plan.query_start_loc.tolist() == [0, 4, 9]
@@ -89,8 +94,7 @@ def test_a_step_runs_the_scheduled_rows_and_reads_the_masked_ones():
 def test_a_step_of_no_request_is_empty():
     states, none = states_of_two_requests(), np.empty(0, dtype=np.int64)
     no_drafts = np.empty(0, dtype=np.int32)
-    states.begin_step(none, none, no_drafts)
-    plan = plan_step(states, none, none, none, no_drafts)
+    plan = take_step(states, none, none, none, no_drafts)
     assert plan.positions.size == plan.logit_rows.size == plan.canvas_index.size == 0
     assert plan.query_start_loc.tolist() == [0]
 
@@ -100,8 +104,7 @@ def test_a_request_without_drafts_reads_no_logits_and_keeps_its_masks_and_its_st
     slots, start = np.array([2, 0]), np.array([1, 0])
     num_rows, num_drafts = np.array([4, 5]), np.array([0, 2], dtype=np.int32)
     before = states.host.masked[2].copy()
-    states.begin_step(slots, start + num_rows - num_drafts, num_drafts)
-    plan = plan_step(states, slots, start, num_rows, num_drafts)
+    plan = take_step(states, slots, start, num_rows, num_drafts)
     assert (states.host.step[2], states.host.block_start[2]) == (1, 5)
     assert np.array_equal(states.host.masked[2], before)
     assert plan.positions.tolist() == [1, 2, 3, 4, 0, 1, 2, 3, 4]
@@ -120,14 +123,12 @@ def test_a_block_that_begins_inside_the_prompt_is_as_long_as_its_drafts():
     states.host.parameters[1] = np.arange(32)
     slots, start, num_rows, num_drafts = np.array([1]), np.array([0]), np.array([16]), np.array([5], dtype=np.int32)
     for number in range(9):
-        states.begin_step(slots, np.array([11]), num_drafts)
-        plan = plan_step(states, slots, start, num_rows, num_drafts)
+        plan = take_step(states, slots, start, num_rows, num_drafts)
         assert plan.logit_rows.tolist() == [11, 12, 13, 14, 15]
         assert plan.canvas_index.tolist() == [[43, 44, 45, 46, 47, 64, 64, 64]]
         assert plan.num_needed.tolist() == [5]
         assert plan.parameter.tolist() == [min(number, 7)]  # of the first block; its last step holds for later ones
-    states.begin_step(slots, np.array([16]), np.array([8], dtype=np.int32))
-    plan = plan_step(states, slots, np.array([8]), num_rows, np.array([8], dtype=np.int32))
+    plan = take_step(states, slots, np.array([8]), num_rows, np.array([8], dtype=np.int32))
     assert (plan.logit_rows.tolist(), plan.parameter.tolist()) == (list(range(8, 16)), [8.0])
     assert plan.num_needed.tolist() == [4]
 
@@ -136,10 +137,72 @@ def test_queries_are_cut_at_block_boundaries():
     states = CanvasStates(4, 64, 99, torch.device("cpu"), is_block_causal=True)
     states.host.block_length[:] = [4, 8, 0, 16]
     slots, start, num_rows = np.array([1, 0, 2, 3]), np.array([16, 0, 0, 32]), np.array([16, 4, 3, 16])
-    queries = cut_into_blocks(states, slots, start, num_rows)
+    nothing = np.zeros(4, dtype=np.int64)
+    queries = cut_into_blocks(states, StepRows(slots, start, num_rows, nothing, nothing, nothing > 0))
     assert queries.query_start_loc.tolist() == [0, 8, 16, 20, 23, 39]
     assert queries.seq_lens.tolist() == [24, 32, 4, 3, 48]  # the third is a warm-up request of vLLM, without blocks
     assert queries.request.tolist() == [0, 0, 1, 2, 3]
     none = np.empty(0, dtype=np.int64)
-    empty = cut_into_blocks(states, none, none, none)
+    empty = cut_into_blocks(states, StepRows(none, none, none, none, none, none > 0))
     assert empty.query_start_loc.tolist() == [0] and empty.request.size == 0
+
+
+def states_with_sub_blocks(cached):
+    states = CanvasStates(2, 32, 99, torch.device("cpu"), is_block_causal=True, logits_shift=1)
+    host = states.host
+    host.origin[0], host.canvas_end[0], host.output_end[0], host.block_length[0] = 8, 24, 24, 8
+    host.sub_block_length[0], host.sub_block_cache[0] = 4, cached
+    host.parameters[0] = 8
+    return states
+
+
+def test_sub_blocks_are_read_from_left_to_right_and_computed_alone_where_they_can():
+    states = states_with_sub_blocks(cached=True)
+    slots, none, block = np.array([0]), np.array([0], dtype=np.int32), np.array([8], dtype=np.int32)
+    # The forward of the block before gives the first token, whatever the policy.
+    plan = take_step(states, slots, np.array([0]), np.array([8]), none, [True])
+    assert (plan.logit_rows.tolist(), plan.cells.tolist()) == ([7], [0])
+    assert (plan.positions.tolist(), plan.rule.tolist(), plan.parameter.tolist()) == (list(range(8)), [TOP_K], [1.0])
+    states.host.masked[0, 0] = False
+    # The first step in the block computes it whole; position i is read at i - 1.
+    plan = take_step(states, slots, np.array([8]), np.array([8]), block)
+    assert (plan.logit_rows.tolist(), plan.cells.tolist()) == ([0, 1, 2], [1, 2, 3])
+    states.host.masked[0, 2] = False
+    # Its sub-block begins with a written token: now that alone.
+    plan = take_step(states, slots, np.array([8]), np.array([8]), block)
+    assert plan.positions.tolist() == [8, 9, 10, 11]
+    assert (plan.logit_rows.tolist(), plan.cells.tolist()) == ([0, 2], [1, 3])
+    states.host.masked[0, :4] = False
+    # The second sub-block begins with a mask: the whole block, until that is written.
+    for _ in range(2):
+        plan = take_step(states, slots, np.array([8]), np.array([8]), block)
+        assert plan.positions.tolist() == list(range(8, 16))
+        assert (plan.logit_rows.tolist(), plan.cells.tolist()) == ([3, 4, 5, 6], [4, 5, 6, 7])
+    states.host.masked[0, [4, 6]] = False
+    rows = step_rows(states, slots, np.array([8]), np.array([8]), block, np.array([False]))
+    assert (rows.start.tolist(), rows.num_rows.tolist()) == ([12], [4])
+    plan = plan_step(states, rows)
+    assert (plan.logit_rows.tolist(), plan.cells.tolist()) == ([0, 2], [5, 7])
+    queries = cut_into_blocks(states, rows)
+    assert (queries.query_start_loc.tolist(), queries.seq_lens.tolist()) == ([0, 4], [16])
+
+
+def test_a_quota_is_never_more_than_the_positions_of_the_sub_block():
+    states = states_with_sub_blocks(cached=False)
+    states.host.rule[0] = TOP_K
+    slots, block = np.array([0]), np.array([8], dtype=np.int32)
+    plan = take_step(states, slots, np.array([8]), np.array([8]), block)
+    assert plan.parameter.tolist() == [4.0]
+    states.host.masked[0, 1:3] = False
+    plan = take_step(states, slots, np.array([8]), np.array([8]), block)
+    assert plan.parameter.tolist() == [2.0]
+
+
+def test_a_request_that_edits_reads_its_whole_block():
+    states = CanvasStates(1, 32, 99, torch.device("cpu"), is_block_causal=True)
+    states.host.block_length[0], states.host.edit_threshold[0] = 8, 0.5
+    slots, drafts = np.array([0]), np.array([5], dtype=np.int32)
+    take_step(states, slots, np.array([0]), np.array([8]), drafts)
+    states.host.masked[0] = False
+    plan = take_step(states, slots, np.array([0]), np.array([8]), drafts)
+    assert plan.logit_rows.tolist() == [3, 4, 5, 6, 7]

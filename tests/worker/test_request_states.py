@@ -16,7 +16,7 @@ from vllm_osdt.calibration.store import ProfileStore
 from vllm_osdt.config import RESOLVED_KEY, UNDECIDED_TASK, DecodingOptions
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.static_threshold import static_threshold
-from vllm_osdt.worker.denoise_batch import plan_step
+from vllm_osdt.worker.denoise_batch import plan_step, step_rows
 from vllm_osdt.worker.request_states import CanvasStates
 
 LENGTH, PROMPT = KEY.block_length, [5, 6, 7]
@@ -154,8 +154,7 @@ def step(states, slot, block=0):
     """Plan one denoising step of a request."""
     slots = np.array([slot])
     first, num_drafts = np.array([len(PROMPT) + block * LENGTH]), np.array([LENGTH], dtype=np.int32)
-    states.begin_step(slots, first, num_drafts)
-    return plan_step(states, slots, first, np.array([LENGTH]), num_drafts)
+    return plan_step(states, step_rows(states, slots, first, np.array([LENGTH]), num_drafts, np.array([False])))
 
 
 def test_fallbacks_are_counted_by_denoising_step_and_survive_preemption():
@@ -194,10 +193,10 @@ def test_the_mean_confidence_of_every_step_is_kept_by_request_block_and_step():
     expected = np.full((3, 4, LENGTH), NAN)
     for number, (block, masks) in enumerate([(0, [4, 4]), (0, [3, 1]), (1, [4, 4])]):
         first = np.full(2, len(PROMPT) + block * LENGTH)
-        states.begin_step(slots, first, drafts)
+        rows = step_rows(states, slots, first, np.array([LENGTH] * 2), drafts, np.zeros(2, dtype=bool))
         for slot, num_masked in zip(slots, masks, strict=True):
             states.host.masked[slot, :LENGTH] = np.arange(LENGTH) < num_masked
-        plan = plan_step(states, slots, first, np.array([LENGTH] * 2), drafts)
+        plan = plan_step(states, rows)
         confidence = torch.rand(plan.cells.size, generator=torch.Generator().manual_seed(number))
         states.note_confidence(
             torch.from_numpy(plan.step_cell), torch.from_numpy(plan.cells), plan.canvas_index.shape[1], confidence

@@ -172,7 +172,9 @@ class Block(nn.Module):
             projection(normed).view(heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.has_head_norms:
-            query, key = self.q_norm(query), self.k_norm(key)
+            # The fused kernel wants one type for input and weight.
+            query = F.rms_norm(query, query.shape[-1:], self.q_norm.weight.to(query.dtype), self.q_norm.eps)
+            key = F.rms_norm(key, key.shape[-1:], self.k_norm.weight.to(key.dtype), self.k_norm.eps)
         # Written out: on a CPU the fused kernel's bf16 backward pass is several times slower.
         scores = rotate(query, cos, sin) @ rotate(key, cos, sin).transpose(-1, -2) * query.shape[-1] ** -0.5
         if bias is not None:

@@ -36,6 +36,8 @@ DEPENDENT_SHARE = 0.4
 # masked blocks); the same with a stale cache, and how many states of the active block stand beside it.
 VIEWS = {"anywhere": 0.25, "exact": 0.25, "stale": 0.5}
 NUM_STATES = 2
+# Masked states of each block that a block-causal model sees at once.
+NUM_BLOCK_STATES = 1
 # Share of each task in a step.
 TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2}
 # Weight of the blocks behind the active one, which stay fully masked.
@@ -155,7 +157,8 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
 
 
 def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
-    """Draws problems of one prompt length, and for every block from the prompt's last on NUM_STATES masked states."""
+    """Draws problems of one prompt length, and for every block from the prompt's last on NUM_BLOCK_STATES masked
+    states."""
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)
@@ -169,7 +172,7 @@ def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size:
     weights, is_dependent = np.zeros(canvas.shape), np.zeros(canvas.shape, dtype=bool)
     weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(canvas[:, prompt_length:], lengths)
 
-    shape = (size, NUM_STATES, length - start)
+    shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
     masked = torch.from_numpy(draw_masks(rng, of_blocks).reshape(shape))
     masked[..., : prompt_length - start] = False

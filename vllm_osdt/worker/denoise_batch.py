@@ -25,7 +25,8 @@ class DenoiseBatch:
         mask_rows: int64 ``[R]``, row of ``CanvasStates.masked``: the slot, or the last row for a request that denoises
             nothing in this step.
         num_rows: M; the logits may have a row more when nothing is masked.
-        cells: int64 ``[M]``, index into ``[R, W]`` of each logits row.
+        cells: int64 ``[M]``, index into ``[R, W]`` of each logits row: of masked positions, and of those that may be
+            edited.
         canvas_index: int64 ``[R, W]``, index into ``CanvasStates.cells``; padding points to the last cell.
         rule: int8 ``[R]``.
         parameter: float32 ``[R]``.
@@ -34,6 +35,7 @@ class DenoiseBatch:
         temperature: float32 ``[M]``, or None when all are 0.
         noise_key: int64 ``[M]``, or None likewise.
         step_cell: int64 ``[R]``, index of block and step in tables ``[slots, max_model_len]``.
+        edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
     """
 
     slots_np: np.ndarray
@@ -50,6 +52,7 @@ class DenoiseBatch:
     temperature: torch.Tensor | None
     noise_key: torch.Tensor | None
     step_cell: torch.Tensor
+    edit_threshold: torch.Tensor | None
 
 
 class BlockQueries(NamedTuple):
@@ -108,18 +111,83 @@ class StepPlan(NamedTuple):
     step_cell: np.ndarray  # int64 [R], index of block and step in tables [slots, max_model_len]
 
 
-def plan_step(
-    states: CanvasStates, slots: np.ndarray, start: np.ndarray, num_rows: np.ndarray, num_drafts: np.ndarray
-) -> StepPlan:
-    """Lay out a step.
+class StepRows(NamedTuple):
+    """What the scheduler asks of a step, R requests, on the host."""
+
+    slots: np.ndarray  # int64 [R]
+    start: np.ndarray  # int64 [R], position of the first row of each
+    num_rows: np.ndarray  # int64 [R]
+    block_start: np.ndarray  # int64 [R], position of the first uncommitted token
+    num_active: np.ndarray  # int64 [R], positions of the active block from there on; 0: nothing is denoised
+    is_alone: np.ndarray  # bool [R], only that first position is
+
+
+def step_rows(
+    states: CanvasStates,
+    slots: np.ndarray,
+    start: np.ndarray,
+    num_rows: np.ndarray,
+    num_drafts: np.ndarray,
+    reads_next: np.ndarray,
+) -> StepRows:
+    """Bring the tables up to date for a step, and leave out rows that a sub-block's cache spares.
 
     Args:
-        states: Tables, after ``begin_step``.
+        states: Tables.
         slots: int64 ``[R]`` scheduled slots.
         start: int64 ``[R]`` position of the first row of each.
         num_rows: int64 ``[R]`` rows of each.
         num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block; 0 without one.
+        reads_next: bool ``[R]``, the last row tells the token of the position behind it.
     """
+    host = states.host
+    block_length = host.block_length[slots]
+    block_start = start + num_rows - num_drafts
+    num_active = np.where(reads_next, block_length, np.minimum(block_length, num_drafts))
+    states.begin_step(slots, block_start, num_active)
+    if states.is_block_causal:
+        is_alone = reads_next
+    else:
+        is_alone = host.first_alone[slots] & (host.step[slots] == 0)
+    rows = StepRows(slots, start, num_rows, block_start, num_active, is_alone)
+    if host.sub_block_cache[slots].any():
+        rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
+        leave_out_cached(host, rows)
+    return rows
+
+
+@compiled()
+def leave_out_cached(host: HostTables, rows: StepRows) -> None:
+    """A step computes the active sub-block alone where that begins with a written token and the block has been computed
+    whole since it was entered."""
+    for req in range(rows.slots.size):
+        slot = rows.slots[req]
+        if not host.sub_block_cache[slot] or rows.num_active[req] == 0 or rows.is_alone[req]:
+            continue
+        block_start = rows.block_start[req]
+        base = block_start + rows.num_active[req] - host.block_length[slot]
+        if host.step[slot] <= (block_start == base):  # the step before gave a first token, from the block before
+            continue
+        first = _sub_block(host, slot, block_start, rows.num_active[req])
+        if first < block_start or not host.masked[slot, first - block_start]:
+            rows.start[req], rows.num_rows[req] = first, host.sub_block_length[slot]
+
+
+@compiled()
+def _sub_block(host: HostTables, slot: int, block_start: int, num_active: int) -> int:
+    """Position of the first sub-block that has a mask."""
+    base = block_start + num_active - host.block_length[slot]
+    first_masked = block_start
+    for k in range(num_active):
+        if host.masked[slot, k]:
+            first_masked = block_start + k
+            break
+    return first_masked - (first_masked - base) % host.sub_block_length[slot]
+
+
+def plan_step(states: CanvasStates, rows: StepRows) -> StepPlan:
+    """Lay out a step."""
+    slots, num_rows = rows.slots, rows.num_rows
     num_reqs, num_tokens = slots.size, int(num_rows.sum())
     width = int(states.host.block_length[slots].max(initial=1))
     plan = StepPlan(
@@ -138,77 +206,69 @@ def plan_step(
         num_needed=np.empty(num_reqs, np.int32),
         step_cell=np.empty(num_reqs, np.int64),
     )
-    num_logits = _fill(states.host, slots, start, num_rows, num_drafts, states.logits_shift, plan)
+    num_logits = _fill(states.host, rows, states.logits_shift, plan)
     return plan._replace(logit_rows=plan.logit_rows[:num_logits], cells=plan.cells[:num_logits])
 
 
 @compiled()
-def _fill(
-    host: HostTables,
-    slots: np.ndarray,
-    start: np.ndarray,
-    num_rows: np.ndarray,
-    num_drafts: np.ndarray,
-    logits_shift: int,
-    plan: StepPlan,
-) -> int:
+def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -> int:
     """Write a plan, count its fallbacks and return the number of logit rows."""
     max_model_len = host.parameters.shape[1]
     padding_cell = host.parameters.size
     row = num_logits = 0
     plan.query_start_loc[0] = plan.cu_num_logits[0] = 0
-    for req in range(slots.size):
-        slot = slots[req]
-        block_start = start[req] + num_rows[req] - num_drafts[req]
+    for req in range(rows.slots.size):
+        slot, start, num_rows = rows.slots[req], rows.start[req], rows.num_rows[req]
+        block_start, num_active, is_alone = rows.block_start[req], rows.num_active[req], rows.is_alone[req]
         first_cell = slot * max_model_len
-        active_length = min(host.block_length[slot], num_drafts[req])
-        is_alone = host.first_alone[slot] and host.step[slot] == 0
-        for k in range(num_rows[req]):
-            plan.positions[row + k] = start[req] + k
-            plan.source[row + k] = first_cell + start[req] + k
+        edits = np.isfinite(host.edit_threshold[slot])
+        first_read, last_read = 0, 1 if is_alone else num_active
+        if host.sub_block_length[slot] > 0 and num_active > 0 and not is_alone:
+            first_read = _sub_block(host, slot, block_start, num_active) - block_start
+            last_read = first_read + host.sub_block_length[slot]
+        for k in range(num_rows):
+            plan.positions[row + k] = start + k
+            plan.source[row + k] = first_cell + start + k
         for k in range(plan.canvas_index.shape[1]):
-            inside = k < active_length
-            plan.canvas_index[req, k] = first_cell + block_start + k if inside else padding_cell
-            if inside and host.masked[slot, k] and (k == 0 or not is_alone):
-                plan.logit_rows[num_logits] = row + block_start - start[req] + k - logits_shift
+            is_inside = k < num_active
+            plan.canvas_index[req, k] = first_cell + block_start + k if is_inside else padding_cell
+            if is_inside and first_read <= k < last_read and (host.masked[slot, k] or edits):
+                plan.logit_rows[num_logits] = row + block_start - start + k - logits_shift
                 plan.cells[num_logits] = req * plan.canvas_index.shape[1] + k
                 num_logits += 1
-        row += num_rows[req]
+        row += num_rows
         plan.query_start_loc[req + 1] = row
         plan.cu_num_logits[req + 1] = num_logits
-        plan.seq_lens[req] = max(host.canvas_end[slot], start[req] + num_rows[req])
-        plan.mask_rows[req] = slot if active_length > 0 else host.block_length.size
-        plan.rule[req] = TOP_K if is_alone else host.rule[slot]
+        plan.seq_lens[req] = max(host.canvas_end[slot], start + num_rows)
         step = 0
-        if active_length > 0:
+        if num_active > 0:
             offset = block_start - host.origin[slot]
             step = offset - offset % host.block_length[slot] + min(host.step[slot], host.block_length[slot] - 1)
             host.num_fallbacks[slot, host.fallback[slot, step]] += 1
+        plan.mask_rows[req] = slot if num_active > 0 else host.block_length.size
+        plan.rule[req] = TOP_K if is_alone else host.rule[slot]
         plan.parameter[req] = 1.0 if is_alone else host.parameters[slot, step]
+        if host.rule[slot] == TOP_K:  # not more than there are logits for
+            num_read = plan.cu_num_logits[req + 1] - plan.cu_num_logits[req]
+            plan.parameter[req] = min(plan.parameter[req], max(num_read, 1))
         plan.step_cell[req] = first_cell + step
         plan.eos_token_id[req] = host.eos_token_id[slot]
-        plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), active_length)
+        plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), num_active)
     return num_logits
 
 
-def cut_into_blocks(states: CanvasStates, slots: np.ndarray, start: np.ndarray, num_rows: np.ndarray) -> BlockQueries:
-    """The queries of a block-causal model.
-
-    Args:
-        states: Tables.
-        slots: int64 ``[R]`` scheduled slots.
-        start: int64 ``[R]`` position of the first row of each, the first of a block.
-        num_rows: int64 ``[R]`` rows of each, whole blocks.
-    """
-    block_length = states.host.block_length[slots]
-    # vLLM's warm-up requests have no canvas.
-    num_blocks = np.where(block_length > 0, num_rows // np.maximum(block_length, 1), 1)
-    request = np.repeat(np.arange(slots.size), num_blocks)
+def cut_into_blocks(states: CanvasStates, rows: StepRows) -> BlockQueries:
+    """The queries of a block-causal model: a step's rows are whole blocks, or a part of one."""
+    block_length = states.host.block_length[rows.slots]
+    block_length = np.where(block_length > 0, block_length, rows.num_rows)  # vLLM's warm-up requests have no canvas
+    num_blocks = -(-rows.num_rows // block_length)
+    request = np.repeat(np.arange(rows.slots.size), num_blocks)
     index = np.arange(request.size) - (num_blocks.cumsum() - num_blocks)[request]  # of a block in its request
-    length = np.where(block_length > 0, block_length, num_rows)[request]
+    length = np.minimum(block_length, rows.num_rows)[request]
     query_start_loc = np.zeros(request.size + 1, dtype=np.int32)
     length.cumsum(out=query_start_loc[1:])
-    return BlockQueries(query_start_loc, (start[request] + (index + 1) * length).astype(np.int32), request)
+    block = rows.start[request] // block_length[request] + index
+    return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
 
 
 def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> DenoiseBatch:
@@ -221,6 +281,7 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         positions = host.block_start[slots][row_req] + row_pos
         row_temperature = to_device(temperature[row_req], device)
         row_keys = to_device(noise_keys(host.seed[slots][row_req], positions, host.step[slots][row_req]), device)
+    edit_threshold = host.edit_threshold[slots]
     return DenoiseBatch(
         slots_np=slots,
         is_active=plan.mask_rows < host.block_length.size,
@@ -236,4 +297,5 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         temperature=row_temperature,
         noise_key=row_keys,
         step_cell=to_device(plan.step_cell, device),
+        edit_threshold=to_device(edit_threshold, device) if np.isfinite(edit_threshold).any() else None,
     )

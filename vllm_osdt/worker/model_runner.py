@@ -16,7 +16,14 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_osdt.worker.denoise_batch import CanvasInputBatch, cut_into_blocks, plan_denoise, plan_step
+from vllm_osdt.worker.denoise_batch import (
+    CanvasInputBatch,
+    cut_into_blocks,
+    leave_out_cached,
+    plan_denoise,
+    plan_step,
+    step_rows,
+)
 from vllm_osdt.worker.model_state import CanvasModelState
 from vllm_osdt.worker.request_states import to_device
 from vllm_osdt.worker.sampler import CanvasSampler
@@ -78,14 +85,18 @@ class CanvasRunnerMixin:
         states, buffers = self.model_state.canvas_states, self.input_buffers
         slots = batch_req_state.idx_mapping_np.astype(np.int64)
         num_rows = batch_req_state.num_scheduled_tokens.astype(np.int64)
-        num_reqs, num_tokens = len(slots), batch_req_state.num_tokens
+        num_reqs = len(slots)
         num_drafts = batch_req_state.num_draft_tokens_np
         if num_drafts is None:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
         num_computed = self.req_states.num_computed_tokens_np[slots]
-        start = num_computed.astype(np.int64)
-        states.begin_step(slots, start + num_rows - num_drafts, num_drafts)
-        plan = plan_step(states, slots, start, num_rows, num_drafts)
+        asks = getattr(scheduler_output, "reads_next_req_ids", ())
+        reads_next = np.zeros(num_reqs, dtype=bool)
+        if asks:
+            reads_next[:] = [req_id in asks for req_id in batch_req_state.req_ids]
+        rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, reads_next)
+        plan = plan_step(states, rows)
+        num_tokens = int(rows.num_rows.sum())
 
         device = self.device
         async_tensor_h2d(plan.positions, out=buffers.positions[:num_tokens])
@@ -101,7 +112,8 @@ class CanvasRunnerMixin:
         # Adapters know rows by their place in the whole batch.
         is_narrowed = self.lora_config is None
         logits_indices = torch.arange(len(logit_rows), device=device) if is_narrowed else logit_rows
-        num_tokens_padded = max(num_tokens, batch_desc.num_tokens)
+        is_cut = num_tokens < batch_req_state.num_tokens
+        num_tokens_padded = num_tokens if is_cut else max(num_tokens, batch_desc.num_tokens)
         idx_mapping = denoise.slots
         return CanvasInputBatch(
             req_ids=batch_req_state.req_ids,
@@ -111,7 +123,7 @@ class CanvasRunnerMixin:
             idx_mapping_np=batch_req_state.idx_mapping_np,
             expanded_idx_mapping=idx_mapping,
             expanded_local_pos=idx_mapping,
-            num_scheduled_tokens=batch_req_state.num_scheduled_tokens,
+            num_scheduled_tokens=rows.num_rows.astype(batch_req_state.num_scheduled_tokens.dtype),
             num_tokens=num_tokens,
             num_tokens_after_padding=num_tokens_padded,
             num_draft_tokens=int(num_drafts.sum()),
@@ -137,15 +149,15 @@ class CanvasRunnerMixin:
             prompt_lens=None,
             denoise=denoise,
             logit_rows=logit_rows if is_narrowed else None,
-            block_queries=cut_into_blocks(states, slots, start, num_rows) if states.is_block_causal else None,
+            block_queries=cut_into_blocks(states, rows) if states.is_block_causal else None,
         )
 
     def compile_host_loops(self) -> None:
         """Run the compiled loops on a batch of no request, so that the first request need not wait for them."""
         states, none = self.model_state.canvas_states, np.empty(0, dtype=np.int64)
-        no_drafts = np.empty(0, dtype=np.int32)
-        states.begin_step(none, none, no_drafts)
-        plan = plan_step(states, none, none, none, no_drafts)
+        rows = step_rows(states, none, none, none, np.empty(0, dtype=np.int32), np.empty(0, dtype=bool))
+        leave_out_cached(states.host, rows)
+        plan = plan_step(states, rows)
         denoise = plan_denoise(states, none, plan)
         logits = torch.empty(0, self.vocab_size, device=self.device)
         self.sampler(logits, SimpleNamespace(denoise=denoise, req_ids=[]))

@@ -60,15 +60,17 @@ class CanvasModelState(ModelState):
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        hf_config = vllm_config.model_config.hf_config
         self.canvas_states = CanvasStates(
             self.max_num_reqs,
             self.model_config.max_model_len,
-            vllm_config.model_config.hf_config.mask_token_id,
+            hf_config.mask_token_id,
             device,
             make_registry(vllm_config),
             make_guard(vllm_config),
-            getattr(vllm_config.model_config.hf_config, "logits_shift", 0),
-            getattr(vllm_config.model_config.hf_config, "is_block_causal", False),
+            logits_shift=getattr(hf_config, "logits_shift", 0),
+            is_block_causal=getattr(hf_config, "is_block_causal", False),
+            is_strict=getattr(hf_config, "is_threshold_strict", False),
         )
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:

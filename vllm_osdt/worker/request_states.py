@@ -9,7 +9,7 @@ that runs beside the engine's own copy of the output.
 import hashlib
 import logging
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +86,9 @@ class HostTables(NamedTuple):
     seed: np.ndarray  # int64
     eos_token_id: np.ndarray  # int64, -1 for none
     recording: np.ndarray  # bool, the request calibrates its task
+    edit_threshold: np.ndarray  # float32, infinite for none
+    sub_block_length: np.ndarray  # int64, 0: none
+    sub_block_cache: np.ndarray  # bool
     first_alone: np.ndarray  # bool, a block's first step decides its first position, and no other
 
 
@@ -112,6 +115,7 @@ class CanvasStates:
         guard: DriftGuard | None = None,
         logits_shift: int = 0,
         is_block_causal: bool = False,
+        is_strict: bool = False,
     ) -> None:
         self.max_model_len = max_model_len
         self.mask_token_id = mask_token_id
@@ -120,6 +124,7 @@ class CanvasStates:
         self.guard = guard
         self.logits_shift = logits_shift  # position i is read from the logits at i - logits_shift
         self.is_block_causal = is_block_causal  # blocks lie on a grid from position 0 and see no later ones
+        self.is_strict = is_strict  # a confidence that equals the static threshold does not pass
         self.report = Report()
         self.records: dict[str, RequestRecord] = {}
         self._slot_of: dict[str, int] = {}
@@ -130,6 +135,8 @@ class CanvasStates:
         self.token_ids = self.cells[:-1].view(max_num_reqs, max_model_len)
         # Masks of the active block; the last row is for requests that denoise nothing in a step.
         self.masked = torch.zeros(max_num_reqs + 1, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
+        # Steps that the active block has seen without a mask, where the request edits.
+        self.num_post_steps = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         # Mean confidence of the masked positions, by block and denoising step; NaN where there was no step.
         self.mean_confidence = torch.full((max_num_reqs, max_model_len), torch.nan, device=device)
         pinned = device.type != "cpu"
@@ -153,6 +160,9 @@ class CanvasStates:
             seed=np.zeros(max_num_reqs, dtype=np.int64),
             eos_token_id=np.full(max_num_reqs, -1, dtype=np.int64),
             recording=np.zeros(max_num_reqs, dtype=bool),
+            edit_threshold=np.full(max_num_reqs, np.inf, dtype=np.float32),
+            sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
+            sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
             first_alone=np.zeros(max_num_reqs, dtype=bool),
         )
 
@@ -192,6 +202,9 @@ class CanvasStates:
         self.host.seed[slot] = record.seed
         self.host.eos_token_id[slot] = _end_token_id(params)
         self.host.recording[slot] = record.recorder is not None
+        self.host.edit_threshold[slot] = np.inf if options.edit_threshold is None else options.edit_threshold
+        self.host.sub_block_length[slot] = options.sub_block_length or 0
+        self.host.sub_block_cache[slot] = options.sub_block_cache
         self.host.first_alone[slot] = self._is_first_alone(options)
 
     def _admit(self, new: NewRequestData) -> RequestRecord:
@@ -199,7 +212,10 @@ class CanvasStates:
         params = new.sampling_params
         options = DecodingOptions(**params.extra_args[RESOLVED_KEY])
         assert options.gen_length is not None
-        key = ProfileKey(options.task, options.block_length, options.cache, options.threshold)
+        key = ProfileKey(options.task, options.block_length, options.cache_key, options.threshold)
+        if self.is_strict:
+            strict = np.nextafter(np.float32(options.threshold), np.float32(np.inf))
+            options = replace(options, threshold=float(strict))
         record = RequestRecord(options, static_threshold(options), key, _seed(new.req_id, params.seed))
         if options.policy == "osdt":
             self._find_profile(record, new.req_id, params.max_tokens)
@@ -331,13 +347,14 @@ class CanvasStates:
         self.registry.counts.clear()
         return self.report.take()
 
-    def begin_step(self, slots: np.ndarray, block_start: np.ndarray, num_drafts: np.ndarray) -> None:
+    def begin_step(self, slots: np.ndarray, block_start: np.ndarray, num_active: np.ndarray) -> None:
         """Bring the host's view up to date for the step that is being prepared.
 
         Args:
             slots: ``[num_reqs]`` slots scheduled.
             block_start: ``[num_reqs]`` position of the first uncommitted token, as the scheduler sees it.
-            num_drafts: ``[num_reqs]`` canvas rows from there on; 0: the request denoises nothing in this step.
+            num_active: ``[num_reqs]`` positions of the active block from there on, or more; 0: the request denoises
+                nothing in this step.
         """
         if self._copy_pending is not None:
             copied_slots, host = self._copy_pending
@@ -346,31 +363,42 @@ class CanvasStates:
             self.host.masked[copied_slots, : host.shape[1]] = host.numpy()
             self._copy_pending = None
         is_new = np.empty(slots.size, dtype=bool)
-        _enter_blocks(self.host, slots, block_start, num_drafts, is_new)
-        if self.device.type != "cpu" and is_new.any():
-            fresh = slots[is_new]
+        _enter_blocks(self.host, slots, block_start, num_active, is_new)
+        fresh = slots[is_new]
+        if self.device.type != "cpu" and fresh.size:
             self.masked[to_device(fresh, self.device)] = to_device(self.host.masked[fresh], self.device)
+        if np.isfinite(self.host.edit_threshold[fresh]).any():
+            self.num_post_steps[to_device(fresh, self.device)] = 0
 
     def note_confidence(
-        self, step_cell: torch.Tensor, cells: torch.Tensor, width: int, confidence: torch.Tensor
+        self,
+        step_cell: torch.Tensor,
+        cells: torch.Tensor,
+        width: int,
+        confidence: torch.Tensor,
+        is_masked: torch.Tensor | None = None,
     ) -> None:
         """Keep the mean confidence of a step's masked positions, for the guard.
 
         Args:
             step_cell: int64 ``[num_reqs]``, where in ``mean_confidence``.
-            cells: int64 ``[M]``, request * width + position of every masked position.
+            cells: int64 ``[M]``, request * width + position of every position with logits.
             width: Of ``cells``.
             confidence: float32 ``[M]``.
+            is_masked: bool ``[M]``, which of them count; all when None.
         """
         if self.guard is None:
             return
         if self.device.type == "cpu":
+            if is_masked is not None:
+                cells, confidence = cells[is_masked], confidence[is_masked]
             tensors = (self.mean_confidence.view(-1), step_cell, cells, confidence)
             _mean_by_request(*(tensor.numpy() for tensor in tensors), width)
             return
         request = torch.div(cells, width, rounding_mode="floor")
-        total = torch.zeros_like(step_cell, dtype=torch.float32).index_add_(0, request, confidence)
-        count = torch.zeros_like(total).index_add_(0, request, torch.ones_like(confidence))
+        weight = torch.ones_like(confidence) if is_masked is None else is_masked.to(confidence.dtype)
+        total = torch.zeros_like(step_cell, dtype=torch.float32).index_add_(0, request, confidence * weight)
+        count = torch.zeros_like(total).index_add_(0, request, weight)
         means = self.mean_confidence.view(-1)
         means[step_cell] = torch.where(count > 0, total / count, means[step_cell])
 
@@ -387,17 +415,17 @@ class CanvasStates:
 
 @compiled()
 def _enter_blocks(
-    host: HostTables, slots: np.ndarray, block_start: np.ndarray, num_drafts: np.ndarray, is_new: np.ndarray
+    host: HostTables, slots: np.ndarray, block_start: np.ndarray, num_active: np.ndarray, is_new: np.ndarray
 ) -> None:
     """Count the step of every slot, or mask its block whole where it is another one than before."""
     for req in range(slots.size):
         slot = slots[req]
-        is_new[req] = num_drafts[req] > 0 and host.block_start[slot] != block_start[req]
-        host.step[slot] += num_drafts[req] > 0
+        is_new[req] = num_active[req] > 0 and host.block_start[slot] != block_start[req]
+        host.step[slot] += num_active[req] > 0
         if is_new[req]:
             host.block_start[slot], host.step[slot] = block_start[req], 0
             for k in range(host.masked.shape[1]):
-                host.masked[slot, k] = k < min(host.block_length[slot], num_drafts[req])
+                host.masked[slot, k] = k < min(host.block_length[slot], num_active[req])
 
 
 @compiled()

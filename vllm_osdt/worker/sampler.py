@@ -12,6 +12,7 @@ import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from csrc_triton import implementations
+from csrc_triton.edit import edit_in_tables
 from vllm_osdt.worker.denoise_batch import DenoiseBatch
 from vllm_osdt.worker.request_states import CanvasStates
 
@@ -42,7 +43,7 @@ class CanvasSampler:
         """Sample one step.
 
         Args:
-            logits: ``[M, vocabulary]``, one row per masked position of the active blocks.
+            logits: ``[M, vocabulary]``, one row per position of the active blocks that is masked or may be edited.
             input_batch: A ``CanvasInputBatch``; vLLM's dummy batch while memory is measured.
             draft_logits: Unused, part of vLLM's interface.
         """
@@ -56,13 +57,26 @@ class CanvasSampler:
         token, row_confidence = self._confidence(
             logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key
         )
-        states.note_confidence(batch.step_cell, batch.cells, batch.canvas_index.shape[1], row_confidence)
+        is_open = is_masked = None
+        if batch.edit_threshold is not None:
+            is_open, is_masked = edit_in_tables(
+                states.cells,
+                states.masked,
+                states.num_post_steps,
+                batch.mask_rows,
+                batch.canvas_index,
+                batch.cells,
+                token,
+                row_confidence,
+                batch.edit_threshold,
+            )
+        states.note_confidence(batch.step_cell, batch.cells, batch.canvas_index.shape[1], row_confidence, is_masked)
         calibrating = np.flatnonzero(states.host.recording[batch.slots_np] & batch.is_active)
         width = batch.canvas_index.shape[1]
         before = None
-        if calibrating.size:  # the positions whose logits were read
+        if calibrating.size:  # the masked positions whose logits were read
             before = torch.zeros_like(batch.canvas_index, dtype=torch.bool)
-            before.view(-1)[batch.cells] = True
+            before.view(-1)[batch.cells] = True if is_masked is None else is_masked
         canvas, best, result = self._unmask_in_tables(
             states.cells,
             states.masked,
@@ -86,7 +100,7 @@ class CanvasSampler:
             sampled_token_ids=canvas,
             logprobs_tensors=None,
             num_nans=None,
-            num_sampled=result.num_ready,
+            num_sampled=result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0),
             num_rejected=self._no_rejected[: canvas.shape[0]],
         )
 
@@ -108,4 +122,6 @@ class CanvasSampler:
             recorder = states.records[req_ids[row]].recorder
             assert recorder is not None
             step = int(states.host.step[slot])
+            if step >= length:  # only edits follow
+                continue
             recorder.add(block, step, *(grid[row, :length] for grid in (best, proposal, before, after)))

@@ -1,0 +1,94 @@
+"""Requests to block-causal models and what a plain loop makes of them."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit
+from tests.reference.decode import Decoded, Rule, ThresholdRule, factor, joint_bound
+
+MIN_MARGIN = 1e-5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, and what is expected of it."""
+
+    prompt: list[int]
+    params: Any
+    decoded: Decoded
+
+
+def above(tau: float) -> ThresholdRule:
+    """The static threshold of the block-causal families: equality does not pass."""
+    return ThresholdRule(lambda block, step: tau, strict=True)
+
+
+RULES: list[tuple[dict[str, Any], Callable[[], Rule]]] = [
+    ({"policy": "static_threshold", "threshold": 0.2}, lambda: above(0.2)),
+    ({"policy": "static_threshold", "threshold": 0.5}, lambda: above(0.5)),
+    ({"policy": "static_threshold", "threshold": 0.9}, lambda: above(0.9)),
+    ({"policy": "factor", "factor": 1.5}, lambda: factor(1.5)),
+    ({"policy": "joint_bound", "delta": 0.1}, lambda: joint_bound(0.1)),
+]
+STOP_ID = 7
+
+
+def make_jobs(decode: Callable[..., Decoded], variants: Sequence[dict[str, Any]], number: int = 60) -> list[Job]:
+    """Random requests, each of the rules with each of the variants; those whose outcome hangs on rounding are left out.
+
+    Args:
+        decode: Takes prompt, rule, ``max_tokens``, ``stop_token_id`` and a variant's options.
+        variants: Options of requests, such as ``block_length``.
+        number: How many to draw.
+    """
+    rng, jobs = random.Random(0), []
+    for index in range(number):
+        (options, rule), variant = RULES[index % len(RULES)], variants[index % len(variants)]
+        prompt = [rng.randrange(8, 100) for _ in range(rng.randrange(1, 60))]
+        max_tokens, stop = rng.randrange(1, 48), STOP_ID if index % 4 == 0 else None
+        decoded = decode(prompt, rule(), max_tokens=max_tokens, stop_token_id=stop, **variant)
+        if min(decoded.proposal_margin, decoded.rule_margin, decoded.edit_margin) > MIN_MARGIN:
+            params = sampling(max_tokens, stop_token_ids=[stop] if stop else None, **options, **variant)
+            jobs.append(Job(prompt, params, decoded))
+    return jobs
+
+
+def run(llm: Any, jobs: Sequence[Job]) -> list[Any]:
+    """The completions of all jobs in one batch."""
+    return generate(llm, [job.prompt for job in jobs], [job.params for job in jobs])
+
+
+def wrong(jobs: Sequence[Job], completions: Sequence[Any]) -> list[int]:
+    """Which completions have other tokens than expected."""
+    pairs = enumerate(zip(jobs, completions, strict=True))
+    return [index for index, (job, c) in pairs if list(c.token_ids) != job.decoded.tokens]
+
+
+def assert_one_batch_is_right(llm: Any, jobs: Sequence[Job]) -> None:
+    """All at once: tokens and forwards."""
+    completions = run(llm, jobs)
+    assert wrong(jobs, completions) == []
+    assert [nfe(c) for c in completions] == [job.decoded.nfe for job in jobs]
+    assert_idle(llm)
+
+
+def assert_company_changes_nothing(llm: Any, jobs: Sequence[Job], num_alone: int = 20) -> None:
+    """In another order, and one by one."""
+    shuffled = random.Random(3).sample(jobs, len(jobs))
+    assert wrong(shuffled, run(llm, shuffled)) == []
+    assert wrong(jobs[:num_alone], [run(llm, [job])[0] for job in jobs[:num_alone]]) == []
+
+
+def assert_preemption_changes_nothing(llm: Any, jobs: Sequence[Job]) -> None:
+    """All requests lose their pages in the middle of blocks, several times."""
+    req_ids = [submit(llm, job.prompt, job.params) for job in jobs]
+
+    def preempt(step: int) -> None:
+        if step in (1, 2, 5, 9):
+            scheduler(llm).reset_prefix_cache(reset_running_requests=True)
+
+    finished = drive(llm, preempt)
+    assert wrong(jobs, [finished[req_id] for req_id in req_ids]) == []
+    assert_idle(llm)

@@ -1,0 +1,48 @@
+"""SDAR with experts. A module of its own: vLLM makes the process groups of experts with the first engine."""
+
+import pytest
+
+from tests.e2e.jobs import (
+    assert_company_changes_nothing,
+    assert_one_batch_is_right,
+    assert_preemption_changes_nothing,
+    make_jobs,
+)
+from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    fields = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    return make_sdar_checkpoint(tmp_path_factory.mktemp("sdar") / "model", seed=1, **fields)
+
+
+@pytest.fixture(scope="module")
+def jobs(checkpoint):
+    twin = ReferenceSDAR.load(checkpoint)
+
+    def decode(prompt, rule, *, stop_token_id, **options):
+        return decode_block_causal(twin, prompt, rule, eos_token_id=stop_token_id, **options)
+
+    found = make_jobs(decode, [{"block_length": length} for length in (4, 8, 16)])
+    assert len(found) >= 50
+    return found
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint, start_llm):
+    return start_llm(checkpoint, max_num_seqs=32, max_model_len=256)
+
+
+def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
+    assert_one_batch_is_right(llm, jobs)
+
+
+def test_neither_order_nor_company_changes_a_token(llm, jobs):
+    assert_company_changes_nothing(llm, jobs)
+
+
+def test_preemption_in_mid_block_changes_no_token(llm, jobs):
+    assert_preemption_changes_nothing(llm, jobs)

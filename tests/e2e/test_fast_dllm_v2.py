@@ -1,0 +1,177 @@
+"""Fast-dLLM v2: the recorded decisions of the authors' decoder, and of a plain loop where that one has none."""
+
+import random
+
+import pytest
+
+import vllm_osdt
+from tests.e2e.engine import generate, nfe, sampling, scheduler, tokens
+from tests.e2e.jobs import (
+    MIN_MARGIN,
+    above,
+    assert_company_changes_nothing,
+    assert_one_batch_is_right,
+    assert_preemption_changes_nothing,
+    make_jobs,
+    run,
+    wrong,
+)
+from tests.reference.block_causal import ReferenceFastDLLMv2, decode_fast_dllm_v2
+from tests.reference.decode import calibrate, osdt
+
+pytestmark = pytest.mark.e2e
+
+ENGINE = {"max_num_seqs": 32, "max_model_len": 256, "hf_overrides": {"mask_token_id": 255}}
+VARIANTS = [
+    {"block_length": 8, "sub_block_length": 4, "sub_block_cache": True},
+    {"block_length": 16, "sub_block_length": 4, "sub_block_cache": False},
+    {"block_length": 16, "sub_block_length": 8, "sub_block_cache": True},
+    {"block_length": 8, "sub_block_length": 8, "sub_block_cache": False},
+]
+
+
+@pytest.fixture(scope="module")
+def twin(golden_fast_dllm_v2):
+    return ReferenceFastDLLMv2.load(golden_fast_dllm_v2.folder, mask_token_id=255)
+
+
+@pytest.fixture(scope="module")
+def llm(golden_fast_dllm_v2, start_llm):
+    return start_llm(golden_fast_dllm_v2.folder, **ENGINE)
+
+
+@pytest.fixture(scope="module")
+def jobs(twin):
+    def decode(prompt, rule, **options):
+        return decode_fast_dllm_v2(twin, prompt, rule, **options)
+
+    found = make_jobs(decode, VARIANTS)
+    assert len(found) >= 50
+    return found
+
+
+def is_clear(case):
+    """Not the one case whose prompt is exactly one block: the authors' decoder computes no keys and values for it, and
+    goes on as if there were no prompt."""
+    return len(case["prompt_token_ids"]) != case["block_length"]
+
+
+def recorded(golden):
+    cases = [case for case in golden.cases if is_clear(case)]
+    assert (len(cases), len(golden.cases)) == (29, 30)
+    names = ("threshold", "block_length", "sub_block_length", "sub_block_cache")
+    params = [
+        sampling(
+            len(case["output_token_ids"]),
+            stop_token_ids=[254],
+            policy="static_threshold",
+            **{name: case[name] for name in names},
+        )
+        for case in cases
+    ]
+    return cases, params
+
+
+def test_one_batch_takes_the_recorded_decisions(golden_fast_dllm_v2, llm):
+    cases, params = recorded(golden_fast_dllm_v2)
+    completions = generate(llm, [case["prompt_token_ids"] for case in cases], params)
+    assert tokens(completions) == [case["output_token_ids"] for case in cases]
+
+
+def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_fast_dllm_v2, llm):
+    cases, params = recorded(golden_fast_dllm_v2)
+    order = random.Random(1).sample(range(len(cases)), len(cases))
+    completions = generate(llm, [cases[i]["prompt_token_ids"] for i in order], [params[i] for i in order])
+    assert tokens(completions) == [cases[i]["output_token_ids"] for i in order]
+    for case, one in zip(cases, params, strict=True):
+        [completion] = generate(llm, [case["prompt_token_ids"]], one)
+        assert list(completion.token_ids) == case["output_token_ids"]
+
+
+def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
+    assert_one_batch_is_right(llm, jobs)
+
+
+def test_neither_order_nor_company_changes_a_token(llm, jobs):
+    assert_company_changes_nothing(llm, jobs)
+
+
+def test_preemption_in_mid_block_changes_no_token(llm, jobs):
+    assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(golden_fast_dllm_v2, start_llm, jobs):
+    llm = start_llm(golden_fast_dllm_v2.folder, **ENGINE, max_num_batched_tokens=65)
+    completions = run(llm, jobs)
+    assert wrong(jobs, completions) == []
+    assert [nfe(c) for c in completions] == [job.decoded.nfe for job in jobs]
+
+
+def test_the_sub_block_cache_computes_fewer_rows(llm, twin, monkeypatch):
+    from vllm_osdt.worker.model_runner import CanvasRunnerMixin
+
+    rows = []
+    prepare = CanvasRunnerMixin.prepare_inputs
+
+    def counting(self, *args):
+        batch = prepare(self, *args)
+        rows.append(batch.num_tokens)
+        return batch
+
+    monkeypatch.setattr(CanvasRunnerMixin, "prepare_inputs", counting)
+    scheduler(llm).reset_prefix_cache()
+    options = {"policy": "static_threshold", "threshold": 0.999, "block_length": 16, "sub_block_length": 4}
+    totals = {}
+    for cache in (False, True):
+        rows.clear()
+        generate(llm, [[9] * 5], sampling(27, sub_block_cache=cache, **options))
+        totals[cache] = list(rows)
+    assert set(totals[False]) == {16}
+    assert set(totals[True]) == {4, 16}
+
+
+@pytest.mark.parametrize("mode", ["block", "step_block"])
+def test_osdt_equals_a_plain_implementation(llm, twin, mode):
+    rng = random.Random(5)
+    first, *later = [[rng.randrange(3, 250) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
+    kwargs = {"block_length": 16, "sub_block_length": 4, "sub_block_cache": True, "max_tokens": 40}
+    phase_1 = decode_fast_dllm_v2(twin, first, above(0.6), **kwargs)
+    options = {**kwargs, "task": f"v2 {mode}", "threshold": 0.6, "mode": mode, "metric": "q2"}
+    options |= {"calibrations": 1, "slack": 0.1, "cap": 1.0}
+    options.pop("max_tokens")
+    params = sampling(40, **options)
+    [got] = generate(llm, [first], params)
+    assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
+    rule = osdt(calibrate(phase_1.record, mode, "q2", False), 1.0, 0.1)
+    expected = [decode_fast_dllm_v2(twin, prompt, rule, **kwargs) for prompt in later]
+    clear = [index for index, e in enumerate(expected) if e.proposal_margin > MIN_MARGIN]
+    assert len(clear) >= 6 and rule.margin > MIN_MARGIN
+    completions = generate(llm, later, params)
+    assert [tokens(completions)[index] for index in clear] == [expected[index].tokens for index in clear]
+    assert vllm_osdt.describe(completions[0])["profile"] is not None
+
+
+@pytest.mark.parametrize("steps", [48, 24, 6])
+def test_fixed_steps_decide_no_position_that_was_not_computed(llm, steps):
+    [got] = generate(llm, [[9] * 16], sampling(48, policy="fixed_steps", steps=steps, block_length=16))
+    assert len(got.token_ids) == 48 and 255 not in got.token_ids
+    assert nfe(got) >= steps
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_length": 16, "sub_block_length": 6}, "sub_block_length is 6; it must divide block_length 16"),
+        ({"block_length": 4}, "sub_block_length is 8; it must divide block_length 4"),
+        ({"edit_threshold": 0.5}, "edit_threshold is 0.5, but this model was not trained"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llm, [[5, 6]], sampling(32, **options))
+
+
+def test_an_engine_refuses_to_part_what_is_one_forward(golden_fast_dllm_v2, start_llm):
+    config = {"osdt": {"profile_dir": "", "fused_commit": False}}
+    with pytest.raises(ValueError, match="fused_commit is false"):
+        start_llm(golden_fast_dllm_v2.folder, additional_config=config, **ENGINE)

@@ -1,0 +1,128 @@
+"""LLaDA2 with and without token editing: as a plain loop decodes, which in turn takes the recorded decisions.
+
+The recordings come from a port of the authors' code that adds its mask of zeros and ones to the attention scores
+instead of hiding what is 0. The plain network does the same where it is compared with them, and what the papers
+describe where the engine is compared with it.
+"""
+
+import random
+
+import pytest
+
+import vllm_osdt
+from tests.e2e.engine import generate, nfe, sampling, tokens
+from tests.e2e.jobs import (
+    MIN_MARGIN,
+    Job,
+    above,
+    assert_company_changes_nothing,
+    assert_one_batch_is_right,
+    assert_preemption_changes_nothing,
+    make_jobs,
+    run,
+    wrong,
+)
+from tests.reference.block_causal import ReferenceLLaDA2, decode_block_causal
+from tests.reference.decode import calibrate, osdt
+
+pytestmark = pytest.mark.e2e
+
+ENGINE = {"max_num_seqs": 32, "max_model_len": 256, "hf_overrides": {"mask_token_id": 255, "eos_token_id": 2}}
+
+
+@pytest.fixture(scope="module")
+def twin(golden_llada2):
+    return ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255)
+
+
+@pytest.fixture(scope="module")
+def llm(golden_llada2, start_llm):
+    return start_llm(golden_llada2.folder, **ENGINE)
+
+
+def decode_case(twin, case):
+    return decode_block_causal(
+        twin,
+        case["prompt_token_ids"],
+        above(case["threshold"]),
+        block_length=case["block_length"],
+        max_tokens=case["gen_length"],
+        eos_token_id=2,
+        edit_threshold=case["editing_threshold"],
+    )
+
+
+def test_the_plain_network_and_loop_take_the_recorded_decisions(golden_llada2):
+    twin = ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255)
+    twin.visible_bias, twin.hidden_bias = 1.0, 0.0
+    decoded = [decode_case(twin, case) for case in golden_llada2.cases]
+    assert len(decoded) == 30
+    assert [d.tokens for d in decoded] == [case["output_token_ids"] for case in golden_llada2.cases]
+    assert all(d.nfe <= case["nfe"] for d, case in zip(decoded, golden_llada2.cases, strict=True))
+    assert sum(d.num_edits > 0 for d in decoded) >= 8
+
+
+@pytest.fixture(scope="module")
+def jobs(golden_llada2, twin):
+    found = []
+    for case in golden_llada2.cases:
+        options = {"policy": "static_threshold", "threshold": case["threshold"], "block_length": case["block_length"]}
+        options |= {"edit_threshold": case["editing_threshold"]} if case["editing_threshold"] is not None else {}
+        params = sampling(case["gen_length"], stop_token_ids=[2], **options)
+        decoded = decode_case(twin, case)
+        if min(decoded.proposal_margin, decoded.rule_margin, decoded.edit_margin) > MIN_MARGIN:
+            found.append(Job(case["prompt_token_ids"], params, decoded))
+
+    def decode(prompt, rule, *, stop_token_id, **options):
+        return decode_block_causal(twin, prompt, rule, eos_token_id=stop_token_id, **options)
+
+    variants = [
+        {"block_length": 8},
+        {"block_length": 16, "edit_threshold": 0.4},
+        {"block_length": 32, "edit_threshold": 0.0},
+        {"block_length": 8, "edit_threshold": 0.7},
+    ]
+    found += make_jobs(decode, variants, 40)
+    assert len(found) >= 50
+    assert sum(job.decoded.num_edits > 0 for job in found) >= 15
+    return found
+
+
+def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
+    assert_one_batch_is_right(llm, jobs)
+
+
+def test_neither_order_nor_company_changes_a_token(llm, jobs):
+    assert_company_changes_nothing(llm, jobs)
+
+
+def test_preemption_in_mid_block_changes_no_token(llm, jobs):
+    assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_without_fused_commit_the_tokens_stay(golden_llada2, start_llm, jobs):
+    config = {"osdt": {"profile_dir": "", "fused_commit": False}}
+    llm = start_llm(golden_llada2.folder, additional_config=config, **ENGINE)
+    completions = run(llm, jobs)
+    assert wrong(jobs, completions) == []
+    assert [nfe(c) for c in completions] == [job.decoded.nfe + len(job.decoded.record) - 1 for job in jobs]
+
+
+def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, twin):
+    rng = random.Random(18)
+    first, *later = [[rng.randrange(8, 250) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
+    kwargs = {"block_length": 8, "max_tokens": 40, "edit_threshold": 0.3}
+    phase_1 = decode_block_causal(twin, first, above(0.6), **kwargs)
+    assert phase_1.num_edits and phase_1.edit_margin > MIN_MARGIN
+    options = {"task": "edited", "threshold": 0.6, "mode": "step_block", "metric": "q2", "calibrations": 1}
+    options |= {"slack": 0.1, "cap": 1.0, "block_length": 8, "edit_threshold": 0.3}
+    params = sampling(40, **options)
+    [got] = generate(llm, [first], params)
+    assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
+    rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
+    expected = [decode_block_causal(twin, prompt, rule, **kwargs) for prompt in later]
+    clear = [i for i, e in enumerate(expected) if min(e.proposal_margin, e.edit_margin) > MIN_MARGIN]
+    assert len(clear) >= 5 and rule.margin > MIN_MARGIN
+    completions = generate(llm, later, params)
+    assert [tokens(completions)[i] for i in clear] == [expected[i].tokens for i in clear]
+    assert vllm_osdt.describe(completions[0])["profile"] is not None
