@@ -19,6 +19,11 @@ _MODELS = {
         "Fast_dLLM_Qwen",
         "vllm_osdt.models.fast_dllm_v2_config:FastDLLMv2Config",
     ),
+    "LLaDAMoEModelLM": (
+        "vllm_osdt.models.llada_moe:LLaDAMoEModelLM",
+        "llada_moe",
+        "vllm_osdt.models.llada_moe_config:LLaDAMoEConfig",
+    ),
     "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
 }
 

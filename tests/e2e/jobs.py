@@ -5,10 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit
 from tests.reference.decode import Decoded, Rule, ThresholdRule, factor, joint_bound
 
 MIN_MARGIN = 1e-5
+LOGIT_TOLERANCE = 2e-4  # see tests/models/test_llada.py
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,36 @@ def assert_preemption_changes_nothing(llm: Any, jobs: Sequence[Job]) -> None:
     finished = drive(llm, preempt)
     assert wrong(jobs, [finished[req_id] for req_id in req_ids]) == []
     assert_idle(llm)
+
+
+def assert_first_logits_equal(llm: Any, twin: Any, monkeypatch: Any, block_length: int, **options: Any) -> None:
+    """Logits of the first denoising step of prompts of odd lengths, against those of the plain network."""
+    from vllm_osdt.worker.sampler import CanvasSampler
+
+    seen = {}
+    sample = CanvasSampler.__call__
+
+    def recording(self: Any, logits: Any, input_batch: Any, *args: Any) -> Any:
+        for row, req_id in enumerate(input_batch.req_ids):
+            first, last = input_batch.cu_num_logits_np[row : row + 2]
+            if last > first and req_id not in seen:
+                seen[req_id] = logits[first:last].clone()
+        return sample(self, logits, input_batch, *args)
+
+    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    rng = random.Random(4)
+    prompts = [[rng.randrange(8, 100) for _ in range(length)] for length in (1, 5, 37, 53)]
+    generate(llm, prompts, sampling(8, policy="static_threshold", block_length=block_length, **options))
+    assert len(seen) == len(prompts)
+    for prompt, logits in zip(prompts, (seen[req_id] for req_id in sorted(seen, key=_number)), strict=True):
+        end = -(-(len(prompt) + 1) // block_length) * block_length
+        canvas = torch.tensor(prompt + [twin.mask_token_id] * (end - len(prompt)))
+        first = len(prompt) - twin.logits_shift
+        expected = twin.forward(canvas, block_length)[first:][: len(logits)]
+        assert expected.std() > 0.5
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=LOGIT_TOLERANCE)
+
+
+def _number(req_id: str) -> int:
+    """When a request of ``LLM.generate`` was made."""
+    return int(req_id.split("-")[0])

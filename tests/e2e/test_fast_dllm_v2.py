@@ -10,6 +10,7 @@ from tests.e2e.jobs import (
     MIN_MARGIN,
     above,
     assert_company_changes_nothing,
+    assert_first_logits_equal,
     assert_one_batch_is_right,
     assert_preemption_changes_nothing,
     make_jobs,
@@ -90,6 +91,10 @@ def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_fas
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
     assert_one_batch_is_right(llm, jobs)
+
+
+def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
+    assert_first_logits_equal(llm, twin, monkeypatch, block_length=16, sub_block_length=16)
 
 
 def test_neither_order_nor_company_changes_a_token(llm, jobs):

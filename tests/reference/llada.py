@@ -56,17 +56,16 @@ class ReferenceLLaDA:
         for layer in range(self.config["n_layers"]):
             w = {
                 name: weights[f"model.transformer.blocks.{layer}.{name}.weight"]
-                for name in (
-                    "q_proj", "k_proj", "v_proj", "attn_out", "attn_norm", "ff_norm", "ff_proj", "up_proj", "ff_out"
-                )
-            }  # fmt: skip
-            h = _rms_norm(x, w["attn_norm"], eps)
+                for name in ("q_proj", "k_proj", "v_proj", "attn_out", "attn_norm", "ff_norm")
+            }
+            h = rms_norm(x, w["attn_norm"], eps)
             q, k, v = (
                 (h @ w[name].T + weights.get(f"model.transformer.blocks.{layer}.{name}.bias", 0.0)).view(
                     num_rows, -1, self.head_size
                 )
                 for name in ("q_proj", "k_proj", "v_proj")
             )
+            q, k = self.norm_heads(layer, q, k)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             kv.append((k, v))
             if prefix is not None:
@@ -77,12 +76,23 @@ class ReferenceLLaDA:
             scores = torch.einsum("qhd,khd->hqk", q, k) / self.head_size**0.5
             mixed = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v).reshape(num_rows, -1)
             x = x + mixed @ w["attn_out"].T
-            h = _rms_norm(x, w["ff_norm"], eps)
-            x = x + (torch.nn.functional.silu(h @ w["ff_proj"].T) * (h @ w["up_proj"].T)) @ w["ff_out"].T
-        x = _rms_norm(x, weights["model.transformer.ln_f.weight"], eps)
+            h = rms_norm(x, w["ff_norm"], eps)
+            x = x + self.feed_forward(layer, h)
+        x = rms_norm(x, weights["model.transformer.ln_f.weight"], eps)
         tied = self.config["weight_tying"]
         head = weights["model.transformer.wte.weight" if tied else "model.transformer.ff_out.weight"]
         return (x @ head.T)[:, : self.config["vocab_size"]], kv
+
+    def norm_heads(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [rows, heads, head size], as they are: only LLaDA-MoE has norms on heads."""
+        return q, k
+
+    def feed_forward(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """The part of a layer behind attention."""
+        gate, up, down = (
+            self.weights[f"model.transformer.blocks.{layer}.{name}.weight"] for name in ("ff_proj", "up_proj", "ff_out")
+        )
+        return (torch.nn.functional.silu(h @ gate.T) * (h @ up.T)) @ down.T
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         half = self.head_size // 2
@@ -94,7 +104,7 @@ class ReferenceLLaDA:
         )
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
 
 

@@ -6,8 +6,8 @@ trained from. Weights have Qwen2's names.
 
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 
-from vllm_osdt.models.block_causal import BlockCausalMixin
+from vllm_osdt.models.canvas_mixin import CanvasMixin
 
 
-class FastDLLMv2ForCausalLM(BlockCausalMixin, Qwen2ForCausalLM):
+class FastDLLMv2ForCausalLM(CanvasMixin, Qwen2ForCausalLM):
     """Fast_dLLM_v2_1.5B and 7B."""

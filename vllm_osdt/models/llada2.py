@@ -7,8 +7,8 @@ expert.
 
 from vllm.model_executor.models.bailing_moe import BailingMoeV2ForCausalLM
 
-from vllm_osdt.models.block_causal import BlockCausalMixin
+from vllm_osdt.models.canvas_mixin import CanvasMixin
 
 
-class LLaDA2MoeModelLM(BlockCausalMixin, BailingMoeV2ForCausalLM):
+class LLaDA2MoeModelLM(CanvasMixin, BailingMoeV2ForCausalLM):
     """vLLM's Ling 2.0; ``LLaDA2MoeConfig`` states what Ling's own configs would."""

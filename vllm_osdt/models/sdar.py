@@ -6,12 +6,12 @@ Source: SDAR (arXiv 2510.06303). A position is predicted from its own logits (no
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
-from vllm_osdt.models.block_causal import BlockCausalMixin
+from vllm_osdt.models.canvas_mixin import CanvasMixin
 
 
-class SDARForCausalLM(BlockCausalMixin, Qwen3ForCausalLM):
+class SDARForCausalLM(CanvasMixin, Qwen3ForCausalLM):
     """SDAR-1.7B, 4B, 8B and the TraDo models."""
 
 
-class SDARMoeForCausalLM(BlockCausalMixin, Qwen3MoeForCausalLM):
+class SDARMoeForCausalLM(CanvasMixin, Qwen3MoeForCausalLM):
     """SDAR-30B-A3B."""

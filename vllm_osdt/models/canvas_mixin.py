@@ -1,6 +1,6 @@
-"""What the block-causal families add to vLLM's own model of their architecture.
+"""What a canvas model adds to vLLM's own model of its architecture.
 
-Attention is theirs too: the model state gives it one query per block (``worker.model_state``).
+Attention is vLLM's too: the model state tells it what a query sees (``worker.model_state``).
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class BlockCausalMixin:
+class CanvasMixin:
     """Put before vLLM's model class: the model state of a canvas, and hidden states of the rows that are read."""
 
     @staticmethod

@@ -1,0 +1,118 @@
+"""LLaDA-MoE: logits of a plain network, and decoding as a plain loop does, in all cache modes."""
+
+import random
+
+import pytest
+import torch
+
+from tests.e2e.engine import assert_idle, generate, nfe, sampling, tokens
+from tests.reference.decode import decode, static_threshold
+from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
+from vllm_osdt.errors import UnsupportedModelError
+from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
+
+pytestmark = pytest.mark.e2e
+
+MIN_MARGIN = 1e-5
+CACHES = ("none", "prefix", "dual")
+# config.json of inclusionAI/LLaDA-MoE-7B-A1B-Instruct, without what only its own code reads.
+PUBLISHED = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "attention_bias": False,
+    "clip_qkv": None,
+    "dense_intermediate_size": 8192,
+    "expert_intermediate_size": 1024,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "max_position_embeddings": 8192,
+    "model_type": "llada_moe",
+    "moe_layer_freq": [1] * 16,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_score_function": "softmax",
+    "norm_topk_prob": None,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "partial_rotary_factor": 1,
+    "qk_layernorm": True,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000,
+    "routed_scaling_factor": 1,
+    "router_num_group": None,
+    "router_topk_group": None,
+    "shared_expert_intermediate_size": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 157184,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_llada_moe_checkpoint(tmp_path_factory.mktemp("llada_moe") / "model", seed=2)
+
+
+@pytest.fixture(scope="module")
+def twin(checkpoint):
+    return ReferenceLLaDAMoE.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint, start_llm):
+    return start_llm(checkpoint, max_num_seqs=32, max_model_len=256)
+
+
+def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
+    from vllm_osdt.worker.sampler import CanvasSampler
+
+    seen = []
+    sample = CanvasSampler.__call__
+
+    def recording(self, logits, input_batch, *args):
+        seen.append(logits[: input_batch.denoise.num_rows].clone())
+        return sample(self, logits, input_batch, *args)
+
+    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    prompt = list(range(3, 40))
+    generate(llm, [prompt], sampling(16, policy="static_threshold", block_length=16, cache="none"))
+    full, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 16))
+    assert full.std() > 0.5
+    torch.testing.assert_close(seen[0], full[len(prompt) :], rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_random_requests_decode_as_a_plain_loop_does(llm, twin, cache):
+    rng = random.Random(0)
+    jobs = []
+    for index in range(24):
+        prompt = [rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))]
+        threshold, block_length = (0.1, 0.2, 0.4)[index % 3], (4, 8, 16)[index // 3 % 3]
+        canvas = {"gen_length": 2 * block_length, "block_length": block_length}
+        expected = decode(twin, prompt, static_threshold(threshold), cache=cache, **canvas)
+        if min(expected.rule_margin, expected.proposal_margin) > MIN_MARGIN:
+            options = {"policy": "static_threshold", "threshold": threshold, "cache": cache, **canvas}
+            jobs.append((prompt, sampling(2 * block_length, **options), expected))
+    assert len(jobs) >= 17  # with three cache modes more than 50
+    completions = generate(llm, [job[0] for job in jobs], [job[1] for job in jobs])
+    assert tokens(completions) == [job[2].tokens for job in jobs]
+    assert [nfe(completion) for completion in completions] == [job[2].nfe for job in jobs]
+    assert_idle(llm)
+
+
+def test_the_published_config_is_understood():
+    config = LLaDAMoEConfig(**PUBLISHED)
+    assert (config.mask_token_id, config.canvas_length, config.head_dim) == (156895, 32, 128)
+    assert (config.moe_intermediate_size, config.norm_topk_prob) == (1024, False)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 50000.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"qk_layernorm": False}, {"router_num_group": 4}, {"norm_topk_prob": True}, {"moe_layer_freq": [1, 0]}],
+    ids=str,
+)
+def test_what_is_not_implemented_is_refused_by_name(change):
+    with pytest.raises(UnsupportedModelError, match=next(iter(change))):
+        LLaDAMoEConfig(**{**PUBLISHED, **change})
