@@ -2,33 +2,82 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.e2e.jobs import MIN_MARGIN, above
+from tests.reference.block_causal import ReferenceLLaDA2, ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
 
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks on the CPU need two cores")
-def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.e2e.tensor_parallel_program",
-        str(golden_random.folder),
-        str(tmp_path / "outcome"),
-    ]
+needs_two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks on the CPU need two cores")
+
+
+def run_on_two_ranks(program, *arguments):
+    command = [sys.executable, "-m", f"tests.e2e.{program}", *map(str, arguments)]
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     run = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+@needs_two_cores
+def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, tmp_path):
+    run_on_two_ranks("tensor_parallel_program", golden_random.folder, tmp_path / "outcome")
     result = json.loads((tmp_path / "outcome").read_text())
     assert result["decided"] == [case["output_token_ids"] for case in golden_random.cases]
     assert [[profile["task"] for profile in held] for held in result["held"]] == [["shared"], ["other"], ["shared"]]
     assert result["held"][0][0]["id"] == result["held"][2][0]["id"]
     assert result["ranks"] == [result["held"][2]] * 2
     assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def decode_on_two_ranks(tmp_path, engine, prompts, options):
+    work, outcome = tmp_path / "work.json", tmp_path / "outcome.json"
+    engine = {"skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": 16, "max_model_len": 256, **engine}
+    work.write_text(json.dumps({"engine": engine, "prompts": prompts, "options": options}))
+    run_on_two_ranks("two_rank_program", work, outcome)
+    return json.loads(outcome.read_text())
+
+
+def random_requests(number=12, **more):
+    rng = random.Random(6)
+    prompts = [[rng.randrange(8, 100) for _ in range(rng.randrange(1, 50))] for _ in range(number)]
+    options = [
+        {"max_tokens": 24, "policy": "static_threshold", "threshold": (0.2, 0.5, 0.9)[i % 3], "block_length": 8, **more}
+        for i in range(number)
+    ]
+    return prompts, options
+
+
+def assert_as_expected(got, twin, prompts, options, **more):
+    decoded = [
+        decode_block_causal(twin, prompt, above(o["threshold"]), block_length=8, max_tokens=24, **more)
+        for prompt, o in zip(prompts, options, strict=True)
+    ]
+    clear = [i for i, d in enumerate(decoded) if min(d.proposal_margin, d.rule_margin, d.edit_margin) > MIN_MARGIN]
+    assert len(clear) >= 8
+    assert [got[i] for i in clear] == [decoded[i].tokens for i in clear]
+
+
+@needs_two_cores
+def test_two_ranks_decode_sdar_as_one(tmp_path):
+    folder = make_sdar_checkpoint(tmp_path / "model", seed=3, num_attention_heads=4, num_key_value_heads=2)
+    prompts, options = random_requests()
+    got = decode_on_two_ranks(tmp_path, {"model": str(folder)}, prompts, options)
+    assert_as_expected(got, ReferenceSDAR.load(folder), prompts, options)
+
+
+@needs_two_cores
+def test_two_ranks_decode_and_edit_llada2_as_one(golden_llada2, tmp_path):
+    engine = {"model": str(golden_llada2.folder), "hf_overrides": {"mask_token_id": 255}}
+    prompts, options = random_requests(edit_threshold=0.4)
+    got = decode_on_two_ranks(tmp_path, engine, prompts, options)
+    twin = ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255)
+    assert_as_expected(got, twin, prompts, options, edit_threshold=0.4)
