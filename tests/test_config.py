@@ -303,3 +303,57 @@ def test_values_of_the_operator_at_the_edge_are_taken(name, value):
 def test_bad_values_of_the_operator_are_refused(values, words):
     with pytest.raises(InvalidOptionError, match=words):
         parse_server_options(values)
+
+
+BLOCK_CAUSAL = DecodingOptions(cache="block", block_length=16)
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "max_tokens", "gen_length", "output"),
+    [(32, 16, 16, 16), (32, 17, 32, 17), (20, 12, 16, 12), (20, 13, 32, 13), (5, 11, 16, 11), (40, None, 224, 216)],
+)
+def test_a_block_causal_canvas_begins_with_the_prompts_last_block(prompt_length, max_tokens, gen_length, output):
+    options, got = resolve_canvas(
+        BLOCK_CAUSAL, prompt_length=prompt_length, max_tokens=max_tokens, max_model_len=256, max_num_batched_tokens=32
+    )
+    assert (options.gen_length, got) == (gen_length, output)
+
+
+@pytest.mark.parametrize(
+    ("options", "limits", "message"),
+    [
+        ({"gen_length": 32}, {}, "gen_length is 32, but no block of this model sees a later one"),
+        ({}, {"max_num_batched_tokens": 31}, "block_length is 16; a step computes up to two blocks"),
+        ({}, {"max_model_len": 47}, "make 48 tokens, above max_model_len 47"),
+        ({"policy": "fixed_steps", "steps": 3}, {}, "steps is 3; with 2 blocks of 16 it must be a multiple of 2"),
+    ],
+)
+def test_what_a_block_causal_canvas_cannot_be_is_refused(options, limits, message):
+    limits = {"max_model_len": 256, "max_num_batched_tokens": 64, **limits}
+    with pytest.raises(InvalidOptionError, match=re.escape(message)):
+        resolve_canvas(
+            DecodingOptions(**{**BLOCK_CAUSAL.as_dict(), **options}), prompt_length=12, max_tokens=32, **limits
+        )
+
+
+@pytest.mark.parametrize(("prompt_length", "steps"), [(32, 8), (40, 12), (12, 12)])
+def test_steps_are_of_the_blocks_of_new_tokens(prompt_length, steps):
+    options = DecodingOptions(**{**BLOCK_CAUSAL.as_dict(), "policy": "fixed_steps", "steps": 8})
+    resolved, _ = resolve_canvas(
+        options, prompt_length=prompt_length, max_tokens=32, max_model_len=256, max_num_batched_tokens=64
+    )
+    assert resolved.steps == steps  # 4 a block, whatever the prompt shares with the first one
+
+
+@pytest.mark.parametrize(("base", "cache"), [(BASE, "block"), (BLOCK_CAUSAL, "dual"), (BLOCK_CAUSAL, "none")])
+def test_a_cache_mode_of_the_other_attention_is_refused(base, cache):
+    with pytest.raises(InvalidOptionError, match=f"osdt_cache is '{cache}'; this model's attention allows"):
+        parse_options({"osdt_cache": cache}, base=base, prefix="osdt_")
+
+
+def test_profiles_tell_sub_blocks_apart():
+    from dataclasses import replace
+
+    plain = replace(BLOCK_CAUSAL, sub_block_length=8)
+    keys = {BLOCK_CAUSAL.cache_key, plain.cache_key, replace(plain, sub_block_cache=True).cache_key}
+    assert keys == {"block", "block:8", "block:8c"}

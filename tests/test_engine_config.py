@@ -121,3 +121,37 @@ def test_fingerprint_follows_the_weights_wherever_they_are(checkpoint: str, tmp_
     # No file here: the name stands for the weights.
     monkeypatch.setattr(config.model_config, "model", "org/other")
     assert model_fingerprint(config).weights.startswith("org/other@")
+
+
+@pytest.fixture
+def block_causal(tmp_path: Path) -> str:
+    """The same for a block-causal model."""
+    from tests.reference.block_causal import SDAR_FIELDS
+
+    (tmp_path / "config.json").write_text(json.dumps({**SDAR_FIELDS, "block_size": 24}))
+    return str(tmp_path)
+
+
+def test_block_causal_engines_share_pages_of_whole_blocks(block_causal: str) -> None:
+    config = configure(block_causal)
+    assert config.scheduler_config.scheduler_cls == "vllm_osdt.scheduler.CanvasScheduler"
+    assert not config.scheduler_config.async_scheduling
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.cache_config.enable_prefix_caching
+    assert config.cache_config.block_size % 24 == 0
+    assert server_defaults(config).cache == "block"
+
+
+@pytest.mark.parametrize(("block_size", "is_shared"), [(96, True), (64, False)])
+def test_pages_that_cut_blocks_are_not_shared(block_causal: str, block_size: int, is_shared: bool) -> None:
+    config = configure(block_causal, block_size=block_size)
+    assert config.cache_config.block_size == block_size
+    assert config.cache_config.enable_prefix_caching == is_shared
+
+
+def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal: str) -> None:
+    parted = {"osdt": {"fused_commit": False}}
+    assert configure(block_causal, additional_config=parted)
+    (Path(checkpoint) / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ValueError, match="fused_commit is false"):
+        configure(checkpoint, additional_config=parted)

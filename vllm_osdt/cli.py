@@ -21,6 +21,7 @@ from vllm_osdt.calibration.fingerprint import ModelFingerprint
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
 from vllm_osdt.calibration.store import ProfileStore, UnusableFileError, default_folder, read_file, read_folder
 from vllm_osdt.config import (
+    BLOCK_CACHE,
     METRICS,
     MODES,
     RECORDS,
@@ -209,7 +210,10 @@ def calibrate(args: argparse.Namespace) -> None:
     own = {name: value for name, value in args.osdt_config.items() if name in SERVER_OPTION_NAMES}
     parse_server_options(own)
     rest = {name: value for name, value in args.osdt_config.items() if name not in own}
-    options = parse_options(rest, base=DecodingOptions())
+    # Which cache modes there are, the engine knows.
+    cache = rest.get("cache")
+    base = DecodingOptions(cache=BLOCK_CACHE) if cache == BLOCK_CACHE else DecodingOptions()
+    options = parse_options(rest, base=base)
     if len(prompts) < options.calibrations:
         raise CommandError(
             f"{args.prompts} holds {len(prompts)} prompts, but calibrations is {options.calibrations}; give more "

@@ -33,13 +33,13 @@ class Row:
     tokens_per_second: float
 
 
-def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: str) -> Row:
+def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: str | None) -> Row:
     """Decode every problem of a task with one policy."""
     from vllm import SamplingParams
 
     from vllm_osdt.mini.tasks import check
 
-    options = {**POLICIES[policy], "osdt_task": task, "osdt_cache": cache}
+    options = {**POLICIES[policy], "osdt_task": task, **({"osdt_cache": cache} if cache else {})}
     params = SamplingParams(temperature=0.0, max_tokens=GEN_LENGTH, extra_args=options)
     start = time.perf_counter()
     outputs = llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
@@ -66,9 +66,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
     parser.add_argument(
         "--cache",
-        default="dual",
         choices=("none", "prefix", "dual"),
-        help="KV cache mode",
+        help="KV cache mode of a model that has several (default: dual)",
     )
     parser.add_argument("--picture", type=Path, default=Path("demo/osdt_signature.png"))
     args = parser.parse_args()

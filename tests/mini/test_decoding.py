@@ -1,10 +1,14 @@
 """The offline decoder and OSDT's calibration on a small random model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
+from tests.reference.decode import static_threshold
 from vllm_osdt.mini.evaluate import ONE_PER_STEP, Score, block_logits, calibrate, decode, osdt_rule, static_rule
-from vllm_osdt.mini.model import MiniConfig, MiniLLaDA
+from vllm_osdt.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, block_causal
 from vllm_osdt.mini.tasks import generate
 
 CONFIG = MiniConfig(vocab_size=256, eos_token_id=0, mask_token_id=1, block_length=8, n_layers=1)
@@ -90,3 +94,49 @@ def test_wilson_interval_of_a_perfect_score_is_not_a_point():
     low, high = Score(300, 300, 1.0).interval()
     assert 0.98 < low < 0.99
     assert high == pytest.approx(1.0)
+
+
+@pytest.fixture(scope="module")
+def block_causal_model():
+    torch.manual_seed(0)
+    model = MiniLLaDA(replace(CONFIG, family="sdar", n_layers=2))
+    model.initialize()
+    head = model.model["transformer"].ff_out.weight.data
+    head[CONFIG.eos_token_id] = 0.0
+    return model.eval()
+
+
+def test_a_saved_block_causal_model_is_an_sdar_checkpoint(block_causal_model, tmp_path):
+    block_causal_model.save(tmp_path)
+    twin = ReferenceSDAR.load(tmp_path)
+    ids = torch.randint(3, 256, (21,), generator=torch.Generator().manual_seed(2))
+    logits = block_causal_model(ids[None], visible=block_causal(torch.arange(21) // CONFIG.block_length))[0]
+    torch.testing.assert_close(logits, twin.forward(ids, CONFIG.block_length), rtol=1e-5, atol=1e-4)
+    again = MiniLLaDA.load(tmp_path)
+    assert again.config == block_causal_model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), block_causal_model.parameters(), strict=True))
+
+
+def test_noised_blocks_beside_clean_ones_are_computed_as_if_they_were_last(block_causal_model):
+    block_length, start, length = CONFIG.block_length, 8, 24
+    clean = torch.randint(3, 256, (2, length), generator=torch.Generator().manual_seed(3))
+    states = clean[:, None, start:].clone().masked_fill(torch.rand(2, 1, length - start) < 0.5, CONFIG.mask_token_id)
+    logits = block_causal_model(*beside_clean_blocks(states, clean, start, block_length))[:, length:]
+    for block in range(start, length, block_length):
+        ids = torch.cat((clean[:, :block], states[:, 0, block - start : block - start + block_length]), dim=1)
+        visible = block_causal(torch.arange(ids.shape[1]) // block_length)
+        expected = block_causal_model(ids, visible=visible)[:, block:]
+        torch.testing.assert_close(logits[:, block - start :][:, :block_length], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_block_causal_decoding_equals_a_plain_loop(block_causal_model, prompts, tmp_path):
+    block_causal_model.save(tmp_path)
+    twin = ReferenceSDAR.load(tmp_path)
+    canvases, nfe = decode(block_causal_model, prompts, static_rule(0.05), CANVAS_LENGTH)
+    assert canvases.shape[1] == 30  # 10 + 24 in whole blocks, without the prompt
+    for row, prompt in enumerate(prompts.tolist()):
+        expected = decode_block_causal(
+            twin, prompt, static_threshold(0.05), block_length=CONFIG.block_length, max_tokens=30
+        )
+        assert min(expected.proposal_margin, expected.rule_margin) > 1e-5
+        assert (canvases[row].tolist(), int(nfe[row])) == (expected.tokens, expected.nfe)

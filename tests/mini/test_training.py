@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_osdt.mini import model_path
+from vllm_osdt.mini import MODELS, model_path
 from vllm_osdt.mini import train as training
 from vllm_osdt.mini.evaluate import evaluate, static_rule
 from vllm_osdt.mini.model import MiniLLaDA
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
-from vllm_osdt.mini.train import NUM_EOS, NUM_STATES, PADDING_WEIGHT, VIEWS, draw_batch, encode_pool, train
+from vllm_osdt.mini.train import (
+    CONFIGS,
+    NUM_EOS,
+    NUM_STATES,
+    PADDING_WEIGHT,
+    VIEWS,
+    draw_batch,
+    draw_block_causal_batch,
+    encode_pool,
+    train,
+)
 
 BLOCK_LENGTH = 32
 MAX_CHECKPOINT_BYTES = 9.5e6
@@ -30,7 +40,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_model_path_names_the_known_models():
     assert Path(model_path("llada-mini")).name == "llada-mini"
-    with pytest.raises(ValueError, match="known models: llada-mini"):
+    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini"):
         model_path("llada-maxi")
 
 
@@ -74,9 +84,27 @@ def test_later_states_stand_for_the_active_block(monkeypatch):
     assert not batch.visible[:, :length, length:].any()
 
 
-def test_training_writes_a_checkpoint_and_continues_it(tmp_path):
+def test_a_block_causal_batch_asks_for_masked_tokens_of_blocks_that_see_finished_ones(groups):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        batch = draw_block_causal_batch(rng, groups, 6, 8)
+        asked = batch.weights > 0
+        assert asked.any() and (batch.token_ids[asked] == MASK_ID).all()
+        assert torch.equal(batch.token_ids[~asked], batch.targets[~asked])
+        is_clean = ~(batch.token_ids == MASK_ID).any(0).cummax(0).values
+        length = int((batch.positions[0].diff() < 0).nonzero()[0]) + 1  # the noised part begins further left
+        assert (batch.token_ids[:, :length] == batch.targets[:, :length]).all() and is_clean[: length // 2].all()
+        position, visible = batch.positions[0], batch.visible[0]
+        block, is_noised = position // 8, torch.arange(len(position)) >= length
+        for row in range(0, len(position), 5):
+            own = (block == block[row]) & (is_noised == is_noised[row])
+            assert torch.equal(visible[row], own | ~is_noised & (block < block[row]))
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+def test_training_writes_a_checkpoint_and_continues_it(tmp_path, model):
     options = argparse.Namespace(
-        out=tmp_path, steps=2, seed=0, device="cpu", batch=6, learning_rate=2e-3, pool=30, log_every=1,
+        model=model, out=tmp_path, steps=2, seed=0, device="cpu", batch=6, learning_rate=2e-3, pool=30, log_every=1,
         evaluate_every=2, evaluate_problems=1,
     )  # fmt: skip
     train(options)
@@ -89,8 +117,9 @@ def test_training_writes_a_checkpoint_and_continues_it(tmp_path):
     assert [entry["step"] for entry in curve] == [1, 2, 3, 4]
 
 
-def test_bundled_checkpoint_is_small_and_solves_its_tasks():
-    folder = Path(model_path("llada-mini"))
+@pytest.mark.parametrize("name", MODELS)
+def test_bundled_checkpoint_is_small_and_solves_its_tasks(name):
+    folder = Path(model_path(name))
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_CHECKPOINT_BYTES
     model = MiniLLaDA.load(folder)
     for task in TASKS:

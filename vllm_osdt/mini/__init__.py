@@ -3,7 +3,7 @@
 from pathlib import Path
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-MODELS = ("llada-mini",)
+MODELS = ("llada-mini", "sdar-mini")
 
 
 def model_path(name: str) -> str:

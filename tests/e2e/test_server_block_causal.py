@@ -1,0 +1,60 @@
+"""The bundled block-causal model over HTTP, on two data-parallel engines."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.e2e.serving import serving
+from vllm_osdt.mini import model_path
+from vllm_osdt.mini.tasks import check, generate
+
+pytestmark = pytest.mark.e2e
+
+STATIC = {"osdt_policy": "static_threshold"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    config = json.dumps({"profile_dir": "", "calibrations": 4, "metric": "q1", "slack": 0.1})
+    with serving(
+        model_path("sdar-mini"), "sdar-mini", log, "--data-parallel-size", "2", "--osdt-config", config
+    ) as running:
+        yield running
+
+
+def test_two_engines_answer_many_clients_right(server):
+    problems = generate("code", "held_out", 24, 5)
+    with ThreadPoolExecutor(12) as clients:
+        answers = list(clients.map(lambda problem: server.complete(problem.prompt, vllm_xargs=STATIC), problems))
+    assert {answer.status_code for answer in answers} == {200}
+    texts = [answer.json()["choices"][0]["text"] for answer in answers]
+    assert sum(map(check, problems, texts)) >= 23
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    served = [line for line in lines if line.startswith("vllm:request_success_total") and 'reason="stop"' in line]
+    counts = [float(line.rsplit(" ", 1)[1]) for line in served]
+    assert len(counts) == 2 and min(counts) > 0 and sum(counts) == 24
+
+
+def test_a_stream_brings_whole_blocks_and_says_how_it_was_decoded(server):
+    prompt = generate("code", "held_out", 1, 6)[0].prompt
+    body = {"model": "sdar-mini", "prompt": prompt, "max_tokens": 96, "temperature": 0, "stream": True}
+    body |= {"vllm_xargs": {**STATIC, "osdt_task": "streamed"}, "stream_options": {"include_usage": True}}
+    whole = server.complete(prompt, vllm_xargs=STATIC).json()
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        chunks = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+    chunks = [json.loads(chunk) for chunk in chunks]
+    texts = [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]]
+    assert "".join(texts) == whole["choices"][0]["text"]
+    assert len([text for text in texts if text]) > 2  # blocks of 8
+    about = chunks[-1]["metrics"]["speculative_decoding"]["osdt"]
+    assert (about["policy"], about["task"]) == ("static_threshold", "streamed")
+    assert about["nfe"] >= len(texts) - 1
+
+
+def test_options_of_the_other_attention_are_refused(server):
+    answer = server.complete("quiz", vllm_xargs={"osdt_cache": "dual"})
+    assert answer.status_code == 400
+    assert "osdt_cache is 'dual'; this model's attention allows block" in answer.json()["error"]["message"]
