@@ -23,6 +23,7 @@ C0, C1, C2, C3, C4, C5, C6, C7 = (np.float32(math.log(2) ** k / math.factorial(k
 HALF, ONE = np.float32(0.5), np.float32(1)
 SMALLEST_EXPONENT = np.float32(-126)
 MANTISSA_BITS, EXPONENT_BIAS = np.int32(23), np.int32(127)
+WITHOUT_LOGITS = np.float32(NO_CONFIDENCE)
 THRESHOLD, TOP_K, FACTOR = int(Rule.THRESHOLD), int(Rule.TOP_K), int(Rule.FACTOR)
 
 
@@ -221,7 +222,7 @@ def _unmask_in_tables(
     counts: np.ndarray,
 ) -> None:
     num_blocks, block_length = canvas_index.shape
-    proposal = np.empty(canvas_index.shape, np.int64)
+    proposal = np.zeros(canvas_index.shape, np.int64)
     undecided = np.empty(canvas_index.shape, np.bool_)
     for n in range(logit_cells.size):
         row, k = divmod(logit_cells[n], block_length)
@@ -285,6 +286,8 @@ def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32) -> int
     num_accepted = min(1, ranked.size)
     doubts = np.int64(0)
     for n in range(1, ranked.size + 1):
+        if ranked[n - 1] <= WITHOUT_LOGITS:
+            break
         if rule == THRESHOLD:
             passes = ranked[n - 1] >= parameter
         elif rule == TOP_K:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 UINT32_MASK = 0xFFFFFFFF
-NO_CONFIDENCE = -1.0  # of a position without logits: below every other
+NO_CONFIDENCE = -2.0  # of a position without logits: below every other, and below NaN, which counts as -1
 DOUBT_UNITS = 1 << 24  # in 1; a doubt 1 - c in fp32 is a whole number of them
 
 
@@ -131,6 +131,7 @@ def _num_accepted(ranked: torch.Tensor, rule: int, parameter: torch.Tensor) -> i
         doubts = [int((1 - c).double() * DOUBT_UNITS) for c in ranked]
         limit = parameter.double() * DOUBT_UNITS
         passing = [n for n in range(1, num_masked + 1) if sum(doubts[:n]) + doubts[n - 1] < limit]
+    passing = [n for n in passing if ranked[n - 1] > NO_CONFIDENCE]
     return max(passing, default=min(1, num_masked))
 
 

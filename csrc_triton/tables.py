@@ -39,7 +39,7 @@ def unmask_in_tables(
         The blocks' tokens, [num_blocks, block_length] int32; the confidences at their places, [num_blocks,
         block_length] fp32, below 0 elsewhere; the counts of ``ops.unmask``.
     """
-    proposal = torch.empty(canvas_index.shape, dtype=token.dtype, device=cells.device)
+    proposal = torch.zeros(canvas_index.shape, dtype=token.dtype, device=cells.device)
     best = torch.full(canvas_index.shape, NO_CONFIDENCE, dtype=torch.float32, device=cells.device)
     proposal.view(-1)[logit_cells] = token
     best.view(-1)[logit_cells] = confidence

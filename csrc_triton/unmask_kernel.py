@@ -7,12 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.reference import DOUBT_UNITS, Rule, UnmaskResult
+from csrc_triton.reference import DOUBT_UNITS, NO_CONFIDENCE, Rule, UnmaskResult
 
 THRESHOLD = tl.constexpr(int(Rule.THRESHOLD))
 TOP_K = tl.constexpr(int(Rule.TOP_K))
 FACTOR = tl.constexpr(int(Rule.FACTOR))
 UNITS = tl.constexpr(float(DOUBT_UNITS))
+WITHOUT_LOGITS = tl.constexpr(NO_CONFIDENCE)
 
 
 @triton.jit
@@ -61,6 +62,7 @@ def _unmask_kernel(
     passing = tl.where(rule == FACTOR, factor_passes, bound_passes)
     passing = tl.where(rule == TOP_K, top_k_passes, passing)
     passing = tl.where(rule == THRESHOLD, score >= parameter, passing)
+    passing = passing & (score > WITHOUT_LOGITS)
     num_accepted = tl.max(tl.where(masked & passing, rank, 1))
     accepted = masked & (rank <= num_accepted)
     still_masked = masked & (rank > num_accepted)

@@ -322,7 +322,6 @@ def test_a_block_causal_canvas_begins_with_the_prompts_last_block(prompt_length,
 @pytest.mark.parametrize(
     ("options", "limits", "message"),
     [
-        ({"gen_length": 32}, {}, "gen_length is 32, but no block of this model sees a later one"),
         ({}, {"max_num_batched_tokens": 31}, "block_length is 16; a step computes up to two blocks"),
         ({}, {"max_model_len": 47}, "make 48 tokens, above max_model_len 47"),
         ({"policy": "fixed_steps", "steps": 3}, {}, "steps is 3; with 2 blocks of 16 it must be a multiple of 2"),
@@ -351,9 +350,10 @@ def test_a_cache_mode_of_the_other_attention_is_refused(base, cache):
         parse_options({"osdt_cache": cache}, base=base, prefix="osdt_")
 
 
-def test_profiles_tell_sub_blocks_apart():
+def test_profiles_tell_sub_blocks_and_editing_apart():
     from dataclasses import replace
 
     plain = replace(BLOCK_CAUSAL, sub_block_length=8)
-    keys = {BLOCK_CAUSAL.cache_key, plain.cache_key, replace(plain, sub_block_cache=True).cache_key}
-    assert keys == {"block", "block:8", "block:8c"}
+    edited = replace(BLOCK_CAUSAL, edit_threshold=0.5)
+    keys = {one.cache_key for one in (BLOCK_CAUSAL, plain, replace(plain, sub_block_cache=True), edited)}
+    assert keys == {"block", "block:8", "block:8c", "block:e0.5"}

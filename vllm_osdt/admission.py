@@ -137,12 +137,17 @@ class FrontEnd:
             if len(self._pins) > MAX_PINS:
                 self._pins.popitem(last=False)
         key = self._pins[pin]
+        # Of sub-blocks and editing the key's cache mode tells too.
         asked = {"block_length": options.block_length, "cache": options.cache_key, "threshold": options.threshold}
         for name, value in asked.items():
-            if getattr(key, name) != value:
+            made_with = getattr(key, name)
+            if made_with != value:
+                remedy = f"send osdt_{name} = {made_with!r}"
+                if f"{made_with}{value}".count(":"):
+                    remedy = "send the sub_block_length, sub_block_cache and edit_threshold that it was made with"
                 raise InvalidOptionError(
-                    f"profile {options.profile!r} was made with {name} {getattr(key, name)!r}, but the request has "
-                    f"{value!r}; send osdt_{name} = {getattr(key, name)!r}."
+                    f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "
+                    f"{remedy}."
                 )
 
 

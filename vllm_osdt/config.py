@@ -93,10 +93,13 @@ class DecodingOptions:
 
     @property
     def cache_key(self) -> str:
-        """The cache mode as profiles tell it apart: confidences depend on sub-blocks too."""
-        if self.sub_block_length is None:
-            return self.cache
-        return f"{self.cache}:{self.sub_block_length}{'c' if self.sub_block_cache else ''}"
+        """The cache mode as profiles tell it apart: confidences depend on sub-blocks and on editing too."""
+        key = self.cache
+        if self.sub_block_length is not None:
+            key += f":{self.sub_block_length}{'c' if self.sub_block_cache else ''}"
+        if self.edit_threshold is not None:
+            key += f":e{self.edit_threshold:g}"
+        return key
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values, to travel in ``extra_args``."""
@@ -379,11 +382,6 @@ def resolve_canvas(
 
 
 def _check_block_causal(options: DecodingOptions, max_num_batched_tokens: int) -> None:
-    if options.gen_length is not None:
-        raise InvalidOptionError(
-            f"gen_length is {options.gen_length}, but no block of this model sees a later one, so a longer canvas "
-            "changes nothing. Send max_tokens."
-        )
     if 2 * options.block_length > max_num_batched_tokens:
         raise InvalidOptionError(
             f"block_length is {options.block_length}; a step computes up to two blocks, but one forward pass holds "
@@ -402,9 +400,11 @@ def _resolve_steps(options: DecodingOptions, gen_length: int, max_tokens: int | 
     asked = num_blocks
     if options.cache == BLOCK_CACHE and max_tokens is not None:
         asked = math.ceil(max_tokens / block)
-    if options.steps % asked or not asked <= options.steps <= asked * block:
+    parts = asked * (block // (options.sub_block_length or block))
+    if options.steps % parts or not parts <= options.steps <= asked * block:
+        cut = f", each {parts // asked} sub-blocks of {options.sub_block_length}," if parts > asked else ""
         raise InvalidOptionError(
-            f"steps is {options.steps}; with {asked} blocks of {block} it must be a multiple of {asked} from {asked} "
-            f"to {asked * block}."
+            f"steps is {options.steps}; with {asked} blocks of {block}{cut} it must be a multiple of {parts} from "
+            f"{parts} to {asked * block}."
         )
     return options.steps // asked * num_blocks

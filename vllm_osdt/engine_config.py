@@ -64,8 +64,14 @@ def check_family(options: DecodingOptions, hf_config: "PretrainedConfig") -> Dec
     """Refuse what only other model families have; fill in this one's sub-blocks.
 
     Raises:
-        InvalidOptionError: Token editing or sub-blocks on a model without, or sub-blocks that do not fit a block.
+        InvalidOptionError: A canvas length, token editing or sub-blocks on a model without, or sub-blocks that do not
+            fit a block.
     """
+    if options.gen_length is not None and options.cache == BLOCK_CACHE:
+        raise InvalidOptionError(
+            f"gen_length is {options.gen_length}, but no block of this model sees a later one, so a longer canvas "
+            "changes nothing. Leave it out and send max_tokens."
+        )
     if options.edit_threshold is not None and not getattr(hf_config, "can_edit", False):
         raise InvalidOptionError(
             f"edit_threshold is {options.edit_threshold:g}, but this model was not trained to replace tokens that it "
@@ -168,17 +174,27 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
             "fused_commit is false, but this model's forward of a finished block gives the next block's first token "
             "and denoises nothing; leave it out."
         )
-    # Prompts are cut at block boundaries anyway.
-    vllm_config.scheduler_config.enable_chunked_prefill = True
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.has_full_cudagraphs():
+        raise OSDTError(
+            f"cudagraph_mode is {mode.name}, but a step of this model has as many queries as blocks, which a captured "
+            'graph cannot know; set "cudagraph_mode": "NONE" or "PIECEWISE" in --compilation-config.'
+        )
+    if mode is None:
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    changed = []
+    if not vllm_config.scheduler_config.enable_chunked_prefill:
+        vllm_config.scheduler_config.enable_chunked_prefill = True
+        changed.append("whole prompts in one step (they are cut at block boundaries)")
     if not cache.enable_prefix_caching:
-        return []
+        return changed
     if not cache.user_specified_block_size:
         cache.block_size = math.lcm(SMALLEST_PAGE["cpu" if current_platform.is_cpu() else "gpu"], block_length)
         cache.user_specified_block_size = True  # or the platform would choose
     if cache.block_size % block_length:
         cache.enable_prefix_caching = False
-        return [f"prefix caching (pages of --block-size {cache.block_size} cut blocks of {block_length})"]
-    return []
+        changed.append(f"prefix caching (pages of --block-size {cache.block_size} cut blocks of {block_length})")
+    return changed
 
 
 class CanvasModelConfig(VerifyAndUpdateConfig):
@@ -228,7 +244,9 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         if scheduler.async_scheduling is not False:
             scheduler.async_scheduling = False
             switched_off.append("async scheduling (a step's plan needs the last one's outcome)")
-        scheduler.long_prefill_token_threshold = 0
+        if scheduler.long_prefill_token_threshold:
+            scheduler.long_prefill_token_threshold = 0
+            switched_off.append("long_prefill_token_threshold (a step takes as much of a prompt as fits)")
         if defaults.cache == BLOCK_CACHE:
             switched_off += _set_up_block_causal(vllm_config, defaults.block_length, options)
         else:

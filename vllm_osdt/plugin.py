@@ -43,11 +43,13 @@ def register() -> None:
     from vllm_osdt.engine_config import CanvasModelConfig
     from vllm_osdt.models.dream_config import DreamConfig
     from vllm_osdt.models.dream_tokenizer import DreamTokenizer
+    from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
 
     for architecture, (model, model_type, config) in _MODELS.items():
         ModelRegistry.register_model(architecture, model)
         module, name = config.split(":")
         _CONFIG_REGISTRY[model_type] = getattr(import_module(module), name)
         MODELS_CONFIG_MAP[architecture] = CanvasModelConfig
+    _CONFIG_REGISTRY["lladamoe"] = LLaDAMoEConfig  # what some copies of LLaDA-MoE say
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
     compat.apply()

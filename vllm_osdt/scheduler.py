@@ -129,15 +129,18 @@ class CanvasScheduler(Scheduler):
             self._room -= rows.num_rows
             self._rows[request.request_id] = rows
         plan.schedule(request.num_tokens, rows)
-        self.kv_cache_manager.cache_blocks(request, plan.num_final)
+        if is_new:  # for others of this step; nothing can take its rows from it any more
+            self.kv_cache_manager.cache_blocks(request, plan.num_final)
         return pages
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Put the planned rows of newly admitted requests in place of the prompt alone."""
         num_scheduled = scheduler_output.num_scheduled_tokens
         for req_id in num_scheduled:
-            rows = self._rows[req_id]
-            self.requests[req_id].num_output_placeholders = 0
+            rows, request = self._rows[req_id], self.requests[req_id]
+            request.num_output_placeholders = 0
+            # Not earlier: a request that comes later in the step may preempt one that was to run.
+            self.kv_cache_manager.cache_blocks(request, self._plan(request).num_final)
             scheduler_output.total_num_scheduled_tokens += rows.num_rows - num_scheduled[req_id]
             num_scheduled[req_id] = rows.num_rows
             if rows.num_drafts:
@@ -180,8 +183,6 @@ class CanvasScheduler(Scheduler):
 
     def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
         """Count the forwards that write a finished block's keys and values and have no drafts, which vLLM counts."""
-        if self._is_fused and not self._is_shifted:
-            return
         for req_id, request in requests.items():
             is_generated = request.num_computed_tokens > request.num_prompt_tokens
             is_counted = is_generated or req_id in scheduler_output.reads_next_req_ids

@@ -144,8 +144,8 @@ NONE = torch.zeros(3, dtype=torch.bool)
 def test_recorder_keeps_masked_and_committed_positions_of_each_step():
     recorder = Recorder(2, 3, torch.device("cpu"))
     all_masked, one_left = torch.tensor([True] * 3), torch.tensor([False, True, False])
-    recorder.add(0, 0, torch.tensor([0.9, 0.1, 0.8]), TOKEN, all_masked, one_left)
-    recorder.add(0, 1, torch.tensor([0.7, 0.2, 0.7]), TOKEN, one_left, NONE)
+    recorder.add(0, 0, torch.tensor([0.9, 0.1, 0.8]), TOKEN, all_masked, one_left, TOKEN)
+    recorder.add(0, 1, torch.tensor([0.7, 0.2, 0.7]), TOKEN, one_left, NONE, TOKEN)
     confidence, committed, _ = recorder.to_arrays()
     assert confidence[0] == pytest.approx(np.array([[0.9, 0.1, 0.8], [NAN, 0.2, NAN], [NAN] * 3]), nan_ok=True)
     assert committed[0].tolist() == [[True, False, True], [False, True, False], [False] * 3]
@@ -157,9 +157,9 @@ def test_a_block_that_starts_again_overwrites_its_record_and_no_other():
     both, none = torch.tensor([True, True]), torch.tensor([False, False])
     first, token = torch.tensor([False, True]), torch.tensor([5, 6])
     for block in (0, 1):
-        recorder.add(block, 0, torch.tensor([0.6, 0.3]), torch.tensor([5, 9]), both, first)
-        recorder.add(block, 1, torch.tensor([0.1, 0.4]), token, first, none)
-    recorder.add(1, 0, torch.tensor([0.8, 0.9]), torch.tensor([7, 9]), both, none)
+        recorder.add(block, 0, torch.tensor([0.6, 0.3]), torch.tensor([5, 9]), both, first, torch.tensor([5, 99]))
+        recorder.add(block, 1, torch.tensor([0.1, 0.4]), token, first, none, token)
+    recorder.add(1, 0, torch.tensor([0.8, 0.9]), torch.tensor([7, 9]), both, none, torch.tensor([7, 9]))
     confidence, committed, wrong = recorder.to_arrays()
     assert confidence[1] == pytest.approx(np.array([[0.8, 0.9], [NAN, NAN]]), nan_ok=True)
     assert committed[1].tolist() == [[True, True], [False, False]]
@@ -180,9 +180,10 @@ def test_wrong_are_masked_positions_whose_proposal_was_not_the_token_put_there(d
         proposal = data.draw(st.lists(st.integers(0, 2), min_size=length, max_size=length))
         chosen = data.draw(st.sets(st.sampled_from(sorted(masked)), min_size=1))
         before, after = (torch.tensor([i in some for i in range(length)]) for some in (masked, masked - chosen))
-        recorder.add(0, step, torch.rand(length), torch.tensor(proposal), before, after)
-        seen += [(step, i, proposal[i]) for i in masked]
         final |= {i: proposal[i] for i in chosen}
+        tokens = torch.tensor([final.get(i, 99) for i in range(length)])
+        recorder.add(0, step, torch.rand(length), torch.tensor(proposal), before, after, tokens)
+        seen += [(step, i, proposal[i]) for i in masked]
         masked -= chosen
     # A position that is left never got a token: nothing is known against its proposals.
     expected = {(step, i) for step, i, token in seen if i in final and token != final[i]}
@@ -241,3 +242,32 @@ def test_blocks_beyond_the_table_are_replayed_with_its_last():
     zero = profile.expected_forwards(np.zeros((1, 4), dtype=np.float32))
     num_reached = (~np.isnan(profile.record.confidence)).any(axis=(2, 3)).sum(axis=1).mean()
     assert zero[1] == num_reached < zero[0]
+
+
+def test_a_proposal_is_wrong_where_the_token_was_edited_later():
+    recorder = Recorder(1, 2, torch.device("cpu"))
+    both, none = torch.tensor([True, True]), torch.tensor([False, False])
+    recorder.add(
+        0,
+        0,
+        torch.tensor([0.6, 0.3]),
+        torch.tensor([5, 9]),
+        both,
+        ~both | torch.tensor([False, True]),
+        torch.tensor([5, 99]),
+    )
+    recorder.add(
+        0, 1, torch.tensor([0.1, 0.4]), torch.tensor([5, 9]), torch.tensor([False, True]), none, torch.tensor([5, 9])
+    )
+    recorder.add(0, 2, torch.tensor([0.9, 0.9]), torch.tensor([7, 9]), none, none, torch.tensor([7, 9]))  # an edit
+    _, _, wrong = recorder.to_arrays()
+    assert wrong[0].tolist() == [[True, False], [False, False]]
+
+
+def test_blocks_beyond_the_limit_are_left_out():
+    recorder = Recorder(Recorder.MAX_BLOCKS + 5, 1, torch.device("cpu"))
+    one = torch.tensor([True])
+    for block in (0, Recorder.MAX_BLOCKS + 1):
+        recorder.add(block, 0, torch.tensor([0.5]), torch.tensor([3]), one, ~one, torch.tensor([3]))
+    confidence, _, _ = recorder.to_arrays()
+    assert confidence.shape == (Recorder.MAX_BLOCKS, 1, 1) and confidence[0, 0, 0] == 0.5

@@ -18,7 +18,7 @@ from tests.e2e.jobs import (
     wrong,
 )
 from tests.reference.block_causal import ReferenceFastDLLMv2, decode_fast_dllm_v2
-from tests.reference.decode import calibrate, osdt
+from tests.reference.decode import best_first, calibrate, osdt
 
 pytestmark = pytest.mark.e2e
 
@@ -156,11 +156,40 @@ def test_osdt_equals_a_plain_implementation(llm, twin, mode):
     assert vllm_osdt.describe(completions[0])["profile"] is not None
 
 
-@pytest.mark.parametrize("steps", [48, 24, 6])
-def test_fixed_steps_decide_no_position_that_was_not_computed(llm, steps):
-    [got] = generate(llm, [[9] * 16], sampling(48, policy="fixed_steps", steps=steps, block_length=16))
-    assert len(got.token_ids) == 48 and 255 not in got.token_ids
-    assert nfe(got) >= steps
+@pytest.mark.parametrize(("steps", "taken"), [(48, 48), (24, 24), (12, 12), (6, 9)])
+@pytest.mark.parametrize("sub_block_cache", [False, True])
+def test_fixed_steps_are_shared_out_by_sub_block(llm, twin, steps, taken, sub_block_cache):
+    """A sub-block of one step takes two where its first position is decided alone."""
+    share = 48 // steps
+    part = {"block_length": 16, "sub_block_length": 8, "sub_block_cache": sub_block_cache}
+
+    def rule(block, step, masked):
+        alone = len(masked) == 7  # the first of 8 came from the block before
+        return best_first(masked)[: -(-7 // (8 // share - 1)) if alone and share < 8 else share]
+
+    prompt = list(range(20, 36))
+    expected = decode_fast_dllm_v2(twin, prompt, rule, max_tokens=48, **part)
+    [got] = generate(llm, [prompt], sampling(48, policy="fixed_steps", steps=steps, **part))
+    assert 255 not in got.token_ids
+    assert nfe(got) == taken
+    if expected.proposal_margin > MIN_MARGIN and expected.nfe == taken:
+        assert list(got.token_ids) == expected.tokens
+
+
+@pytest.mark.parametrize("factor", [10.0, 25.0, 300.0])
+def test_no_policy_decides_a_position_that_was_not_computed(llm, twin, factor):
+    """Those of later sub-blocks: a factor that large would let any position pass."""
+    options = {"block_length": 16, "sub_block_length": 8, "sub_block_cache": True}
+    prompts = [list(range(20, 20 + length)) for length in (6, 7, 13, 16)]
+    expected = [
+        decode_fast_dllm_v2(twin, prompt, lambda block, step, masked: list(masked), max_tokens=40, **options)
+        for prompt in prompts
+    ]
+    assert all(e.proposal_margin > MIN_MARGIN for e in expected)
+    got = generate(llm, prompts, sampling(40, policy="factor", factor=factor, **options))
+    if factor > 100:  # every position of a sub-block at once
+        assert tokens(got) == [e.tokens for e in expected]
+    assert all(0 <= token < 255 for one in tokens(got) for token in one)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +197,10 @@ def test_fixed_steps_decide_no_position_that_was_not_computed(llm, steps):
     [
         ({"block_length": 16, "sub_block_length": 6}, "sub_block_length is 6; it must divide block_length 16"),
         ({"block_length": 4}, "sub_block_length is 8; it must divide block_length 4"),
+        (
+            {"policy": "fixed_steps", "steps": 2, "block_length": 16},
+            "each 2 sub-blocks of 8, it must be a multiple of 4",
+        ),
         ({"edit_threshold": 0.5}, "edit_threshold is 0.5, but this model was not trained"),
     ],
 )

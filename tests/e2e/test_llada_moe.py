@@ -1,5 +1,6 @@
 """LLaDA-MoE: logits of a plain network, and decoding as a plain loop does, in all cache modes."""
 
+import json
 import random
 
 import pytest
@@ -9,13 +10,14 @@ from tests.e2e.engine import assert_idle, generate, nfe, sampling, tokens
 from tests.reference.decode import decode, static_threshold
 from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
+from vllm_osdt.models.llada2_config import LLaDA2MoeConfig
 from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
 
 pytestmark = pytest.mark.e2e
 
 MIN_MARGIN = 1e-5
 CACHES = ("none", "prefix", "dual")
-# config.json of inclusionAI/LLaDA-MoE-7B-A1B-Instruct, without what only its own code reads.
+# The fields of inclusionAI/LLaDA-MoE-7B-A1B's own config class, with its defaults.
 PUBLISHED = {
     "architectures": ["LLaDAMoEModelLM"],
     "attention_bias": False,
@@ -25,7 +27,7 @@ PUBLISHED = {
     "hidden_act": "silu",
     "hidden_size": 2048,
     "max_position_embeddings": 8192,
-    "model_type": "llada_moe",
+    "model_type": "llada",
     "moe_layer_freq": [1] * 16,
     "moe_router_enable_expert_bias": False,
     "moe_router_score_function": "softmax",
@@ -101,11 +103,16 @@ def test_random_requests_decode_as_a_plain_loop_does(llm, twin, cache):
     assert_idle(llm)
 
 
-def test_the_published_config_is_understood():
-    config = LLaDAMoEConfig(**PUBLISHED)
+@pytest.mark.parametrize("model_type", ["llada", "llada_moe", "lladamoe"])
+def test_the_published_config_loads_without_remote_code_whatever_its_model_type(tmp_path, model_type):
+    from vllm.transformers_utils.config import get_config
+
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, "model_type": model_type}))
+    config = get_config(str(tmp_path), trust_remote_code=False)
+    assert type(config) is LLaDAMoEConfig and config.architectures == ["LLaDAMoEModelLM"]
     assert (config.mask_token_id, config.canvas_length, config.head_dim) == (156895, 32, 128)
     assert (config.moe_intermediate_size, config.norm_topk_prob) == (1024, False)
-    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 50000.0}
+    assert (config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]) == ("default", 50000.0)
 
 
 @pytest.mark.parametrize(
@@ -116,3 +123,10 @@ def test_the_published_config_is_understood():
 def test_what_is_not_implemented_is_refused_by_name(change):
     with pytest.raises(UnsupportedModelError, match=next(iter(change))):
         LLaDAMoEConfig(**{**PUBLISHED, **change})
+
+
+def test_rotary_parameters_in_the_new_form_hold():
+    rope = {"rope_type": "default", "rope_theta": 1234.0}
+    assert LLaDAMoEConfig(rope_parameters=rope).rope_parameters == rope
+    half = LLaDA2MoeConfig(rope_parameters={**rope, "partial_rotary_factor": 0.25})
+    assert (half.rope_parameters["rope_theta"], half.partial_rotary_factor) == (1234.0, 0.25)

@@ -68,6 +68,6 @@ def test_options_table_is_complete_and_has_the_defaults():
     fields = (*dataclasses.fields(DecodingOptions), *dataclasses.fields(ServerOptions))
     defaults = {field.name: field.default for field in fields}
     assert rows.keys() == defaults.keys()
-    in_words = {"steps", "block_length", "gen_length", "profile_dir"}
+    in_words = {"steps", "block_length", "sub_block_length", "gen_length", "profile_dir"}
     told = {name: json.loads(text.strip("`")) for name, text in rows.items() if name not in in_words}
     assert told == {name: value for name, value in defaults.items() if name not in in_words}

@@ -131,6 +131,10 @@ def test_no_blocks_give_empty_counts(implementation):
         (Rule.TOP_K, 2.0, [0.4, 0.6, 0.6, 0.1], [1, 2]),
         (Rule.TOP_K, 3.0, [0.5, 0.5, 0.5, 0.5], [0, 1, 2]),
         (Rule.TOP_K, 2.9, [math.nan, 0.2, 0.1, 0.3], [1, 3]),
+        # Without logits there is nothing to unmask, whatever the rule would let pass.
+        (Rule.TOP_K, 4.0, [reference.NO_CONFIDENCE, 0.2, reference.NO_CONFIDENCE, math.nan], [1, 3]),
+        (Rule.FACTOR, 50.0, [0.9, reference.NO_CONFIDENCE, 0.8, reference.NO_CONFIDENCE], [0, 2]),
+        (Rule.JOINT_BOUND, 100.0, [reference.NO_CONFIDENCE, 0.1, reference.NO_CONFIDENCE, 0.2], [1, 3]),
         (Rule.TOP_K, 0.0, [0.1, 0.2, 0.3, 0.2], [2]),
         (Rule.TOP_K, 100.0, [0.1, 0.2, math.nan, 0.2], [0, 1, 2, 3]),
         # (n + 1)(1 - c): 2 * 0.125 = 0.25, 3 * 0.25 = 0.75, 4 * 0.5 = 2

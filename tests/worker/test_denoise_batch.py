@@ -187,17 +187,6 @@ def test_sub_blocks_are_read_from_left_to_right_and_computed_alone_where_they_ca
     assert (queries.query_start_loc.tolist(), queries.seq_lens.tolist()) == ([0, 4], [16])
 
 
-def test_a_quota_is_never_more_than_the_positions_of_the_sub_block():
-    states = states_with_sub_blocks(cached=False)
-    states.host.rule[0] = TOP_K
-    slots, block = np.array([0]), np.array([8], dtype=np.int32)
-    plan = take_step(states, slots, np.array([8]), np.array([8]), block)
-    assert plan.parameter.tolist() == [4.0]
-    states.host.masked[0, 1:3] = False
-    plan = take_step(states, slots, np.array([8]), np.array([8]), block)
-    assert plan.parameter.tolist() == [2.0]
-
-
 def test_a_request_that_edits_reads_its_whole_block():
     states = CanvasStates(1, 32, 99, torch.device("cpu"), is_block_causal=True)
     states.host.block_length[0], states.host.edit_threshold[0] = 8, 0.5

@@ -50,7 +50,7 @@ def end(states, *req_ids, failed=()):
 def calibrate(states, req_id, value=0.5, **options):
     """Have a request record one step, and end."""
     record = start(states, req_id, **options)
-    record.recorder.add(0, 0, torch.full((LENGTH,), value), torch.arange(LENGTH), ALL, NONE)
+    record.recorder.add(0, 0, torch.full((LENGTH,), value), torch.arange(LENGTH), ALL, NONE, torch.arange(LENGTH))
     end(states, req_id)
 
 
@@ -69,7 +69,7 @@ def test_a_task_is_calibrated_by_as_many_requests_as_it_needs():
     for record in (first, second, third):
         assert np.array_equal(record.schedule.parameters, static_threshold(record.options).parameters)
     for record, value in ((first, 0.2), (second, 0.4)):
-        record.recorder.add(0, 0, torch.full((LENGTH,), value), torch.arange(LENGTH), ALL, NONE)
+        record.recorder.add(0, 0, torch.full((LENGTH,), value), torch.arange(LENGTH), ALL, NONE, torch.arange(LENGTH))
     end(states, "a", "b", "c")
     calibrated = start(states, "d", metric="mean", **options)
     assert calibrated.recorder is None and calibrated.profile.num_requests == 2
@@ -109,7 +109,7 @@ def test_a_request_that_fails_or_records_nothing_leaves_its_place_to_the_next(fa
     states = make_states()
     record = start(states, "a")
     if failed:
-        record.recorder.add(0, 0, torch.full((LENGTH,), 0.5), torch.arange(LENGTH), ALL, NONE)
+        record.recorder.add(0, 0, torch.full((LENGTH,), 0.5), torch.arange(LENGTH), ALL, NONE, torch.arange(LENGTH))
     end(states, "a", failed=failed)
     assert states.registry.profiles == {} and counts(states, "calibrations") == {"failed": 1}
     assert start(states, "b").recorder is not None
@@ -129,7 +129,7 @@ def test_recalibration_replaces_a_profile_that_others_use_meanwhile():
     again = start(states, "b", recalibrate=True)
     assert again.recorder is not None and again.profile is None
     assert start(states, "c", slot=1).profile is not None
-    again.recorder.add(0, 0, torch.full((LENGTH,), 0.6), torch.arange(LENGTH), ALL, NONE)
+    again.recorder.add(0, 0, torch.full((LENGTH,), 0.6), torch.arange(LENGTH), ALL, NONE, torch.arange(LENGTH))
     end(states, "b")
     assert start(states, "d", slot=2).schedule.parameters[0, 0] == pytest.approx(0.6, abs=1e-6)
 

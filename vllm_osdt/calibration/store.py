@@ -49,7 +49,7 @@ class StoredProfile:
 
     id: str
     block_length: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)]
-    cache: Annotated[str, Field(pattern=rf"^({'|'.join(CACHE_MODES)})(:\d+c?)?$")]
+    cache: Annotated[str, Field(pattern=rf"^({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?$")]
     threshold: Annotated[float, Field(gt=0, le=1)]
     created: str
     versions: dict[str, str]

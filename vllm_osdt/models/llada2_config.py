@@ -55,10 +55,11 @@ class LLaDA2MoeConfig(BlockCausalConfigMixin, PreTrainedConfig):
         """
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        rope_theta, rope_scaling = self.rope_theta, self.rope_scaling
+        rope_theta, rope_scaling, rope = self.rope_theta, self.rope_scaling, kwargs.get("rope_parameters")
         super().__post_init__(**kwargs)
         self.sliding_window = None
-        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta), **(rope_scaling or {})}
+        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta), **(rope_scaling or rope or {})}
+        self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", self.partial_rotary_factor)
         self.use_rmsnorm = True
         self.norm_topk_prob = True
         self.score_function = "sigmoid"

@@ -5,8 +5,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vllm_osdt.errors import UnsupportedModelError
+from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
 
 DEFAULT_BLOCK_LENGTH = 32
+LLADA_MOE = "LLaDAMoEModelLM"
 
 # Fields of the OLMo-derived config that our layers take for granted, with the only value they take.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -68,6 +70,13 @@ class LLaDAConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     block_length: int = DEFAULT_BLOCK_LENGTH
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of the base class; LLaDA-MoE's checkpoints have LLaDA's model type, and get their own class."""
+        if LLADA_MOE in (config_dict.get("architectures") or ()):
+            return LLaDAMoEConfig.from_dict({**config_dict, "model_type": LLaDAMoEConfig.model_type}, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in derived fields.

@@ -26,8 +26,9 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 class LLaDAMoEConfig(PreTrainedConfig):
-    """Config of LLaDA-MoE-7B-A1B, Base and Instruct (``model_type: llada_moe``).
+    """Config of LLaDA-MoE-7B-A1B, Base and Instruct.
 
+    The checkpoints say ``model_type: llada`` as LLaDA's do, and are told by their architecture (``LLaDAConfig``).
     ``block_length`` is ours: the block that the checkpoint wants to be decoded with, 32 when it names none.
     """
 
@@ -59,7 +60,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
         Raises:
             UnsupportedModelError: A field has a value that the model code does not implement.
         """
-        rope_theta, rope_scaling = self.rope_theta, self.rope_scaling
+        rope_theta, rope_scaling, rope = self.rope_theta, self.rope_scaling, kwargs.get("rope_parameters")
         super().__post_init__(**kwargs)
         for name, allowed in _REQUIRED.items():
             value = getattr(self, name, allowed[0])
@@ -75,7 +76,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
             )
         self.head_dim = self.hidden_size // self.num_attention_heads
         self.hidden_act = "silu"
-        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta), **(rope_scaling or {})}
+        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta), **(rope_scaling or rope or {})}
         # Of vLLM's Qwen3-MoE.
         self.intermediate_size = self.expert_intermediate_size
         self.norm_topk_prob = False

@@ -16,16 +16,23 @@ def fixed_steps(
     """Schedule of block_length // s positions a step, one more in the first block_length mod s of the s steps.
 
     With ``first_alone`` a block's first step decides one position, and the other s - 1 share the rest likewise; a block
-    of one step then takes two.
+    of one step then takes two. Sub-blocks have equal parts of the s steps and are shared out one by one.
     """
     assert options.gen_length is not None and options.steps is not None
     num_blocks = options.gen_length // options.block_length
-    steps_per_block = options.steps // num_blocks
+    sub_block = options.sub_block_length or options.block_length
+    num_parts = options.block_length // sub_block
+    steps_per_part = options.steps // num_blocks // num_parts
+    first, other = _shares(sub_block, steps_per_part, int(first_alone)), _shares(sub_block, steps_per_part, 0)
+    shares = [*first, *other * (num_parts - 1)]
     row = np.zeros(options.block_length, dtype=np.float32)
-    num_alone = int(first_alone)
-    shared = row[num_alone : max(steps_per_block, num_alone + 1)]
-    quota, remainder = divmod(options.block_length - num_alone, max(shared.size, 1))
-    row[:num_alone] = 1
-    shared[:] = quota
-    shared[:remainder] += 1
+    row[: len(shares)] = shares[: row.size]
     return Schedule(Rule.TOP_K, np.tile(row, (num_blocks, 1)))
+
+
+def _shares(num_positions: int, num_steps: int, num_alone: int) -> list[int]:
+    """Positions of each step; with ``num_alone`` the first is of one position."""
+    num_shared = num_positions - num_alone
+    shared_steps = max(num_steps - num_alone, int(num_shared > 0))
+    quota, remainder = divmod(num_shared, max(shared_steps, 1))
+    return [1] * num_alone + [quota + (step < remainder) for step in range(shared_steps)]

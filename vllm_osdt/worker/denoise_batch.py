@@ -129,6 +129,8 @@ def step_rows(
     num_rows: np.ndarray,
     num_drafts: np.ndarray,
     reads_next: np.ndarray,
+    *,
+    may_cut: bool = True,
 ) -> StepRows:
     """Bring the tables up to date for a step, and leave out rows that a sub-block's cache spares.
 
@@ -139,6 +141,7 @@ def step_rows(
         num_rows: int64 ``[R]`` rows of each.
         num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block; 0 without one.
         reads_next: bool ``[R]``, the last row tells the token of the position behind it.
+        may_cut: Whether rows may be left out.
     """
     host = states.host
     block_length = host.block_length[slots]
@@ -150,7 +153,7 @@ def step_rows(
     else:
         is_alone = host.first_alone[slots] & (host.step[slots] == 0)
     rows = StepRows(slots, start, num_rows, block_start, num_active, is_alone)
-    if host.sub_block_cache[slots].any():
+    if may_cut and host.sub_block_cache[slots].any():
         rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
         leave_out_cached(host, rows)
     return rows
@@ -248,9 +251,6 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         plan.mask_rows[req] = slot if num_active > 0 else host.block_length.size
         plan.rule[req] = TOP_K if is_alone else host.rule[slot]
         plan.parameter[req] = 1.0 if is_alone else host.parameters[slot, step]
-        if host.rule[slot] == TOP_K:  # not more than there are logits for
-            num_read = plan.cu_num_logits[req + 1] - plan.cu_num_logits[req]
-            plan.parameter[req] = min(plan.parameter[req], max(num_read, 1))
         plan.step_cell[req] = first_cell + step
         plan.eos_token_id[req] = host.eos_token_id[slot]
         plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), num_active)

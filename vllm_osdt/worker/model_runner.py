@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import LoRAConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
@@ -94,7 +95,9 @@ class CanvasRunnerMixin:
         reads_next = np.zeros(num_reqs, dtype=bool)
         if asks:
             reads_next[:] = [req_id in asks for req_id in batch_req_state.req_ids]
-        rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, reads_next)
+        may_cut = batch_desc.cg_mode == CUDAGraphMode.NONE  # a captured graph has as many rows as were scheduled
+        start = num_computed.astype(np.int64)
+        rows = step_rows(states, slots, start, num_rows, num_drafts, reads_next, may_cut=may_cut)
         plan = plan_step(states, rows)
         num_tokens = int(rows.num_rows.sum())
 
@@ -114,6 +117,8 @@ class CanvasRunnerMixin:
         logits_indices = torch.arange(len(logit_rows), device=device) if is_narrowed else logit_rows
         is_cut = num_tokens < batch_req_state.num_tokens
         num_tokens_padded = num_tokens if is_cut else max(num_tokens, batch_desc.num_tokens)
+        buffers.is_padding[:num_tokens].fill_(False)  # a dummy step leaves it set; experts skip padding
+        buffers.is_padding[num_tokens:num_tokens_padded].fill_(True)
         idx_mapping = denoise.slots
         return CanvasInputBatch(
             req_ids=batch_req_state.req_ids,

@@ -95,7 +95,7 @@ class CanvasSampler:
             after = states.masked[batch.mask_rows, :width]
             proposal = torch.full_like(batch.canvas_index, -1)
             proposal.view(-1)[batch.cells] = token.to(proposal.dtype)
-            self._record(calibrating, batch, input_batch.req_ids, best, proposal, before, after)
+            self._record(calibrating, batch, input_batch.req_ids, best, proposal, before, after, canvas)
         return SamplerOutput(
             sampled_token_ids=canvas,
             logprobs_tensors=None,
@@ -113,6 +113,7 @@ class CanvasSampler:
         proposal: torch.Tensor,
         before: torch.Tensor,
         after: torch.Tensor,
+        canvas: torch.Tensor,
     ) -> None:
         states = self.states
         for row in calibrating.tolist():
@@ -122,6 +123,4 @@ class CanvasSampler:
             recorder = states.records[req_ids[row]].recorder
             assert recorder is not None
             step = int(states.host.step[slot])
-            if step >= length:  # only edits follow
-                continue
-            recorder.add(block, step, *(grid[row, :length] for grid in (best, proposal, before, after)))
+            recorder.add(block, step, *(grid[row, :length] for grid in (best, proposal, before, after, canvas)))
