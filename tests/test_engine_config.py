@@ -155,3 +155,9 @@ def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal:
     (Path(checkpoint) / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ValueError, match="fused_commit is false"):
         configure(checkpoint, additional_config=parted)
+
+
+def test_full_cuda_graphs_are_refused_for_block_causal_models(block_causal: str) -> None:
+    assert configure(block_causal).compilation_config.cudagraph_mode.name == "NONE"
+    with pytest.raises(ValueError, match="cudagraph_mode is FULL"):
+        configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": "FULL"})
