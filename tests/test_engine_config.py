@@ -157,7 +157,8 @@ def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal:
         configure(checkpoint, additional_config=parted)
 
 
-def test_full_cuda_graphs_are_refused_for_block_causal_models(block_causal: str) -> None:
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_cuda_graphs_are_refused_for_block_causal_models(block_causal: str, mode: str) -> None:
     assert configure(block_causal).compilation_config.cudagraph_mode.name == "NONE"
-    with pytest.raises(ValueError, match="cudagraph_mode is FULL"):
-        configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": "FULL"})
+    with pytest.raises(ValueError, match=f"cudagraph_mode is {mode}"):
+        configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": mode})

@@ -143,7 +143,7 @@ class FrontEnd:
             made_with = getattr(key, name)
             if made_with != value:
                 remedy = f"send osdt_{name} = {made_with!r}"
-                if f"{made_with}{value}".count(":"):
+                if ":" in f"{made_with}{value}":
                     remedy = "send the sub_block_length, sub_block_cache and edit_threshold that it was made with"
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "

@@ -175,13 +175,13 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
             "and denoises nothing; leave it out."
         )
     mode = vllm_config.compilation_config.cudagraph_mode
-    if mode is not None and mode.has_full_cudagraphs():
+    if mode not in (None, CUDAGraphMode.NONE):
         raise OSDTError(
-            f"cudagraph_mode is {mode.name}, but a step of this model has as many queries as blocks, which a captured "
-            'graph cannot know; set "cudagraph_mode": "NONE" or "PIECEWISE" in --compilation-config.'
+            f"cudagraph_mode is {mode.name}, but a step of this model has as many queries as blocks, and with a "
+            "sub-block's cache fewer rows than were scheduled, which a captured graph cannot know; set "
+            '"cudagraph_mode": "NONE" in --compilation-config.'
         )
-    if mode is None:
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     changed = []
     if not vllm_config.scheduler_config.enable_chunked_prefill:
         vllm_config.scheduler_config.enable_chunked_prefill = True

@@ -63,7 +63,7 @@ class CanvasScheduler(Scheduler):
         """Plan one engine step (see the class)."""
         self._room = self.max_num_scheduled_tokens
         self._rows.clear()
-        order = list(self.running)
+        order = self.running
         waited, self._postponed = self._postponed, {}
         if waited:
             order = sorted(order, key=lambda request: -waited.get(request.request_id, 0))
@@ -71,10 +71,12 @@ class CanvasScheduler(Scheduler):
             if not self._plan_step(request):
                 self._postponed[request.request_id] = waited.get(request.request_id, 0) + 1
         output = super().schedule(throttle_prefills)
-        for request in order:
-            request.num_output_placeholders = 0
         # Dynamic attributes travel with the output to every worker.
-        output.reads_next_req_ids = {req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].reads_next}
+        output.reads_next_req_ids = set()
+        if self._is_shifted:
+            output.reads_next_req_ids = {
+                req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].reads_next
+            }
         output.failed_req_ids = self._failed_req_ids
         self._failed_req_ids = set()
         return output
@@ -136,11 +138,14 @@ class CanvasScheduler(Scheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Put the planned rows of newly admitted requests in place of the prompt alone."""
         num_scheduled = scheduler_output.num_scheduled_tokens
-        for req_id in num_scheduled:
-            rows, request = self._rows[req_id], self.requests[req_id]
-            request.num_output_placeholders = 0
+        for req_id in self._rows:  # planned, though perhaps preempted since
+            self.requests[req_id].num_output_placeholders = 0
+        if self.kv_cache_manager.enable_caching:
             # Not earlier: a request that comes later in the step may preempt one that was to run.
-            self.kv_cache_manager.cache_blocks(request, self._plan(request).num_final)
+            for request in map(self.requests.__getitem__, num_scheduled):
+                self.kv_cache_manager.cache_blocks(request, self._plan(request).num_final)
+        for req_id in num_scheduled:
+            rows = self._rows[req_id]
             scheduler_output.total_num_scheduled_tokens += rows.num_rows - num_scheduled[req_id]
             num_scheduled[req_id] = rows.num_rows
             if rows.num_drafts:
@@ -183,6 +188,8 @@ class CanvasScheduler(Scheduler):
 
     def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
         """Count the forwards that write a finished block's keys and values and have no drafts, which vLLM counts."""
+        if len(scheduler_output.scheduled_spec_decode_tokens) == len(scheduler_output.num_scheduled_tokens):
+            return
         for req_id, request in requests.items():
             is_generated = request.num_computed_tokens > request.num_prompt_tokens
             is_counted = is_generated or req_id in scheduler_output.reads_next_req_ids

@@ -51,3 +51,10 @@ def test_neither_order_nor_company_changes_a_token(llm, jobs):
 
 def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_rows_that_a_dummy_step_left_as_padding_have_their_experts(llm, jobs):
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.model_runner
+    runner.input_buffers.is_padding.fill_(True)
+    assert_one_batch_is_right(llm, jobs)
+    assert not runner.input_buffers.is_padding[0]

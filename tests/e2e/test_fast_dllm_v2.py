@@ -172,8 +172,8 @@ def test_fixed_steps_are_shared_out_by_sub_block(llm, twin, steps, taken, sub_bl
     [got] = generate(llm, [prompt], sampling(48, policy="fixed_steps", steps=steps, **part))
     assert 255 not in got.token_ids
     assert nfe(got) == taken
-    if expected.proposal_margin > MIN_MARGIN and expected.nfe == taken:
-        assert list(got.token_ids) == expected.tokens
+    assert expected.proposal_margin > MIN_MARGIN and expected.nfe == taken
+    assert list(got.token_ids) == expected.tokens
 
 
 @pytest.mark.parametrize("factor", [10.0, 25.0, 300.0])

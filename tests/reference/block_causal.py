@@ -6,6 +6,7 @@ have the names of the published checkpoints.
 """
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def _swiglu(x: torch.Tensor, weights: Weights, prefix: str) -> torch.Tensor:
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-class BlockCausalNetwork:
+class BlockCausalNetwork(ABC):
     """A checkpoint's config and weights, and its forward pass; subclasses say what their layers are made of."""
 
     logits_shift = 0
@@ -56,13 +57,13 @@ class BlockCausalNetwork:
         config = json.loads((folder / "config.json").read_text())
         return cls({**config, **fields}, load_file(folder / "model.safetensors"))
 
+    @abstractmethod
     def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys (both not yet rotated) and values, [rows, heads, head size]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mix(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """The feed-forward part."""
-        raise NotImplementedError
 
     def attention_output(self, layer: int) -> torch.Tensor:
         """The matrix behind attention."""

@@ -287,3 +287,14 @@ def test_a_request_that_ends_after_it_lost_its_slot_to_another_is_not_watched():
         states.mean_confidence[0, : 2 * LENGTH] = 0.1
         end(states, f"preempted {index}", f"other {index}")
     assert counts(states, "drift") == {}
+
+
+@pytest.mark.parametrize("policy", ["static_threshold", "osdt"])
+def test_what_equals_a_strict_threshold_does_not_pass(policy):
+    states = make_states()
+    loose = start(states, "a", policy=policy, task="loose")
+    states.is_strict = True
+    strict = start(states, "b", slot=1, policy=policy, task="strict")
+    assert strict.key.threshold == loose.key.threshold == 0.9
+    assert (loose.schedule.parameters == np.float32(0.9)).all()
+    assert (strict.schedule.parameters == np.nextafter(np.float32(0.9), np.float32(1))).all()

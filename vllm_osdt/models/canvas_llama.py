@@ -10,6 +10,8 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sequence import IntermediateTensors
 
+from vllm_osdt.models.canvas_mixin import CanvasMixin
+
 
 class CanvasAttention(LlamaAttention):
     """Attention that gives its output for chosen rows only; keys and values are those of all rows."""
@@ -52,19 +54,12 @@ class CanvasDecoderLayer(LlamaDecoderLayer):
         return self.mlp(hidden_states), residual
 
 
-class CanvasForCausalLM(LlamaForCausalLM):
+class CanvasForCausalLM(CanvasMixin, LlamaForCausalLM):
     """vLLM's Llama with these layers and the model state of a canvas."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=CanvasDecoderLayer)
         self.vocab_size = vllm_config.model_config.hf_config.vocab_size
-
-    @staticmethod
-    def get_model_state_cls() -> type:
-        """vLLM's hook for the model state of Model Runner V2."""
-        from vllm_osdt.worker.model_state import CanvasModelState
-
-        return CanvasModelState
 
     def forward(
         self,

@@ -129,8 +129,6 @@ def step_rows(
     num_rows: np.ndarray,
     num_drafts: np.ndarray,
     reads_next: np.ndarray,
-    *,
-    may_cut: bool = True,
 ) -> StepRows:
     """Bring the tables up to date for a step, and leave out rows that a sub-block's cache spares.
 
@@ -141,7 +139,6 @@ def step_rows(
         num_rows: int64 ``[R]`` rows of each.
         num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block; 0 without one.
         reads_next: bool ``[R]``, the last row tells the token of the position behind it.
-        may_cut: Whether rows may be left out.
     """
     host = states.host
     block_length = host.block_length[slots]
@@ -153,7 +150,7 @@ def step_rows(
     else:
         is_alone = host.first_alone[slots] & (host.step[slots] == 0)
     rows = StepRows(slots, start, num_rows, block_start, num_active, is_alone)
-    if may_cut and host.sub_block_cache[slots].any():
+    if host.sub_block_cache[slots].any():
         rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
         leave_out_cached(host, rows)
     return rows

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import LoRAConfig
-from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
@@ -95,9 +94,7 @@ class CanvasRunnerMixin:
         reads_next = np.zeros(num_reqs, dtype=bool)
         if asks:
             reads_next[:] = [req_id in asks for req_id in batch_req_state.req_ids]
-        may_cut = batch_desc.cg_mode == CUDAGraphMode.NONE  # a captured graph has as many rows as were scheduled
-        start = num_computed.astype(np.int64)
-        rows = step_rows(states, slots, start, num_rows, num_drafts, reads_next, may_cut=may_cut)
+        rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, reads_next)
         plan = plan_step(states, rows)
         num_tokens = int(rows.num_rows.sum())
 
