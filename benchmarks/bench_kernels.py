@@ -86,9 +86,10 @@ def bench_unmask(device: str, sizes: list[tuple[int, int]]) -> Iterator[dict]:
                 "proposal": torch.randint(0, 1000, shape),
                 "confidence": torch.rand(shape),
                 "rule": rule,
-                "parameter": torch.tensor([0.9, 3.0, 1.0])[rule.long()],
+                "parameter": torch.tensor([0.9, 3.0, 1.0, 0.75])[rule.long()],
                 "eos_token_id": torch.full((num_blocks,), 2),
                 "num_needed": torch.full((num_blocks,), block_length, dtype=torch.int32),
+                "quota": torch.zeros(num_blocks, dtype=torch.int32),
             }
             state = {name: value.to(device) for name, value in state.items()}
             state_of_twin = {name: value.clone() for name, value in state.items()}

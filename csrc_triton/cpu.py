@@ -174,10 +174,11 @@ def unmask(
     parameter: torch.Tensor,
     eos_token_id: torch.Tensor,
     num_needed: torch.Tensor,
+    quota: torch.Tensor,
 ) -> UnmaskResult:
     """See ``ops.unmask``."""
     counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
-    arguments = (canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed, counts)
+    arguments = (canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed, quota, counts)
     _unmask(*(tensor.numpy() for tensor in arguments))
     return UnmaskResult(*counts)
 
@@ -194,13 +195,14 @@ def unmask_in_tables(
     parameter: torch.Tensor,
     eos_token_id: torch.Tensor,
     num_needed: torch.Tensor,
+    quota: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
     """See ``tables.unmask_in_tables``."""
     canvas = torch.empty(canvas_index.shape, dtype=torch.int32)
     best = torch.full(canvas_index.shape, NO_CONFIDENCE, dtype=torch.float32)
     counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
     arguments = (cells, masked, slots, canvas_index, logit_cells, token, confidence, rule, parameter, eos_token_id)
-    _unmask_in_tables(*(tensor.numpy() for tensor in (*arguments, num_needed, canvas, best, counts)))
+    _unmask_in_tables(*(tensor.numpy() for tensor in (*arguments, num_needed, quota, canvas, best, counts)))
     return canvas, best, UnmaskResult(*counts)
 
 
@@ -217,6 +219,7 @@ def _unmask_in_tables(
     parameter: np.ndarray,
     eos_token_id: np.ndarray,
     num_needed: np.ndarray,
+    quota: np.ndarray,
     canvas: np.ndarray,
     best: np.ndarray,
     counts: np.ndarray,
@@ -231,7 +234,7 @@ def _unmask_in_tables(
         for k in range(block_length):
             canvas[row, k] = cells[canvas_index[row, k]]
             undecided[row, k] = masked[slots[row], k]
-    _unmask(canvas, undecided, proposal, best, rule, parameter, eos_token_id, num_needed, counts)
+    _unmask(canvas, undecided, proposal, best, rule, parameter, eos_token_id, num_needed, quota, counts)
     for row in range(num_blocks):
         for k in range(block_length):
             cells[canvas_index[row, k]] = canvas[row, k]
@@ -248,6 +251,7 @@ def _unmask(
     parameter: np.ndarray,
     eos_token_id: np.ndarray,
     num_needed: np.ndarray,
+    quota: np.ndarray,
     counts: np.ndarray,
 ) -> None:
     block_length = canvas.shape[1]
@@ -265,7 +269,7 @@ def _unmask(
                 place -= 1
             order[place], score[place] = k, value
             num_masked += 1
-        num_unmasked = _count_accepted(score[:num_masked], rule[row], parameter[row])
+        num_unmasked = _count_accepted(score[:num_masked], rule[row], parameter[row], quota[row])
         for k in order[:num_unmasked]:
             canvas[row, k] = proposal[row, k]
             masked[row, k] = False
@@ -281,7 +285,7 @@ def _unmask(
 
 
 @compiled()
-def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32) -> int:
+def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32, quota: int) -> int:
     """How many of the masked positions to unmask; ``ranked`` has their confidences, descending."""
     num_accepted = min(1, ranked.size)
     doubts = np.int64(0)
@@ -298,6 +302,6 @@ def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32) -> int
             doubt = np.int64(np.float64(ONE - ranked[n - 1]) * DOUBT_UNITS)
             doubts += doubt
             passes = doubts + doubt < np.float64(parameter) * DOUBT_UNITS
-        if passes:
+        if passes or n <= quota:
             num_accepted = n
     return num_accepted

@@ -91,6 +91,7 @@ def unmask(
     *,
     eos_token_id: torch.Tensor,
     num_needed: torch.Tensor,
+    quota: torch.Tensor,
 ) -> UnmaskResult:
     """Takes one denoising decision for every active block and writes it into ``canvas`` and ``masked``.
 
@@ -108,6 +109,8 @@ def unmask(
             next larger float.
         eos_token_id: [num_blocks] int64; -1 when the request ignores EOS.
         num_needed: [num_blocks] int32, 0 to block_length: leading positions the request still has to output.
+        quota: [num_blocks] int32: so many positions, the most confident ones, are unmasked whatever the rule says; 0
+            and 1 ask for no more than the promise above.
 
     Returns:
         Three counts per block, see ``UnmaskResult``.
@@ -116,9 +119,9 @@ def unmask(
         ValueError: on a wrong shape, stride or device.
         TypeError: on a wrong dtype.
 
-    Source: LLaDA, arXiv 2502.09992 (``TOP_K``); Fast-dLLM++, arXiv 2606.02955 (``JOINT_BOUND``); Fast-dLLM, arXiv
-        2505.22618 (``THRESHOLD`` and ``FACTOR``). Its code
-        takes the last candidate even when the factor test fails there; we apply the test as published.
+    Sources: LLaDA, arXiv 2502.09992 (``TOP_K``); SDAR, arXiv 2510.06303 (``quota``); Fast-dLLM++, arXiv 2606.02955
+        (``JOINT_BOUND``); Fast-dLLM, arXiv 2505.22618 (``THRESHOLD`` and ``FACTOR``). Its code takes the last candidate
+        even when the factor test fails there; we apply the test as published.
     """
     if canvas.dim() != 2 or not 1 <= canvas.shape[1] <= MAX_BLOCK_LENGTH:
         limit = f"[num_blocks, 1 to {MAX_BLOCK_LENGTH}]"
@@ -133,9 +136,10 @@ def unmask(
     _check("parameter", parameter, row, (torch.float32,), device)
     _check("eos_token_id", eos_token_id, row, (torch.int64,), device)
     _check("num_needed", num_needed, row, (torch.int32,), device)
+    _check("quota", quota, row, (torch.int32,), device)
 
     run = implementations(device).unmask
-    return run(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed)
+    return run(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed, quota)
 
 
 def implementations(device: torch.device) -> Implementations:

@@ -101,6 +101,7 @@ def unmask(
     *,
     eos_token_id: torch.Tensor,
     num_needed: torch.Tensor,
+    quota: torch.Tensor,
 ) -> UnmaskResult:
     """The twin of ``ops.unmask``: one block after the other, in place."""
     counts = []
@@ -108,7 +109,7 @@ def unmask(
         score = confidence[row].nan_to_num(nan=-1.0)
         undecided = [k for k in range(canvas.shape[1]) if masked[row, k]]
         ranking = sorted(undecided, key=lambda k: (-score[k].item(), k))
-        num_unmasked = _num_accepted(score[ranking], int(rule[row]), parameter[row])
+        num_unmasked = _num_accepted(score[ranking], int(rule[row]), parameter[row], int(quota[row]))
         for k in ranking[:num_unmasked]:
             canvas[row, k] = proposal[row, k]
             masked[row, k] = False
@@ -118,7 +119,7 @@ def unmask(
     return UnmaskResult(*table.unbind(dim=1))
 
 
-def _num_accepted(ranked: torch.Tensor, rule: int, parameter: torch.Tensor) -> int:
+def _num_accepted(ranked: torch.Tensor, rule: int, parameter: torch.Tensor, quota: int) -> int:
     """How many of the masked positions to unmask; ``ranked`` has their confidences, descending."""
     num_masked = ranked.shape[0]
     if rule == Rule.THRESHOLD:
@@ -131,6 +132,7 @@ def _num_accepted(ranked: torch.Tensor, rule: int, parameter: torch.Tensor) -> i
         doubts = [int((1 - c).double() * DOUBT_UNITS) for c in ranked]
         limit = parameter.double() * DOUBT_UNITS
         passing = [n for n in range(1, num_masked + 1) if sum(doubts[:n]) + doubts[n - 1] < limit]
+    passing += range(1, min(quota, num_masked) + 1)
     passing = [n for n in passing if ranked[n - 1] > NO_CONFIDENCE]
     return max(passing, default=min(1, num_masked))
 

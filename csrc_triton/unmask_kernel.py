@@ -30,6 +30,7 @@ def _unmask_kernel(
     parameter_ptr,
     eos_token_id_ptr,
     num_needed_ptr,
+    quota_ptr,
     num_unmasked_ptr,
     num_masked_ptr,
     num_ready_ptr,
@@ -62,7 +63,7 @@ def _unmask_kernel(
     passing = tl.where(rule == FACTOR, factor_passes, bound_passes)
     passing = tl.where(rule == TOP_K, top_k_passes, passing)
     passing = tl.where(rule == THRESHOLD, score >= parameter, passing)
-    passing = passing & (score > WITHOUT_LOGITS)
+    passing = (passing | (rank <= tl.load(quota_ptr + row))) & (score > WITHOUT_LOGITS)
     num_accepted = tl.max(tl.where(masked & passing, rank, 1))
     accepted = masked & (rank <= num_accepted)
     still_masked = masked & (rank > num_accepted)
@@ -97,6 +98,7 @@ def unmask(
     parameter: torch.Tensor,
     eos_token_id: torch.Tensor,
     num_needed: torch.Tensor,
+    quota: torch.Tensor,
 ) -> UnmaskResult:
     """See ``ops.unmask``; CPU tensors work only in Triton's interpreter."""
     num_blocks, block_length = canvas.shape
@@ -117,6 +119,7 @@ def unmask(
             parameter,
             eos_token_id,
             num_needed,
+            quota,
             num_unmasked,
             num_masked,
             num_ready,

@@ -210,10 +210,40 @@ def test_steps_that_do_not_fit_the_blocks_are_refused(steps):
         canvas(10, 64, policy="fixed_steps", steps=steps)
 
 
-def test_steps_default_to_one_token_a_step_and_concern_no_other_policy():
+def test_steps_default_to_one_token_a_step_of_fixed_steps_and_to_no_quota_of_a_threshold():
+    assert canvas(10, 64, policy="static_threshold")[0].steps is None
+    assert canvas(10, 64, policy="static_threshold", steps=2)[0].steps == 2
+    with pytest.raises(InvalidOptionError, match="steps is 3; with 2 blocks of 32"):
+        canvas(10, 64, policy="static_threshold", steps=3)
+    with pytest.raises(InvalidOptionError, match="steps is 4; with policy 'static_threshold' this model's sub-blocks"):
+        canvas(10, 64, policy="static_threshold", steps=4, sub_block_length=8)
     assert canvas(10, 64, policy="fixed_steps")[0].steps == 64
     assert canvas(10, 64, policy="fixed_steps", steps=2)[0].steps == 2
     assert canvas(10, 64, policy="osdt", steps=3)[0].steps == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"factor": 0.5},
+            "osdt_factor is 0.5, which policy 'osdt' does not use. Leave it out, or send osdt_policy = 'factor'",
+        ),
+        ({"delta": 0.5, "policy": "factor"}, "osdt_delta is 0.5, which policy 'factor' does not use"),
+        ({"threshold": 0.5, "policy": "fixed_steps"}, "send osdt_policy = 'osdt' or 'static_threshold'."),
+        ({"cap": 0.5, "policy": "static_threshold"}, "osdt_cap is 0.5, which policy 'static_threshold' does not use"),
+        ({"recalibrate": True, "policy": "joint_bound"}, "osdt_recalibrate is True, which policy 'joint_bound'"),
+    ],
+)
+def test_a_request_is_told_of_options_that_its_policy_does_not_use(values, message):
+    with pytest.raises(InvalidOptionError, match=re.escape(message)):
+        parse_options({f"osdt_{name}": value for name, value in values.items()}, base=BASE, prefix="osdt_")
+    assert parse_options(values, base=BASE)  # the operator's defaults are for whatever policy a request asks for
+
+
+def test_a_default_value_may_be_sent_with_any_policy():
+    values = {"osdt_policy": "factor", "osdt_threshold": 0.9, "osdt_cap": 0.9, "osdt_task": "a"}
+    assert parse_options(values, base=BASE, prefix="osdt_").policy == "factor"
 
 
 @pytest.mark.parametrize("prefix", ["", "osdt_"])

@@ -41,7 +41,8 @@ class DecodingOptions:
         threshold: Confidence in (0, 1] of the static threshold; also the threshold of an OSDT calibration.
         factor: Parameter f > 0 of the factor rule.
         delta: Parameter in [0, 1) of the joint bound.
-        steps: Total denoising steps of ``fixed_steps``; None means one token per step.
+        steps: Total denoising steps of ``fixed_steps``; None means one token per step. Of ``static_threshold``, at most
+            so many: a step unmasks at least as many positions as ``fixed_steps`` would (dynamic rule of SDAR, LLaDA2).
         block_length: Positions denoised together, 1 to 128.
         gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up. A
             block-causal model's canvas begins where the prompt's last, incomplete block does.
@@ -278,6 +279,8 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
             raise InvalidOptionError(f"Unknown option {key!r}; this model's options are {known}.")
         changes[name] = _CHECKS[name](key, value)
     options = replace(base, **changes)
+    if prefix:
+        _check_used(options, changes)
     _check_conformal(options)
     if (options.cache == BLOCK_CACHE) != (base.cache == BLOCK_CACHE):
         allowed = (BLOCK_CACHE,) if base.cache == BLOCK_CACHE else CANVAS_CACHES
@@ -285,6 +288,30 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
             f"{prefix}cache is {options.cache!r}; this model's attention allows {', '.join(allowed)}. Leave it out."
         )
     return options
+
+
+# Options that mean something to some policies only. The server's defaults hold for whatever policy a request asks for.
+_POLICIES_OF = {
+    "threshold": ("osdt", "static_threshold"),
+    "factor": ("factor",),
+    "delta": ("joint_bound",),
+    "steps": ("fixed_steps", "static_threshold"),
+    **dict.fromkeys(
+        ("mode", "metric", "risk", "margin", "calibrations", "cap", "slack", "floor", "record", "recalibrate"),
+        ("osdt",),
+    ),
+}
+
+
+def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
+    """What a request asks for must mean something to its policy."""
+    for name, value in asked.items():
+        policies = _POLICIES_OF.get(name, POLICIES)
+        if options.policy not in policies and value != getattr(DecodingOptions, name):
+            raise InvalidOptionError(
+                f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use. Leave it out, or send "
+                f"{PREFIX}policy = {' or '.join(map(repr, policies))}."
+            )
 
 
 def num_requests_needed(risk: float) -> int:
@@ -374,7 +401,7 @@ def resolve_canvas(
             "--max-num-batched-tokens."
         )
     steps = options.steps
-    if options.policy == "fixed_steps":
+    if options.policy == "fixed_steps" or (options.policy == "static_threshold" and steps is not None):
         steps = _resolve_steps(options, gen_length, max_tokens)
     room = total - prompt_length
     output = room if max_tokens is None else min(max_tokens, room)
@@ -397,6 +424,11 @@ def _resolve_steps(options: DecodingOptions, gen_length: int, max_tokens: int | 
     num_blocks = gen_length // block
     if options.steps is None:
         return gen_length
+    if options.policy == "static_threshold" and options.sub_block_length is not None:
+        raise InvalidOptionError(
+            f"steps is {options.steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as "
+            "they need. Leave it out, or choose policy 'fixed_steps'."
+        )
     asked = num_blocks
     if options.cache == BLOCK_CACHE and max_tokens is not None:
         asked = math.ceil(max_tokens / block)

@@ -17,7 +17,7 @@ from tests.e2e.jobs import (
     wrong,
 )
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
-from tests.reference.decode import best_first, calibrate, osdt
+from tests.reference.decode import best_first, calibrate, dynamic, osdt
 from vllm_osdt.errors import InvalidOptionError
 
 pytestmark = pytest.mark.e2e
@@ -158,6 +158,28 @@ def test_pages_are_shared_between_equal_block_lengths_only(llm, twin):
     assert cached == [0, 0, 0, 64, 64, 0]  # pages of 32 cut blocks of 24
 
 
+def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin):
+    rng = random.Random(19)
+    prompts, params, expected, num_faster = [], [], [], 0
+    for index in range(24):
+        block_length, tau, max_tokens = (4, 8, 16)[index % 3], (0.3, 0.6, 0.9, 0.99)[index % 4], rng.randrange(1, 48)
+        steps_per_block = rng.choice([1, 2, 3, block_length])  # 3 does not share out evenly
+        prompt = [rng.randrange(3, 100) for _ in range(rng.randrange(1, 50))]
+        rule = dynamic(tau, steps_per_block, block_length)
+        decoded = decode_block_causal(twin, prompt, rule, block_length=block_length, max_tokens=max_tokens)
+        if decoded.proposal_margin > MIN_MARGIN:
+            options = {"policy": "static_threshold", "threshold": tau, "block_length": block_length}
+            steps = -(-max_tokens // block_length) * steps_per_block
+            prompts.append(prompt)
+            params.append(sampling(max_tokens, steps=steps, **options))
+            expected.append(decoded)
+            plain = decode_block_causal(twin, prompt, above(tau), block_length=block_length, max_tokens=max_tokens)
+            num_faster += decoded.nfe < plain.nfe
+    assert len(expected) >= 20 and num_faster >= 10
+    completions = generate(llm, prompts, params)
+    assert [(list(c.token_ids), nfe(c)) for c in completions] == [(e.tokens, e.nfe) for e in expected]
+
+
 @pytest.mark.parametrize("mode", ["block", "step_block"])
 def test_osdt_equals_a_plain_implementation(llm, twin, mode):
     rng = random.Random(5)
@@ -198,6 +220,8 @@ def test_fixed_steps_share_out_the_positions_of_new_tokens(llm, twin, steps, num
         ({"cache": "dual"}, "osdt_cache is 'dual'; this model's attention allows block"),
         ({"gen_length": 64}, "no block of this model sees a later one"),
         ({"policy": "fixed_steps", "steps": 5, "block_length": 8}, "steps is 5; with 4 blocks of 8"),
+        ({"policy": "static_threshold", "steps": 5, "block_length": 8}, "steps is 5; with 4 blocks of 8"),
+        ({"steps": 8}, "osdt_steps is 8, which policy 'osdt' does not use. Leave it out, or send osdt_policy"),
     ],
 )
 def test_options_of_other_families_are_refused(llm, options, message):

@@ -24,7 +24,7 @@ from tests.e2e.jobs import (
     wrong,
 )
 from tests.reference.block_causal import ReferenceLLaDA2, decode_block_causal
-from tests.reference.decode import calibrate, osdt
+from tests.reference.decode import calibrate, dynamic, osdt
 
 pytestmark = pytest.mark.e2e
 
@@ -111,6 +111,20 @@ def test_without_fused_commit_the_tokens_stay(golden_llada2, start_llm, jobs):
     completions = run(llm, jobs)
     assert wrong(jobs, completions) == []
     assert [nfe(c) for c in completions] == [job.decoded.nfe + len(job.decoded.record) - 1 for job in jobs]
+
+
+@pytest.mark.parametrize("edit_threshold", [None, 0.3])
+def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin, edit_threshold):
+    rng = random.Random(20)
+    prompts = [[rng.randrange(8, 250) for _ in range(rng.randrange(1, 40))] for _ in range(10)]
+    kwargs = {"block_length": 8, "max_tokens": 40, "edit_threshold": edit_threshold}
+    expected = [decode_block_causal(twin, prompt, dynamic(0.9, 3, 8), **kwargs) for prompt in prompts]
+    clear = [i for i, e in enumerate(expected) if min(e.proposal_margin, e.edit_margin) > MIN_MARGIN]
+    assert len(clear) >= 6
+    edit = {} if edit_threshold is None else {"edit_threshold": edit_threshold}
+    params = sampling(40, policy="static_threshold", threshold=0.9, steps=15, block_length=8, **edit)
+    completions = generate(llm, [prompts[i] for i in clear], params)
+    assert [(list(c.token_ids), nfe(c)) for c in completions] == [(expected[i].tokens, expected[i].nfe) for i in clear]
 
 
 def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, twin):

@@ -16,7 +16,7 @@ from tests.e2e.engine import (
     submit,
     tokens,
 )
-from tests.reference.decode import decode, fixed_steps, static_threshold
+from tests.reference.decode import decode, dynamic, fixed_steps, static_threshold
 from vllm_osdt.config import RESOLVED_KEY
 
 pytestmark = pytest.mark.e2e
@@ -153,6 +153,18 @@ def test_an_end_token_ends_its_block_before_the_rest_is_decided(tasks_llm, tasks
     assert tokens(got) == [result.tokens for result in expected]
     assert [nfe(completion) for completion in got] == [result.nfe for result in expected]
     assert any(result.nfe % 16 for result in expected)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_steps_bound_the_forwards_of_a_static_threshold(tasks_llm, tasks_twin, prompts, cache):
+    canvas = {"gen_length": 32, "block_length": 16, "cache": cache}
+    expected = [decode(tasks_twin, prompt, dynamic(0.95, 4, 16, strict=False), **canvas) for prompt in prompts[:6]]
+    plain = [decode(tasks_twin, prompt, static_threshold(0.95), **canvas) for prompt in prompts[:6]]
+    assert min(result.proposal_margin for result in expected) > 1e-5
+    got = generate(tasks_llm, prompts[:6], static(threshold=0.95, steps=8, cache=cache))
+    assert tokens(got) == [result.tokens for result in expected]
+    assert [nfe(completion) for completion in got] == [result.nfe for result in expected]
+    assert max(result.nfe for result in expected) <= 8 < max(result.nfe for result in plain)
 
 
 @pytest.mark.parametrize("stop", [[EQUALS], [EQUALS, SEMICOLON], [SEMICOLON]])

@@ -24,6 +24,7 @@ def block_state(
     parameter: float = 0.9,
     eos_token_id: int = -1,
     num_needed: int | None = None,
+    quota: int = 0,
 ) -> dict[str, torch.Tensor]:
     """One block: canvas 10, 11, ...; proposal 100, 101, ..."""
     length = len(confidence)
@@ -36,6 +37,7 @@ def block_state(
         "parameter": torch.tensor([parameter]),
         "eos_token_id": torch.tensor([eos_token_id]),
         "num_needed": torch.tensor([length if num_needed is None else num_needed], dtype=torch.int32),
+        "quota": torch.tensor([quota], dtype=torch.int32),
     }
 
 
@@ -70,6 +72,7 @@ def random_state(
         "parameter": parameters[rule.long(), integers(0, 4, num_blocks)],
         "eos_token_id": integers(0, 2, num_blocks) * (EOS + 1) - 1,
         "num_needed": integers(0, block_length + 1, num_blocks, dtype=torch.int32),
+        "quota": integers(0, 2, num_blocks, dtype=torch.int32) * integers(0, block_length + 2, num_blocks).int(),
     }
 
 
@@ -158,6 +161,31 @@ def test_rule_unmasks_as_defined(implementation, rule, parameter, confidence, un
     assert torch.equal(state["canvas"] >= 100, expected)
     assert result.num_unmasked.item() == len(unmasked)
     assert result.num_masked.item() == 4 - len(unmasked)
+
+
+@per_implementation
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize(
+    ("quota", "confidence", "unmasked"),
+    [
+        (0, [0.2, 0.4, 0.3, 0.1], [1]),
+        (3, [0.2, 0.4, 0.3, 0.1], [0, 1, 2]),
+        (2, [0.3, 0.3, math.nan, 0.3], [0, 1]),
+        (9, [0.2, math.nan, 0.3, 0.1], [0, 1, 2, 3]),
+        (3, [reference.NO_CONFIDENCE, 0.4, reference.NO_CONFIDENCE, 0.1], [1, 3]),
+    ],
+)
+def test_a_quota_is_unmasked_whatever_the_rule_says(implementation, rule, quota, confidence, unmasked):
+    parameter = {Rule.THRESHOLD: 0.5, Rule.TOP_K: 1.0}.get(rule, 0.1)  # by which one position would pass, or none
+    state = block_state(confidence, rule=rule, parameter=parameter, quota=quota)
+    assert_equals_reference(implementation, state)
+    assert (~state["masked"][0]).nonzero().flatten().tolist() == unmasked
+
+
+@per_implementation
+def test_a_quota_takes_nothing_from_what_the_rule_lets_pass(implementation):
+    state = block_state([0.95, 0.4, 0.92, 0.91], quota=2)
+    assert assert_equals_reference(implementation, state).num_unmasked.item() == 3
 
 
 @per_implementation
@@ -292,6 +320,8 @@ def test_permuting_the_blocks_permutes_the_results(implementation):
         ({"parameter": torch.zeros(1).double()}, TypeError, "parameter: dtype is torch.float64"),
         ({"eos_token_id": torch.zeros(1).int()}, TypeError, "eos_token_id: dtype is torch.int32"),
         ({"num_needed": torch.zeros(1).long()}, TypeError, "num_needed: dtype is torch.int64"),
+        ({"quota": torch.zeros(1).long()}, TypeError, "quota: dtype is torch.int64"),
+        ({"quota": torch.zeros(2).int()}, ValueError, r"quota: shape is \(2,\), expected \(1,\)"),
         ({"num_needed": torch.zeros(1, device="meta").int()}, ValueError, "num_needed: device is meta, expected cpu"),
     ],
 )

@@ -63,6 +63,7 @@ def run_block(schedule: Schedule, block: int, rounds: list[list[float]]) -> list
     length = schedule.parameters.shape[1]
     canvas = torch.full((1, length), MASK)
     masked = torch.ones(1, length, dtype=torch.bool)
+    quota = np.zeros(length, dtype=np.int32) if schedule.quota is None else schedule.quota
     chosen = []
     while masked.any():
         before = masked.clone()
@@ -72,6 +73,7 @@ def run_block(schedule: Schedule, block: int, rounds: list[list[float]]) -> list
             torch.tensor([schedule.rule], dtype=torch.int8),
             torch.from_numpy(schedule.parameters[block, step : step + 1].copy()),
             eos_token_id=torch.tensor([-1]), num_needed=torch.tensor([length], dtype=torch.int32),
+            quota=torch.from_numpy(quota[step : step + 1].copy()),
         )  # fmt: skip
         chosen.append(set(torch.nonzero((before & ~masked)[0])[:, 0].tolist()))
         assert (canvas[~masked] == PROPOSED).all() and (canvas[masked] == MASK).all()
@@ -121,7 +123,9 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     calibrated = reference.osdt(table.values.tolist(), opts.cap, opts.slack, opts.floor)
     # The plain rules take the numbers that a float32 schedule can hold.
     rule = {
-        "static_threshold": reference.static_threshold(float(np.float32(opts.threshold))),
+        "static_threshold": reference.dynamic(
+            float(np.float32(opts.threshold)), opts.steps // num_blocks, opts.block_length, strict=False
+        ),
         "factor": None,
         "joint_bound": None,
         "fixed_steps": reference.fixed_steps(opts.steps // num_blocks, opts.block_length),
@@ -176,6 +180,7 @@ def test_the_order_of_a_batch_changes_nothing(data):
     parameter = torch.tensor(
         data.draw(st.lists(st.floats(0.01, 4), min_size=count, max_size=count)), dtype=torch.float32
     )
+    quota = torch.tensor(data.draw(st.lists(st.integers(0, length), min_size=count, max_size=count))).int()
     order = torch.tensor(data.draw(st.permutations(range(count))))
 
     def run(index):
@@ -184,6 +189,7 @@ def test_the_order_of_a_batch_changes_nothing(data):
         result = unmask(
             canvas, holes, proposal, confidence[index].contiguous(), rule[index], parameter[index],
             eos_token_id=torch.full((count,), 3), num_needed=torch.full((count,), length, dtype=torch.int32),
+            quota=quota[index],
         )  # fmt: skip
         return canvas, holes, result.num_ready
 
@@ -199,6 +205,15 @@ def test_fixed_steps_shares_add_up_to_the_block(opts):
         assert row.sum() == opts.block_length and (row[steps_per_block:] == 0).all()
         used = row[:steps_per_block].tolist()
         assert max(used) - min(used) <= 1 and used == sorted(used, reverse=True)
+
+
+@given(options("static_threshold"))
+def test_steps_of_a_static_threshold_are_the_shares_of_fixed_steps_and_of_no_other_policy(opts):
+    shares = POLICIES["fixed_steps"](opts, None).parameters
+    assert (POLICIES["static_threshold"](opts, None).quota == shares).all()
+    assert POLICIES["static_threshold"](replace(opts, steps=None), None).quota is None
+    for policy in {*POLICY_NAMES} - {"static_threshold"}:
+        assert POLICIES[policy](replace(opts, policy=policy), None).quota is None
 
 
 def test_osdt_is_strict_and_static_threshold_is_not():

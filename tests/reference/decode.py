@@ -100,6 +100,18 @@ def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
     return rule
 
 
+def dynamic(tau: float, steps_per_block: int, block_length: int, *, strict: bool = True) -> Rule:
+    """SDAR's and LLaDA2's dynamic rule: all above the threshold, if those are as many as the step's share; else the
+    share."""
+    share = fixed_steps(steps_per_block, block_length)
+    passes = ThresholdRule(lambda block, step: tau, strict=strict)
+
+    def rule(block: int, step: int, masked: dict[int, float]) -> list[int]:
+        return max(passes(block, step, masked), share(block, step, masked), key=len)
+
+    return rule
+
+
 def osdt(table: list[list[float]], cap: float, slack: float, floor: float = 0.0) -> ThresholdRule:
     """OSDT's second phase; ``table[block][step]``, the last entry holds for all that follow."""
 

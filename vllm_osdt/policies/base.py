@@ -33,12 +33,15 @@ class Schedule:
         parameters: float32 ``[num_blocks, block_length]``: confidence threshold (equality passes), number of
             positions, factor, or limit on the sum of doubts, by block and denoising step in the block; a block never
             needs more steps than positions, since every step unmasks at least one.
-        fallback: int8, same shape, where a calibrated threshold comes from (``calibration.calibrate.Fallback``); None
-            where nothing was calibrated.
+        quota: int32 ``[block_length]``, by step in the block: so many positions are unmasked whatever the rule says;
+            None for the one that every rule promises.
+        fallback: int8, shape of ``parameters``, where a calibrated threshold comes from
+            (``calibration.calibrate.Fallback``); None where nothing was calibrated.
     """
 
     rule: Rule
     parameters: np.ndarray
+    quota: np.ndarray | None = None
     fallback: np.ndarray | None = None
 
 

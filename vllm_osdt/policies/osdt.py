@@ -37,4 +37,4 @@ def osdt(options: DecodingOptions, thresholds: Thresholds | None = None) -> Sche
     # "confidence > x" is "confidence >= the next float32"; the static threshold is passed by equality.
     parameters = np.nextafter(table.astype(np.float32), np.float32(np.inf))
     parameters = np.where(np.isnan(values), np.float32(options.threshold), parameters)
-    return Schedule(Rule.THRESHOLD, parameters.astype(np.float32), fallback)
+    return Schedule(Rule.THRESHOLD, parameters.astype(np.float32), fallback=fallback)

@@ -32,6 +32,7 @@ class DenoiseBatch:
         parameter: float32 ``[R]``.
         eos_token_id: int64 ``[R]``, -1 for none.
         num_needed: int32 ``[R]``, leading positions of the block that the request still has to output.
+        quota: int32 ``[R]``, positions unmasked at least.
         temperature: float32 ``[M]``, or None when all are 0.
         noise_key: int64 ``[M]``, or None likewise.
         step_cell: int64 ``[R]``, index of block and step in tables ``[slots, max_model_len]``.
@@ -49,6 +50,7 @@ class DenoiseBatch:
     parameter: torch.Tensor
     eos_token_id: torch.Tensor
     num_needed: torch.Tensor
+    quota: torch.Tensor
     temperature: torch.Tensor | None
     noise_key: torch.Tensor | None
     step_cell: torch.Tensor
@@ -108,6 +110,7 @@ class StepPlan(NamedTuple):
     parameter: np.ndarray  # float32 [R]
     eos_token_id: np.ndarray  # int64 [R]
     num_needed: np.ndarray  # int32 [R]
+    quota: np.ndarray  # int32 [R]
     step_cell: np.ndarray  # int64 [R], index of block and step in tables [slots, max_model_len]
 
 
@@ -204,6 +207,7 @@ def plan_step(states: CanvasStates, rows: StepRows) -> StepPlan:
         parameter=np.empty(num_reqs, np.float32),
         eos_token_id=np.empty(num_reqs, np.int64),
         num_needed=np.empty(num_reqs, np.int32),
+        quota=np.empty(num_reqs, np.int32),
         step_cell=np.empty(num_reqs, np.int64),
     )
     num_logits = _fill(states.host, rows, states.logits_shift, plan)
@@ -240,14 +244,16 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         plan.query_start_loc[req + 1] = row
         plan.cu_num_logits[req + 1] = num_logits
         plan.seq_lens[req] = max(host.canvas_end[slot], start + num_rows)
-        step = 0
+        step = step_in_block = 0
         if num_active > 0:
             offset = block_start - host.origin[slot]
-            step = offset - offset % host.block_length[slot] + min(host.step[slot], host.block_length[slot] - 1)
+            step_in_block = min(host.step[slot], host.block_length[slot] - 1)
+            step = offset - offset % host.block_length[slot] + step_in_block
             host.num_fallbacks[slot, host.fallback[slot, step]] += 1
         plan.mask_rows[req] = slot if num_active > 0 else host.block_length.size
         plan.rule[req] = TOP_K if is_alone else host.rule[slot]
         plan.parameter[req] = 1.0 if is_alone else host.parameters[slot, step]
+        plan.quota[req] = 0 if is_alone else host.quota[slot, step_in_block]
         plan.step_cell[req] = first_cell + step
         plan.eos_token_id[req] = host.eos_token_id[slot]
         plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), num_active)
@@ -291,6 +297,7 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         parameter=to_device(plan.parameter, device),
         eos_token_id=to_device(plan.eos_token_id, device),
         num_needed=to_device(plan.num_needed, device),
+        quota=to_device(plan.quota, device),
         temperature=row_temperature,
         noise_key=row_keys,
         step_cell=to_device(plan.step_cell, device),

@@ -80,7 +80,8 @@ class HostTables(NamedTuple):
     masked: np.ndarray  # bool [slots, MAX_BLOCK_LENGTH], of the active block
     rule: np.ndarray  # int8
     parameters: np.ndarray  # float32 [slots, max_model_len], of the rule, by block and step
-    fallback: np.ndarray  # int8, same shape, where a calibrated parameter comes from
+    quota: np.ndarray  # int32 [slots, MAX_BLOCK_LENGTH], positions unmasked at least, by step in the block
+    fallback: np.ndarray  # int8, shape of parameters, where a calibrated parameter comes from
     num_fallbacks: np.ndarray  # int64 [slots, kinds], denoising steps by kind
     temperature: np.ndarray  # float32
     seed: np.ndarray  # int64
@@ -154,6 +155,7 @@ class CanvasStates:
             masked=self._masked_host.numpy(),
             rule=np.zeros(max_num_reqs, dtype=np.int8),
             parameters=np.zeros((max_num_reqs, max_model_len), dtype=np.float32),
+            quota=np.zeros((max_num_reqs, MAX_BLOCK_LENGTH), dtype=np.int32),
             fallback=np.zeros((max_num_reqs, max_model_len), dtype=np.int8),
             num_fallbacks=np.zeros((max_num_reqs, len(Fallback)), dtype=np.int64),
             temperature=np.zeros(max_num_reqs, dtype=np.float32),
@@ -191,6 +193,9 @@ class CanvasStates:
         self.host.rule[slot] = record.schedule.rule
         parameters = record.schedule.parameters.ravel()
         self.host.parameters[slot, : parameters.size] = parameters
+        self.host.quota[slot] = 0
+        if record.schedule.quota is not None:
+            self.host.quota[slot, : options.block_length] = record.schedule.quota
         self.host.fallback[slot] = 0
         if record.schedule.fallback is not None:
             self.host.fallback[slot, : parameters.size] = record.schedule.fallback.ravel()
@@ -216,12 +221,14 @@ class CanvasStates:
         if self.is_strict:
             strict = np.nextafter(np.float32(options.threshold), np.float32(np.inf))
             options = replace(options, threshold=float(strict))
-        record = RequestRecord(options, static_threshold(options), key, _seed(new.req_id, params.seed))
+        first_alone = self._is_first_alone(options)
+        schedule = static_threshold(options, first_alone=first_alone)
+        record = RequestRecord(options, schedule, key, _seed(new.req_id, params.seed))
         if options.policy == "osdt":
             self._find_profile(record, new.req_id, params.max_tokens)
         elif options.policy == "fixed_steps":
-            record.schedule = fixed_steps(options, first_alone=self._is_first_alone(options))
-        else:
+            record.schedule = fixed_steps(options, first_alone=first_alone)
+        elif options.policy != "static_threshold":
             record.schedule = POLICIES[options.policy](options, None)
         self.report.requests[new.req_id] = {
             "policy": options.policy,

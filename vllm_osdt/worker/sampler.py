@@ -89,6 +89,7 @@ class CanvasSampler:
             batch.parameter,
             batch.eos_token_id,
             batch.num_needed,
+            batch.quota,
         )
         states.copy_masks_to_host(batch.slots_np, batch.slots, width)
         if before is not None:
