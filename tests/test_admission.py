@@ -207,3 +207,19 @@ def test_every_engine_of_a_process_learns_its_own_tasks(checkpoint):
     learned = [name(configs[0]) for _ in range(NUM_REQUESTS)]
     assert learned[-1] == prefix_names(SYSTEM)[-1]
     assert name(configs[1]) == UNDECIDED_TASK
+
+
+def test_a_clients_cache_salt_never_is_that_of_another_block_length(tmp_path):
+    from tests.reference.block_causal import SDAR_FIELDS
+
+    (tmp_path / "config.json").write_text(json.dumps({**SDAR_FIELDS, "block_size": 4}))
+    config = configure(str(tmp_path), additional_config={"osdt": {"profile_dir": ""}})
+    salts = {}
+    for block_length in (4, 8, 16):
+        for salt in (None, "a", "osdt:8:", "osdt:8:a", "osdt:4:", "osdt:16:osdt:8:"):
+            one = request(policy="static_threshold", block_length=block_length)
+            one.cache_salt, one.request_id = salt, "r"
+            admit(one, config)
+            salts[block_length, salt] = one.cache_salt
+    assert len(set(salts.values())) == len(salts)
+    assert salts[4, None] is None and salts[4, "a"] == "a"

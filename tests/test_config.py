@@ -194,7 +194,9 @@ def test_a_canvas_up_to_the_limit_fits_and_one_token_more_does_not():
 
 
 def test_a_prompt_that_leaves_no_block_is_refused_with_both_numbers():
-    with pytest.raises(InvalidOptionError, match=r"prompt has 169 tokens.*limit of 200"):
+    with pytest.raises(
+        InvalidOptionError, match=r"prompt has 169 tokens; .* end at 201, beyond the limit of 200 \(max_num_batched"
+    ):
         canvas(169, None)
     assert canvas(168, None)[0].gen_length == 32
 

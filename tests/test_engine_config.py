@@ -157,6 +157,98 @@ def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal:
         configure(checkpoint, additional_config=parted)
 
 
+@pytest.mark.parametrize(
+    ("folder", "block_size", "arguments", "expected", "warning"),
+    [
+        ("SDAR-8B-Chat-b32", None, {}, 32, "takes the block length 32 from the name"),
+        ("SDAR-8B-Chat", None, {}, 4, "does not say how long its blocks are; 4 is assumed"),
+        ("SDAR-8B-Chat-b32", 4, {}, 4, "sounds like blocks of 32, but its config says 4"),
+        ("SDAR-8B-Chat-b32", None, {"hf_overrides": {"block_length": 8}}, 8, "sounds like blocks of 32"),
+        ("SDAR-8B-Chat", None, {"hf_overrides": {"block_length": 8}}, 8, ""),
+        ("SDAR-8B-Chat-b32", None, {"additional_config": {"osdt": {"block_length": 16}}}, 16, ""),
+        ("SDAR-8B-Chat-b16", 16, {}, 16, ""),
+    ],
+)
+def test_the_block_length_that_a_config_does_not_say_comes_from_the_name(
+    tmp_path, monkeypatch, folder, block_size, arguments, expected, warning
+):
+    from tests.reference.block_causal import SDAR_FIELDS
+    from vllm_osdt import engine_config
+
+    said = []
+    monkeypatch.setattr(engine_config.logger, "warning_once", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(engine_config.logger, "info_once", lambda text, *args: said.append(text % args))
+    fields = {**SDAR_FIELDS, "block_size": block_size}
+    path = tmp_path / folder
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    config = configure(str(path), **arguments)
+    assert server_defaults(config).block_length == config.diffusion_config.canvas_length == expected
+    about = [text for text in said if "block" in text and "switches off" not in text]
+    assert warning in about[0] if warning else about == []
+
+
+def test_a_context_of_broken_blocks_is_cut_to_whole_ones(block_causal: str) -> None:
+    config = configure(block_causal, max_model_len=500)
+    assert config.model_config.max_model_len == config.scheduler_config.max_model_len == 480
+
+
+@pytest.mark.parametrize("name", ["max_num_batched_tokens", "max_num_scheduled_tokens"])
+def test_rows_for_less_than_two_blocks_are_refused(block_causal: str, name: str) -> None:
+    from vllm_osdt.engine_config import _set_up_block_causal, server_options
+
+    config = configure(block_causal)
+    setattr(config.scheduler_config, name, 47)
+    with pytest.raises(
+        ValueError, match=f"{name} is 47; a step computes up to two blocks of 24. Raise it to at least 48"
+    ):
+        _set_up_block_causal(config, 24, server_options(config))
+
+
+@pytest.mark.parametrize("backend", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_attention_that_has_no_room_for_blocks_is_refused(checkpoint: str, block_causal: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=f"attention backend {backend} holds as many requests as max_num_seqs"):
+        configure(block_causal, attention_config={"backend": backend})
+    (Path(checkpoint) / "config.json").write_text(json.dumps(CONFIG))
+    assert configure(checkpoint, attention_config={"backend": backend}).attention_config.backend.name == backend
+
+
+@pytest.mark.parametrize(("is_recent", "expected"), [(True, None), (False, "TRITON_ATTN")])
+def test_an_old_gpu_gets_attention_that_has_room(
+    block_causal: str, monkeypatch, is_recent: bool, expected: str
+) -> None:
+    from types import SimpleNamespace
+
+    from vllm.config import AttentionConfig
+
+    from vllm_osdt import engine_config
+
+    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda capability: is_recent and capability == 80)
+    monkeypatch.setattr(engine_config, "current_platform", gpu)
+    attention = AttentionConfig()
+    engine_config._choose_attention(attention)
+    assert (attention.backend and attention.backend.name) == expected
+
+
+GENERATION = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "eos_token_id": [7, 8]}
+
+
+def test_what_a_checkpoint_wishes_and_no_request_could_have_is_left_out(checkpoint: str) -> None:
+    """Else every request that says nothing would be refused."""
+    (Path(checkpoint) / "generation_config.json").write_text(json.dumps(GENERATION))
+    assert configure(checkpoint).model_config.get_diff_sampling_param() == {"temperature": 0.6}
+    plain = configure(checkpoint, generation_config="vllm").model_config
+    assert plain.get_diff_sampling_param() == {"temperature": 0.0}
+
+
+def test_what_an_operator_wishes_and_no_request_could_have_is_refused(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=r"override_generation_config sets \{'top_p': 0.9\}"):
+        configure(checkpoint, override_generation_config={"top_p": 0.9, "top_k": -1, "temperature": 0.5})
+    (Path(checkpoint) / "generation_config.json").write_text(json.dumps(GENERATION))
+    model = configure(checkpoint, override_generation_config={"top_p": 1.0}).model_config
+    assert model.get_diff_sampling_param() == {"temperature": 0.6, "top_p": 1.0}
+
+
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
 def test_cuda_graphs_are_refused_for_block_causal_models(block_causal: str, mode: str) -> None:
     assert configure(block_causal).compilation_config.cudagraph_mode.name == "NONE"

@@ -9,12 +9,20 @@ import time
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_osdt.calibration.auto_task import AutoTasks
 from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore
-from vllm_osdt.config import AUTO_TASK, PREFIX, RESOLVED_KEY, DecodingOptions, parse_options, resolve_canvas
+from vllm_osdt.config import (
+    AUTO_TASK,
+    NEUTRAL_SAMPLING,
+    PREFIX,
+    RESOLVED_KEY,
+    DecodingOptions,
+    parse_options,
+    resolve_canvas,
+)
 from vllm_osdt.engine_config import check_family, open_store, server_defaults, server_options
 from vllm_osdt.errors import InvalidOptionError
 
@@ -25,29 +33,6 @@ if TYPE_CHECKING:
 
 MAX_PINS = 1024  # pinned profiles whose keys are remembered
 
-# Sampling parameters that this model family does not implement, and the value that asks for nothing. top_k is 0 or
-# -1 when off.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
-    "min_tokens": (0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "logit_bias": (None, {}),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None, []),
-    "logprobs": (None,),
-    "prompt_logprobs": (None,),
-    "logprob_token_ids": (None, []),
-    "prompt_logprob_token_ids": (None,),
-    "structured_outputs": (None,),
-    "thinking_token_budget": (None,),
-    "repetition_detection": (None,),
-    "trace_decode_token_ids": (None, []),
-}
-
 
 def check_sampling_params(params: "SamplingParams") -> None:
     """Refuse sampling parameters that would be ignored.
@@ -56,7 +41,7 @@ def check_sampling_params(params: "SamplingParams") -> None:
         InvalidOptionError: Names every such parameter with its value and the one to send instead.
     """
     refused = []
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in NEUTRAL_SAMPLING.items():
         value = getattr(params, name, neutral[0])
         if value not in neutral:
             refused.append(f"{name}={value!r} (send {neutral[0]!r} or leave it out)")
@@ -158,8 +143,12 @@ def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_conf
         assert request.sampling_params is not None
         request.sampling_params.skip_reading_prefix_cache = True
         request.cache_salt = f"osdt:{request.request_id}"
-    elif block_length != vllm_config.model_config.hf_config.block_length:
-        request.cache_salt = f"osdt:{block_length}:{request.cache_salt or ''}"
+        return
+    salt = request.cache_salt or ""
+    if block_length != vllm_config.model_config.hf_config.block_length or salt.startswith(
+        "osdt:"
+    ):  # no salt is another's
+        request.cache_salt = f"osdt:{block_length}:{salt}"
 
 
 _front_ends: dict[int, tuple["VllmConfig", FrontEnd]] = {}

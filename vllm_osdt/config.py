@@ -29,6 +29,29 @@ METRICS = ("conformal", "mean", "q1", "q2", "q3", "min_whisker")
 RECORDS = ("masked", "committed")
 DRIFT = ("recalibrate", "warn", "off")
 
+# Sampling parameters that this model family does not implement, and the value that asks for nothing. top_k is 0 or
+# -1 when off.
+NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": (None, {}),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None, []),
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+    "logprob_token_ids": (None, []),
+    "prompt_logprob_token_ids": (None,),
+    "structured_outputs": (None,),
+    "thinking_token_budget": (None,),
+    "repetition_detection": (None,),
+    "trace_decode_token_ids": (None, []),
+}
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -374,10 +397,10 @@ def resolve_canvas(
         if wanted is None:
             gen_length = (limit - origin) // block * block
             if origin + gen_length <= prompt_length:
+                name = "max_model_len" if limit == max_model_len else "max_num_batched_tokens, which holds both"
                 raise InvalidOptionError(
-                    f"The prompt has {prompt_length} tokens; with a block of {block} it exceeds the limit of {limit} "
-                    f"tokens (the smaller of max_model_len {max_model_len} and, where prompt and canvas are computed "
-                    f"together, max_num_batched_tokens {max_num_batched_tokens}). Shorten the prompt."
+                    f"The prompt has {prompt_length} tokens; its first block of {block} new ones would end at "
+                    f"{origin + block}, beyond the limit of {limit} ({name}). Shorten the prompt."
                 )
         else:
             gen_length = math.ceil(wanted / block) * block

@@ -1,6 +1,7 @@
 """Engine settings of the model families, set so that users need no flag."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,14 @@ from vllm.config import CompilationMode, CUDAGraphMode, DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint, hash_weights
 from vllm_osdt.calibration.store import ProfileStore, default_folder
 from vllm_osdt.config import (
     BLOCK_CACHE,
+    MAX_BLOCK_LENGTH,
+    NEUTRAL_SAMPLING,
     SERVER_OPTION_NAMES,
     DecodingOptions,
     ServerOptions,
@@ -24,12 +28,13 @@ from vllm_osdt.errors import InvalidOptionError, OSDTError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import VllmConfig
+    from vllm.config import AttentionConfig, ModelConfig, VllmConfig
 
 logger = init_logger("vllm.vllm_osdt.engine_config")
 
 # Tokens of the smallest KV page that attention runs well with; small pages share more of two prompts.
 SMALLEST_PAGE = {"cpu": 32, "gpu": 16}
+BACKENDS_WITH_BUFFERS = ("FLASHINFER", "FLEX_ATTENTION")
 SCHEDULER_CLS = "vllm_osdt.scheduler.CanvasScheduler"
 
 
@@ -163,13 +168,15 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
     Keys and values of a block depend on all of its tokens, so pages may be shared only where each is a whole number of
     blocks.
     """
-    cache, max_rows = vllm_config.cache_config, vllm_config.scheduler_config.max_num_batched_tokens
-    if max_rows < 2 * block_length:
-        raise OSDTError(
-            f"max_num_batched_tokens is {max_rows}; a step computes up to two blocks of {block_length}. Raise it to at "
-            f"least {2 * block_length}."
-        )
-    if not options.fused_commit and vllm_config.model_config.hf_config.logits_shift:
+    cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        max_rows = getattr(scheduler, name)
+        if max_rows is not None and max_rows < 2 * block_length:
+            raise OSDTError(
+                f"{name} is {max_rows}; a step computes up to two blocks of {block_length}. Raise it to at least "
+                f"{2 * block_length}."
+            )
+    if not options.fused_commit and model.hf_config.logits_shift:
         raise OSDTError(
             "fused_commit is false, but this model's forward of a finished block gives the next block's first token "
             "and denoises nothing; leave it out."
@@ -182,9 +189,15 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
             '"cudagraph_mode": "NONE" in --compilation-config.'
         )
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    _choose_attention(vllm_config.attention_config)
     changed = []
-    if not vllm_config.scheduler_config.enable_chunked_prefill:
-        vllm_config.scheduler_config.enable_chunked_prefill = True
+    if model.max_model_len % block_length:
+        scheduler.max_model_len = model.max_model_len = model.max_model_len // block_length * block_length
+        changed.append(
+            f"the end of the context (max_model_len is {model.max_model_len}, whole blocks of {block_length})"
+        )
+    if not scheduler.enable_chunked_prefill:
+        scheduler.enable_chunked_prefill = True
         changed.append("whole prompts in one step (they are cut at block boundaries)")
     if not cache.enable_prefix_caching:
         return changed
@@ -195,6 +208,78 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
         cache.enable_prefix_caching = False
         changed.append(f"prefix caching (pages of --block-size {cache.block_size} cut blocks of {block_length})")
     return changed
+
+
+def _set_default_sampling(model: "ModelConfig") -> None:
+    """Sampling parameters of requests that say nothing: greedy unless checkpoint or operator set a temperature; and
+    nothing that every request would be refused for, though the checkpoint's generation_config.json asks for it.
+
+    Raises:
+        OSDTError: The operator asks for it.
+    """
+    checkpoint = {} if model.generation_config == "vllm" else model.try_get_generation_config()
+    operator = model.override_generation_config
+    asked = {name: operator[name] for name in NEUTRAL_SAMPLING if operator.get(name) is not None}
+    refused = {name: value for name, value in asked.items() if value not in NEUTRAL_SAMPLING[name]}
+    if refused:
+        raise OSDTError(
+            f"override_generation_config sets {refused}, which these models do not implement, so that every request "
+            "would be refused; leave it out."
+        )
+    dropped = {
+        name: checkpoint[name]
+        for name, neutral in NEUTRAL_SAMPLING.items()
+        if checkpoint.get(name, neutral[0]) not in neutral
+    }
+    for name in dropped:
+        operator.setdefault(name, None)  # which vLLM leaves out
+    if dropped:
+        logger.info_once(
+            "vllm-osdt leaves out what it cannot do of the checkpoint's generation_config.json: %s.", str(dropped)
+        )
+    if "temperature" not in checkpoint:
+        operator.setdefault("temperature", 0.0)
+
+
+def _choose_attention(attention: "AttentionConfig") -> None:
+    """Backends that keep a step's page tables in buffers of ``max_num_seqs`` requests have no room for its blocks, each
+    of which is a request to them.
+
+    Raises:
+        OSDTError: The operator asks for one.
+    """
+    if attention.backend is not None and attention.backend.name in BACKENDS_WITH_BUFFERS:
+        raise OSDTError(
+            f"attention backend {attention.backend.name} holds as many requests as max_num_seqs says, but to attention "
+            "every block of this model's rows is one; choose FLASH_ATTN or TRITON_ATTN, or leave it out."
+        )
+    if attention.backend is None and current_platform.is_cuda() and not current_platform.has_device_capability(80):
+        attention.backend = AttentionBackendEnum.TRITON_ATTN  # older ones have no FLASH_ATTN; FLASHINFER would be next
+
+
+def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None:
+    """Where a checkpoint's config does not say its block length, its name does ("SDAR-8B-Chat-b32")."""
+    hf_config = model.hf_config
+    named = re.search(r"-b(\d+)(?=$|[-_])", model.model.rstrip("/").rsplit("/", 1)[-1])
+    length = int(named[1]) if named else None
+    if not getattr(hf_config, "is_block_causal", False) or "block_length" in operator:
+        return
+    if length == hf_config.block_length:
+        return
+    if hf_config.block_length != getattr(hf_config, "assumed_block_length", None):
+        if length is not None:
+            logger.warning_once(
+                "%s sounds like blocks of %d, but its config says %d, which is used. Override with "
+                "--hf-overrides '{\"block_length\": %d}'.", model.model, length, hf_config.block_length, length,
+            )  # fmt: skip
+    elif length is not None and 1 <= length <= MAX_BLOCK_LENGTH:
+        hf_config.block_length = length
+        logger.info_once("vllm-osdt takes the block length %d from the name of %s.", length, model.model)
+    else:
+        logger.warning_once(
+            "The config of %s does not say how long its blocks are; %d is assumed. If that is wrong, answers are: "
+            "--hf-overrides '{\"block_length\": LENGTH}' says it.", model.model, hf_config.block_length,
+        )  # fmt: skip
 
 
 class CanvasModelConfig(VerifyAndUpdateConfig):
@@ -236,6 +321,7 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
                 f"the config's mask_token_id is {hf_config.mask_token_id}; it must be in [0, {hf_config.vocab_size}). "
                 "Name the mask token with --hf-overrides '{\"mask_token_id\": ID}'."
             )
+        _settle_block_length(vllm_config.model_config, _operator_values(vllm_config))
         defaults = server_defaults(vllm_config)
         options = server_options(vllm_config)  # refuses a bad value before anything is loaded
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
@@ -270,6 +356,4 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         if parallel.worker_cls == "auto":
             device = "cpu" if current_platform.is_cpu() else "gpu"
             parallel.worker_cls = f"vllm_osdt.worker.{device}_worker.CanvasWorker"
-        generation = vllm_config.model_config.override_generation_config
-        if "temperature" not in vllm_config.model_config.try_get_generation_config():
-            generation.setdefault("temperature", 0.0)
+        _set_default_sampling(vllm_config.model_config)

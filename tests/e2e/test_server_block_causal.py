@@ -1,6 +1,7 @@
 """The bundled block-causal model over HTTP, on two data-parallel engines."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -12,6 +13,8 @@ from vllm_osdt.mini.tasks import check, generate
 
 pytestmark = pytest.mark.e2e
 
+# As SDAR-4B-Chat's: inherited from the model it was trained from.
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
 STATIC = {"osdt_policy": "static_threshold"}
 
 
@@ -19,10 +22,19 @@ STATIC = {"osdt_policy": "static_threshold"}
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     config = json.dumps({"profile_dir": "", "calibrations": 4, "metric": "q1", "slack": 0.1})
-    with serving(
-        model_path("sdar-mini"), "sdar-mini", log, "--data-parallel-size", "2", "--osdt-config", config
-    ) as running:
+    folder = tmp_path_factory.mktemp("checkpoint") / "sdar-mini"
+    shutil.copytree(model_path("sdar-mini"), folder)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    with serving(folder, "sdar-mini", log, "--data-parallel-size", "2", "--osdt-config", config) as running:
         yield running
+
+
+def test_a_checkpoint_that_wishes_for_top_p_is_served_without(server):
+    body = {"model": "sdar-mini", "prompt": "quiz", "max_tokens": 8}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    asked = httpx.post(f"{server.url}/v1/completions", json={**body, "top_p": 0.9}, timeout=60)
+    assert asked.status_code == 400 and "top_p=0.9" in asked.json()["error"]["message"]
 
 
 def test_two_engines_answer_many_clients_right(server):

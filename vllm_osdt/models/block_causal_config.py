@@ -19,9 +19,16 @@ class BlockCausalConfigMixin:
     sub_block_length: int | None = None  # positions denoised together within a block, from left to right
     can_edit = False  # whether the model was trained to replace tokens that it has written
 
-    block_length: int
+    block_length: int | None
+    assumed_block_length: int | None = None
     mask_token_id: int
     vocab_size: int
+
+    def assume_block_length(self, length: int) -> None:
+        """Take a length where the checkpoint's config has none, and remember that (see ``engine_config``)."""
+        self.assumed_block_length = None
+        if self.block_length is None:
+            self.block_length = self.assumed_block_length = length
 
     def check(self, family: str, **required: Any) -> None:
         """Refuse what the model code does not implement.

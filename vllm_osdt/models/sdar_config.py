@@ -16,11 +16,12 @@ class SDARConfig(BlockCausalConfigMixin, Qwen3Config):
     model_type = "sdar"
     vocab_size: int = 151936
     mask_token_id: int = MASK_TOKEN_ID
-    block_length: int = DEFAULT_BLOCK_LENGTH
+    block_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """See ``BlockCausalConfigMixin.check``."""
+        """See ``BlockCausalConfigMixin``."""
         super().__post_init__(**kwargs)
+        self.assume_block_length(DEFAULT_BLOCK_LENGTH)
         self.check("SDAR")
 
 
@@ -30,9 +31,10 @@ class SDARMoeConfig(BlockCausalConfigMixin, Qwen3MoeConfig):
     model_type = "sdar_moe"
     vocab_size: int = 151936
     mask_token_id: int = MASK_TOKEN_ID
-    block_length: int = DEFAULT_BLOCK_LENGTH
+    block_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """See ``BlockCausalConfigMixin.check``."""
+        """See ``BlockCausalConfigMixin``."""
         super().__post_init__(**kwargs)
+        self.assume_block_length(DEFAULT_BLOCK_LENGTH)
         self.check("SDAR")
