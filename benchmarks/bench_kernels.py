@@ -87,7 +87,7 @@ def bench_unmask(device: str, sizes: list[tuple[int, int]]) -> Iterator[dict]:
                 "confidence": torch.rand(shape),
                 "rule": rule,
                 "parameter": torch.tensor([0.9, 3.0, 1.0, 0.75])[rule.long()],
-                "eos_token_id": torch.full((num_blocks,), 2),
+                "end_token_ids": torch.full((num_blocks, 1), 2),
                 "num_needed": torch.full((num_blocks,), block_length, dtype=torch.int32),
                 "quota": torch.zeros(num_blocks, dtype=torch.int32),
             }

@@ -172,13 +172,13 @@ def unmask(
     confidence: torch.Tensor,
     rule: torch.Tensor,
     parameter: torch.Tensor,
-    eos_token_id: torch.Tensor,
+    end_token_ids: torch.Tensor,
     num_needed: torch.Tensor,
     quota: torch.Tensor,
 ) -> UnmaskResult:
     """See ``ops.unmask``."""
     counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
-    arguments = (canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed, quota, counts)
+    arguments = (canvas, masked, proposal, confidence, rule, parameter, end_token_ids, num_needed, quota, counts)
     _unmask(*(tensor.numpy() for tensor in arguments))
     return UnmaskResult(*counts)
 
@@ -193,7 +193,7 @@ def unmask_in_tables(
     confidence: torch.Tensor,
     rule: torch.Tensor,
     parameter: torch.Tensor,
-    eos_token_id: torch.Tensor,
+    end_token_ids: torch.Tensor,
     num_needed: torch.Tensor,
     quota: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
@@ -201,7 +201,7 @@ def unmask_in_tables(
     canvas = torch.empty(canvas_index.shape, dtype=torch.int32)
     best = torch.full(canvas_index.shape, NO_CONFIDENCE, dtype=torch.float32)
     counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
-    arguments = (cells, masked, slots, canvas_index, logit_cells, token, confidence, rule, parameter, eos_token_id)
+    arguments = (cells, masked, slots, canvas_index, logit_cells, token, confidence, rule, parameter, end_token_ids)
     _unmask_in_tables(*(tensor.numpy() for tensor in (*arguments, num_needed, quota, canvas, best, counts)))
     return canvas, best, UnmaskResult(*counts)
 
@@ -217,7 +217,7 @@ def _unmask_in_tables(
     confidence: np.ndarray,
     rule: np.ndarray,
     parameter: np.ndarray,
-    eos_token_id: np.ndarray,
+    end_token_ids: np.ndarray,
     num_needed: np.ndarray,
     quota: np.ndarray,
     canvas: np.ndarray,
@@ -234,7 +234,7 @@ def _unmask_in_tables(
         for k in range(block_length):
             canvas[row, k] = cells[canvas_index[row, k]]
             undecided[row, k] = masked[slots[row], k]
-    _unmask(canvas, undecided, proposal, best, rule, parameter, eos_token_id, num_needed, quota, counts)
+    _unmask(canvas, undecided, proposal, best, rule, parameter, end_token_ids, num_needed, quota, counts)
     for row in range(num_blocks):
         for k in range(block_length):
             cells[canvas_index[row, k]] = canvas[row, k]
@@ -249,7 +249,7 @@ def _unmask(
     confidence: np.ndarray,
     rule: np.ndarray,
     parameter: np.ndarray,
-    eos_token_id: np.ndarray,
+    end_token_ids: np.ndarray,
     num_needed: np.ndarray,
     quota: np.ndarray,
     counts: np.ndarray,
@@ -278,7 +278,10 @@ def _unmask(
             if masked[row, k]:
                 num_ready = 0
                 break
-            if eos_token_id[row] >= 0 and canvas[row, k] == eos_token_id[row]:
+            is_end = False
+            for end in end_token_ids[row]:
+                is_end |= end >= 0 and canvas[row, k] == end
+            if is_end:
                 num_ready = k + 1
                 break
         counts[0, row], counts[1, row], counts[2, row] = num_unmasked, num_masked - num_unmasked, num_ready

@@ -89,7 +89,7 @@ def unmask(
     rule: torch.Tensor,
     parameter: torch.Tensor,
     *,
-    eos_token_id: torch.Tensor,
+    end_token_ids: torch.Tensor,
     num_needed: torch.Tensor,
     quota: torch.Tensor,
 ) -> UnmaskResult:
@@ -107,7 +107,7 @@ def unmask(
         rule: [num_blocks] int8, values of ``Rule``.
         parameter: [num_blocks] fp32, read as the rule says. Equality passes a threshold: for a strict one pass the
             next larger float.
-        eos_token_id: [num_blocks] int64; -1 when the request ignores EOS.
+        end_token_ids: [num_blocks, num_end_tokens] int64: tokens that end the output, -1 for none.
         num_needed: [num_blocks] int32, 0 to block_length: leading positions the request still has to output.
         quota: [num_blocks] int32: so many positions, the most confident ones, are unmasked whatever the rule says; 0
             and 1 ask for no more than the promise above.
@@ -134,12 +134,14 @@ def unmask(
     _check("confidence", confidence, shape, (torch.float32,), device)
     _check("rule", rule, row, (torch.int8,), device)
     _check("parameter", parameter, row, (torch.float32,), device)
-    _check("eos_token_id", eos_token_id, row, (torch.int64,), device)
+    if end_token_ids.dim() != 2:
+        raise ValueError(f"end_token_ids: shape is {tuple(end_token_ids.shape)}, expected [num_blocks, num_end_tokens]")
+    _check("end_token_ids", end_token_ids, (*row, end_token_ids.shape[1]), (torch.int64,), device)
     _check("num_needed", num_needed, row, (torch.int32,), device)
     _check("quota", quota, row, (torch.int32,), device)
 
     run = implementations(device).unmask
-    return run(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed, quota)
+    return run(canvas, masked, proposal, confidence, rule, parameter, end_token_ids, num_needed, quota)
 
 
 def implementations(device: torch.device) -> Implementations:

@@ -39,8 +39,8 @@ class UnmaskResult(NamedTuple):
     num_masked: torch.Tensor
     """Positions of the block that are still undecided."""
     num_ready: torch.Tensor
-    """Leading tokens that can be emitted now: through the first EOS among the needed positions if all before it are
-    decided, else all needed ones if those are decided, else 0."""
+    """Leading tokens that can be emitted now: through the first end token among the needed positions if all before it
+    are decided, else all needed ones if those are decided, else 0."""
 
 
 def confidence(
@@ -99,7 +99,7 @@ def unmask(
     rule: torch.Tensor,
     parameter: torch.Tensor,
     *,
-    eos_token_id: torch.Tensor,
+    end_token_ids: torch.Tensor,
     num_needed: torch.Tensor,
     quota: torch.Tensor,
 ) -> UnmaskResult:
@@ -113,7 +113,9 @@ def unmask(
         for k in ranking[:num_unmasked]:
             canvas[row, k] = proposal[row, k]
             masked[row, k] = False
-        num_ready = _num_ready(canvas[row].tolist(), masked[row].tolist(), int(eos_token_id[row]), int(num_needed[row]))
+        num_ready = _num_ready(
+            canvas[row].tolist(), masked[row].tolist(), end_token_ids[row].tolist(), int(num_needed[row])
+        )
         counts.append((num_unmasked, len(undecided) - num_unmasked, num_ready))
     table = torch.tensor(counts, dtype=torch.int32, device=canvas.device).reshape(-1, 3)
     return UnmaskResult(*table.unbind(dim=1))
@@ -137,10 +139,10 @@ def _num_accepted(ranked: torch.Tensor, rule: int, parameter: torch.Tensor, quot
     return max(passing, default=min(1, num_masked))
 
 
-def _num_ready(canvas: list[int], masked: list[bool], eos_token_id: int, num_needed: int) -> int:
+def _num_ready(canvas: list[int], masked: list[bool], end_token_ids: list[int], num_needed: int) -> int:
     for k in range(num_needed):
         if masked[k]:
             return 0
-        if eos_token_id >= 0 and canvas[k] == eos_token_id:
+        if canvas[k] >= 0 and canvas[k] in end_token_ids:
             return k + 1
     return num_needed

@@ -18,7 +18,7 @@ def unmask_in_tables(
     confidence: torch.Tensor,
     rule: torch.Tensor,
     parameter: torch.Tensor,
-    eos_token_id: torch.Tensor,
+    end_token_ids: torch.Tensor,
     num_needed: torch.Tensor,
     quota: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
@@ -34,7 +34,7 @@ def unmask_in_tables(
             one without is less sure than any with.
         token: [num_masked] int64, what each proposes.
         confidence: [num_masked] fp32, how sure it is.
-        rule, parameter, eos_token_id, num_needed, quota: [num_blocks], see ``ops.unmask``.
+        rule, parameter, end_token_ids, num_needed, quota: See ``ops.unmask``.
 
     Returns:
         The blocks' tokens, [num_blocks, block_length] int32; the confidences at their places, [num_blocks,
@@ -46,7 +46,7 @@ def unmask_in_tables(
     best.view(-1)[logit_cells] = confidence
     block_length = canvas_index.shape[1]
     canvas, undecided = cells[canvas_index], masked[slots, :block_length]
-    result = unmask(canvas, undecided, proposal, best, rule, parameter, eos_token_id, num_needed, quota)
+    result = unmask(canvas, undecided, proposal, best, rule, parameter, end_token_ids, num_needed, quota)
     cells[canvas_index] = canvas
     masked[slots, :block_length] = undecided
     return canvas, best, result

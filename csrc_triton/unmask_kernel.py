@@ -28,13 +28,15 @@ def _unmask_kernel(
     confidence_stride,
     rule_ptr,
     parameter_ptr,
-    eos_token_id_ptr,
+    end_token_ids_ptr,
+    end_token_ids_stride,
     num_needed_ptr,
     quota_ptr,
     num_unmasked_ptr,
     num_masked_ptr,
     num_ready_ptr,
     block_length,
+    NUM_ENDS: tl.constexpr,
     PADDED_LENGTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -75,14 +77,16 @@ def _unmask_kernel(
     tl.store(canvas_row, canvas.to(canvas_ptr.dtype.element_ty), mask=accepted)
     tl.store(masked_row, tl.zeros((PADDED_LENGTH,), tl.uint8), mask=accepted)
 
-    # emission ends at the first EOS or undecided position, or with the last needed one
-    eos = tl.load(eos_token_id_ptr + row)
+    # emission ends at the first end token or undecided position, or with the last needed one
     num_needed = tl.load(num_needed_ptr + row)
-    is_eos = (canvas == eos) & (eos >= 0) & valid
+    is_end = position < 0
+    for n in tl.static_range(NUM_ENDS):
+        is_end |= canvas == tl.load(end_token_ids_ptr + row * end_token_ids_stride + n)
+    is_end &= (canvas >= 0) & valid
     first_masked = tl.min(tl.where(still_masked, position, PADDED_LENGTH))
-    first_eos = tl.min(tl.where(is_eos, position, PADDED_LENGTH))
-    blocked = (first_masked < num_needed) & (first_masked <= first_eos)
-    num_ready = tl.where(blocked, 0, tl.minimum(first_eos + 1, num_needed))
+    first_end = tl.min(tl.where(is_end, position, PADDED_LENGTH))
+    blocked = (first_masked < num_needed) & (first_masked <= first_end)
+    num_ready = tl.where(blocked, 0, tl.minimum(first_end + 1, num_needed))
 
     tl.store(num_unmasked_ptr + row, tl.sum(accepted.to(tl.int32)))
     tl.store(num_masked_ptr + row, tl.sum(still_masked.to(tl.int32)))
@@ -96,7 +100,7 @@ def unmask(
     confidence: torch.Tensor,
     rule: torch.Tensor,
     parameter: torch.Tensor,
-    eos_token_id: torch.Tensor,
+    end_token_ids: torch.Tensor,
     num_needed: torch.Tensor,
     quota: torch.Tensor,
 ) -> UnmaskResult:
@@ -117,13 +121,15 @@ def unmask(
             confidence.stride(0),
             rule,
             parameter,
-            eos_token_id,
+            end_token_ids,
+            end_token_ids.stride(0),
             num_needed,
             quota,
             num_unmasked,
             num_masked,
             num_ready,
             block_length,
+            NUM_ENDS=end_token_ids.shape[1],
             PADDED_LENGTH=triton.next_power_of_2(block_length),
         )
     return UnmaskResult(num_unmasked, num_masked, num_ready)

@@ -210,7 +210,7 @@ def test_every_engine_of_a_process_learns_its_own_tasks(checkpoint):
 
 
 def test_a_clients_cache_salt_never_is_that_of_another_block_length(tmp_path):
-    from tests.reference.block_causal import SDAR_FIELDS
+    from tests.reference.block_causal_checkpoints import SDAR_FIELDS
 
     (tmp_path / "config.json").write_text(json.dumps({**SDAR_FIELDS, "block_size": 4}))
     config = configure(str(tmp_path), additional_config={"osdt": {"profile_dir": ""}})

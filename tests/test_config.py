@@ -233,7 +233,6 @@ def test_steps_default_to_one_token_a_step_of_fixed_steps_and_to_no_quota_of_a_t
         ),
         ({"delta": 0.5, "policy": "factor"}, "osdt_delta is 0.5, which policy 'factor' does not use"),
         ({"threshold": 0.5, "policy": "fixed_steps"}, "send osdt_policy = 'osdt' or 'static_threshold'."),
-        ({"cap": 0.5, "policy": "static_threshold"}, "osdt_cap is 0.5, which policy 'static_threshold' does not use"),
         ({"recalibrate": True, "policy": "joint_bound"}, "osdt_recalibrate is True, which policy 'joint_bound'"),
     ],
 )
@@ -244,8 +243,13 @@ def test_a_request_is_told_of_options_that_its_policy_does_not_use(values, messa
 
 
 def test_a_default_value_may_be_sent_with_any_policy():
-    values = {"osdt_policy": "factor", "osdt_threshold": 0.9, "osdt_cap": 0.9, "osdt_task": "a"}
+    values = {"osdt_policy": "factor", "osdt_threshold": 0.9, "osdt_recalibrate": False}
     assert parse_options(values, base=BASE, prefix="osdt_").policy == "factor"
+
+
+def test_one_option_switches_osdt_off():
+    values = {"osdt_task": "a", "osdt_metric": "q1", "osdt_calibrations": 1, "osdt_cap": 0.5, "osdt_mode": "step_block"}
+    assert parse_options({**values, "osdt_policy": "static_threshold"}, base=BASE, prefix="osdt_").cap == 0.5
 
 
 @pytest.mark.parametrize("prefix", ["", "osdt_"])

@@ -126,7 +126,7 @@ def test_fingerprint_follows_the_weights_wherever_they_are(checkpoint: str, tmp_
 @pytest.fixture
 def block_causal(tmp_path: Path) -> str:
     """The same for a block-causal model."""
-    from tests.reference.block_causal import SDAR_FIELDS
+    from tests.reference.block_causal_checkpoints import SDAR_FIELDS
 
     (tmp_path / "config.json").write_text(json.dumps({**SDAR_FIELDS, "block_size": 24}))
     return str(tmp_path)
@@ -172,7 +172,7 @@ def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal:
 def test_the_block_length_that_a_config_does_not_say_comes_from_the_name(
     tmp_path, monkeypatch, folder, block_size, arguments, expected, warning
 ):
-    from tests.reference.block_causal import SDAR_FIELDS
+    from tests.reference.block_causal_checkpoints import SDAR_FIELDS
     from vllm_osdt import engine_config
 
     said = []

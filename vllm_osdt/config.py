@@ -313,16 +313,14 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
     return options
 
 
-# Options that mean something to some policies only. The server's defaults hold for whatever policy a request asks for.
+# Options that mean something to some policies only. Those of a task's calibration may stay when a request asks for
+# another policy: osdt is switched off by one option. The server's defaults hold for whatever policy is asked for.
 _POLICIES_OF = {
     "threshold": ("osdt", "static_threshold"),
     "factor": ("factor",),
     "delta": ("joint_bound",),
     "steps": ("fixed_steps", "static_threshold"),
-    **dict.fromkeys(
-        ("mode", "metric", "risk", "margin", "calibrations", "cap", "slack", "floor", "record", "recalibrate"),
-        ("osdt",),
-    ),
+    "recalibrate": ("osdt",),
 }
 
 

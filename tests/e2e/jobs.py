@@ -1,4 +1,4 @@
-"""Requests to block-causal models and what a plain loop makes of them."""
+"""Random requests and what a plain loop makes of them, for every model family."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,8 +7,19 @@ from typing import Any
 
 import torch
 
+import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit
-from tests.reference.decode import Decoded, Rule, ThresholdRule, factor, joint_bound
+from tests.reference.decode import (
+    Decoded,
+    Rule,
+    ThresholdRule,
+    best_first,
+    calibrate,
+    decode,
+    factor,
+    joint_bound,
+    osdt,
+)
 
 MIN_MARGIN = 1e-5
 LOGIT_TOLERANCE = 2e-4  # see tests/models/test_llada.py
@@ -34,8 +45,11 @@ RULES: list[tuple[dict[str, Any], Callable[[], Rule]]] = [
     ({"policy": "static_threshold", "threshold": 0.9}, lambda: above(0.9)),
     ({"policy": "factor", "factor": 1.5}, lambda: factor(1.5)),
     ({"policy": "joint_bound", "delta": 0.1}, lambda: joint_bound(0.1)),
-]
+    ({"policy": "fixed_steps"}, lambda: lambda block, step, masked: best_first(masked)[:1]),
+    ({"policy": "joint_bound", "delta": 0.4}, lambda: joint_bound(0.4)),
+]  # as many as share no divisor with the number of a family's variants
 STOP_ID = 7
+CANVAS_VARIANTS = [{"cache": cache, "block_length": b} for b in (4, 8, 16) for cache in ("none", "prefix", "dual")]
 
 
 def make_jobs(decode: Callable[..., Decoded], variants: Sequence[dict[str, Any]], number: int = 60) -> list[Job]:
@@ -55,6 +69,21 @@ def make_jobs(decode: Callable[..., Decoded], variants: Sequence[dict[str, Any]]
         if min(decoded.proposal_margin, decoded.rule_margin, decoded.edit_margin) > MIN_MARGIN:
             params = sampling(max_tokens, stop_token_ids=[stop] if stop else None, **options, **variant)
             jobs.append(Job(prompt, params, decoded))
+    return jobs
+
+
+def make_canvas_jobs(twin: Any) -> list[Job]:
+    """Random requests to a model whose positions see the whole canvas, in all cache modes."""
+
+    def decode_one(
+        prompt: list[int], rule: Rule, *, max_tokens: int, stop_token_id: int | None, **canvas: Any
+    ) -> Decoded:
+        whole = -(-max_tokens // canvas["block_length"]) * canvas["block_length"]
+        ends = () if stop_token_id is None else (stop_token_id,)
+        return decode(twin, prompt, rule, gen_length=whole, max_tokens=max_tokens, end_token_ids=ends, **canvas)
+
+    jobs = make_jobs(decode_one, CANVAS_VARIANTS, 70)
+    assert len(jobs) >= 50
     return jobs
 
 
@@ -95,6 +124,34 @@ def assert_preemption_changes_nothing(llm: Any, jobs: Sequence[Job]) -> None:
     finished = drive(llm, preempt)
     assert wrong(jobs, [finished[req_id] for req_id in req_ids]) == []
     assert_idle(llm)
+
+
+def assert_osdt_equals_a_plain_implementation(
+    llm: Any, decode_one: Callable[..., Decoded], task: str, options: dict[str, Any]
+) -> None:
+    """One request calibrates, eight use the thresholds by block and step.
+
+    Args:
+        llm: The engine.
+        decode_one: Takes prompt and rule.
+        task: The task's name.
+        options: Of the requests, with ``max_tokens``.
+    """
+    rng = random.Random(5)
+    first, *later = [[rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
+    phase_1 = decode_one(first, above(0.3))
+    rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
+    params = sampling(
+        task=task, threshold=0.3, mode="step_block", metric="q2", calibrations=1, slack=0.1, cap=1.0, **options
+    )
+    [got] = generate(llm, [first], params)
+    assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
+    expected = [decode_one(prompt, rule) for prompt in later]
+    clear = [index for index, e in enumerate(expected) if e.proposal_margin > MIN_MARGIN]
+    assert len(clear) >= 6 and rule.margin > MIN_MARGIN
+    completions = generate(llm, later, params)
+    assert [list(completions[i].token_ids) for i in clear] == [expected[i].tokens for i in clear]
+    assert vllm_osdt.describe(completions[0])["profile"] is not None
 
 
 def assert_first_logits_equal(llm: Any, twin: Any, monkeypatch: Any, block_length: int, **options: Any) -> None:

@@ -16,14 +16,15 @@ from tests.e2e.jobs import (
     run,
     wrong,
 )
-from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
+from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
+from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 from tests.reference.decode import best_first, calibrate, dynamic, osdt
 from vllm_osdt.errors import InvalidOptionError
 
 pytestmark = pytest.mark.e2e
 
 PAGE = 32
-ENGINE = {"max_num_seqs": 32, "max_model_len": 256}
+ENGINE = {"max_num_seqs": 64, "max_model_len": 256}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_without_fused_commit_the_tokens_stay_and_forwards_are_added(checkpoint,
 
 
 def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(checkpoint, start_llm, jobs):
-    llm, completions = other_engine(checkpoint, start_llm, jobs, max_num_batched_tokens=41)
+    llm, completions = other_engine(checkpoint, start_llm, jobs, max_num_batched_tokens=41, max_num_seqs=32)
     assert wrong(jobs, completions) == []
     # Where there is room for one block only, a commit takes a forward of its own, and is counted.
     extra = [nfe(c) - job.decoded.nfe for c, job in zip(completions, jobs, strict=True)]

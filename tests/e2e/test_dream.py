@@ -6,8 +6,14 @@ import pytest
 
 import vllm_osdt
 from tests.e2e.engine import assert_idle, case_params, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.jobs import (
+    assert_company_changes_nothing,
+    assert_one_batch_is_right,
+    assert_preemption_changes_nothing,
+    make_canvas_jobs,
+)
 from tests.reference.decode import best_first, calibrate, decode, osdt, static_threshold
-from tests.reference.dream import ReferenceDream
+from tests.reference.dream import ReferenceDream, make_dream_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -17,13 +23,23 @@ CANVAS = {"gen_length": 32, "block_length": 8}
 
 
 @pytest.fixture(scope="module")
-def llm(golden_dream, start_llm):
+def golden_llm(golden_dream, start_llm):
     return start_llm(golden_dream.folder, max_num_seqs=32, max_model_len=512)
 
 
 @pytest.fixture(scope="module")
-def twin(golden_dream):
-    return ReferenceDream.load(golden_dream.folder)
+def checkpoint(tmp_path_factory):
+    return make_dream_checkpoint(tmp_path_factory.mktemp("dream") / "model", seed=1, n_kv_heads=1, embedding_size=101)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint, start_llm):
+    return start_llm(checkpoint, max_num_seqs=64, max_model_len=256)
+
+
+@pytest.fixture(scope="module")
+def twin(checkpoint):
+    return ReferenceDream.load(checkpoint)
 
 
 def wrong_cases(cases, completions):
@@ -31,68 +47,65 @@ def wrong_cases(cases, completions):
     return [index for index, (case, c) in pairs if list(c.token_ids) != case["output_token_ids"]]
 
 
-def test_one_batch_takes_the_stock_decisions_with_the_stock_forwards(golden_dream, llm):
+def test_one_batch_takes_the_stock_decisions_with_the_stock_forwards(golden_dream, golden_llm):
     cases = golden_dream.cases
     assert len(cases) == 24
-    completions = generate(llm, [case["prompt_token_ids"] for case in cases], [case_params(case) for case in cases])
+    completions = generate(
+        golden_llm, [case["prompt_token_ids"] for case in cases], [case_params(case) for case in cases]
+    )
     assert wrong_cases(cases, completions) == []
     assert all(nfe(c) <= case["nfe"] for case, c in zip(cases, completions, strict=True))
 
 
-def test_the_order_of_requests_changes_nothing(golden_dream, llm):
+def test_the_order_of_requests_changes_nothing(golden_dream, golden_llm):
     cases = list(golden_dream.cases)
     random.Random(1).shuffle(cases)
-    completions = generate(llm, [case["prompt_token_ids"] for case in cases], [case_params(case) for case in cases])
+    completions = generate(
+        golden_llm, [case["prompt_token_ids"] for case in cases], [case_params(case) for case in cases]
+    )
     assert wrong_cases(cases, completions) == []
-    alone = [generate(llm, [case["prompt_token_ids"]], case_params(case))[0] for case in cases]
+    alone = [generate(golden_llm, [case["prompt_token_ids"]], case_params(case))[0] for case in cases]
     assert wrong_cases(cases, alone) == []
 
 
-def test_preemption_in_mid_block_changes_no_decision(golden_dream, llm):
+def test_preemption_in_mid_block_changes_no_decision(golden_dream, golden_llm):
     cases = golden_dream.cases
-    req_ids = [submit(llm, case["prompt_token_ids"], case_params(case)) for case in cases]
+    req_ids = [submit(golden_llm, case["prompt_token_ids"], case_params(case)) for case in cases]
 
     def preempt(step):
         if step in (1, 2, 5):
-            scheduler(llm).reset_prefix_cache(reset_running_requests=True)
+            scheduler(golden_llm).reset_prefix_cache(reset_running_requests=True)
 
-    finished = drive(llm, preempt)
+    finished = drive(golden_llm, preempt)
     assert wrong_cases(cases, [finished[req_id] for req_id in req_ids]) == []
-    assert_idle(llm)
+    assert_idle(golden_llm)
 
 
 def random_prompts(number, seed=0):
     rng = random.Random(seed)
-    return [[rng.randrange(3, 250) for _ in range(rng.randrange(1, 40))] for _ in range(number)]
+    return [[rng.randrange(3, 90) for _ in range(rng.randrange(1, 40))] for _ in range(number)]
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_random_requests_decode_as_a_plain_loop_does(llm, twin, cache):
-    jobs = []
-    for index, prompt in enumerate(random_prompts(24)):
-        threshold = (0.1, 0.2, 0.4)[index % 3]
-        block_length = (4, 8, 16)[index // 3 % 3]
-        canvas = {"gen_length": 2 * block_length, "block_length": block_length}
-        expected = decode(twin, prompt, static_threshold(threshold), cache=cache, **canvas)
-        if min(expected.rule_margin, expected.proposal_margin) > MIN_MARGIN:
-            jobs.append(
-                (
-                    prompt,
-                    sampling(None, policy="static_threshold", threshold=threshold, cache=cache, **canvas),
-                    expected,
-                )
-            )
-    assert len(jobs) >= 17  # with three cache modes more than 50
-    for job in jobs:
-        job[1].max_tokens = len(job[2].tokens)
-    completions = generate(llm, [job[0] for job in jobs], [job[1] for job in jobs])
-    assert tokens(completions) == [job[2].tokens for job in jobs]
-    assert [nfe(completion) for completion in completions] == [job[2].nfe for job in jobs]
+@pytest.fixture(scope="module")
+def jobs(twin):
+    return make_canvas_jobs(twin)
+
+
+def test_random_requests_decode_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
+    assert_one_batch_is_right(llm, jobs)
+
+
+def test_neither_order_nor_company_changes_a_token(llm, jobs):
+    assert_company_changes_nothing(llm, jobs)
+
+
+def test_preemption_in_mid_block_changes_no_token(llm, jobs):
+    assert_preemption_changes_nothing(llm, jobs)
 
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_osdt_equals_a_plain_implementation(llm, twin, cache):
-    first, *later = random_prompts(9, seed=5)
+    first, *later = random_prompts(9, seed=6)
     options = {"cache": cache, "task": f"dream {cache}", "threshold": 0.3, "mode": "step_block", "metric": "q2"}
     options |= {"calibrations": 1, "slack": 0.1, "cap": 1.0, **CANVAS}
     phase_1 = decode(twin, first, static_threshold(0.3), cache=cache, **CANVAS)

@@ -6,10 +6,12 @@ from tests.e2e.jobs import (
     assert_company_changes_nothing,
     assert_first_logits_equal,
     assert_one_batch_is_right,
+    assert_osdt_equals_a_plain_implementation,
     assert_preemption_changes_nothing,
     make_jobs,
 )
-from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
+from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
+from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -34,7 +36,7 @@ def jobs(checkpoint):
 
 @pytest.fixture(scope="module")
 def llm(checkpoint, start_llm):
-    return start_llm(checkpoint, max_num_seqs=32, max_model_len=256)
+    return start_llm(checkpoint, max_num_seqs=64, max_model_len=256)
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
@@ -51,6 +53,15 @@ def test_neither_order_nor_company_changes_a_token(llm, jobs):
 
 def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_osdt_equals_a_plain_implementation(llm, checkpoint):
+    twin = ReferenceSDAR.load(checkpoint)
+
+    def decode(prompt, rule):
+        return decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=40)
+
+    assert_osdt_equals_a_plain_implementation(llm, decode, "experts", {"block_length": 8, "max_tokens": 40})
 
 
 def test_rows_that_a_dummy_step_left_as_padding_have_their_experts(llm, jobs):

@@ -24,21 +24,27 @@ from tests.e2e.jobs import (
     wrong,
 )
 from tests.reference.block_causal import ReferenceLLaDA2, decode_block_causal
+from tests.reference.block_causal_checkpoints import make_llada2_checkpoint
 from tests.reference.decode import calibrate, dynamic, osdt
 
 pytestmark = pytest.mark.e2e
 
-ENGINE = {"max_num_seqs": 32, "max_model_len": 256, "hf_overrides": {"mask_token_id": 255, "eos_token_id": 2}}
+ENGINE = {"max_num_seqs": 64, "max_model_len": 256}
 
 
 @pytest.fixture(scope="module")
-def twin(golden_llada2):
-    return ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255)
+def checkpoint(tmp_path_factory):
+    return make_llada2_checkpoint(tmp_path_factory.mktemp("llada2") / "model", seed=1)
 
 
 @pytest.fixture(scope="module")
-def llm(golden_llada2, start_llm):
-    return start_llm(golden_llada2.folder, **ENGINE)
+def twin(checkpoint):
+    return ReferenceLLaDA2.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint, start_llm):
+    return start_llm(checkpoint, **ENGINE)
 
 
 def decode_case(twin, case):
@@ -63,17 +69,21 @@ def test_the_plain_network_and_loop_take_the_recorded_decisions(golden_llada2):
     assert sum(d.num_edits > 0 for d in decoded) >= 8
 
 
-@pytest.fixture(scope="module")
-def jobs(golden_llada2, twin):
-    found = []
+def test_the_engine_decodes_the_recorded_prompts_as_the_plain_loop_does(golden_llada2, start_llm):
+    twin, jobs = ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255), []
     for case in golden_llada2.cases:
         options = {"policy": "static_threshold", "threshold": case["threshold"], "block_length": case["block_length"]}
         options |= {"edit_threshold": case["editing_threshold"]} if case["editing_threshold"] is not None else {}
         params = sampling(case["gen_length"], stop_token_ids=[2], **options)
-        decoded = decode_case(twin, case)
-        if min(decoded.proposal_margin, decoded.rule_margin, decoded.edit_margin) > MIN_MARGIN:
-            found.append(Job(case["prompt_token_ids"], params, decoded))
+        jobs.append(Job(case["prompt_token_ids"], params, decode_case(twin, case)))
+    margins = [min(job.decoded.proposal_margin, job.decoded.rule_margin, job.decoded.edit_margin) for job in jobs]
+    assert len(jobs) == 30 and min(margins) > MIN_MARGIN
+    llm = start_llm(golden_llada2.folder, **ENGINE, hf_overrides={"mask_token_id": 255, "eos_token_id": 2})
+    assert_one_batch_is_right(llm, jobs)
 
+
+@pytest.fixture(scope="module")
+def jobs(twin):
     def decode(prompt, rule, *, stop_token_id, **options):
         return decode_block_causal(twin, prompt, rule, eos_token_id=stop_token_id, **options)
 
@@ -83,7 +93,7 @@ def jobs(golden_llada2, twin):
         {"block_length": 32, "edit_threshold": 0.0},
         {"block_length": 8, "edit_threshold": 0.7},
     ]
-    found += make_jobs(decode, variants, 40)
+    found = make_jobs(decode, variants)
     assert len(found) >= 50
     assert sum(job.decoded.num_edits > 0 for job in found) >= 15
     return found
@@ -105,9 +115,9 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
 
 
-def test_without_fused_commit_the_tokens_stay(golden_llada2, start_llm, jobs):
+def test_without_fused_commit_the_tokens_stay(checkpoint, start_llm, jobs):
     config = {"osdt": {"profile_dir": "", "fused_commit": False}}
-    llm = start_llm(golden_llada2.folder, additional_config=config, **ENGINE)
+    llm = start_llm(checkpoint, additional_config=config, **ENGINE)
     completions = run(llm, jobs)
     assert wrong(jobs, completions) == []
     assert [nfe(c) for c in completions] == [job.decoded.nfe + len(job.decoded.record) - 1 for job in jobs]
@@ -116,7 +126,7 @@ def test_without_fused_commit_the_tokens_stay(golden_llada2, start_llm, jobs):
 @pytest.mark.parametrize("edit_threshold", [None, 0.3])
 def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin, edit_threshold):
     rng = random.Random(20)
-    prompts = [[rng.randrange(8, 250) for _ in range(rng.randrange(1, 40))] for _ in range(10)]
+    prompts = [[rng.randrange(8, 100) for _ in range(rng.randrange(1, 40))] for _ in range(10)]
     kwargs = {"block_length": 8, "max_tokens": 40, "edit_threshold": edit_threshold}
     expected = [decode_block_causal(twin, prompt, dynamic(0.9, 3, 8), **kwargs) for prompt in prompts]
     clear = [i for i, e in enumerate(expected) if min(e.proposal_margin, e.edit_margin) > MIN_MARGIN]
@@ -129,7 +139,7 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin, ed
 
 def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, twin):
     rng = random.Random(18)
-    first, *later = [[rng.randrange(8, 250) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
+    first, *later = [[rng.randrange(8, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
     kwargs = {"block_length": 8, "max_tokens": 40, "edit_threshold": 0.3}
     phase_1 = decode_block_causal(twin, first, above(0.6), **kwargs)
     assert phase_1.num_edits and phase_1.edit_margin > MIN_MARGIN

@@ -1,13 +1,19 @@
 """LLaDA-MoE: logits of a plain network, and decoding as a plain loop does, in all cache modes."""
 
 import json
-import random
 
 import pytest
 import torch
 
-from tests.e2e.engine import assert_idle, generate, nfe, sampling, tokens
-from tests.reference.decode import decode, static_threshold
+from tests.e2e.engine import generate, sampling
+from tests.e2e.jobs import (
+    assert_company_changes_nothing,
+    assert_one_batch_is_right,
+    assert_osdt_equals_a_plain_implementation,
+    assert_preemption_changes_nothing,
+    make_canvas_jobs,
+)
+from tests.reference.decode import decode
 from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
 from vllm_osdt.models.llada2_config import LLaDA2MoeConfig
@@ -15,8 +21,6 @@ from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
 
 pytestmark = pytest.mark.e2e
 
-MIN_MARGIN = 1e-5
-CACHES = ("none", "prefix", "dual")
 # The fields of inclusionAI/LLaDA-MoE-7B-A1B's own config class, with its defaults.
 PUBLISHED = {
     "architectures": ["LLaDAMoEModelLM"],
@@ -63,7 +67,7 @@ def twin(checkpoint):
 
 @pytest.fixture(scope="module")
 def llm(checkpoint, start_llm):
-    return start_llm(checkpoint, max_num_seqs=32, max_model_len=256)
+    return start_llm(checkpoint, max_num_seqs=64, max_model_len=256)
 
 
 def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
@@ -84,23 +88,30 @@ def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
     torch.testing.assert_close(seen[0], full[len(prompt) :], rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_random_requests_decode_as_a_plain_loop_does(llm, twin, cache):
-    rng = random.Random(0)
-    jobs = []
-    for index in range(24):
-        prompt = [rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))]
-        threshold, block_length = (0.1, 0.2, 0.4)[index % 3], (4, 8, 16)[index // 3 % 3]
-        canvas = {"gen_length": 2 * block_length, "block_length": block_length}
-        expected = decode(twin, prompt, static_threshold(threshold), cache=cache, **canvas)
-        if min(expected.rule_margin, expected.proposal_margin) > MIN_MARGIN:
-            options = {"policy": "static_threshold", "threshold": threshold, "cache": cache, **canvas}
-            jobs.append((prompt, sampling(2 * block_length, **options), expected))
-    assert len(jobs) >= 17  # with three cache modes more than 50
-    completions = generate(llm, [job[0] for job in jobs], [job[1] for job in jobs])
-    assert tokens(completions) == [job[2].tokens for job in jobs]
-    assert [nfe(completion) for completion in completions] == [job[2].nfe for job in jobs]
-    assert_idle(llm)
+@pytest.fixture(scope="module")
+def jobs(twin):
+    return make_canvas_jobs(twin)
+
+
+def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
+    assert_one_batch_is_right(llm, jobs)
+
+
+def test_neither_order_nor_company_changes_a_token(llm, jobs):
+    assert_company_changes_nothing(llm, jobs)
+
+
+def test_preemption_in_mid_block_changes_no_token(llm, jobs):
+    assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_osdt_equals_a_plain_implementation(llm, twin):
+    canvas = {"gen_length": 32, "block_length": 8, "cache": "dual"}
+
+    def decode_one(prompt, rule):
+        return decode(twin, prompt, rule, **canvas)
+
+    assert_osdt_equals_a_plain_implementation(llm, decode_one, "llada-moe", {**canvas, "max_tokens": 32})
 
 
 @pytest.mark.parametrize("model_type", ["llada", "llada_moe", "lladamoe"])

@@ -262,14 +262,14 @@ def test_a_preempted_calibration_makes_the_same_profile(tasks_llm, prompts):
 
 def test_calibration_stops_where_output_ends(tasks_llm, prompts, offline, golden_tasks):
     eos = golden_tasks.config["eos_token_id"]
-    phase_1 = {i: offline(p, static_threshold(THRESHOLD), eos_token_id=eos) for i, p in enumerate(prompts)}
+    phase_1 = {i: offline(p, static_threshold(THRESHOLD), end_token_ids=(eos,)) for i, p in enumerate(prompts)}
     index = min(phase_1, key=lambda i: len(phase_1[i].tokens))
     assert phase_1[index].tokens[-1] == eos and len(phase_1[index].record) < GEN_LENGTH // BLOCK_LENGTH
     params = sampling(GEN_LENGTH, **OPTIONS, task="ends early", ignore_eos=False, mode="step_block", cap=1.0)
     [first] = generate(tasks_llm, [prompts[index]], params)
     assert list(first.token_ids) == phase_1[index].tokens and nfe(first) == phase_1[index].nfe
     rule = osdt(calibrate(phase_1[index].record, "step_block", "q1", False), 1.0, 0.1)
-    expected = [offline(prompt, rule, eos_token_id=eos) for prompt in prompts[:8]]
+    expected = [offline(prompt, rule, end_token_ids=(eos,)) for prompt in prompts[:8]]
     got = generate(tasks_llm, prompts[:8], params)
     rule_is_clear = rule.margin > MIN_MARGIN and min(e.proposal_margin for e in expected) > MIN_MARGIN
     assert rule_is_clear, "choose other prompts"

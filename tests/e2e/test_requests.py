@@ -141,12 +141,13 @@ def test_output_ends_with_eos_unless_it_is_ignored(tasks_llm, prompts):
     assert num_ended >= 4
 
 
-def test_an_end_token_ends_its_block_before_the_rest_is_decided(tasks_llm, tasks_twin, prompts):
-    params = sampling(32, policy="fixed_steps", block_length=16, cache="dual", stop_token_ids=[SEMICOLON])
+@pytest.mark.parametrize("ends", [(SEMICOLON,), (EQUALS, SEMICOLON), (SEMICOLON, 190, 191, EQUALS)])
+def test_end_tokens_end_their_block_before_the_rest_is_decided(tasks_llm, tasks_twin, prompts, ends):
+    params = sampling(32, policy="fixed_steps", block_length=16, cache="dual", stop_token_ids=list(ends))
     got = generate(tasks_llm, prompts, params)
     rule = fixed_steps(16, 16)
     expected = [
-        decode(tasks_twin, prompt, rule, gen_length=32, block_length=16, cache="dual", eos_token_id=SEMICOLON)
+        decode(tasks_twin, prompt, rule, gen_length=32, block_length=16, cache="dual", end_token_ids=ends)
         for prompt in prompts
     ]
     assert min(result.proposal_margin for result in expected) > 1e-5

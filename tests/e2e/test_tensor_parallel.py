@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.e2e.jobs import MIN_MARGIN, above
-from tests.reference.block_causal import ReferenceLLaDA2, ReferenceSDAR, decode_block_causal, make_sdar_checkpoint
+from tests.reference.block_causal import ReferenceLLaDA2, ReferenceSDAR, decode_block_causal
+from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 
 pytestmark = pytest.mark.e2e
 

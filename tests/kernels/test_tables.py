@@ -9,8 +9,8 @@ from test_unmask import random_state
 from csrc_triton import cpu, implementations, reference, tables
 
 
-def reference_unmask(canvas, masked, proposal, confidence, rule, parameter, eos_token_id, num_needed, quota):
-    last = {"eos_token_id": eos_token_id, "num_needed": num_needed, "quota": quota}
+def reference_unmask(canvas, masked, proposal, confidence, rule, parameter, end_token_ids, num_needed, quota):
+    last = {"end_token_ids": end_token_ids, "num_needed": num_needed, "quota": quota}
     return reference.unmask(canvas, masked, proposal, confidence, rule, parameter, **last)
 
 
@@ -28,7 +28,7 @@ def test_cpu_equals_gathering_the_blocks_and_writing_them_back(num_blocks, block
         masked = torch.zeros(num_slots, block_length + 2, dtype=torch.bool)
         masked[slots, :block_length] = state["masked"]
         chosen = (state[name].flatten()[logit_cells] for name in ("proposal", "confidence"))
-        rules = (state[name] for name in ("rule", "parameter", "eos_token_id", "num_needed", "quota"))
+        rules = (state[name] for name in ("rule", "parameter", "end_token_ids", "num_needed", "quota"))
         canvas, best, counts = run(cells, masked, slots, canvas_index, logit_cells, *chosen, *rules)
         results.append((cells, masked, canvas, best.flatten()[logit_cells].nan_to_num(-5), *counts))
     for own, expected in zip(*results, strict=True):

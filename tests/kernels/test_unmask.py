@@ -22,7 +22,7 @@ def block_state(
     *,
     rule: Rule = Rule.THRESHOLD,
     parameter: float = 0.9,
-    eos_token_id: int = -1,
+    end_token_ids: tuple[int, ...] = (-1,),
     num_needed: int | None = None,
     quota: int = 0,
 ) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def block_state(
         "confidence": torch.tensor([confidence]),
         "rule": torch.tensor([rule], dtype=torch.int8),
         "parameter": torch.tensor([parameter]),
-        "eos_token_id": torch.tensor([eos_token_id]),
+        "end_token_ids": torch.tensor([end_token_ids]),
         "num_needed": torch.tensor([length if num_needed is None else num_needed], dtype=torch.int32),
         "quota": torch.tensor([quota], dtype=torch.int32),
     }
@@ -70,7 +70,7 @@ def random_state(
         "confidence": torch.where(masked, confidence, garbage),
         "rule": rule,
         "parameter": parameters[rule.long(), integers(0, 4, num_blocks)],
-        "eos_token_id": integers(0, 2, num_blocks) * (EOS + 1) - 1,
+        "end_token_ids": integers(0, 2, num_blocks, 3) * (integers(2, 7, num_blocks, 3) + 1) - 1,
         "num_needed": integers(0, block_length + 1, num_blocks, dtype=torch.int32),
         "quota": integers(0, 2, num_blocks, dtype=torch.int32) * integers(0, block_length + 2, num_blocks).int(),
     }
@@ -205,7 +205,7 @@ def test_decided_positions_are_neither_read_nor_counted(implementation, rule):
 
 @per_implementation
 @pytest.mark.parametrize(
-    ("canvas", "masked", "eos_token_id", "num_needed", "num_ready"),
+    ("canvas", "masked", "end", "num_needed", "num_ready"),
     [
         ([5, 6, 7, 8], [0, 0, 0, 0], EOS, 4, 4),
         ([5, 6, 7, 8], [0, 0, 0, 0], EOS, 2, 2),
@@ -220,13 +220,17 @@ def test_decided_positions_are_neither_read_nor_counted(implementation, rule):
         ([EOS, 6, 7, 8], [0, 1, 1, 1], EOS, 1, 1),
         ([5, -1, 7, 8], [0, 0, 0, 0], -1, 4, 4),
         ([5, EOS, 7, 8], [0, 0, 0, 1], -1, 4, 0),
+        ([5, 6, EOS, 8], [0, 0, 0, 1], (-1, 6, EOS), 4, 2),
+        ([5, 6, EOS, 8], [0, 1, 0, 0], (6, -1, EOS), 4, 0),
+        ([5, 6, EOS, 8], [0, 0, 0, 1], (9, EOS, 5), 4, 1),
+        ([5, 6, 7, -1], [0, 0, 0, 0], (-1, -1), 4, 4),
     ],
 )
-def test_ready_tokens_end_at_eos_or_at_the_last_needed(
-    implementation, canvas, masked, eos_token_id, num_needed, num_ready
-):
+def test_ready_tokens_end_at_eos_or_at_the_last_needed(implementation, canvas, masked, end, num_needed, num_ready):
     # one masked position more, at the end, which is decided in this call: the rest keeps its state
-    state = block_state([0.0] * 4 + [0.5], eos_token_id=eos_token_id, num_needed=num_needed)
+    state = block_state(
+        [0.0] * 4 + [0.5], end_token_ids=end if isinstance(end, tuple) else (end,), num_needed=num_needed
+    )
     state["canvas"] = torch.tensor([[*canvas, 0]])
     state["masked"] = torch.tensor([[*map(bool, masked), True]])
     assert assert_equals_reference(implementation, state).num_ready.item() == num_ready
@@ -234,7 +238,7 @@ def test_ready_tokens_end_at_eos_or_at_the_last_needed(
 
 @per_implementation
 def test_eos_proposed_in_this_call_ends_the_request(implementation):
-    state = block_state([0.95, 0.95, 0.1], eos_token_id=101)
+    state = block_state([0.95, 0.95, 0.1], end_token_ids=(101,))
     result = assert_equals_reference(implementation, state)
     assert result.num_ready.item() == 2
 
@@ -318,7 +322,12 @@ def test_permuting_the_blocks_permutes_the_results(implementation):
         ({"confidence": torch.zeros(1, 4).half()}, TypeError, "confidence: dtype is torch.float16"),
         ({"rule": torch.zeros(2).char()}, ValueError, r"rule: shape is \(2,\), expected \(1,\)"),
         ({"parameter": torch.zeros(1).double()}, TypeError, "parameter: dtype is torch.float64"),
-        ({"eos_token_id": torch.zeros(1).int()}, TypeError, "eos_token_id: dtype is torch.int32"),
+        ({"end_token_ids": torch.zeros(1, 1).int()}, TypeError, "end_token_ids: dtype is torch.int32"),
+        (
+            {"end_token_ids": torch.zeros(1).long()},
+            ValueError,
+            r"end_token_ids: shape is \(1,\), expected \[num_blocks,",
+        ),
         ({"num_needed": torch.zeros(1).long()}, TypeError, "num_needed: dtype is torch.int64"),
         ({"quota": torch.zeros(1).long()}, TypeError, "quota: dtype is torch.int64"),
         ({"quota": torch.zeros(2).int()}, ValueError, r"quota: shape is \(2,\), expected \(1,\)"),

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.reference.block_causal import ReferenceSDAR, make_sdar_checkpoint
+from tests.reference.block_causal import ReferenceSDAR
+from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
 
 # config.json of the published checkpoints, without what only their own code reads.

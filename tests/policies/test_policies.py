@@ -72,7 +72,7 @@ def run_block(schedule: Schedule, block: int, rounds: list[list[float]]) -> list
             canvas, masked, torch.full((1, length), PROPOSED), torch.tensor([rounds[step % len(rounds)]]),
             torch.tensor([schedule.rule], dtype=torch.int8),
             torch.from_numpy(schedule.parameters[block, step : step + 1].copy()),
-            eos_token_id=torch.tensor([-1]), num_needed=torch.tensor([length], dtype=torch.int32),
+            end_token_ids=torch.tensor([[-1]]), num_needed=torch.tensor([length], dtype=torch.int32),
             quota=torch.from_numpy(quota[step : step + 1].copy()),
         )  # fmt: skip
         chosen.append(set(torch.nonzero((before & ~masked)[0])[:, 0].tolist()))
@@ -188,7 +188,7 @@ def test_the_order_of_a_batch_changes_nothing(data):
         proposal = (torch.arange(count * length) % 50).view(count, length)[index].contiguous()
         result = unmask(
             canvas, holes, proposal, confidence[index].contiguous(), rule[index], parameter[index],
-            eos_token_id=torch.full((count,), 3), num_needed=torch.full((count,), length, dtype=torch.int32),
+            end_token_ids=torch.full((count, 1), 3), num_needed=torch.full((count,), length, dtype=torch.int32),
             quota=quota[index],
         )  # fmt: skip
         return canvas, holes, result.num_ready

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.reference.decode import Decoded, Rule
 
@@ -185,14 +185,11 @@ class ReferenceLLaDA2(BlockCausalNetwork):
 
 
 def _experts(x: torch.Tensor, weights: Weights, prefix: str, chosen: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    rows = []
-    for row in range(x.shape[0]):
-        parts = [
-            w * _swiglu(x[row : row + 1], weights, f"{prefix}experts.{expert}.")
-            for expert, w in zip(chosen[row].tolist(), share[row], strict=True)
-        ]
-        rows.append(sum(parts))
-    return torch.cat(rows)
+    mixed = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        rows, place = (chosen == expert).nonzero(as_tuple=True)
+        mixed[rows] += share[rows, place, None] * _swiglu(x[rows], weights, f"{prefix}experts.{expert}.")
+    return mixed
 
 
 def decode_block_causal(
@@ -362,76 +359,3 @@ def _ready(ids: list[int], decided: list[bool], start: int, end: int, eos_token_
         if ids[position] == eos_token_id:
             return ids[start : position + 1]
     return ids[start:end]
-
-
-SDAR_FIELDS: dict[str, Any] = {
-    "architectures": ["SDARForCausalLM"],
-    "model_type": "sdar",
-    "torch_dtype": "float32",
-    "hidden_act": "silu",
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "vocab_size": 101,
-    "mask_token_id": 100,
-    "eos_token_id": 0,
-    "block_size": 4,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-}
-
-
-def make_sdar_checkpoint(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
-    """Write a small random SDAR checkpoint in the published format; with ``num_experts``, one of SDAR-MoE's."""
-    config = {**SDAR_FIELDS, **fields}
-    if "num_experts" in config:
-        config |= {"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "norm_topk_prob": True}
-        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    generator = torch.Generator().manual_seed(seed)
-    width, head = config["hidden_size"], config["head_dim"]
-    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-
-    def matrix(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * (scale / columns**0.5)
-
-    def norm(size: int = width, mean: float = 1.0) -> torch.Tensor:
-        return mean + 0.2 * torch.randn(size, generator=generator)
-
-    def mlp(prefix: str, inner: int) -> Weights:
-        return {
-            f"{prefix}gate_proj.weight": matrix(inner, width),
-            f"{prefix}up_proj.weight": matrix(inner, width),
-            f"{prefix}down_proj.weight": matrix(width, inner),
-        }
-
-    weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], width, 3.0), "model.norm.weight": norm()}
-    if not config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = matrix(config["vocab_size"], width, 3.0)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        weights |= {
-            f"{prefix}input_layernorm.weight": norm(),
-            f"{prefix}post_attention_layernorm.weight": norm(),
-            f"{prefix}self_attn.q_proj.weight": matrix(num_heads * head, width),
-            f"{prefix}self_attn.k_proj.weight": matrix(num_kv_heads * head, width),
-            f"{prefix}self_attn.v_proj.weight": matrix(num_kv_heads * head, width),
-            f"{prefix}self_attn.o_proj.weight": matrix(width, num_heads * head),
-            f"{prefix}self_attn.q_norm.weight": norm(head, 2.0),
-            f"{prefix}self_attn.k_norm.weight": norm(head, 2.0),
-        }
-        if "num_experts" in config:
-            weights[f"{prefix}mlp.gate.weight"] = matrix(config["num_experts"], width)
-            for expert in range(config["num_experts"]):
-                weights |= mlp(f"{prefix}mlp.experts.{expert}.", config["moe_intermediate_size"])
-        else:
-            weights |= mlp(f"{prefix}mlp.", config["intermediate_size"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors")
-    return folder

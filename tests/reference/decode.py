@@ -137,7 +137,7 @@ def decode(
     block_length: int,
     cache: str,
     max_tokens: int | None = None,
-    eos_token_id: int | None = None,
+    end_token_ids: tuple[int, ...] = (),
 ) -> Decoded:
     """Decode a request.
 
@@ -149,7 +149,7 @@ def decode(
         block_length: Positions denoised together.
         cache: ``none``, ``prefix`` or ``dual``.
         max_tokens: Output tokens wanted, the whole canvas when None.
-        eos_token_id: Where output ends, None for no such token.
+        end_token_ids: Where output ends.
     """
     end, shift = len(prompt) + gen_length, model.logits_shift
     wanted = gen_length if max_tokens is None else min(max_tokens, gen_length)
@@ -197,23 +197,23 @@ def decode(
             for offset in chosen:
                 ids[first + offset] = proposal[offset]
                 decided[first + offset] = True
-            ready = _ready(ids[first:last].tolist(), decided[first:last], num_needed, eos_token_id)
+            ready = _ready(ids[first:last].tolist(), decided[first:last], num_needed, end_token_ids)
             if ready is not None:
                 break
         assert ready is not None
         result.tokens += ready
-        if len(result.tokens) >= wanted or (eos_token_id is not None and result.tokens[-1] == eos_token_id):
+        if len(result.tokens) >= wanted or result.tokens[-1] in end_token_ids:
             break
     result.rule_margin = getattr(rule, "margin", float("inf"))
     return result
 
 
-def _ready(tokens: list[int], decided: list[bool], num_needed: int, eos_token_id: int | None) -> list[int] | None:
+def _ready(tokens: list[int], decided: list[bool], num_needed: int, end_token_ids: tuple[int, ...]) -> list[int] | None:
     """The block's output once nothing before its end is undecided."""
     for k in range(num_needed):
         if not decided[k]:
             return None
-        if tokens[k] == eos_token_id:
+        if tokens[k] in end_token_ids:
             return tokens[: k + 1]
     return tokens[:num_needed]
 

@@ -64,7 +64,7 @@ def states_of_two_requests():
         states.host.block_length[slot] = length
         states.host.parameters[slot] = np.arange(16) / 16
         states.host.rule[slot] = slot
-        states.host.eos_token_id[slot] = 40 + slot
+        states.host.end_token_ids[slot, 1] = 40 + slot
     states.host.quota[2, :4] = [4, 3, 2, 1]
     states.host.block_start[2], states.host.step[2] = 5, 1
     states.host.masked[2, :4] = [False, True, False, True]
@@ -89,7 +89,7 @@ def test_a_step_runs_the_scheduled_rows_and_reads_the_masked_ones():
     assert plan.rule.tolist() == [2, 0]
     assert plan.parameter.tolist() == [2 / 16, 0]
     assert plan.quota.tolist() == [2, 0]
-    assert plan.eos_token_id.tolist() == [42, 40]
+    assert plan.end_token_ids[:, :3].tolist() == [[-1, 42, -1], [-1, 40, -1]]
     assert plan.num_needed.tolist() == [4, 2]
 
 

@@ -30,7 +30,7 @@ class DenoiseBatch:
         canvas_index: int64 ``[R, W]``, index into ``CanvasStates.cells``; padding points to the last cell.
         rule: int8 ``[R]``.
         parameter: float32 ``[R]``.
-        eos_token_id: int64 ``[R]``, -1 for none.
+        end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
         num_needed: int32 ``[R]``, leading positions of the block that the request still has to output.
         quota: int32 ``[R]``, positions unmasked at least.
         temperature: float32 ``[M]``, or None when all are 0.
@@ -48,7 +48,7 @@ class DenoiseBatch:
     canvas_index: torch.Tensor
     rule: torch.Tensor
     parameter: torch.Tensor
-    eos_token_id: torch.Tensor
+    end_token_ids: torch.Tensor
     num_needed: torch.Tensor
     quota: torch.Tensor
     temperature: torch.Tensor | None
@@ -108,7 +108,7 @@ class StepPlan(NamedTuple):
     mask_rows: np.ndarray  # int64 [R], see DenoiseBatch
     rule: np.ndarray  # int8 [R]
     parameter: np.ndarray  # float32 [R]
-    eos_token_id: np.ndarray  # int64 [R]
+    end_token_ids: np.ndarray  # int64 [R, E]
     num_needed: np.ndarray  # int32 [R]
     quota: np.ndarray  # int32 [R]
     step_cell: np.ndarray  # int64 [R], index of block and step in tables [slots, max_model_len]
@@ -205,7 +205,7 @@ def plan_step(states: CanvasStates, rows: StepRows) -> StepPlan:
         mask_rows=np.empty(num_reqs, np.int64),
         rule=np.empty(num_reqs, np.int8),
         parameter=np.empty(num_reqs, np.float32),
-        eos_token_id=np.empty(num_reqs, np.int64),
+        end_token_ids=states.host.end_token_ids[slots],
         num_needed=np.empty(num_reqs, np.int32),
         quota=np.empty(num_reqs, np.int32),
         step_cell=np.empty(num_reqs, np.int64),
@@ -255,7 +255,6 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         plan.parameter[req] = 1.0 if is_alone else host.parameters[slot, step]
         plan.quota[req] = 0 if is_alone else host.quota[slot, step_in_block]
         plan.step_cell[req] = first_cell + step
-        plan.eos_token_id[req] = host.eos_token_id[slot]
         plan.num_needed[req] = min(max(host.output_end[slot] - block_start, 0), num_active)
     return num_logits
 
@@ -295,7 +294,7 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         canvas_index=to_device(plan.canvas_index, device),
         rule=to_device(plan.rule, device),
         parameter=to_device(plan.parameter, device),
-        eos_token_id=to_device(plan.eos_token_id, device),
+        end_token_ids=to_device(plan.end_token_ids, device),
         num_needed=to_device(plan.num_needed, device),
         quota=to_device(plan.quota, device),
         temperature=row_temperature,

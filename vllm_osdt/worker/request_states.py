@@ -34,6 +34,9 @@ from vllm_osdt.worker.report import Report
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
 
+MAX_END_TOKENS = 8  # of a request that its blocks are searched for
+
+
 @dataclass
 class RequestRecord:
     """What holds for a request until it ends, across preemption: its schedule and its part in calibration."""
@@ -59,13 +62,12 @@ def _seed(req_id: str, seed: int | None) -> int:
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _end_token_id(params: SamplingParams) -> int:
-    """The token that ends a block early, -1 for none: EOS, or the one stop token of a request without EOS. Further
-    stop tokens are found by the scheduler, when their block is finished."""
-    if not params.ignore_eos and params.eos_token_id is not None:
-        return params.eos_token_id
-    stop_token_ids = params.stop_token_ids or []
-    return stop_token_ids[0] if len(stop_token_ids) == 1 else -1
+def _end_token_ids(params: SamplingParams) -> list[int]:
+    """The tokens that end a block early, -1 for none: EOS and stop tokens. Where there are more of them than places,
+    the scheduler finds the others when their block is finished."""
+    eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
+    distinct = dict.fromkeys([*eos, *(params.stop_token_ids or [])])
+    return [*distinct, *[-1] * MAX_END_TOKENS][:MAX_END_TOKENS]
 
 
 class HostTables(NamedTuple):
@@ -85,7 +87,7 @@ class HostTables(NamedTuple):
     num_fallbacks: np.ndarray  # int64 [slots, kinds], denoising steps by kind
     temperature: np.ndarray  # float32
     seed: np.ndarray  # int64
-    eos_token_id: np.ndarray  # int64, -1 for none
+    end_token_ids: np.ndarray  # int64 [slots, MAX_END_TOKENS], -1 for none
     recording: np.ndarray  # bool, the request calibrates its task
     edit_threshold: np.ndarray  # float32, infinite for none
     sub_block_length: np.ndarray  # int64, 0: none
@@ -160,7 +162,7 @@ class CanvasStates:
             num_fallbacks=np.zeros((max_num_reqs, len(Fallback)), dtype=np.int64),
             temperature=np.zeros(max_num_reqs, dtype=np.float32),
             seed=np.zeros(max_num_reqs, dtype=np.int64),
-            eos_token_id=np.full(max_num_reqs, -1, dtype=np.int64),
+            end_token_ids=np.full((max_num_reqs, MAX_END_TOKENS), -1, dtype=np.int64),
             recording=np.zeros(max_num_reqs, dtype=bool),
             edit_threshold=np.full(max_num_reqs, np.inf, dtype=np.float32),
             sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
@@ -205,7 +207,7 @@ class CanvasStates:
         self._last_in_slot[slot] = new.req_id
         self.host.temperature[slot] = params.temperature
         self.host.seed[slot] = record.seed
-        self.host.eos_token_id[slot] = _end_token_id(params)
+        self.host.end_token_ids[slot] = _end_token_ids(params)
         self.host.recording[slot] = record.recorder is not None
         self.host.edit_threshold[slot] = np.inf if options.edit_threshold is None else options.edit_threshold
         self.host.sub_block_length[slot] = options.sub_block_length or 0

@@ -87,7 +87,7 @@ class CanvasSampler:
             row_confidence,
             batch.rule,
             batch.parameter,
-            batch.eos_token_id,
+            batch.end_token_ids,
             batch.num_needed,
             batch.quota,
         )
