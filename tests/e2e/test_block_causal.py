@@ -5,7 +5,7 @@ import random
 import pytest
 
 import vllm_osdt
-from tests.e2e.engine import assert_idle, generate, nfe, sampling, scheduler, tokens
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
 from tests.e2e.jobs import (
     MIN_MARGIN,
     above,
@@ -142,6 +142,79 @@ def test_a_conversation_reuses_the_blocks_that_were_generated(llm, twin):
         assert hit == (len(prompt) - 5 - 1) // 8 * 8 // PAGE * PAGE * (turn > 0)
         prompt = prompt + got + [rng.randrange(3, 100) for _ in range(5)]
     assert hit >= 96
+
+
+def test_without_prefix_caching_the_tokens_stay(checkpoint, start_llm, llm, jobs):
+    llm_without, completions = other_engine(checkpoint, start_llm, jobs, enable_prefix_caching=False)
+    assert wrong(jobs, completions) == []
+    assert_idle(llm_without)
+    rng = random.Random(21)
+    shared = [rng.randrange(3, 100) for _ in range(77)]
+    prompts = [shared + [rng.randrange(3, 100) for _ in range(index)] for index in range(6)]
+    params = sampling(24, policy="static_threshold", threshold=0.4, block_length=8)
+    scheduler(llm).reset_prefix_cache()
+    first = generate(llm, prompts[:1], params)  # leaves its pages to the others
+    assert tokens([*first, *generate(llm, prompts[1:], params)]) == tokens(generate(llm_without, prompts, params))
+
+
+def test_pages_of_a_request_are_free_as_soon_as_it_ends(llm, jobs):
+    manager = scheduler(llm).kv_cache_manager
+    all_free = manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
+    assert manager.block_pool.get_num_free_blocks() == all_free
+    req_ids = [submit(llm, job.prompt, job.params) for job in jobs[:8]]
+    llm.llm_engine.step()
+    internal = {name.rsplit("-", 1)[0]: name for name in scheduler(llm).requests}
+    held = {req_id: len(manager.get_block_ids(internal[req_id])[0]) for req_id in req_ids}
+    assert min(held.values()) > 0
+    for number, req_id in enumerate(req_ids[:4]):  # in mid-block
+        before = manager.block_pool.get_num_free_blocks()
+        llm.llm_engine.abort_request([req_id])
+        assert manager.block_pool.get_num_free_blocks() == before + held[req_id], number
+    finished = drive(llm, lambda step: None)
+    assert {req_id: list(finished[req_id].token_ids) for req_id in req_ids[4:]} == {
+        req_id: job.decoded.tokens for req_id, job in zip(req_ids[4:], jobs[4:8], strict=True)
+    }
+    assert manager.block_pool.get_num_free_blocks() == all_free
+
+
+def test_a_mask_token_in_a_prompt_is_a_token_like_any_other(llm, twin):
+    rng = random.Random(22)
+    prompts = [[rng.choice([twin.mask_token_id, 5, 9, 40]) for _ in range(length)] for length in (3, 8, 21, 37)]
+    expected = [decode_block_causal(twin, prompt, above(0.4), block_length=8, max_tokens=20) for prompt in prompts]
+    assert min(min(e.proposal_margin, e.rule_margin) for e in expected) > MIN_MARGIN
+    got = tokens(generate(llm, prompts, sampling(20, policy="static_threshold", threshold=0.4, block_length=8)))
+    assert got == [e.tokens for e in expected]
+    assert all(twin.mask_token_id not in one for one in got)
+
+
+def test_several_completions_of_one_prompt_are_those_of_their_seeds(llm, jobs):
+    params = sampling(24, temperature=0.8, seed=3, n=3, block_length=8, threshold=0.3, policy="static_threshold")
+    [output] = llm.generate([{"prompt_token_ids": jobs[0].prompt}], params, use_tqdm=False)
+    several = tokens(output.outputs)
+    assert len({tuple(one) for one in several}) == 3
+    again = [
+        sampling(24, temperature=0.8, seed=3 + i, block_length=8, threshold=0.3, policy="static_threshold")
+        for i in range(3)
+    ]
+    assert tokens(generate(llm, [jobs[0].prompt] * 3, again)) == several
+
+
+def test_several_stop_tokens_end_their_block_early(llm, twin, jobs):
+    whole = generate(llm, [job.prompt for job in jobs[:12]], sampling(32, policy="fixed_steps", block_length=16))
+    ends = [whole[0].token_ids[2], whole[1].token_ids[5], whole[2].token_ids[9]]
+    cut = generate(
+        llm, [job.prompt for job in jobs[:12]], sampling(32, policy="fixed_steps", block_length=16, stop_token_ids=ends)
+    )
+    num_cut = 0
+    for full, short in zip(whole, cut, strict=True):
+        first = next((index for index, token in enumerate(full.token_ids) if token in ends), None)
+        if first is None:
+            assert list(short.token_ids) == list(full.token_ids)
+            continue
+        num_cut += 1
+        assert list(short.token_ids) == list(full.token_ids[: first + 1])
+        assert nfe(short) <= nfe(full)
+    assert num_cut >= 3 and sum(map(nfe, cut)) < sum(map(nfe, whole))
 
 
 def test_pages_are_shared_between_equal_block_lengths_only(llm, twin):
