@@ -205,6 +205,15 @@ def test_rows_for_less_than_two_blocks_are_refused(block_causal: str, name: str)
         _set_up_block_causal(config, 24, server_options(config))
 
 
+def test_experts_of_several_cpu_engines_are_refused(tmp_path: Path) -> None:
+    """vLLM itself would fail at the first request."""
+    from tests.reference.block_causal_checkpoints import LLADA2_FIELDS
+
+    (tmp_path / "config.json").write_text(json.dumps(LLADA2_FIELDS))
+    with pytest.raises(ValueError, match="data_parallel_size is 2, but vLLM cannot exchange experts' inputs"):
+        configure(str(tmp_path), data_parallel_size=2)
+
+
 @pytest.mark.parametrize("backend", ["FLASHINFER", "FLEX_ATTENTION"])
 def test_attention_that_has_no_room_for_blocks_is_refused(checkpoint: str, block_causal: str, backend: str) -> None:
     with pytest.raises(ValueError, match=f"attention backend {backend} holds as many requests as max_num_seqs"):

@@ -156,6 +156,9 @@ def _set_up_full_attention(vllm_config: "VllmConfig", options: ServerOptions) ->
     if vllm_config.scheduler_config.enable_chunked_prefill:
         vllm_config.scheduler_config.enable_chunked_prefill = False
         switched_off.append("chunked prefill (a refresh computes prompt and canvas together)")
+    if vllm_config.scheduler_config.long_prefill_token_threshold:
+        vllm_config.scheduler_config.long_prefill_token_threshold = 0
+        switched_off.append("long_prefill_token_threshold (likewise)")
     if vllm_config.cache_config.enable_prefix_caching:
         vllm_config.cache_config.enable_prefix_caching = False
         switched_off.append("prefix caching (a prompt's keys and values depend on its canvas)")
@@ -316,6 +319,11 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; leave it unset: these models need ours.")
 
         hf_config = vllm_config.model_config.hf_config
+        if parallel.data_parallel_size > 1 and current_platform.is_cpu() and getattr(hf_config, "num_experts", 0):
+            raise OSDTError(
+                f"data_parallel_size is {parallel.data_parallel_size}, but vLLM cannot exchange experts' inputs "
+                "between engines on a CPU; use --tensor-parallel-size, or servers of their own."
+            )
         if not 0 <= hf_config.mask_token_id < hf_config.vocab_size:
             raise OSDTError(
                 f"the config's mask_token_id is {hf_config.mask_token_id}; it must be in [0, {hf_config.vocab_size}). "
@@ -330,9 +338,6 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         if scheduler.async_scheduling is not False:
             scheduler.async_scheduling = False
             switched_off.append("async scheduling (a step's plan needs the last one's outcome)")
-        if scheduler.long_prefill_token_threshold:
-            scheduler.long_prefill_token_threshold = 0
-            switched_off.append("long_prefill_token_threshold (a step takes as much of a prompt as fits)")
         if defaults.cache == BLOCK_CACHE:
             switched_off += _set_up_block_causal(vllm_config, defaults.block_length, options)
         else:

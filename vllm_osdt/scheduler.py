@@ -4,6 +4,7 @@ vLLM's scheduler keeps queues, KV pages, preemption, stop conditions and metrics
 speculative placeholders, the way vLLM's own diffusion models do; rows start at ``num_computed_tokens``.
 """
 
+import sys
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,6 +45,10 @@ class CanvasScheduler(Scheduler):
         self.num_spec_tokens = MAX_BLOCK_LENGTH
         self._is_fused = server_options(self.vllm_config).fused_commit
         self._is_shifted = getattr(self.vllm_config.model_config.hf_config, "logits_shift", 0) > 0
+        # vLLM would apply it to a canvas too.
+        self._long_prefill_threshold = self.scheduler_config.long_prefill_token_threshold
+        self.scheduler_config.long_prefill_token_threshold = 0
+        self._max_rows = sys.maxsize  # of a request in the step that is being planned, beyond two blocks
         self._placeholders = [-1] * self.max_model_len
         self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
         self._rows: dict[str, Rows] = {}  # of the step that is being planned
@@ -62,6 +67,7 @@ class CanvasScheduler(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan one engine step (see the class)."""
         self._room = self.max_num_scheduled_tokens
+        self._max_rows = self._rows_of_a_long_prompt()
         self._rows.clear()
         order = self.running
         waited, self._postponed = self._postponed, {}
@@ -93,9 +99,21 @@ class CanvasScheduler(Scheduler):
             request.canvas_plan = plan
         return plan
 
+    def _rows_of_a_long_prompt(self) -> int:
+        """vLLM's rule: ``long_prefill_token_threshold``, or a request's share of the step, if others want some."""
+        num_requests = sum(self.get_request_counts())
+        if not self._long_prefill_threshold or num_requests < 2:
+            return sys.maxsize
+        share = self.max_num_scheduled_tokens // num_requests if self.adaptive_long_prefill_threshold else 0
+        return max(self._long_prefill_threshold, share)
+
+    def _next_rows(self, request: Request) -> Rows | None:
+        plan = self._plan(request)
+        return plan.next_rows(request.num_tokens, min(self._room, max(self._max_rows, 2 * plan.block_length)))
+
     def _plan_step(self, request: Request) -> bool:
         """Set which rows of a running request are next; False when they must wait for room."""
-        rows = self._plan(request).next_rows(request.num_tokens, self._room)
+        rows = self._next_rows(request)
         if rows is None:
             # schedule() counts current_step up before it looks at this.
             request.next_decode_eligible_step = self.current_step + 2
@@ -114,7 +132,7 @@ class CanvasScheduler(Scheduler):
         plan, is_new = self._plan(request), request.status != RequestStatus.RUNNING
         if is_new:
             plan.admit(request.num_computed_tokens + kwargs["num_new_computed_tokens"])
-            rows = plan.next_rows(request.num_tokens, self._room)
+            rows = self._next_rows(request)
             if rows is None:
                 return None
         else:

@@ -96,6 +96,32 @@ def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(checkpoi
     assert_idle(llm)
 
 
+@pytest.mark.parametrize(("adaptive", "most"), [(False, 40), (True, 64)])
+def test_long_prompts_leave_room_for_others(checkpoint, start_llm, twin, adaptive, most):
+    """At most 40 rows a step, or the fourth part of 256, unless a request is alone."""
+    arguments = {"long_prefill_token_threshold": 44, "long_prefill_token_threshold_adaptive": adaptive}
+    llm = start_llm(checkpoint, **{**ENGINE, "max_num_batched_tokens": 256}, **arguments)
+    rng = random.Random(23)
+    prompts = [[rng.randrange(3, 100) for _ in range(length)] for length in (200, 30, 170, 9)]
+    rows, schedule = [], scheduler(llm).schedule
+
+    def watched(*args):
+        output = schedule(*args)
+        rows.append(list(output.num_scheduled_tokens.values()))
+        return output
+
+    scheduler(llm).schedule = watched
+    got = generate(llm, prompts, sampling(20, policy="static_threshold", threshold=0.4, block_length=8))
+    expected = [decode_block_causal(twin, prompt, above(0.4), block_length=8, max_tokens=20) for prompt in prompts]
+    assert min(min(e.proposal_margin, e.rule_margin) for e in expected) > MIN_MARGIN
+    assert tokens(got) == [e.tokens for e in expected]
+    assert max(max(step) for step in rows if len(step) > 1) == most
+    rows.clear()
+    scheduler(llm).reset_prefix_cache()
+    assert tokens(generate(llm, prompts[:1], sampling(20, threshold=0.4, block_length=8))) == [expected[0].tokens]
+    assert rows[0] == [208]
+
+
 def test_scarce_pages_make_requests_wait_and_change_no_token(checkpoint, start_llm, jobs):
     llm = start_llm(checkpoint, max_num_seqs=32, max_model_len=128, block_size=32, num_gpu_blocks_override=9)
     seen = []
