@@ -7,7 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+from csrc_triton.reference import ENTROPY_SCALE
+
 TILE_V = 4096
+SCALE = tl.constexpr(ENTROPY_SCALE)
 
 
 @triton.jit
@@ -30,7 +33,9 @@ def _confidence_kernel(
     confidence_ptr,
     vocabulary,
     banned_token_id,  # -1: none
+    by_entropy_ptr,
     HAS_TEMPERATURE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     TILE_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -44,6 +49,7 @@ def _confidence_kernel(
 
     largest = -float("inf")  # over all ids
     total = 0.0  # of exp(logit - largest) over all ids
+    weighted = 0.0  # of (logit - largest) exp(logit - largest)
     best_score = -float("inf")  # over allowed ids
     best_id = 0
     num_nan = 0
@@ -57,6 +63,11 @@ def _confidence_kernel(
         tile_largest = tl.max(logit)
         new_largest = tl.maximum(largest, tile_largest)
         shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # -inf - -inf would be NaN
+        if HAS_ENTROPY:
+            lower = tl.where(total > 0, largest - shift, 0.0)
+            weighted = tl.exp(lower) * (weighted + lower * total)
+            x = tl.maximum(logit - shift, -87.0)
+            weighted += tl.sum(x * tl.exp(x))
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logit - shift))
         largest = new_largest
 
@@ -78,6 +89,11 @@ def _confidence_kernel(
         chosen = tl.load(row_ptr + best_id).to(tl.float32)  # without the noise
     chosen = tl.where(hopeless, 0.0, chosen)
     probability = tl.exp(chosen - tl.where(hopeless, 0.0, largest)) / tl.where(hopeless, 1.0, total)
+    if HAS_ENTROPY:
+        if tl.load(by_entropy_ptr + row) != 0:
+            if total > 0:
+                entropy = tl.log(total) - weighted / total
+                probability = tl.minimum(1.0 - entropy / SCALE, 1.0)
     tl.store(token_ptr + row, best_id.to(tl.int64))
     tl.store(confidence_ptr + row, tl.where(hopeless, 0.0, probability))
 
@@ -87,6 +103,7 @@ def confidence(
     banned_token_id: int | None,
     temperature: torch.Tensor | None,
     noise_key: torch.Tensor | None,
+    by_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.confidence``; CPU tensors work only in Triton's interpreter."""
     num_rows, vocabulary = logits.shape
@@ -102,7 +119,9 @@ def confidence(
             probability,
             vocabulary,
             -1 if banned_token_id is None else banned_token_id,
+            None if by_entropy is None else by_entropy.view(torch.uint8),
             HAS_TEMPERATURE=temperature is not None,
+            HAS_ENTROPY=by_entropy is not None,
             TILE_V=min(TILE_V, triton.next_power_of_2(vocabulary)),
             num_warps=8,
         )

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 
-from csrc_triton.reference import DOUBT_UNITS, NO_CONFIDENCE, Rule, UnmaskResult
+from csrc_triton.reference import DOUBT_UNITS, ENTROPY_SCALE, NO_CONFIDENCE, Rule, UnmaskResult
 
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: a converted chunk stays in the second-level cache
 GUMBEL_MAX = 16.7  # above the largest noise value, 24 ln 2 = 16.64
@@ -23,8 +23,9 @@ C0, C1, C2, C3, C4, C5, C6, C7 = (np.float32(math.log(2) ** k / math.factorial(k
 HALF, ONE = np.float32(0.5), np.float32(1)
 SMALLEST_EXPONENT = np.float32(-126)
 MANTISSA_BITS, EXPONENT_BIAS = np.int32(23), np.int32(127)
+SCALE, SMALLEST_DIFFERENCE = np.float32(ENTROPY_SCALE), np.float32(-87)
 WITHOUT_LOGITS = np.float32(NO_CONFIDENCE)
-THRESHOLD, TOP_K, FACTOR = int(Rule.THRESHOLD), int(Rule.TOP_K), int(Rule.FACTOR)
+THRESHOLD, TOP_K, FACTOR, JOINT_BOUND = (int(rule) for rule in list(Rule)[:4])
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -44,6 +45,7 @@ def confidence(
     banned_token_id: int | None,
     temperature: torch.Tensor | None,
     noise_key: torch.Tensor | None,
+    by_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.confidence``. NumPy's argmax is vectorised, a compiled loop for it is not."""
     num_rows, vocabulary = logits.shape
@@ -66,6 +68,8 @@ def confidence(
             noise = temperature[start:stop].numpy(), noise_key[start:stop].numpy()
             chosen[:] = _sample(chunk_np, chosen, *noise, banned_token_id)
         _choose_probability(chunk_np, best, banned, chosen, probability_np[start:stop])
+        if by_entropy is not None:
+            _replace_by_entropy(chunk_np, best, by_entropy.numpy()[start:stop], probability_np[start:stop])
     return token, probability
 
 
@@ -98,6 +102,27 @@ def _choose_probability(
         elif line[token[row]] == -np.inf:
             share = np.float32(0)
         probability[row] = share
+
+
+@compiled()
+def _replace_by_entropy(logits: np.ndarray, best: np.ndarray, by_entropy: np.ndarray, probability: np.ndarray) -> None:
+    """1 - H / 32 of the rows that ask for it; those without a proposal keep their 0."""
+    for row in range(logits.shape[0]):
+        if by_entropy[row] and probability[row] > 0:
+            largest = logits[row, best[row]]
+            total = _sum_exp(logits[row], largest)
+            entropy = np.log(total) - _sum_x_exp(logits[row], largest) / total
+            probability[row] = min(ONE - entropy / SCALE, ONE)
+
+
+@compiled(fastmath={"reassoc", "contract", "nsz"})
+def _sum_x_exp(line: np.ndarray, largest: np.float32) -> np.float32:
+    """Sum of x exp(x), x = line - largest, vectorised."""
+    total = np.float32(0)
+    for k in range(line.size):
+        x = max(line[k] - largest, SMALLEST_DIFFERENCE)
+        total += x * _exp2(x * LOG2_E)
+    return total
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
@@ -304,7 +329,8 @@ def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32, quota:
         else:
             doubt = np.int64(np.float64(ONE - ranked[n - 1]) * DOUBT_UNITS)
             doubts += doubt
-            passes = doubts + doubt < np.float64(parameter) * DOUBT_UNITS
+            bound = doubts + doubt if rule == JOINT_BOUND else doubts
+            passes = bound < np.float64(parameter) * DOUBT_UNITS
         if passes or n <= quota:
             num_accepted = n
     return num_accepted

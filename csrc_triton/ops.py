@@ -33,6 +33,7 @@ def confidence(
     banned_token_id: int | None = None,
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
+    by_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Proposes the best token of every row and says how probable the model finds it.
 
@@ -49,16 +50,20 @@ def confidence(
         banned_token_id: id that is never proposed, usually the mask token; it still counts in the softmax.
         temperature: [num_rows] fp32, >= 0; 0 means greedy. None: all rows are greedy.
         noise_key: [num_rows] int64, any value; required with ``temperature``.
+        by_entropy: [num_rows] bool, rows whose confidence is 1 - H / 32, with the entropy H of the plain softmax in
+            nats, whatever the proposal. None: no row's is.
 
     Returns:
-        Token, [num_rows] int64, the lowest id among equals; its softmax probability, [num_rows] fp32 in [0, 1].
+        Token, [num_rows] int64, the lowest id among equals; its softmax probability (see ``by_entropy``), [num_rows]
+        fp32 in [0, 1].
 
     Raises:
         ValueError: on a wrong shape, stride, device or ``banned_token_id``, or a temperature without noise key.
         TypeError: on a wrong dtype.
 
     Source: LLaDA, arXiv 2502.09992, low-confidence remasking; its reference decoder may propose the mask token, we
-        do not. Noisy argmax with the confidence of the plain softmax: Fast-dLLM, arXiv 2505.22618.
+        do not. Noisy argmax with the confidence of the plain softmax: Fast-dLLM, arXiv 2505.22618. Entropy: EB-Sampler,
+        arXiv 2505.24857.
     """
     if logits.dim() != 2:
         raise ValueError(f"logits: shape is {tuple(logits.shape)}, expected [num_rows, vocabulary]")
@@ -78,7 +83,10 @@ def confidence(
         _check("temperature", temperature, (num_rows,), (torch.float32,), logits.device)
         _check("noise_key", noise_key, (num_rows,), (torch.int64,), logits.device)
 
-    return implementations(logits.device).confidence(logits, banned_token_id, temperature, noise_key)
+    if by_entropy is not None:
+        _check("by_entropy", by_entropy, (num_rows,), (torch.bool,), logits.device)
+
+    return implementations(logits.device).confidence(logits, banned_token_id, temperature, noise_key, by_entropy)
 
 
 def unmask(

@@ -11,6 +11,7 @@ import torch
 
 UINT32_MASK = 0xFFFFFFFF
 NO_CONFIDENCE = -2.0  # of a position without logits: below every other, and below NaN, which counts as -1
+ENTROPY_SCALE = 32.0  # above the entropy of any vocabulary, in nats
 DOUBT_UNITS = 1 << 24  # in 1; a doubt 1 - c in fp32 is a whole number of them
 
 
@@ -29,6 +30,8 @@ class Rule(IntEnum):
     JOINT_BOUND = 3
     """The n most confident, n the largest with (1 - c_(1)) + ... + (1 - c_(n)) + (1 - c_(n)) < p. Each doubt 1 - c is
     taken in fp32, where it is a multiple of 2**-24; the sum is exact."""
+    DOUBT_BOUND = 4
+    """The n most confident, n the largest with (1 - c_(1)) + ... + (1 - c_(n)) < p, likewise."""
 
 
 class UnmaskResult(NamedTuple):
@@ -49,6 +52,7 @@ def confidence(
     banned_token_id: int | None = None,
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
+    by_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of ``ops.confidence``; its softmax runs in fp64, so that it is the more exact side of a comparison."""
     num_rows, vocabulary = logits.shape
@@ -65,6 +69,10 @@ def confidence(
     hopeless = logits.isnan().any(dim=-1) | (best.squeeze(-1) == -torch.inf)
     token = token.masked_fill(hopeless, 1 if banned_token_id == 0 else 0)
     chosen = probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    if by_entropy is not None:
+        exact = logits.double().softmax(dim=-1)
+        entropy = -torch.special.xlogy(exact, exact).sum(dim=-1)
+        chosen = torch.where(by_entropy, (1.0 - entropy / ENTROPY_SCALE).float(), chosen)
     return token, chosen.masked_fill(hopeless, 0.0)
 
 
@@ -131,9 +139,10 @@ def _num_accepted(ranked: torch.Tensor, rule: int, parameter: torch.Tensor, quot
     elif rule == Rule.FACTOR:
         passing = [n for n in range(1, num_masked + 1) if (n + 1) * (1 - ranked[n - 1]) < parameter]
     else:
+        again = int(rule == Rule.JOINT_BOUND)
         doubts = [int((1 - c).double() * DOUBT_UNITS) for c in ranked]
         limit = parameter.double() * DOUBT_UNITS
-        passing = [n for n in range(1, num_masked + 1) if sum(doubts[:n]) + doubts[n - 1] < limit]
+        passing = [n for n in range(1, num_masked + 1) if sum(doubts[:n]) + again * doubts[n - 1] < limit]
     passing += range(1, min(quota, num_masked) + 1)
     passing = [n for n in passing if ranked[n - 1] > NO_CONFIDENCE]
     return max(passing, default=min(1, num_masked))

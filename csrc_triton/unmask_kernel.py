@@ -12,6 +12,7 @@ from csrc_triton.reference import DOUBT_UNITS, NO_CONFIDENCE, Rule, UnmaskResult
 THRESHOLD = tl.constexpr(int(Rule.THRESHOLD))
 TOP_K = tl.constexpr(int(Rule.TOP_K))
 FACTOR = tl.constexpr(int(Rule.FACTOR))
+JOINT_BOUND = tl.constexpr(int(Rule.JOINT_BOUND))
 UNITS = tl.constexpr(float(DOUBT_UNITS))
 WITHOUT_LOGITS = tl.constexpr(NO_CONFIDENCE)
 
@@ -61,7 +62,8 @@ def _unmask_kernel(
     doubt = ((1.0 - score) * UNITS).to(tl.int64)
     ahead_or_self = ahead | (masked[None, :] & (position[None, :] == position[:, None]))
     doubts = tl.sum(tl.where(ahead_or_self, tl.broadcast_to(doubt[None, :], (PADDED_LENGTH, PADDED_LENGTH)), 0), axis=1)
-    bound_passes = doubts + doubt < tl.ceil(parameter * UNITS).to(tl.int64)
+    doubts += tl.where(rule == JOINT_BOUND, doubt, 0)
+    bound_passes = doubts < tl.ceil(parameter * UNITS).to(tl.int64)
     passing = tl.where(rule == FACTOR, factor_passes, bound_passes)
     passing = tl.where(rule == TOP_K, top_k_passes, passing)
     passing = tl.where(rule == THRESHOLD, score >= parameter, passing)

@@ -20,7 +20,7 @@ AUTO_TASK = "auto"
 UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
 MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
 
-POLICIES = ("osdt", "static_threshold", "factor", "joint_bound", "fixed_steps")
+POLICIES = ("osdt", "static_threshold", "factor", "joint_bound", "entropy_bound", "fixed_steps")
 BLOCK_CACHE = "block"  # of block-causal models, the only one they have
 CANVAS_CACHES = ("none", "prefix", "dual")  # of models whose positions see the whole canvas
 CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
@@ -60,10 +60,11 @@ class DecodingOptions:
     Attributes:
         task: Name of the task whose calibration profile the request makes or uses.
         policy: Which masked positions a denoising step unmasks: ``osdt``, ``static_threshold``, ``factor``,
-            ``joint_bound``, ``fixed_steps``.
+            ``joint_bound``, ``entropy_bound``, ``fixed_steps``.
         threshold: Confidence in (0, 1] of the static threshold; also the threshold of an OSDT calibration.
         factor: Parameter f > 0 of the factor rule.
         delta: Parameter in [0, 1) of the joint bound.
+        entropy: Of ``entropy_bound``, > 0: what the entropies of the positions unmasked together stay below, in nats.
         steps: Total denoising steps of ``fixed_steps``; None means one token per step. Of ``static_threshold``, at most
             so many: a step unmasks at least as many positions as ``fixed_steps`` would (dynamic rule of SDAR, LLaDA2).
         block_length: Positions denoised together, 1 to 128.
@@ -96,6 +97,7 @@ class DecodingOptions:
     threshold: float = 0.9
     factor: float = 1.0
     delta: float = 0.25
+    entropy: float = 0.35
     steps: int | None = None
     block_length: int = 32
     gen_length: int | None = None
@@ -232,6 +234,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "threshold": _number(0, 1, low_open=True),
     "factor": _number(0, math.inf, low_open=True),
     "delta": _number(0, 1, low_open=False, high_open=True),
+    "entropy": _number(0, math.inf, low_open=True),
     "steps": _count(optional=True),
     "block_length": _count(MAX_BLOCK_LENGTH),
     "gen_length": _count(optional=True),
@@ -319,6 +322,7 @@ _POLICIES_OF = {
     "threshold": ("osdt", "static_threshold"),
     "factor": ("factor",),
     "delta": ("joint_bound",),
+    "entropy": ("entropy_bound",),
     "steps": ("fixed_steps", "static_threshold"),
     "recalibrate": ("osdt",),
 }
@@ -420,6 +424,11 @@ def resolve_canvas(
             f"{total} tokens, but one forward pass holds max_num_batched_tokens {max_num_batched_tokens} and this "
             "model refreshes all of them at once. Lower max_tokens or gen_length, or start the engine with a larger "
             "--max-num-batched-tokens."
+        )
+    if options.policy == "entropy_bound" and options.edit_threshold is not None:
+        raise InvalidOptionError(
+            f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy 'entropy_bound' looks at "
+            "entropies; leave it out or choose another policy."
         )
     steps = options.steps
     if options.policy == "fixed_steps" or (options.policy == "static_threshold" and steps is not None):

@@ -11,6 +11,7 @@ import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit
 from tests.reference.decode import (
     Decoded,
+    EntropyBound,
     Rule,
     ThresholdRule,
     best_first,
@@ -46,23 +47,26 @@ RULES: list[tuple[dict[str, Any], Callable[[], Rule]]] = [
     ({"policy": "factor", "factor": 1.5}, lambda: factor(1.5)),
     ({"policy": "joint_bound", "delta": 0.1}, lambda: joint_bound(0.1)),
     ({"policy": "fixed_steps"}, lambda: lambda block, step, masked: best_first(masked)[:1]),
-    ({"policy": "joint_bound", "delta": 0.4}, lambda: joint_bound(0.4)),
+    ({"policy": "entropy_bound", "entropy": 4.0}, lambda: EntropyBound(4.0)),
 ]  # as many as share no divisor with the number of a family's variants
 STOP_ID = 7
 CANVAS_VARIANTS = [{"cache": cache, "block_length": b} for b in (4, 8, 16) for cache in ("none", "prefix", "dual")]
 
 
-def make_jobs(decode: Callable[..., Decoded], variants: Sequence[dict[str, Any]], number: int = 60) -> list[Job]:
+def make_jobs(
+    decode: Callable[..., Decoded], variants: Sequence[dict[str, Any]], number: int = 60, rules: Any = RULES
+) -> list[Job]:
     """Random requests, each of the rules with each of the variants; those whose outcome hangs on rounding are left out.
 
     Args:
         decode: Takes prompt, rule, ``max_tokens``, ``stop_token_id`` and a variant's options.
         variants: Options of requests, such as ``block_length``.
         number: How many to draw.
+        rules: Options and the plain rule.
     """
     rng, jobs = random.Random(0), []
     for index in range(number):
-        (options, rule), variant = RULES[index % len(RULES)], variants[index % len(variants)]
+        (options, rule), variant = rules[index % len(rules)], variants[index % len(variants)]
         prompt = [rng.randrange(8, 100) for _ in range(rng.randrange(1, 60))]
         max_tokens, stop = rng.randrange(1, 48), STOP_ID if index % 4 == 0 else None
         decoded = decode(prompt, rule(), max_tokens=max_tokens, stop_token_id=stop, **variant)

@@ -13,6 +13,7 @@ import vllm_osdt
 from tests.e2e.engine import generate, nfe, sampling, tokens
 from tests.e2e.jobs import (
     MIN_MARGIN,
+    RULES,
     Job,
     above,
     assert_company_changes_nothing,
@@ -25,7 +26,7 @@ from tests.e2e.jobs import (
 )
 from tests.reference.block_causal import ReferenceLLaDA2, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_llada2_checkpoint
-from tests.reference.decode import calibrate, dynamic, osdt
+from tests.reference.decode import calibrate, dynamic, joint_bound, osdt
 
 pytestmark = pytest.mark.e2e
 
@@ -93,7 +94,8 @@ def jobs(twin):
         {"block_length": 32, "edit_threshold": 0.0},
         {"block_length": 8, "edit_threshold": 0.7},
     ]
-    found = make_jobs(decode, variants)
+    rules = [*RULES[:-1], ({"policy": "joint_bound", "delta": 0.4}, lambda: joint_bound(0.4))]
+    found = make_jobs(decode, variants, rules=rules)  # entropies and editing exclude each other
     assert len(found) >= 50
     assert sum(job.decoded.num_edits > 0 for job in found) >= 15
     return found
@@ -135,6 +137,11 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin, ed
     params = sampling(40, policy="static_threshold", threshold=0.9, steps=15, block_length=8, **edit)
     completions = generate(llm, [prompts[i] for i in clear], params)
     assert [(list(c.token_ids), nfe(c)) for c in completions] == [(expected[i].tokens, expected[i].nfe) for i in clear]
+
+
+def test_editing_and_entropies_exclude_each_other(llm):
+    with pytest.raises(ValueError, match="edit_threshold is 0.5, a confidence, but policy 'entropy_bound'"):
+        generate(llm, [[5, 6]], sampling(8, policy="entropy_bound", edit_threshold=0.5))
 
 
 def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, twin):

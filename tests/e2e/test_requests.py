@@ -41,6 +41,7 @@ MIXTURE = [
     static(33, cache="dual", block_length=7, threshold=0.3),
     sampling(32, policy="factor", factor=0.8, block_length=16),
     sampling(32, policy="joint_bound", delta=0.2, block_length=16),
+    sampling(32, policy="entropy_bound", entropy=1.5, block_length=16),
     sampling(24, policy="fixed_steps", steps=12, block_length=8, cache="prefix"),
     static(temperature=0.7, seed=11),
     static(40, temperature=0.7, seed=12, block_length=8, cache="none"),

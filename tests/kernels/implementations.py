@@ -18,7 +18,7 @@ def run_confidence(implementation: str, logits: torch.Tensor, **options) -> tupl
         token, probability = csrc_triton.confidence(_to_gpu(logits), **on_gpu)
         return token.cpu(), probability.cpu()
     kernel = _interpreted("confidence_kernel")
-    names = ("banned_token_id", "temperature", "noise_key")
+    names = ("banned_token_id", "temperature", "noise_key", "by_entropy")
     return kernel.confidence(logits, *(options.get(name) for name in names))
 
 

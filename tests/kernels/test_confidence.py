@@ -77,6 +77,35 @@ def test_more_rows_than_one_piece_of_work(implementation):
 
 
 @per_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [2, 7, 1025, 2 * TILE_V + 5])
+def test_rows_that_ask_for_it_have_the_entropy_in_place_of_the_probability(implementation, vocabulary, dtype):
+    logits = torch.stack([scale * random_logits(1, vocabulary, seed=5)[0] for scale in (1, 1, 0.1, 10, 0)]).to(dtype)
+    by_entropy = torch.tensor([False, True, True, True, True])
+    _, value = assert_equals_reference(implementation, logits, banned_token_id=1, by_entropy=by_entropy)
+    _, plain = run_confidence(implementation, logits, banned_token_id=1)
+    assert value[0] == plain[0]
+    entropy = -(logits.double().softmax(-1).clamp_min(1e-300).log() * logits.double().softmax(-1)).sum(-1)
+    torch.testing.assert_close(value[1:], (1 - entropy[1:] / 32).float(), rtol=0, atol=2e-6)
+    assert value[4].item() == pytest.approx(1 - math.log(vocabulary) / 32, abs=2e-6)
+
+
+@per_implementation
+def test_entropy_of_rows_of_every_kind(implementation):
+    logits = torch.full((6, TILE_V + 3), -torch.inf)
+    logits[0, TILE_V + 1] = 2.0  # certain
+    logits[1, [4, TILE_V]] = 5.0  # one bit
+    logits[2, 3] = torch.nan
+    logits[3, 1] = 7.0  # the banned id alone
+    logits[4, :] = -1e4
+    logits[5, [0, 9]] = torch.tensor([300.0, -300.0])
+    _, value = run_confidence(implementation, logits, banned_token_id=1, by_entropy=torch.ones(6, dtype=torch.bool))
+    expected = [1.0, 1 - math.log(2) / 32, 0.0, 0.0, 1 - math.log(TILE_V + 3) / 32, 1.0]
+    assert value.tolist() == pytest.approx(expected, abs=2e-6)
+    assert (value <= 1).all()
+
+
+@per_implementation
 def test_rows_may_have_gaps(implementation):
     logits = random_logits(9, 50)[::2, 3:40]
     assert logits.stride() == (100, 1)

@@ -61,7 +61,13 @@ def random_state(
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 7.0])[integers(0, 4, *shape)]
     rule = torch.tensor(rules, dtype=torch.int8)[integers(0, len(rules), num_blocks)]
     parameters = torch.tensor(
-        [[0.0, 0.5, 0.625, 2.0], [0.0, 1.0, 3.7, 1e9], [0.0, 0.75, 1.0, 4.0], [0.0, 0.5, 1.0, 3.0]]
+        [
+            [0.0, 0.5, 0.625, 2.0],
+            [0.0, 1.0, 3.7, 1e9],
+            [0.0, 0.75, 1.0, 4.0],
+            [0.0, 0.5, 1.0, 3.0],
+            [0.0, 0.5, 1.0, 3.0],
+        ]
     )
     return {
         "canvas": integers(0, 8, *shape),
@@ -151,6 +157,13 @@ def test_no_blocks_give_empty_counts(implementation):
         (Rule.JOINT_BOUND, 0.1, [0.5, 0.75, 0.875, 0.0], [2]),
         (Rule.JOINT_BOUND, 1.5, [0.5, 0.75, 0.875, math.nan], [0, 1, 2]),
         (Rule.JOINT_BOUND, 2.9, [0.5, 0.75, 0.875, 0.0], [0, 1, 2, 3]),
+        # sums of 1 - c: 0.125, 0.375, 0.875, 1.875
+        (Rule.DOUBT_BOUND, 0.375, [0.5, 0.75, 0.875, 0.0], [2]),
+        (Rule.DOUBT_BOUND, 0.38, [0.5, 0.75, 0.875, 0.0], [1, 2]),
+        (Rule.DOUBT_BOUND, 0.01, [0.5, 0.75, 0.875, 0.0], [2]),
+        (Rule.DOUBT_BOUND, 1.9, [0.5, 0.75, 0.875, math.nan], [0, 1, 2]),
+        (Rule.DOUBT_BOUND, 1.9, [0.5, 0.75, 0.875, 0.0], [0, 1, 2, 3]),
+        (Rule.DOUBT_BOUND, 9.0, [reference.NO_CONFIDENCE, 0.1, reference.NO_CONFIDENCE, 0.2], [1, 3]),
     ],
 )
 def test_rule_unmasks_as_defined(implementation, rule, parameter, confidence, unmasked):

@@ -31,6 +31,7 @@ def options(draw, policy=None):
         threshold=draw(st.floats(0.01, 1.0)),
         factor=draw(st.floats(0.01, 4.0)),
         delta=draw(st.floats(0.0, 0.99)),
+        entropy=draw(st.floats(0.01, 40.0)),
         steps=num_blocks * draw(st.integers(1, block_length)),
         block_length=block_length,
         gen_length=num_blocks * block_length,
@@ -128,6 +129,7 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
         ),
         "factor": None,
         "joint_bound": None,
+        "entropy_bound": None,
         "fixed_steps": reference.fixed_steps(opts.steps // num_blocks, opts.block_length),
         "osdt": reference.ThresholdRule(lambda b, s: float(np.float32(calibrated.cutoff(b, s))), strict=True),
     }[opts.policy]
@@ -145,6 +147,8 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
             doubts = [1 - masked[position] for position in ranking]
             if opts.policy == "factor":
                 passes = [(k + 1) * doubts[k - 1] - opts.factor for k in range(1, len(ranking) + 1)]
+            elif opts.policy == "entropy_bound":
+                passes = [sum(doubts[:k]) - opts.entropy / 32 for k in range(1, len(ranking) + 1)]
             else:
                 passes = [sum(doubts[:k]) + doubts[k - 1] - 1 + opts.delta for k in range(1, len(ranking) + 1)]
             slack = 1e-4  # the kernel's test runs in float32

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.reference.decode import Decoded, Rule
+from tests.reference.decode import Decoded, Rule, sureness
 
 MAX_POST_STEPS = 16  # of LLaDA2.1's editing
 Weights = dict[str, torch.Tensor]
@@ -233,7 +233,7 @@ def decode_block_causal(
             masked, edits = {}, []
             for position in range(start, end):
                 token = int(top.indices[position, 0])
-                confidence = probability[position, token].item()
+                confidence = sureness(rule, probability[position], token)
                 if decided[position] and edit_threshold is None:
                     continue
                 margin = (top.values[position, 0] - top.values[position, 1]).item()
@@ -322,7 +322,7 @@ def decode_fast_dllm_v2(
                 line[model.mask_token_id] = -torch.inf
                 top = line.topk(2)
                 tokens[position] = int(top.indices[0])
-                masked[position] = probability[tokens[position]].item()
+                masked[position] = sureness(rule, probability, tokens[position])
                 result.proposal_margin = min(result.proposal_margin, (top.values[0] - top.values[1]).item())
             if chosen is None:
                 chosen = rule(block - first_block, step, masked)

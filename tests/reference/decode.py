@@ -88,6 +88,38 @@ def joint_bound(delta: float) -> Rule:
     return rule
 
 
+class EntropyBound:
+    """Rising entropies while their sum stays below the bound; works on negative entropies instead of confidences."""
+
+    by_entropy = True
+
+    def __init__(self, bound: float) -> None:
+        self.bound, self.margin = bound, float("inf")
+
+    def __call__(self, block: int, step: int, masked: dict[int, float]) -> list[int]:
+        ranking = best_first(masked)
+        total, count = 0.0, 1
+        for n, position in enumerate(ranking, start=1):
+            total -= masked[position]
+            self._note(total - self.bound)
+            if total < self.bound:
+                count = n
+        if count < len(ranking):
+            self._note(masked[ranking[count - 1]] - masked[ranking[count]])
+        return ranking[:count]
+
+    def _note(self, difference: float) -> None:
+        # The engine holds an entropy in steps of 2e-6, up to 128 of them in a sum.
+        self.margin = min(self.margin, abs(difference) / 30)
+
+
+def sureness(rule: Rule, probability: torch.Tensor, token: int) -> float:
+    """What a rule ranks by: the token's probability, or the distribution's negative entropy."""
+    if getattr(rule, "by_entropy", False):
+        return torch.special.xlogy(probability, probability).sum().item()
+    return probability[token].item()
+
+
 def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
     """LLaDA's quota: equal shares, the first steps one more where they do not come out even."""
 
@@ -189,7 +221,7 @@ def decode(
             is_alone = shift > 0 and cache != "none" and step == 0
             for offset in range(1 if is_alone else block_length):
                 if not decided[first + offset]:
-                    masked[offset] = probability[offset, proposal[offset]].item()
+                    masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))
                     margin = (top[offset, 0] - top[offset, 1]).item()
                     result.proposal_margin = min(result.proposal_margin, margin)
             chosen = [0] if is_alone else rule(block, step, masked)

@@ -22,6 +22,7 @@ class Rule(IntEnum):
     TOP_K = 1
     FACTOR = 2
     JOINT_BOUND = 3
+    DOUBT_BOUND = 4
 
 
 @dataclass(frozen=True)

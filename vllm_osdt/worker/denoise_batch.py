@@ -11,7 +11,7 @@ from csrc_triton.cpu import compiled
 from vllm_osdt.policies import Rule
 from vllm_osdt.worker.request_states import CanvasStates, HostTables, to_device
 
-TOP_K = int(Rule.TOP_K)
+TOP_K, DOUBT_BOUND = int(Rule.TOP_K), int(Rule.DOUBT_BOUND)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class DenoiseBatch:
         quota: int32 ``[R]``, positions unmasked at least.
         temperature: float32 ``[M]``, or None when all are 0.
         noise_key: int64 ``[M]``, or None likewise.
+        by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
         step_cell: int64 ``[R]``, index of block and step in tables ``[slots, max_model_len]``.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
     """
@@ -53,6 +54,7 @@ class DenoiseBatch:
     quota: torch.Tensor
     temperature: torch.Tensor | None
     noise_key: torch.Tensor | None
+    by_entropy: torch.Tensor | None
     step_cell: torch.Tensor
     edit_threshold: torch.Tensor | None
 
@@ -276,13 +278,16 @@ def cut_into_blocks(states: CanvasStates, rows: StepRows) -> BlockQueries:
 def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> DenoiseBatch:
     """What the sampler needs of a planned step, on the device."""
     host, device = states.host, states.device
-    row_temperature = row_keys = None
+    row_temperature = row_keys = by_entropy = None
     temperature = host.temperature[slots]
     if temperature.any():
         row_req, row_pos = np.divmod(plan.cells, plan.canvas_index.shape[1])
         positions = host.block_start[slots][row_req] + row_pos
         row_temperature = to_device(temperature[row_req], device)
         row_keys = to_device(noise_keys(host.seed[slots][row_req], positions, host.step[slots][row_req]), device)
+    asks_entropy = host.rule[slots] == DOUBT_BOUND
+    if asks_entropy.any():
+        by_entropy = to_device(asks_entropy[plan.cells // plan.canvas_index.shape[1]], device)
     edit_threshold = host.edit_threshold[slots]
     return DenoiseBatch(
         slots_np=slots,
@@ -299,6 +304,7 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         quota=to_device(plan.quota, device),
         temperature=row_temperature,
         noise_key=row_keys,
+        by_entropy=by_entropy,
         step_cell=to_device(plan.step_cell, device),
         edit_threshold=to_device(edit_threshold, device) if np.isfinite(edit_threshold).any() else None,
     )

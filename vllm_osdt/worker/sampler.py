@@ -55,7 +55,7 @@ class CanvasSampler:
 
         states = self.states
         token, row_confidence = self._confidence(
-            logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key
+            logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key, batch.by_entropy
         )
         is_open = is_masked = None
         if batch.edit_threshold is not None:
