@@ -212,6 +212,8 @@ def test_experts_of_several_cpu_engines_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA2_FIELDS))
     with pytest.raises(ValueError, match="data_parallel_size is 2, but vLLM cannot exchange experts' inputs"):
         configure(str(tmp_path), data_parallel_size=2)
+    with pytest.raises(ValueError, match="enable_lora is set, but vLLM has no kernels"):
+        configure(str(tmp_path), enable_lora=True)
 
 
 @pytest.mark.parametrize("backend", ["FLASHINFER", "FLEX_ATTENTION"])

@@ -74,11 +74,13 @@ class FrontEnd:
         Raises:
             InvalidOptionError: The profile cannot be used.
         """
+        adapter = request.lora_request.lora_name if request.lora_request is not None else ""
+        if adapter and options.task != AUTO_TASK:  # another adapter is another model
+            options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
         if options.task != AUTO_TASK or options.policy != "osdt":
             return options
-        adapter = request.lora_request.lora_name if request.lora_request is not None else ""
         assert request.prompt_token_ids is not None
         return replace(options, task=self._tasks.name(request.prompt_token_ids, adapter))
 

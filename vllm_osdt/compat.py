@@ -243,6 +243,26 @@ def _ordinary_sampling() -> None:
         topk_topp_sampler.HAS_TRITON = False
 
 
+def use_no_adapter_for_none() -> None:
+    """vLLM's CPU kernels read the adapter index -1, of rows without one, as the last slot, and so give those rows the
+    adapter that is there. Called by our CPU worker, when adapters are enabled.
+
+    Goes when vLLM's own kernels pass such rows over.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    def make(original):
+        def bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs):
+            original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs)
+            output_tensor[lora_indices_tensor < 0] = 0
+
+        return bgmv_shrink
+
+    _wrap(lora_ops, "bgmv_shrink", make)
+    punica_cpu.bgmv_shrink = lora_ops.bgmv_shrink
+
+
 def use_native_twins() -> None:
     """Host functions of Model Runner V2 whose kernels the interpreter would run get NumPy twins.
 

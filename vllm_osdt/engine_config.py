@@ -319,7 +319,13 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             raise OSDTError(f"scheduler_cls is {scheduler.scheduler_cls!r}; leave it unset: these models need ours.")
 
         hf_config = vllm_config.model_config.hf_config
-        if parallel.data_parallel_size > 1 and current_platform.is_cpu() and getattr(hf_config, "num_experts", 0):
+        has_experts_on_cpu = current_platform.is_cpu() and getattr(hf_config, "num_experts", 0)
+        if has_experts_on_cpu and vllm_config.lora_config is not None:
+            raise OSDTError(
+                "enable_lora is set, but vLLM has no kernels for adapters of a model with experts on a CPU; merge the "
+                "adapter into the weights."
+            )
+        if has_experts_on_cpu and parallel.data_parallel_size > 1:
             raise OSDTError(
                 f"data_parallel_size is {parallel.data_parallel_size}, but vLLM cannot exchange experts' inputs "
                 "between engines on a CPU; use --tensor-parallel-size, or servers of their own."

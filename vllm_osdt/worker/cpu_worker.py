@@ -33,6 +33,8 @@ class CanvasWorker(CanvasWorkerMixin, CPUWorker):
         """Set up the device as vLLM does, then put our runner in place of its own."""
         super().init_device()
         compat.use_native_twins()
+        if self.vllm_config.lora_config is not None:
+            compat.use_no_adapter_for_none()
         self.model_runner = CanvasModelRunner(self.vllm_config, self.device)
 
     def compile_or_warm_up_model(self) -> CompilationTimes:

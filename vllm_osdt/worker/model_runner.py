@@ -45,6 +45,7 @@ class CanvasRunnerMixin:
     vocab_size: int
     sampler: CanvasSampler
     block_tables: BlockTables
+    _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Free slots as vLLM does, and end the requests that are done (not those preempted)."""
@@ -69,6 +70,13 @@ class CanvasRunnerMixin:
             output = copy(output)  # vLLM shares the empty one
             output.osdt_report = self.model_state.canvas_states.take_report()
         return output
+
+    def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request."""
+        if self._num_logits is not None:
+            prompt_lora_mapping = tuple(np.repeat(prompt_lora_mapping, self._num_logits))
+            self._num_logits = None
+        super()._set_active_loras(prompt_lora_mapping, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs(
         self,
@@ -111,6 +119,9 @@ class CanvasRunnerMixin:
         logit_rows = to_device(plan.logit_rows if plan.logit_rows.size else np.zeros(1, dtype=np.int64), device)
         # Adapters know rows by their place in the whole batch.
         is_narrowed = self.lora_config is None
+        if not is_narrowed:
+            self._num_logits = np.diff(plan.cu_num_logits)
+            self._num_logits[0] += not plan.logit_rows.size
         logits_indices = torch.arange(len(logit_rows), device=device) if is_narrowed else logit_rows
         is_cut = num_tokens < batch_req_state.num_tokens
         num_tokens_padded = num_tokens if is_cut else max(num_tokens, batch_desc.num_tokens)
