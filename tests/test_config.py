@@ -248,6 +248,26 @@ def test_a_request_is_told_of_options_that_its_policy_does_not_use(values, messa
     assert parse_options(values, base=BASE)  # the operator's defaults are for whatever policy a request asks for
 
 
+def test_steps_per_block_hold_whatever_the_number_of_blocks():
+    for policy in ("fixed_steps", "static_threshold"):
+        assert canvas(10, 64, policy=policy, steps_per_block=5)[0].steps == 10
+        assert canvas(10, 20, policy=policy, steps_per_block=32)[0].steps == 32
+    with pytest.raises(InvalidOptionError, match="steps_per_block is 33; with 1 block of 32 it must be .* 1 to 32"):
+        canvas(10, 64, policy="fixed_steps", steps_per_block=33)
+    assert canvas(10, 64, policy="osdt", steps_per_block=5)[0].steps is None
+
+
+def test_a_request_replaces_the_operators_steps_of_either_kind():
+    operator = parse_options({"steps_per_block": 4, "policy": "fixed_steps"}, base=BASE)
+    asked = parse_options({"osdt_steps": 32}, base=operator, prefix="osdt_")
+    assert (asked.steps, asked.steps_per_block) == (32, None)
+    back = parse_options({"osdt_steps_per_block": 8}, base=asked, prefix="osdt_")
+    assert (back.steps, back.steps_per_block) == (None, 8)
+    assert parse_options({}, base=operator, prefix="osdt_").steps_per_block == 4
+    with pytest.raises(InvalidOptionError, match="osdt_steps is 32 and osdt_steps_per_block 8; send one of them"):
+        parse_options({"osdt_steps": 32, "osdt_steps_per_block": 8}, base=operator, prefix="osdt_")
+
+
 def test_a_default_value_may_be_sent_with_any_policy():
     values = {"osdt_policy": "factor", "osdt_threshold": 0.9, "osdt_recalibrate": False}
     assert parse_options(values, base=BASE, prefix="osdt_").policy == "factor"

@@ -67,6 +67,7 @@ class DecodingOptions:
         entropy: Of ``entropy_bound``, > 0: what the entropies of the positions unmasked together stay below, in nats.
         steps: Total denoising steps of ``fixed_steps``; None means one token per step. Of ``static_threshold``, at most
             so many: a step unmasks at least as many positions as ``fixed_steps`` would (dynamic rule of SDAR, LLaDA2).
+        steps_per_block: The same for each block, whatever their number; in place of ``steps``.
         block_length: Positions denoised together, 1 to 128.
         gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up. A
             block-causal model's canvas begins where the prompt's last, incomplete block does.
@@ -99,6 +100,7 @@ class DecodingOptions:
     delta: float = 0.25
     entropy: float = 0.35
     steps: int | None = None
+    steps_per_block: int | None = None
     block_length: int = 32
     gen_length: int | None = None
     cache: str = "dual"
@@ -236,6 +238,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "delta": _number(0, 1, low_open=False, high_open=True),
     "entropy": _number(0, math.inf, low_open=True),
     "steps": _count(optional=True),
+    "steps_per_block": _count(MAX_BLOCK_LENGTH, optional=True),
     "block_length": _count(MAX_BLOCK_LENGTH),
     "gen_length": _count(optional=True),
     "cache": _choice(CACHE_MODES),
@@ -304,6 +307,14 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
             known = ", ".join(prefix + option for option in own)
             raise InvalidOptionError(f"Unknown option {key!r}; this model's options are {known}.")
         changes[name] = _CHECKS[name](key, value)
+    steps = [name for name in ("steps", "steps_per_block") if changes.get(name) is not None]
+    if len(steps) == 2:
+        raise InvalidOptionError(
+            f"{prefix}steps is {changes['steps']} and {prefix}steps_per_block "
+            f"{changes['steps_per_block']}; send one of them."
+        )
+    if steps:  # in place of the other one among the defaults
+        base = replace(base, steps=None, steps_per_block=None)
     options = replace(base, **changes)
     if prefix:
         _check_used(options, changes)
@@ -323,7 +334,7 @@ _POLICIES_OF = {
     "factor": ("factor",),
     "delta": ("joint_bound",),
     "entropy": ("entropy_bound",),
-    "steps": ("fixed_steps", "static_threshold"),
+    **dict.fromkeys(("steps", "steps_per_block"), ("fixed_steps", "static_threshold")),
     "recalibrate": ("osdt",),
 }
 
@@ -431,7 +442,8 @@ def resolve_canvas(
             "entropies; leave it out or choose another policy."
         )
     steps = options.steps
-    if options.policy == "fixed_steps" or (options.policy == "static_threshold" and steps is not None):
+    has_quota = options.policy == "static_threshold" and not (steps is None and options.steps_per_block is None)
+    if options.policy == "fixed_steps" or has_quota:
         steps = _resolve_steps(options, gen_length, max_tokens)
     room = total - prompt_length
     output = room if max_tokens is None else min(max_tokens, room)
@@ -452,21 +464,26 @@ def _resolve_steps(options: DecodingOptions, gen_length: int, max_tokens: int | 
     make one more."""
     block = options.block_length
     num_blocks = gen_length // block
-    if options.steps is None:
+    name = "steps" if options.steps_per_block is None else "steps_per_block"
+    steps = getattr(options, name)
+    if steps is None:
         return gen_length
     if options.policy == "static_threshold" and options.sub_block_length is not None:
         raise InvalidOptionError(
-            f"steps is {options.steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as "
-            "they need. Leave it out, or choose policy 'fixed_steps'."
+            f"{name} is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
+            "need. Leave it out, or choose policy 'fixed_steps'."
         )
     asked = num_blocks
-    if options.cache == BLOCK_CACHE and max_tokens is not None:
+    if name == "steps_per_block":
+        asked = 1
+    elif options.cache == BLOCK_CACHE and max_tokens is not None:
         asked = math.ceil(max_tokens / block)
     parts = asked * (block // (options.sub_block_length or block))
-    if options.steps % parts or not parts <= options.steps <= asked * block:
-        cut = f", each {parts // asked} sub-blocks of {options.sub_block_length}," if parts > asked else ""
+    if steps % parts or not parts <= steps <= asked * block:
+        blocks = f"{asked} block{'s' * (asked > 1)} of {block}"
+        if parts > asked:
+            blocks += f", each {parts // asked} sub-blocks of {options.sub_block_length},"
         raise InvalidOptionError(
-            f"steps is {options.steps}; with {asked} blocks of {block}{cut} it must be a multiple of {parts} from "
-            f"{parts} to {asked * block}."
+            f"{name} is {steps}; with {blocks} it must be a multiple of {parts} from {parts} to {asked * block}."
         )
-    return options.steps // asked * num_blocks
+    return steps // asked * num_blocks

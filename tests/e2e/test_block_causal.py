@@ -269,9 +269,10 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin):
         decoded = decode_block_causal(twin, prompt, rule, block_length=block_length, max_tokens=max_tokens)
         if decoded.proposal_margin > MIN_MARGIN:
             options = {"policy": "static_threshold", "threshold": tau, "block_length": block_length}
-            steps = -(-max_tokens // block_length) * steps_per_block
+            total = -(-max_tokens // block_length) * steps_per_block
+            steps = {"steps": total} if index % 2 else {"steps_per_block": steps_per_block}
             prompts.append(prompt)
-            params.append(sampling(max_tokens, steps=steps, **options))
+            params.append(sampling(max_tokens, **steps, **options))
             expected.append(decoded)
             plain = decode_block_causal(twin, prompt, above(tau), block_length=block_length, max_tokens=max_tokens)
             num_faster += decoded.nfe < plain.nfe
