@@ -109,6 +109,22 @@ def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
     assert_first_logits_equal(llm, twin, monkeypatch, block_length=8)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "n_group": 4, "topk_group": 1,
+         "num_experts_per_tok": 2, "num_shared_experts": 1, "partial_rotary_factor": 0.25},
+        {"first_k_dense_replace": 0, "num_experts": 5, "n_group": 1, "topk_group": 1, "num_hidden_layers": 1,
+         "moe_intermediate_size": 64, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    ],
+    ids=["one group of four", "experts alone, no groups, tied"],
+)  # fmt: skip
+def test_logits_at_other_sizes(tmp_path, monkeypatch, start_llm, fields):
+    folder = make_llada2_checkpoint(tmp_path / "model", seed=4, **fields)
+    llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
+    assert_first_logits_equal(llm, ReferenceLLaDA2.load(folder), monkeypatch, block_length=16)
+
+
 def test_neither_order_nor_company_changes_a_token(llm, jobs):
     assert_company_changes_nothing(llm, jobs)
 

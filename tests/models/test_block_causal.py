@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.reference.block_causal import ReferenceSDAR
-from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
+from tests.reference.block_causal import ReferenceFastDLLMv2, ReferenceSDAR
+from tests.reference.block_causal_checkpoints import make_fast_dllm_v2_checkpoint, make_sdar_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
 
 # config.json of the published checkpoints, without what only their own code reads.
@@ -127,6 +127,24 @@ def test_logits_equal_those_of_the_plain_network(tmp_path, monkeypatch, start_ll
     folder = make_sdar_checkpoint(tmp_path / "model", seed=4, **fields)
     llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
     assert_first_logits_equal(llm, ReferenceSDAR.load(folder), monkeypatch, block_length=16)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128, "intermediate_size": 72},
+        {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "num_hidden_layers": 1},
+    ],
+    ids=["no groups, odd width", "tied, one layer, other constants"],
+)
+def test_logits_of_fast_dllm_v2_equal_those_of_the_plain_network(tmp_path, monkeypatch, start_llm, fields):
+    from tests.e2e.jobs import assert_first_logits_equal
+
+    folder = make_fast_dllm_v2_checkpoint(tmp_path / "model", seed=4, **fields)
+    llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
+    twin = ReferenceFastDLLMv2.load(folder)
+    assert_first_logits_equal(llm, twin, monkeypatch, block_length=16, sub_block_length=16)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
