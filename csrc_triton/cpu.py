@@ -25,7 +25,8 @@ SMALLEST_EXPONENT = np.float32(-126)
 MANTISSA_BITS, EXPONENT_BIAS = np.int32(23), np.int32(127)
 SCALE, SMALLEST_DIFFERENCE = np.float32(ENTROPY_SCALE), np.float32(-87)
 WITHOUT_LOGITS = np.float32(NO_CONFIDENCE)
-THRESHOLD, TOP_K, FACTOR, JOINT_BOUND = (int(rule) for rule in list(Rule)[:4])
+THRESHOLD, TOP_K = int(Rule.THRESHOLD), int(Rule.TOP_K)
+FACTOR, JOINT_BOUND = int(Rule.FACTOR), int(Rule.JOINT_BOUND)
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

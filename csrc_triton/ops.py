@@ -62,8 +62,8 @@ def confidence(
         TypeError: on a wrong dtype.
 
     Source: LLaDA, arXiv 2502.09992, low-confidence remasking; its reference decoder may propose the mask token, we
-        do not. Noisy argmax with the confidence of the plain softmax: Fast-dLLM, arXiv 2505.22618. Entropy: EB-Sampler,
-        arXiv 2505.24857.
+        do not. Noisy argmax with the confidence of the plain softmax: Fast-dLLM, arXiv 2505.22618. Entropy:
+        EB-Sampler, arXiv 2505.24857.
     """
     if logits.dim() != 2:
         raise ValueError(f"logits: shape is {tuple(logits.shape)}, expected [num_rows, vocabulary]")

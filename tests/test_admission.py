@@ -215,10 +215,10 @@ def test_a_clients_cache_salt_never_is_that_of_another_block_length(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**SDAR_FIELDS, "block_size": 4}))
     config = configure(str(tmp_path), additional_config={"osdt": {"profile_dir": ""}})
     salts = {}
-    for block_length in (4, 8, 16):
-        for salt in (None, "a", "osdt:8:", "osdt:8:a", "osdt:4:", "osdt:16:osdt:8:"):
+    for block_length in (4, 8, 16, 24):  # pages cut blocks of 24
+        for salt in (None, "a", "osdt:8:", "osdt:8:a", "osdt:4:", "osdt:16:osdt:8:", "osdt::8:0", "20"):
             one = request(policy="static_threshold", block_length=block_length)
-            one.cache_salt, one.request_id = salt, "r"
+            one.cache_salt, one.request_id = salt, f"8:{len(salts)}"
             admit(one, config)
             salts[block_length, salt] = one.cache_salt
     assert len(set(salts.values())) == len(salts)

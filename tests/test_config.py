@@ -23,6 +23,7 @@ BAD_VALUES = [
     ("task", "x" * 201),
     ("task", "two\nlines"),
     ("task", 7),
+    ("task", "maths@tuned"),
     ("policy", "greedy"),
     ("policy", None),
     ("threshold", 0),
@@ -222,8 +223,6 @@ def test_steps_default_to_one_token_a_step_of_fixed_steps_and_to_no_quota_of_a_t
     assert canvas(10, 64, policy="static_threshold", steps=2)[0].steps == 2
     with pytest.raises(InvalidOptionError, match="steps is 3; with 2 blocks of 32"):
         canvas(10, 64, policy="static_threshold", steps=3)
-    with pytest.raises(InvalidOptionError, match="steps is 4; with policy 'static_threshold' this model's sub-blocks"):
-        canvas(10, 64, policy="static_threshold", steps=4, sub_block_length=8)
     assert canvas(10, 64, policy="fixed_steps")[0].steps == 64
     assert canvas(10, 64, policy="fixed_steps", steps=2)[0].steps == 2
     assert canvas(10, 64, policy="osdt", steps=3)[0].steps == 3
@@ -266,6 +265,16 @@ def test_a_request_replaces_the_operators_steps_of_either_kind():
     assert parse_options({}, base=operator, prefix="osdt_").steps_per_block == 4
     with pytest.raises(InvalidOptionError, match="osdt_steps is 32 and osdt_steps_per_block 8; send one of them"):
         parse_options({"osdt_steps": 32, "osdt_steps_per_block": 8}, base=operator, prefix="osdt_")
+
+
+def test_what_the_operator_meant_for_one_policy_is_not_another_ones():
+    fixed = parse_options({"policy": "fixed_steps", "steps": 6}, base=BASE)
+    assert parse_options({"osdt_policy": "static_threshold"}, base=fixed, prefix="osdt_").steps is None
+    assert parse_options({"osdt_policy": "fixed_steps"}, base=fixed, prefix="osdt_").steps == 6
+    assert parse_options({"osdt_policy": "osdt"}, base=fixed, prefix="osdt_").steps == 6  # which osdt does not look at
+    edits = parse_options({"edit_threshold": 0.5}, base=BASE)
+    assert parse_options({"osdt_policy": "entropy_bound"}, base=edits, prefix="osdt_").edit_threshold is None
+    assert parse_options({"osdt_policy": "factor"}, base=edits, prefix="osdt_").edit_threshold == 0.5
 
 
 def test_a_default_value_may_be_sent_with_any_policy():

@@ -163,7 +163,9 @@ def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal:
         ("SDAR-8B-Chat-b32", None, {}, 32, "takes the block length 32 from the name"),
         ("SDAR-8B-Chat", None, {}, 4, "does not say how long its blocks are; 4 is assumed"),
         ("SDAR-8B-Chat-b32", 4, {}, 4, "sounds like blocks of 32, but its config says 4"),
-        ("SDAR-8B-Chat-b32", None, {"hf_overrides": {"block_length": 8}}, 8, "sounds like blocks of 32"),
+        ("SDAR-8B-Chat-b32", None, {"hf_overrides": {"block_length": 8}}, 8, ""),
+        ("SDAR-8B-Chat-b32", None, {"hf_overrides": {"block_length": 4}}, 4, ""),
+        ("SDAR-8B-Chat", None, {"hf_overrides": {"block_size": 4}}, 4, ""),
         ("SDAR-8B-Chat", None, {"hf_overrides": {"block_length": 8}}, 8, ""),
         ("SDAR-8B-Chat-b32", None, {"additional_config": {"osdt": {"block_length": 16}}}, 16, ""),
         ("SDAR-8B-Chat-b16", 16, {}, 16, ""),
@@ -191,6 +193,33 @@ def test_the_block_length_that_a_config_does_not_say_comes_from_the_name(
 def test_a_context_of_broken_blocks_is_cut_to_whole_ones(block_causal: str) -> None:
     config = configure(block_causal, max_model_len=500)
     assert config.model_config.max_model_len == config.scheduler_config.max_model_len == 480
+
+
+def test_a_context_below_one_block_is_refused(block_causal: str) -> None:
+    with pytest.raises(ValueError, match="max_model_len is 20, less than one block of 24"):
+        configure(block_causal, max_model_len=20)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        ("make_llada2_checkpoint", {"policy": "entropy_bound", "edit_threshold": 0.5}, "edit_threshold is 0.5"),
+        ("make_fast_dllm_v2_checkpoint", {"policy": "static_threshold", "steps": 8}, "steps is 8; with policy"),
+        (
+            "make_fast_dllm_v2_checkpoint",
+            {"policy": "static_threshold", "steps_per_block": 4},
+            "steps is 4; with policy",
+        ),
+    ],
+)
+def test_defaults_that_every_request_would_be_refused_for_are_refused_at_start(
+    tmp_path, make, options, message
+) -> None:
+    from tests.reference import block_causal_checkpoints
+
+    folder = getattr(block_causal_checkpoints, make)(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        configure(str(folder), additional_config={"osdt": options})
 
 
 @pytest.mark.parametrize("name", ["max_num_batched_tokens", "max_num_scheduled_tokens"])
@@ -224,20 +253,17 @@ def test_attention_that_has_no_room_for_blocks_is_refused(checkpoint: str, block
     assert configure(checkpoint, attention_config={"backend": backend}).attention_config.backend.name == backend
 
 
-@pytest.mark.parametrize(("is_recent", "expected"), [(True, None), (False, "TRITON_ATTN")])
-def test_an_old_gpu_gets_attention_that_has_room(
-    block_causal: str, monkeypatch, is_recent: bool, expected: str
-) -> None:
+@pytest.mark.parametrize(("cache_dtype", "expected"), [("auto", None), ("bfloat16", None), ("fp8", "TRITON_ATTN")])
+def test_a_gpu_gets_attention_that_has_room(monkeypatch, cache_dtype: str, expected: str | None) -> None:
     from types import SimpleNamespace
 
     from vllm.config import AttentionConfig
 
     from vllm_osdt import engine_config
 
-    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda capability: is_recent and capability == 80)
-    monkeypatch.setattr(engine_config, "current_platform", gpu)
+    monkeypatch.setattr(engine_config, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     attention = AttentionConfig()
-    engine_config._choose_attention(attention)
+    engine_config._choose_attention(attention, cache_dtype)
     assert (attention.backend and attention.backend.name) == expected
 
 
@@ -248,6 +274,8 @@ def test_what_a_checkpoint_wishes_and_no_request_could_have_is_left_out(checkpoi
     """Else every request that says nothing would be refused."""
     (Path(checkpoint) / "generation_config.json").write_text(json.dumps(GENERATION))
     assert configure(checkpoint).model_config.get_diff_sampling_param() == {"temperature": 0.6}
+    greedy = configure(checkpoint, override_generation_config={"temperature": None}).model_config
+    assert greedy.get_diff_sampling_param() == {"temperature": 0.0}
     plain = configure(checkpoint, generation_config="vllm").model_config
     assert plain.get_diff_sampling_param() == {"temperature": 0.0}
 

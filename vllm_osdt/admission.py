@@ -144,7 +144,7 @@ def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_conf
     if vllm_config.cache_config.block_size % block_length:
         assert request.sampling_params is not None
         request.sampling_params.skip_reading_prefix_cache = True
-        request.cache_salt = f"osdt:{request.request_id}"
+        request.cache_salt = f"osdt::{request.request_id}"
         return
     salt = request.cache_salt or ""
     if block_length != vllm_config.model_config.hf_config.block_length or salt.startswith(

@@ -253,14 +253,19 @@ def use_no_adapter_for_none() -> None:
     from vllm.lora.punica_wrapper import punica_cpu
 
     def make(original):
-        def bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs):
-            original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs)
-            output_tensor[lora_indices_tensor < 0] = 0
+        def on_rows_with_an_adapter(inputs, weights, output, indices, *args, **kwargs):
+            chosen = indices >= 0
+            if chosen.all():
+                return original(inputs, weights, output, indices, *args, **kwargs)
+            rows = output[chosen]
+            original(inputs[chosen], weights, rows, indices[chosen], *args, **kwargs)
+            output[chosen] = rows
 
-        return bgmv_shrink
+        return on_rows_with_an_adapter
 
-    _wrap(lora_ops, "bgmv_shrink", make)
-    punica_cpu.bgmv_shrink = lora_ops.bgmv_shrink
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        _wrap(lora_ops, name, make)
+        setattr(punica_cpu, name, getattr(lora_ops, name))
 
 
 def use_native_twins() -> None:

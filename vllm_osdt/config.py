@@ -212,8 +212,11 @@ def _count(maximum: int | None = None, *, minimum: int = 1, optional: bool = Fal
 
 
 def _task(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable():
-        raise InvalidOptionError(f"{name} is {value!r}; expected 1 to 200 printable characters.")
+    if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable() or "@" in value:
+        raise InvalidOptionError(
+            f"{name} is {value!r}; expected 1 to 200 printable characters, none of them @, behind which stands "
+            "an adapter's name."
+        )
     return value
 
 
@@ -313,8 +316,12 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
             f"{prefix}steps is {changes['steps']} and {prefix}steps_per_block "
             f"{changes['steps_per_block']}; send one of them."
         )
-    if steps:  # in place of the other one among the defaults
+    policy, with_steps = changes.get("policy", base.policy), _POLICIES_OF["steps"]
+    if steps or (policy != base.policy and policy in with_steps and base.policy in with_steps):
+        # In place of the other one among the defaults; those of the operator's policy mean something else to another.
         base = replace(base, steps=None, steps_per_block=None)
+    if policy == "entropy_bound" and base.policy != policy:
+        base = replace(base, edit_threshold=None)
     options = replace(base, **changes)
     if prefix:
         _check_used(options, changes)
@@ -436,11 +443,6 @@ def resolve_canvas(
             "model refreshes all of them at once. Lower max_tokens or gen_length, or start the engine with a larger "
             "--max-num-batched-tokens."
         )
-    if options.policy == "entropy_bound" and options.edit_threshold is not None:
-        raise InvalidOptionError(
-            f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy 'entropy_bound' looks at "
-            "entropies; leave it out or choose another policy."
-        )
     steps = options.steps
     has_quota = options.policy == "static_threshold" and not (steps is None and options.steps_per_block is None)
     if options.policy == "fixed_steps" or has_quota:
@@ -468,11 +470,6 @@ def _resolve_steps(options: DecodingOptions, gen_length: int, max_tokens: int | 
     steps = getattr(options, name)
     if steps is None:
         return gen_length
-    if options.policy == "static_threshold" and options.sub_block_length is not None:
-        raise InvalidOptionError(
-            f"{name} is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
-            "need. Leave it out, or choose policy 'fixed_steps'."
-        )
     asked = num_blocks
     if name == "steps_per_block":
         asked = 1

@@ -35,6 +35,7 @@ logger = init_logger("vllm.vllm_osdt.engine_config")
 # Tokens of the smallest KV page that attention runs well with; small pages share more of two prompts.
 SMALLEST_PAGE = {"cpu": 32, "gpu": 16}
 BACKENDS_WITH_BUFFERS = ("FLASHINFER", "FLEX_ATTENTION")
+UNQUANTISED_CACHE = ("auto", "bfloat16", "float16", "float32")
 SCHEDULER_CLS = "vllm_osdt.scheduler.CanvasScheduler"
 
 
@@ -82,7 +83,18 @@ def check_family(options: DecodingOptions, hf_config: "PretrainedConfig") -> Dec
             f"edit_threshold is {options.edit_threshold:g}, but this model was not trained to replace tokens that it "
             "has written; leave it out."
         )
+    if options.policy == "entropy_bound" and options.edit_threshold is not None:
+        raise InvalidOptionError(
+            f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy 'entropy_bound' looks at "
+            "entropies; leave it out or choose another policy."
+        )
     own = getattr(hf_config, "sub_block_length", None)
+    steps = options.steps or options.steps_per_block
+    if own is not None and options.policy == "static_threshold" and steps is not None:
+        raise InvalidOptionError(
+            f"steps is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
+            "need. Leave it out, or choose policy 'fixed_steps'."
+        )
     if own is None:
         if options.sub_block_length is not None or options.sub_block_cache:
             raise InvalidOptionError(
@@ -192,8 +204,10 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
             '"cudagraph_mode": "NONE" in --compilation-config.'
         )
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    _choose_attention(vllm_config.attention_config)
+    _choose_attention(vllm_config.attention_config, cache.cache_dtype)
     changed = []
+    if model.max_model_len < block_length:
+        raise OSDTError(f"max_model_len is {model.max_model_len}, less than one block of {block_length}; raise it.")
     if model.max_model_len % block_length:
         scheduler.max_model_len = model.max_model_len = model.max_model_len // block_length * block_length
         changed.append(
@@ -240,24 +254,30 @@ def _set_default_sampling(model: "ModelConfig") -> None:
         logger.info_once(
             "vllm-osdt leaves out what it cannot do of the checkpoint's generation_config.json: %s.", str(dropped)
         )
-    if "temperature" not in checkpoint:
-        operator.setdefault("temperature", 0.0)
+    if operator.get("temperature") is None and ("temperature" in operator or checkpoint.get("temperature") is None):
+        operator["temperature"] = 0.0
 
 
-def _choose_attention(attention: "AttentionConfig") -> None:
-    """Backends that keep a step's page tables in buffers of ``max_num_seqs`` requests have no room for its blocks, each
-    of which is a request to them.
+def check_attention(name: str) -> None:
+    """Refuse an attention backend that keeps page tables in buffers of ``max_num_seqs`` requests: it has no room
+    for a block-causal model's blocks, each of which is a request to it.
 
     Raises:
-        OSDTError: The operator asks for one.
+        OSDTError: It is one of those.
     """
-    if attention.backend is not None and attention.backend.name in BACKENDS_WITH_BUFFERS:
+    if name in BACKENDS_WITH_BUFFERS:
         raise OSDTError(
-            f"attention backend {attention.backend.name} holds as many requests as max_num_seqs says, but to attention "
-            "every block of this model's rows is one; choose FLASH_ATTN or TRITON_ATTN, or leave it out."
+            f"attention backend {name} holds as many requests as max_num_seqs says, but to attention every block of "
+            "this model's rows is one; choose FLASH_ATTN or TRITON_ATTN with --attention-backend."
         )
-    if attention.backend is None and current_platform.is_cuda() and not current_platform.has_device_capability(80):
-        attention.backend = AttentionBackendEnum.TRITON_ATTN  # older ones have no FLASH_ATTN; FLASHINFER would be next
+
+
+def _choose_attention(attention: "AttentionConfig", cache_dtype: str) -> None:
+    """Keep vLLM from choosing such a backend. (The runner looks at what has been chosen in the end.)"""
+    if attention.backend is not None:
+        check_attention(attention.backend.name)
+    elif current_platform.is_cuda() and cache_dtype not in UNQUANTISED_CACHE:
+        attention.backend = AttentionBackendEnum.TRITON_ATTN  # where FLASH_ATTN cannot, FLASHINFER would be next
 
 
 def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None:
@@ -265,7 +285,8 @@ def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None
     hf_config = model.hf_config
     named = re.search(r"-b(\d+)(?=$|[-_])", model.model.rstrip("/").rsplit("/", 1)[-1])
     length = int(named[1]) if named else None
-    if not getattr(hf_config, "is_block_causal", False) or "block_length" in operator:
+    asked = {*operator, *(model.hf_overrides if isinstance(model.hf_overrides, dict) else ())}
+    if not getattr(hf_config, "is_block_causal", False) or asked & {"block_length", "block_size", "canvas_length"}:
         return
     if length == hf_config.block_length:
         return

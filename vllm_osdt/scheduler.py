@@ -104,8 +104,9 @@ class CanvasScheduler(Scheduler):
         num_requests = sum(self.get_request_counts())
         if not self._long_prefill_threshold or num_requests < 2:
             return sys.maxsize
-        share = self.max_num_scheduled_tokens // num_requests if self.adaptive_long_prefill_threshold else 0
-        return max(self._long_prefill_threshold, share)
+        if not self.adaptive_long_prefill_threshold:
+            return self._long_prefill_threshold
+        return max(self._long_prefill_threshold, self.scheduler_config.max_num_batched_tokens // num_requests)
 
     def _next_rows(self, request: Request) -> Rows | None:
         plan = self._plan(request)
@@ -131,6 +132,8 @@ class CanvasScheduler(Scheduler):
         """Give a request the KV pages of its planned rows; plan those of one that starts or resumes."""
         plan, is_new = self._plan(request), request.status != RequestStatus.RUNNING
         if is_new:
+            if not self._has_place_for_adapter(request):
+                return None
             plan.admit(request.num_computed_tokens + kwargs["num_new_computed_tokens"])
             rows = self._next_rows(request)
             if rows is None:
@@ -152,6 +155,13 @@ class CanvasScheduler(Scheduler):
         if is_new:  # for others of this step; nothing can take its rows from it any more
             self.kv_cache_manager.cache_blocks(request, plan.num_final)
         return pages
+
+    def _has_place_for_adapter(self, request: Request) -> bool:
+        """vLLM counts adapters of requests that run in this step; some of ours wait for room, and run in the next."""
+        if request.lora_request is None:
+            return True
+        adapters = {one.lora_request.lora_int_id for one in self.running if one.lora_request is not None}
+        return len(adapters | {request.lora_request.lora_int_id}) <= self.lora_config.max_loras
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Put the planned rows of newly admitted requests in place of the prompt alone."""

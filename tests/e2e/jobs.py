@@ -49,7 +49,7 @@ RULES: list[tuple[dict[str, Any], Callable[[], Rule]]] = [
     ({"policy": "fixed_steps"}, lambda: lambda block, step, masked: best_first(masked)[:1]),
     ({"policy": "entropy_bound", "entropy": 4.0}, lambda: EntropyBound(4.0)),
 ]  # as many as share no divisor with the number of a family's variants
-STOP_ID = 7
+MIN_ENDED = 8  # jobs of a family that end at a stop token
 CANVAS_VARIANTS = [{"cache": cache, "block_length": b} for b in (4, 8, 16) for cache in ("none", "prefix", "dual")]
 
 
@@ -59,7 +59,7 @@ def make_jobs(
     """Random requests, each of the rules with each of the variants; those whose outcome hangs on rounding are left out.
 
     Args:
-        decode: Takes prompt, rule, ``max_tokens``, ``stop_token_id`` and a variant's options.
+        decode: Takes prompt, rule, ``max_tokens``, ``end_token_ids`` and a variant's options.
         variants: Options of requests, such as ``block_length``.
         number: How many to draw.
         rules: Options and the plain rule.
@@ -68,23 +68,24 @@ def make_jobs(
     for index in range(number):
         (options, rule), variant = rules[index % len(rules)], variants[index % len(variants)]
         prompt = [rng.randrange(8, 100) for _ in range(rng.randrange(1, 60))]
-        max_tokens, stop = rng.randrange(1, 48), STOP_ID if index % 4 == 0 else None
-        decoded = decode(prompt, rule(), max_tokens=max_tokens, stop_token_id=stop, **variant)
+        max_tokens, ends = rng.randrange(1, 48), ()
+        decoded = decode(prompt, rule(), max_tokens=max_tokens, end_token_ids=ends, **variant)
+        if rng.randrange(3) == 0:  # it ends where the undisturbed output comes by
+            ends = (rng.randrange(3, 8), decoded.tokens[len(decoded.tokens) // 2])
+            decoded = decode(prompt, rule(), max_tokens=max_tokens, end_token_ids=ends, **variant)
         if min(decoded.proposal_margin, decoded.rule_margin, decoded.edit_margin) > MIN_MARGIN:
-            params = sampling(max_tokens, stop_token_ids=[stop] if stop else None, **options, **variant)
+            params = sampling(max_tokens, stop_token_ids=list(ends), **options, **variant)
             jobs.append(Job(prompt, params, decoded))
+    assert sum(len(job.decoded.tokens) < job.params.max_tokens for job in jobs) >= MIN_ENDED
     return jobs
 
 
 def make_canvas_jobs(twin: Any) -> list[Job]:
     """Random requests to a model whose positions see the whole canvas, in all cache modes."""
 
-    def decode_one(
-        prompt: list[int], rule: Rule, *, max_tokens: int, stop_token_id: int | None, **canvas: Any
-    ) -> Decoded:
+    def decode_one(prompt: list[int], rule: Rule, *, max_tokens: int, **canvas: Any) -> Decoded:
         whole = -(-max_tokens // canvas["block_length"]) * canvas["block_length"]
-        ends = () if stop_token_id is None else (stop_token_id,)
-        return decode(twin, prompt, rule, gen_length=whole, max_tokens=max_tokens, end_token_ids=ends, **canvas)
+        return decode(twin, prompt, rule, gen_length=whole, max_tokens=max_tokens, **canvas)
 
     jobs = make_jobs(decode_one, CANVAS_VARIANTS, 70)
     assert len(jobs) >= 50

@@ -1,5 +1,7 @@
 """SDAR with experts. A module of its own: vLLM makes the process groups of experts with the first engine."""
 
+from functools import partial
+
 import pytest
 
 from tests.e2e.jobs import (
@@ -26,10 +28,7 @@ def checkpoint(tmp_path_factory):
 def jobs(checkpoint):
     twin = ReferenceSDAR.load(checkpoint)
 
-    def decode(prompt, rule, *, stop_token_id, **options):
-        return decode_block_causal(twin, prompt, rule, eos_token_id=stop_token_id, **options)
-
-    found = make_jobs(decode, [{"block_length": length} for length in (4, 8, 16)])
+    found = make_jobs(partial(decode_block_causal, twin), [{"block_length": length} for length in (4, 8, 16)])
     assert len(found) >= 50
     return found
 

@@ -1,6 +1,7 @@
 """Fast-dLLM v2: the recorded decisions of the authors' decoder, and of a plain loop where that one has none."""
 
 import random
+from functools import partial
 
 import pytest
 
@@ -54,10 +55,7 @@ def golden_llm(golden_fast_dllm_v2, start_llm):
 
 @pytest.fixture(scope="module")
 def jobs(twin):
-    def decode(prompt, rule, **options):
-        return decode_fast_dllm_v2(twin, prompt, rule, **options)
-
-    found = make_jobs(decode, VARIANTS)
+    found = make_jobs(partial(decode_fast_dllm_v2, twin), VARIANTS)
     assert len(found) >= 50
     return found
 

@@ -6,6 +6,7 @@ describe where the engine is compared with it.
 """
 
 import random
+from functools import partial
 
 import pytest
 
@@ -55,7 +56,7 @@ def decode_case(twin, case):
         above(case["threshold"]),
         block_length=case["block_length"],
         max_tokens=case["gen_length"],
-        eos_token_id=2,
+        end_token_ids=(2,),
         edit_threshold=case["editing_threshold"],
     )
 
@@ -85,9 +86,6 @@ def test_the_engine_decodes_the_recorded_prompts_as_the_plain_loop_does(golden_l
 
 @pytest.fixture(scope="module")
 def jobs(twin):
-    def decode(prompt, rule, *, stop_token_id, **options):
-        return decode_block_causal(twin, prompt, rule, eos_token_id=stop_token_id, **options)
-
     variants = [
         {"block_length": 8},
         {"block_length": 16, "edit_threshold": 0.4},
@@ -95,7 +93,9 @@ def jobs(twin):
         {"block_length": 8, "edit_threshold": 0.7},
     ]
     rules = [*RULES[:-1], ({"policy": "joint_bound", "delta": 0.4}, lambda: joint_bound(0.4))]
-    found = make_jobs(decode, variants, rules=rules)  # entropies and editing exclude each other
+    found = make_jobs(
+        partial(decode_block_causal, twin), variants, rules=rules
+    )  # entropies and editing exclude each other
     assert len(found) >= 50
     assert sum(job.decoded.num_edits > 0 for job in found) >= 15
     return found

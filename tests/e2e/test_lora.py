@@ -14,7 +14,7 @@ from tests.e2e.engine import assert_idle, sampling
 from tests.e2e.jobs import MIN_MARGIN, above
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
-from tests.reference.decode import decode, static_threshold
+from tests.reference.decode import decode, fixed_steps, static_threshold
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
 
 pytestmark = pytest.mark.e2e
@@ -31,9 +31,12 @@ def add_adapter(folder: Path, twin, modules: tuple[str, ...], seed: int):
             continue
         a = torch.randn(RANK, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
         b = 0.5 * torch.randn(weight.shape[0], RANK, generator=generator)
-        stem = f"base_model.model.{name.removesuffix('.weight')}"
-        adapter |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
         merged.weights[name] = weight + ALPHA / RANK * b @ a
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if stem.endswith("embed_tokens"):  # rows are what is looked up
+            adapter |= {f"{stem}.lora_embedding_A": b.T.contiguous(), f"{stem}.lora_embedding_B": a.T.contiguous()}
+        else:
+            adapter |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
     assert adapter
     folder.mkdir(parents=True)
     save_file(adapter, folder / "adapter_model.safetensors")
@@ -52,6 +55,12 @@ def whole_canvas(twin, prompt, threshold):
 
 FAMILIES = {
     "SDAR": (make_sdar_checkpoint, ReferenceSDAR, ("q_proj", "v_proj", "o_proj", "down_proj"), block_causal),
+    "SDAR, embeddings and head": (
+        make_sdar_checkpoint,
+        ReferenceSDAR,
+        ("embed_tokens", "lm_head", "k_proj"),
+        block_causal,
+    ),
     "LLaDA": (make_checkpoint, ReferenceLLaDA, ("q_proj", "v_proj", "attn_out", "ff_proj", "up_proj"), whole_canvas),
 }
 
@@ -97,3 +106,24 @@ def test_adapters_have_profiles_of_their_own(tmp_path, start_llm):
     assert [one["task"] for one in told] == ["maths", "maths@tuned"] * 2
     assert [one["calibrating"] for one in told] == [True, True, False, False]
     assert told[2]["profile"] != told[3]["profile"]
+
+
+def test_an_adapter_waits_while_those_of_postponed_requests_take_its_place(tmp_path, start_llm):
+    """Requests that wait for room in a step keep their adapters, though vLLM counts those of the step alone."""
+    folder = make_checkpoint(tmp_path / "model", seed=1)
+    twin, paths = ReferenceLLaDA.load(folder), [tmp_path / f"adapter{n}" for n in (1, 2)]
+    twins = [twin, *(add_adapter(path, twin, ("q_proj", "v_proj"), seed=n) for n, path in enumerate(paths, start=1))]
+    adapters = [None, *(LoRARequest(f"a{n}", n, str(path)) for n, path in enumerate(paths, start=1))]
+    llm = start_llm(
+        folder, max_num_seqs=8, max_model_len=256, max_num_batched_tokens=256, enable_lora=True, max_lora_rank=RANK
+    )
+    prompts = [[5 + i % 80 for i in range(length)] for length in (92, 128, 20)]
+    params = [sampling(32, steps=steps, policy="fixed_steps", block_length=8) for steps in (8, 12, 8)]
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    got = llm.generate(requests, params, lora_request=adapters, use_tqdm=False)
+    rules = [fixed_steps(steps // 4, 8) for steps in (8, 12, 8)]
+    canvas = {"gen_length": 32, "block_length": 8, "cache": "dual"}
+    expected = [decode(*job, **canvas) for job in zip(twins, prompts, rules, strict=True)]
+    assert min(e.proposal_margin for e in expected) > MIN_MARGIN
+    assert [list(one.outputs[0].token_ids) for one in got] == [e.tokens for e in expected]
+    assert_idle(llm)

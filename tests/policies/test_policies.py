@@ -25,14 +25,16 @@ confidences = st.one_of(unit, st.sampled_from([0.0, 0.25, 0.5, 0.75, float(np.fl
 @st.composite
 def options(draw, policy=None):
     block_length, num_blocks = draw(st.integers(1, 33)), draw(st.integers(1, 4))
+    policy = policy or draw(st.sampled_from(POLICY_NAMES))
+    needs_steps = policy == "fixed_steps"
     return DecodingOptions(
-        policy=policy or draw(st.sampled_from(POLICY_NAMES)),
+        policy=policy,
         metric="q1",
         threshold=draw(st.floats(0.01, 1.0)),
         factor=draw(st.floats(0.01, 4.0)),
         delta=draw(st.floats(0.0, 0.99)),
         entropy=draw(st.floats(0.01, 40.0)),
-        steps=num_blocks * draw(st.integers(1, block_length)),
+        steps=num_blocks * draw(st.integers(1, block_length)) if needs_steps or draw(st.booleans()) else None,
         block_length=block_length,
         gen_length=num_blocks * block_length,
         cap=draw(st.floats(0.01, 1.0)),
@@ -123,14 +125,15 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     num_blocks = opts.gen_length // opts.block_length
     calibrated = reference.osdt(table.values.tolist(), opts.cap, opts.slack, opts.floor)
     # The plain rules take the numbers that a float32 schedule can hold.
+    threshold, steps = float(np.float32(opts.threshold)), opts.steps and opts.steps // num_blocks
     rule = {
-        "static_threshold": reference.dynamic(
-            float(np.float32(opts.threshold)), opts.steps // num_blocks, opts.block_length, strict=False
-        ),
+        "static_threshold": reference.dynamic(threshold, steps, opts.block_length, strict=False)
+        if steps
+        else reference.static_threshold(threshold),
         "factor": None,
         "joint_bound": None,
         "entropy_bound": None,
-        "fixed_steps": reference.fixed_steps(opts.steps // num_blocks, opts.block_length),
+        "fixed_steps": reference.fixed_steps(steps, opts.block_length) if steps else None,
         "osdt": reference.ThresholdRule(lambda b, s: float(np.float32(calibrated.cutoff(b, s))), strict=True),
     }[opts.policy]
     rounds = rounds_for(data, opts.block_length)
@@ -213,6 +216,7 @@ def test_fixed_steps_shares_add_up_to_the_block(opts):
 
 @given(options("static_threshold"))
 def test_steps_of_a_static_threshold_are_the_shares_of_fixed_steps_and_of_no_other_policy(opts):
+    opts = replace(opts, steps=opts.steps or opts.gen_length)
     shares = POLICIES["fixed_steps"](opts, None).parameters
     assert (POLICIES["static_threshold"](opts, None).quota == shares).all()
     assert POLICIES["static_threshold"](replace(opts, steps=None), None).quota is None

@@ -199,7 +199,7 @@ def decode_block_causal(
     *,
     block_length: int,
     max_tokens: int,
-    eos_token_id: int | None = None,
+    end_token_ids: tuple[int, ...] = (),
     edit_threshold: float | None = None,
 ) -> Decoded:
     """Decode a request with the whole sequence in every forward.
@@ -210,13 +210,13 @@ def decode_block_causal(
         rule: Which positions a step unmasks; blocks count from the first that is denoised.
         block_length: Positions denoised together.
         max_tokens: Output tokens wanted.
-        eos_token_id: Where output ends, None for no such token.
+        end_token_ids: Where output ends.
         edit_threshold: LLaDA2.1's token editing: a written token is replaced where another is surer than this, until a
             step without masks edits nothing, at most MAX_POST_STEPS of them.
     """
     ids, result = list(prompt), Decoded()
     first_block = len(prompt) // block_length
-    while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] != eos_token_id):
+    while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] not in end_token_ids):
         block, start = len(ids) // block_length, len(ids)
         end = (block + 1) * block_length
         canvas = torch.tensor(ids + [model.mask_token_id] * (end - start))
@@ -252,7 +252,7 @@ def decode_block_causal(
                 canvas[position], decided[position] = top.indices[position, 0], True
             result.num_edits += len(edits)
             is_open = edit_threshold is not None and (masked or edits and num_post_steps < MAX_POST_STEPS)
-            ready = None if is_open else _ready(canvas.tolist(), decided, start, needed, eos_token_id)
+            ready = None if is_open else _ready(canvas.tolist(), decided, start, needed, end_token_ids)
             if ready is not None:
                 break
         assert ready is not None
@@ -271,7 +271,7 @@ def decode_fast_dllm_v2(
     sub_block_length: int,
     sub_block_cache: bool,
     max_tokens: int,
-    stop_token_id: int | None = None,
+    end_token_ids: tuple[int, ...] = (),
 ) -> Decoded:
     """Decode a request with Fast-dLLM v2's sub-blocks.
 
@@ -287,11 +287,11 @@ def decode_fast_dllm_v2(
         block_length, sub_block_length: Positions of a block, and those denoised together.
         sub_block_cache: See above.
         max_tokens: Output tokens wanted.
-        stop_token_id: Where output ends, None for no such token.
+        end_token_ids: Where output ends.
     """
     ids, result = list(prompt), Decoded()
     first_block = len(prompt) // block_length
-    while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] != stop_token_id):
+    while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] not in end_token_ids):
         start, block = len(ids), len(ids) // block_length
         base, end = block * block_length, (block + 1) * block_length
         canvas = torch.tensor(ids + [model.mask_token_id] * (end - start))
@@ -329,7 +329,7 @@ def decode_fast_dllm_v2(
             result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
             for position in chosen:
                 canvas[position], decided[position] = tokens[position], True
-            ready = _ready(canvas.tolist(), decided, start, needed, stop_token_id)
+            ready = _ready(canvas.tolist(), decided, start, needed, end_token_ids)
             step += 1
         ids += ready
     result.tokens = ids[len(prompt) :]
@@ -351,11 +351,13 @@ def _beside_stale_block(
     return torch.cat([logits[:first], logits[length:], logits[last:length]])
 
 
-def _ready(ids: list[int], decided: list[bool], start: int, end: int, eos_token_id: int | None) -> list[int] | None:
+def _ready(
+    ids: list[int], decided: list[bool], start: int, end: int, end_token_ids: tuple[int, ...]
+) -> list[int] | None:
     """The block's output once nothing before its end is undecided."""
     for position in range(start, end):
         if not decided[position]:
             return None
-        if ids[position] == eos_token_id:
+        if ids[position] in end_token_ids:
             return ids[start : position + 1]
     return ids[start:end]

@@ -1,7 +1,8 @@
 """The entropy-bounded rule: the most certain positions, as long as their entropies together stay below a bound.
 
-Sources: EB-Sampler (arXiv 2505.24857); SDAR's ``entropy_bounded`` (JetAstra/SDAR), whose code sums over positions
-instead of the vocabulary and so gives every position the same entropy: here it is that of the position's distribution.
+Source: SDAR's ``entropy_bounded`` (JetAstra/SDAR), whose code sums over positions instead of the vocabulary and so
+gives every position the same entropy: here it is that of the position's distribution. EB-Sampler (arXiv 2505.24857),
+where the idea comes from, leaves the largest of the entropies out of the sum.
 """
 
 from csrc_triton.reference import ENTROPY_SCALE

@@ -1,6 +1,7 @@
 """The thin runner: vLLM's Model Runner V2 with inputs that come from canvas tables."""
 
 from copy import copy
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,9 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_osdt.engine_config import check_attention
 from vllm_osdt.worker.denoise_batch import (
     CanvasInputBatch,
     cut_into_blocks,
@@ -45,7 +48,15 @@ class CanvasRunnerMixin:
     vocab_size: int
     sampler: CanvasSampler
     block_tables: BlockTables
+    attn_groups: list[list[AttentionGroup]]
     _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, unless it has chosen attention that cannot take a block-causal model's blocks."""
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        if self.model_state.canvas_states.is_block_causal:
+            for group in chain.from_iterable(self.attn_groups):
+                check_attention(group.backend.get_name())
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Free slots as vLLM does, and end the requests that are done (not those preempted)."""

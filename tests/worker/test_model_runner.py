@@ -1,0 +1,38 @@
+"""The runner looks at the attention that vLLM has chosen in the end."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_osdt.errors import OSDTError
+from vllm_osdt.worker.model_runner import CanvasRunnerMixin
+
+
+class Stock:
+    """Stands for vLLM's runner, which chooses attention when it gets its pages."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = SimpleNamespace(get_name=lambda: backend)
+
+    def initialize_kv_cache(self) -> None:
+        self.attn_groups = [[SimpleNamespace(backend=self._backend)]]
+
+
+class Runner(CanvasRunnerMixin, Stock):
+    def __init__(self, backend: str, *, is_block_causal: bool) -> None:
+        super().__init__(backend)
+        self.model_state = SimpleNamespace(canvas_states=SimpleNamespace(is_block_causal=is_block_causal))
+
+
+@pytest.mark.parametrize("backend", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_attention_without_room_for_blocks_stops_the_engine_at_start(backend):
+    with pytest.raises(OSDTError, match=f"attention backend {backend} holds as many requests"):
+        Runner(backend, is_block_causal=True).initialize_kv_cache()
+    Runner(backend, is_block_causal=False).initialize_kv_cache()
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"])
+def test_other_attention_is_taken(backend):
+    runner = Runner(backend, is_block_causal=True)
+    runner.initialize_kv_cache()
+    assert runner.attn_groups[0][0].backend.get_name() == backend
