@@ -301,8 +301,8 @@ def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None
         logger.info_once("vllm-osdt takes the block length %d from the name of %s.", length, model.model)
     else:
         logger.warning_once(
-            "The config of %s does not say how long its blocks are; %d is assumed. With a wrong length it answers worse: "
-            "--hf-overrides '{\"block_length\": LENGTH}' says it.", model.model, hf_config.block_length,
+            "The config of %s does not say how long its blocks are; %d is assumed. If they are longer or shorter, "
+            "--hf-overrides '{\"block_length\": LENGTH}' makes its answers better.", model.model, hf_config.block_length,
         )  # fmt: skip
 
 
