@@ -302,7 +302,7 @@ def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None
     else:
         logger.warning_once(
             "The config of %s does not say how long its blocks are; %d is assumed. If they are longer or shorter, "
-            "--hf-overrides '{\"block_length\": LENGTH}' makes its answers better.", model.model, hf_config.block_length,
+            "--hf-overrides '{\"block_length\": LENGTH}' says it.", model.model, hf_config.block_length,
         )  # fmt: skip
 
 
