@@ -165,6 +165,37 @@ def test_the_published_config_loads_without_remote_code(tmp_path, name):
     assert config.num_key_value_heads == PUBLISHED[name]["num_key_value_heads"]
 
 
+def save_tokenizer(folder, name, tokenizer_class):
+    """The slow files of Qwen's tokenizer, three tokens of it, and a config that offers remote code beside it."""
+    (folder / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    words = ["a", "b", "ab", "<|endoftext|>", "<|MASK|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    config = {"tokenizer_class": tokenizer_class, "eos_token": "<|endoftext|>", "mask_token": "<|MASK|>"}
+    config["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_tokenizer_that_offers_remote_code_loads_without(tmp_path, name):
+    from vllm.tokenizers import get_tokenizer
+
+    from vllm_osdt.plugin import register
+
+    register()
+    save_tokenizer(tmp_path, name, "Qwen2Tokenizer")
+    tokenizer = get_tokenizer(str(tmp_path), trust_remote_code=False)
+    assert (tokenizer.encode("abb"), tokenizer.eos_token_id, tokenizer.mask_token_id) == ([2, 1], 3, 4)
+
+
+def test_a_tokenizer_that_is_remote_code_alone_says_what_to_do(tmp_path):
+    from vllm.tokenizers import get_tokenizer
+
+    save_tokenizer(tmp_path, "JetLM/SDAR-8B-Chat", "OwnTokenizer")
+    with pytest.raises(ValueError, match=r"(?s)contains custom code .*trust_remote_code=True"):
+        get_tokenizer(str(tmp_path), trust_remote_code=False)
+
+
 @pytest.mark.parametrize("field", ["block_size", "block_length"])
 def test_a_checkpoint_may_name_its_block(tmp_path, field):
     from vllm_osdt.models.sdar_config import SDARConfig
