@@ -24,6 +24,13 @@ PROBABILITY_RTOL = 1e-5  # fp32 against the fp64 twin: the order of a sum, and e
 CPU_SECONDS_PER_CASE = 0.5
 MAX_TWIN_ELEMENTS = 32 * 126464  # the twin keeps fp64 copies of the logits
 MASK_TOKEN_ID = 5
+PARAMETERS = {
+    Rule.THRESHOLD: 0.9,
+    Rule.TOP_K: 3.0,
+    Rule.FACTOR: 1.0,
+    Rule.JOINT_BOUND: 0.75,
+    Rule.DOUBT_BOUND: 0.01,
+}
 
 Timing = tuple[float, float, float]  # median, 20th and 80th percentile, in microseconds
 
@@ -48,7 +55,8 @@ def time_us(call: Callable[[], object], device: str) -> Timing:
 def bench_confidence(device: str, sizes: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[dict]:
     for num_rows, vocabulary in sizes:
         for dtype in dtypes:
-            for sampled in (False, True):
+            for case in ("greedy", "sampled", "entropy"):
+                sampled = case == "sampled"
                 torch.manual_seed(0)
                 logits = (3 * torch.randn(num_rows, vocabulary, device=device)).to(dtype)
                 logits[:, 7] += 20  # one likely token, as in a trained model
@@ -56,16 +64,20 @@ def bench_confidence(device: str, sizes: list[tuple[int, int]], dtypes: list[tor
                 if sampled:
                     options["temperature"] = torch.full((num_rows,), 0.7, device=device)
                     options["noise_key"] = torch.arange(num_rows, device=device)
+                row_options = ["temperature", "noise_key"] if sampled else []
+                if case == "entropy":
+                    options["by_entropy"] = torch.ones(num_rows, dtype=torch.bool, device=device)
+                    row_options = ["by_entropy"]
                 token, probability = csrc_triton.confidence(logits, **options)
                 checked = min(num_rows, max(1, MAX_TWIN_ELEMENTS // vocabulary))
-                some = options | {name: options[name][:checked] for name in ("temperature", "noise_key") if sampled}
+                some = options | {name: options[name][:checked] for name in row_options}
                 expected_token, expected = reference.confidence(logits[:checked], **some)
                 same = token[:checked] == expected_token
                 # logarithms differ in the last bit between devices, so a sampled near-tie may fall the other way
                 assert same.float().mean().item() >= (0.99 if sampled else 1.0), "tokens differ from the twin's"
                 torch.testing.assert_close(probability[:checked][same], expected[same], rtol=PROBABILITY_RTOL, atol=0)
                 record: dict = {"op": "confidence", "shape": f"M {num_rows}, V {vocabulary}", "dtype": str(dtype)[6:]}
-                record["case"] = "sampled" if sampled else "greedy"
+                record["case"] = case
                 record["op_us"] = time_us(lambda: csrc_triton.confidence(logits, **options), device)  # noqa: B023
                 if checked == num_rows:
                     record["twin_us"] = time_us(lambda: reference.confidence(logits, **options), device)  # noqa: B023
@@ -74,7 +86,7 @@ def bench_confidence(device: str, sizes: list[tuple[int, int]], dtypes: list[tor
 
 def bench_unmask(device: str, sizes: list[tuple[int, int]]) -> Iterator[dict]:
     for num_blocks, block_length in sizes:
-        for case in ("threshold", "top_k", "factor", "mixed"):
+        for case in (*(rule.name.lower() for rule in Rule), "mixed"):
             torch.manual_seed(0)
             shape = (num_blocks, block_length)
             rules = [r for r in Rule if case in (r.name.lower(), "mixed")]
@@ -86,8 +98,8 @@ def bench_unmask(device: str, sizes: list[tuple[int, int]]) -> Iterator[dict]:
                 "proposal": torch.randint(0, 1000, shape),
                 "confidence": torch.rand(shape),
                 "rule": rule,
-                "parameter": torch.tensor([0.9, 3.0, 1.0, 0.75])[rule.long()],
-                "end_token_ids": torch.full((num_blocks, 1), 2),
+                "parameter": torch.tensor([PARAMETERS[Rule(r)] for r in rule.tolist()]),
+                "end_token_ids": torch.full((num_blocks, 8), 2),
                 "num_needed": torch.full((num_blocks,), block_length, dtype=torch.int32),
                 "quota": torch.zeros(num_blocks, dtype=torch.int32),
             }

@@ -147,9 +147,8 @@ def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_conf
         request.cache_salt = f"osdt::{request.request_id}"
         return
     salt = request.cache_salt or ""
-    if block_length != vllm_config.model_config.hf_config.block_length or salt.startswith(
-        "osdt:"
-    ):  # no salt is another's
+    is_default = block_length == vllm_config.model_config.hf_config.block_length
+    if not is_default or salt.startswith("osdt:"):  # so that no client's salt is that of another block length
         request.cache_salt = f"osdt:{block_length}:{salt}"
 
 
