@@ -71,6 +71,12 @@ def golden_fast_dllm_v2() -> Golden:
 
 
 @pytest.fixture(scope="session")
+def golden_sdar() -> Golden:
+    """SDAR, random weights, 30 cases, with and without a threshold."""
+    return load_golden("sdar_random")
+
+
+@pytest.fixture(scope="session")
 def golden_tasks() -> Golden:
     """A small model trained on toy tasks, 60 cases."""
     return load_golden("llada_tasks")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import vllm_osdt
-from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
 from tests.reference.decode import (
     Decoded,
     EntropyBound,
@@ -129,6 +129,28 @@ def assert_preemption_changes_nothing(llm: Any, jobs: Sequence[Job]) -> None:
     finished = drive(llm, preempt)
     assert wrong(jobs, [finished[req_id] for req_id in req_ids]) == []
     assert_idle(llm)
+
+
+def assert_takes_recorded_decisions(llm: Any, cases: Sequence[dict[str, Any]], params_of: Callable[..., Any]) -> None:
+    """All thirty recorded cases of a block-causal family at once.
+
+    Args:
+        llm: The engine.
+        cases: What the authors' decoder did.
+        params_of: Sampling parameters of a case.
+    """
+    assert len(cases) == 30
+    completions = generate(llm, [case["prompt_token_ids"] for case in cases], [params_of(case) for case in cases])
+    assert tokens(completions) == [case["output_token_ids"] for case in cases]
+
+
+def assert_takes_recorded_decisions_in_any_order(
+    llm: Any, cases: Sequence[dict[str, Any]], params_of: Callable[..., Any]
+) -> None:
+    """Shuffled, and one by one."""
+    assert_takes_recorded_decisions(llm, random.Random(1).sample(cases, len(cases)), params_of)
+    alone = [generate(llm, [case["prompt_token_ids"]], params_of(case))[0] for case in cases]
+    assert tokens(alone) == [case["output_token_ids"] for case in cases]
 
 
 def assert_osdt_equals_a_plain_implementation(

@@ -13,6 +13,8 @@ from tests.e2e.jobs import (
     assert_company_changes_nothing,
     assert_one_batch_is_right,
     assert_preemption_changes_nothing,
+    assert_takes_recorded_decisions,
+    assert_takes_recorded_decisions_in_any_order,
     make_jobs,
     run,
     wrong,
@@ -48,6 +50,28 @@ def jobs(twin):
 @pytest.fixture(scope="module")
 def llm(checkpoint, start_llm):
     return start_llm(checkpoint, **ENGINE)
+
+
+@pytest.fixture(scope="module")
+def golden_llm(golden_sdar, start_llm):
+    return start_llm(golden_sdar.folder, **ENGINE)
+
+
+def recorded(case):
+    """A step of the authors' dynamic rule takes at least what one of their static rule does."""
+    options = {"block_length": case["block_length"], "steps_per_block": case["denoising_steps"]}
+    rule = {"policy": "fixed_steps"}
+    if case["threshold"] is not None:
+        rule = {"policy": "static_threshold", "threshold": case["threshold"]}
+    return sampling(case["gen_length"], stop_token_ids=[2], **options, **rule)
+
+
+def test_one_batch_takes_the_recorded_decisions(golden_sdar, golden_llm):
+    assert_takes_recorded_decisions(golden_llm, golden_sdar.cases, recorded)
+
+
+def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_sdar, golden_llm):
+    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_sdar.cases, recorded)
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):

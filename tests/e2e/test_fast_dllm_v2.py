@@ -1,4 +1,4 @@
-"""Fast-dLLM v2: the recorded decisions of the authors' decoder, and of a plain loop where that one has none."""
+"""Fast-dLLM v2: the recorded decisions of the authors' decoder, and those of a plain loop."""
 
 import random
 from functools import partial
@@ -14,6 +14,8 @@ from tests.e2e.jobs import (
     assert_first_logits_equal,
     assert_one_batch_is_right,
     assert_preemption_changes_nothing,
+    assert_takes_recorded_decisions,
+    assert_takes_recorded_decisions_in_any_order,
     make_jobs,
     run,
     wrong,
@@ -60,42 +62,18 @@ def jobs(twin):
     return found
 
 
-def is_clear(case):
-    """Not the one case whose prompt is exactly one block: the authors' decoder computes no keys and values for it, and
-    goes on as if there were no prompt."""
-    return len(case["prompt_token_ids"]) != case["block_length"]
-
-
-def recorded(golden):
-    cases = [case for case in golden.cases if is_clear(case)]
-    assert (len(cases), len(golden.cases)) == (29, 30)
+def recorded(case):
     names = ("threshold", "block_length", "sub_block_length", "sub_block_cache")
-    params = [
-        sampling(
-            len(case["output_token_ids"]),
-            stop_token_ids=[254],
-            policy="static_threshold",
-            **{name: case[name] for name in names},
-        )
-        for case in cases
-    ]
-    return cases, params
+    options = {name: case[name] for name in names}
+    return sampling(len(case["output_token_ids"]), stop_token_ids=[254], policy="static_threshold", **options)
 
 
 def test_one_batch_takes_the_recorded_decisions(golden_fast_dllm_v2, golden_llm):
-    cases, params = recorded(golden_fast_dllm_v2)
-    completions = generate(golden_llm, [case["prompt_token_ids"] for case in cases], params)
-    assert tokens(completions) == [case["output_token_ids"] for case in cases]
+    assert_takes_recorded_decisions(golden_llm, golden_fast_dllm_v2.cases, recorded)
 
 
 def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_fast_dllm_v2, golden_llm):
-    cases, params = recorded(golden_fast_dllm_v2)
-    order = random.Random(1).sample(range(len(cases)), len(cases))
-    completions = generate(golden_llm, [cases[i]["prompt_token_ids"] for i in order], [params[i] for i in order])
-    assert tokens(completions) == [cases[i]["output_token_ids"] for i in order]
-    for case, one in zip(cases, params, strict=True):
-        [completion] = generate(golden_llm, [case["prompt_token_ids"]], one)
-        assert list(completion.token_ids) == case["output_token_ids"]
+    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_fast_dllm_v2.cases, recorded)
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):

@@ -1,9 +1,4 @@
-"""LLaDA2 with and without token editing: as a plain loop decodes, which in turn takes the recorded decisions.
-
-The recordings come from a port of the authors' code that adds its mask of zeros and ones to the attention scores
-instead of hiding what is 0. The plain network does the same where it is compared with them, and what the papers
-describe where the engine is compared with it.
-"""
+"""LLaDA2 with and without token editing: the recorded decisions of the authors' decoder, and those of a plain loop."""
 
 import random
 from functools import partial
@@ -15,12 +10,13 @@ from tests.e2e.engine import generate, nfe, sampling, tokens
 from tests.e2e.jobs import (
     MIN_MARGIN,
     RULES,
-    Job,
     above,
     assert_company_changes_nothing,
     assert_first_logits_equal,
     assert_one_batch_is_right,
     assert_preemption_changes_nothing,
+    assert_takes_recorded_decisions,
+    assert_takes_recorded_decisions_in_any_order,
     make_jobs,
     run,
     wrong,
@@ -63,7 +59,6 @@ def decode_case(twin, case):
 
 def test_the_plain_network_and_loop_take_the_recorded_decisions(golden_llada2):
     twin = ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255)
-    twin.visible_bias, twin.hidden_bias = 1.0, 0.0
     decoded = [decode_case(twin, case) for case in golden_llada2.cases]
     assert len(decoded) == 30
     assert [d.tokens for d in decoded] == [case["output_token_ids"] for case in golden_llada2.cases]
@@ -71,17 +66,23 @@ def test_the_plain_network_and_loop_take_the_recorded_decisions(golden_llada2):
     assert sum(d.num_edits > 0 for d in decoded) >= 8
 
 
-def test_the_engine_decodes_the_recorded_prompts_as_the_plain_loop_does(golden_llada2, start_llm):
-    twin, jobs = ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255), []
-    for case in golden_llada2.cases:
-        options = {"policy": "static_threshold", "threshold": case["threshold"], "block_length": case["block_length"]}
-        options |= {"edit_threshold": case["editing_threshold"]} if case["editing_threshold"] is not None else {}
-        params = sampling(case["gen_length"], stop_token_ids=[2], **options)
-        jobs.append(Job(case["prompt_token_ids"], params, decode_case(twin, case)))
-    margins = [min(job.decoded.proposal_margin, job.decoded.rule_margin, job.decoded.edit_margin) for job in jobs]
-    assert len(jobs) == 30 and min(margins) > MIN_MARGIN
-    llm = start_llm(golden_llada2.folder, **ENGINE, hf_overrides={"mask_token_id": 255, "eos_token_id": 2})
-    assert_one_batch_is_right(llm, jobs)
+@pytest.fixture(scope="module")
+def golden_llm(golden_llada2, start_llm):
+    return start_llm(golden_llada2.folder, **ENGINE, hf_overrides={"mask_token_id": 255, "eos_token_id": 2})
+
+
+def recorded(case):
+    edit = {} if case["editing_threshold"] is None else {"edit_threshold": case["editing_threshold"]}
+    options = {"policy": "static_threshold", "threshold": case["threshold"], "block_length": case["block_length"]}
+    return sampling(case["gen_length"], stop_token_ids=[2], **options, **edit)
+
+
+def test_one_batch_takes_the_recorded_decisions(golden_llada2, golden_llm):
+    assert_takes_recorded_decisions(golden_llm, golden_llada2.cases, recorded)
+
+
+def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_llada2, golden_llm):
+    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_llada2.cases, recorded)
 
 
 @pytest.fixture(scope="module")

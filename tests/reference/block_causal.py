@@ -42,7 +42,6 @@ class BlockCausalNetwork(ABC):
 
     logits_shift = 0
     embedding = "model.embed_tokens.weight"
-    visible_bias, hidden_bias = 0.0, -torch.inf  # on the attention scores of what a row sees and does not see
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
         self.config = config
@@ -80,7 +79,7 @@ class BlockCausalNetwork(ABC):
         """Logits of rows at these positions; ``visible[q, k]``: row q sees row k."""
         eps, num_rows = self.config["rms_norm_eps"], ids.shape[0]
         rotary_size = int(self.head_size * self.config.get("partial_rotary_factor", 1.0))
-        bias = torch.where(visible, self.visible_bias, self.hidden_bias)
+        bias = torch.where(visible, 0.0, -torch.inf)
         x = self.weights[self.embedding][ids]
         for layer in range(self.config["num_hidden_layers"]):
             norms = [
