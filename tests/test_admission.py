@@ -61,8 +61,9 @@ def request(token_ids=(1, 2, 3), adapter=None, **options):
 
 def resolve(front_end, vllm_config, token_ids=(1, 2, 3), adapter=None, **values):
     """The options of a request after the front end."""
-    options = parse_options(values, base=server_defaults(vllm_config))
-    return front_end.resolve(options, request(token_ids, adapter))
+    asked = request(token_ids, adapter, **values)
+    options, _ = front_end.check(asked.sampling_params, asked.sampling_params, len(token_ids), adapter or "")
+    return front_end.name_task(options, asked.prompt_token_ids, adapter or "")
 
 
 def refusal(front_end, vllm_config, **values):
@@ -73,9 +74,15 @@ def refusal(front_end, vllm_config, **values):
 
 
 def test_a_pin_that_holds_changes_no_option(vllm_config, profile):
-    front_end = FrontEnd(vllm_config)
-    options = parse_options({"task": "gsm", "profile": profile.profile_id}, base=server_defaults(vllm_config))
-    assert front_end.resolve(options, request()) == options
+    pin = {"task": "gsm", "profile": profile.profile_id}
+    options = parse_options(pin, base=server_defaults(vllm_config))
+    assert resolve(FrontEnd(vllm_config), vllm_config, **pin) == replace(options, gen_length=16)
+
+
+def test_a_request_that_names_no_task_has_none(vllm_config):
+    assert resolve(FrontEnd(vllm_config), vllm_config).task is None
+    assert resolve(FrontEnd(vllm_config), vllm_config, adapter="lora").task is None
+    assert resolve(FrontEnd(vllm_config), vllm_config, adapter="lora", task="gsm").task == "gsm@lora"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Options: what is refused, with which message, and how a canvas is fixed."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from vllm_osdt.config import (
     OPTION_NAMES,
     SERVER_OPTION_NAMES,
     DecodingOptions,
+    Limits,
     ServerOptions,
     parse_options,
     parse_server_options,
@@ -15,7 +17,7 @@ from vllm_osdt.config import (
 )
 from vllm_osdt.errors import InvalidOptionError
 
-BASE = DecodingOptions()
+BASE = DecodingOptions(task="quiz")
 LIMITS = {"max_model_len": 256, "max_num_batched_tokens": 200}
 
 BAD_VALUES = [
@@ -133,6 +135,26 @@ def test_numbers_become_floats():
     assert isinstance(parse_options({"threshold": 1}, base=BASE).threshold, float)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("policy", "osdt"), ("recalibrate", True), ("metric", "q1"), ("cap", 0.8), ("mode", "step_block")]
+)
+def test_what_only_a_task_has_is_refused_without_one(name, value):
+    message = re.escape(f"osdt_{name} is {value!r}, but the request names no task")
+    with pytest.raises(InvalidOptionError, match=message):
+        parse_options({f"osdt_{name}": value}, base=DecodingOptions(), prefix="osdt_")
+    assert getattr(parse_options({f"osdt_{name}": value}, base=BASE, prefix="osdt_"), name) == value
+    assert getattr(parse_options({name: value}, base=DecodingOptions()), name) == value  # the operator's, for all tasks
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [("osdt_treshold", 0.5, "osdt_threshold"), ("osdt_tasks", "a", "osdt_task"), ("osdt_policy", "ostd", "osdt")],
+)
+def test_a_word_that_is_nearly_right_is_told_the_right_one(key, value, meant):
+    with pytest.raises(InvalidOptionError, match=f"did you mean '{meant}'"):
+        parse_options({key: value}, base=BASE, prefix="osdt_")
+
+
 @pytest.mark.parametrize(("given", "meant"), [(0, False), (1, True), (False, False), (True, True)])
 def test_a_flag_may_arrive_as_zero_or_one(given, meant):
     assert parse_options({"osdt_recalibrate": given}, base=BASE, prefix="osdt_").recalibrate is meant
@@ -163,7 +185,7 @@ def test_options_survive_the_journey_through_extra_args():
 
 def canvas(prompt_length, max_tokens, limits=LIMITS, **changes):
     options = parse_options(changes, base=BASE)
-    return resolve_canvas(options, prompt_length=prompt_length, max_tokens=max_tokens, **limits)
+    return resolve_canvas(options, prompt_length=prompt_length, max_tokens=max_tokens, limits=Limits(**limits))
 
 
 @pytest.mark.parametrize(
@@ -175,10 +197,29 @@ def test_the_canvas_is_max_tokens_in_whole_blocks(max_tokens, block_length, gen_
     assert (options.gen_length, output) == (gen_length, max_tokens)
 
 
-def test_without_max_tokens_the_canvas_fills_the_smaller_limit():
-    assert canvas(10, None)[0].gen_length == 160  # 190 of the 200 rows, in whole blocks of 32
-    assert canvas(10, None)[1] == 160
-    assert canvas(10, None, {"max_model_len": 100, "max_num_batched_tokens": 200})[0].gen_length == 64
+@pytest.mark.parametrize(
+    ("limits", "gen_length", "output"),
+    [
+        ({}, 190, 190),  # 256 do not fit 200 rows with a prompt of 10
+        ({"open_ended": 96}, 96, 96),
+        ({"open_ended": 100}, 128, 100),
+        ({"open_ended": 96, "gen_length": 64}, 64, 64),  # the operator's comes before the checkpoint's
+        ({"open_ended": 96, "gen_length": 160}, 160, 160),
+        ({"max_model_len": 100}, 90, 90),
+    ],
+)
+def test_without_max_tokens_the_canvas_is_the_servers_default_as_far_as_it_fits(limits, gen_length, output):
+    options, got = canvas(10, None, {**LIMITS, **limits})
+    assert (options.gen_length, got) == (gen_length, output)
+    assert canvas(10, None, {"max_model_len": 4096, "max_num_batched_tokens": 4096})[0].gen_length == 256
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "gen_length"), [(1, 96), (48, 96), (96, 96), (97, 128), (180, 190), (190, 190), (None, 96)]
+)
+def test_the_operators_canvas_is_the_shortest_and_cuts_no_output(max_tokens, gen_length):
+    options, output = canvas(10, max_tokens, {**LIMITS, "gen_length": 96})
+    assert (options.gen_length, output) == (gen_length, max_tokens or 96)
 
 
 @pytest.mark.parametrize(
@@ -189,22 +230,35 @@ def test_a_given_canvas_bounds_the_output(gen_length, max_tokens, output):
     assert (options.gen_length, got) == (gen_length, output)
 
 
-def test_a_canvas_up_to_the_limit_fits_and_one_token_more_does_not():
-    assert canvas(200 - 64, 64)[0].gen_length == 64
-    with pytest.raises(InvalidOptionError, match=r"201 tokens.*max_num_batched_tokens 200"):
-        canvas(201 - 64, 64)
-    limits = {"max_model_len": 150, "max_num_batched_tokens": 200}
-    assert canvas(150 - 64, 64, limits)[0].gen_length == 64
-    with pytest.raises(InvalidOptionError, match=r"151 tokens, above max_model_len 150"):
-        canvas(151 - 64, 64, limits)
+@pytest.mark.parametrize("prompt_length", [1, 14, 31, 32, 33, 199])
+@pytest.mark.parametrize(
+    "limits", [{"max_model_len": 256, "max_num_batched_tokens": 200}, {"max_model_len": 200, "max_num_batched_tokens": 256}]
+)
+def test_every_output_that_fits_is_served_and_no_other(prompt_length, limits):
+    for max_tokens in range(1, 260):
+        if prompt_length + max_tokens <= 200:
+            options, output = canvas(prompt_length, max_tokens, limits)
+            assert output == max_tokens
+            assert max_tokens <= options.gen_length <= 200 - prompt_length
+            assert options.gen_length % 32 == 0 or prompt_length + options.gen_length == 200
+            assert options.num_blocks == -(-max_tokens // 32)
+        else:
+            name = "max_model_len" if limits["max_model_len"] == 200 else "max_num_batched_tokens"
+            words = f"max_tokens is {max_tokens}, but the prompt of {prompt_length} tokens leaves {200 - prompt_length}"
+            with pytest.raises(InvalidOptionError, match=f"{words} of {name} 200"):
+                canvas(prompt_length, max_tokens, limits)
 
 
-def test_a_prompt_that_leaves_no_block_is_refused_with_both_numbers():
-    with pytest.raises(
-        InvalidOptionError, match=r"prompt has 169 tokens; .* end at 201, beyond the limit of 200 \(max_num_batched"
-    ):
-        canvas(169, None)
-    assert canvas(168, None)[0].gen_length == 32
+def test_a_canvas_that_a_request_asks_for_fits_whole_or_is_refused():
+    assert canvas(200 - 64, 64, gen_length=64)[0].gen_length == 64
+    with pytest.raises(InvalidOptionError, match=r"gen_length is 64, but the prompt of 137 tokens leaves 63 of max_num"):
+        canvas(137, 63, gen_length=64)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers():
+    with pytest.raises(InvalidOptionError, match=r"prompt has 200 tokens and leaves no room .* max_num_batched_tokens 200"):
+        canvas(200, None)
+    assert canvas(199, None) == (replace(BASE, gen_length=1), 1)
 
 
 def test_a_canvas_of_broken_blocks_is_refused_with_the_next_whole_one():
@@ -385,7 +439,7 @@ BLOCK_CAUSAL = DecodingOptions(cache="block", block_length=16)
 )
 def test_a_block_causal_canvas_begins_with_the_prompts_last_block(prompt_length, max_tokens, gen_length, output):
     options, got = resolve_canvas(
-        BLOCK_CAUSAL, prompt_length=prompt_length, max_tokens=max_tokens, max_model_len=256, max_num_batched_tokens=32
+        BLOCK_CAUSAL, prompt_length=prompt_length, max_tokens=max_tokens, limits=Limits(256, 32)
     )
     assert (options.gen_length, got) == (gen_length, output)
 
@@ -394,7 +448,7 @@ def test_a_block_causal_canvas_begins_with_the_prompts_last_block(prompt_length,
     ("options", "limits", "message"),
     [
         ({}, {"max_num_batched_tokens": 31}, "block_length is 16; a step computes up to two blocks"),
-        ({}, {"max_model_len": 47}, "make 48 tokens, above max_model_len 47"),
+        ({}, {"max_model_len": 47}, "max_tokens is 32, but the prompt of 12 tokens leaves 20 of max_model_len 47"),
         ({"policy": "fixed_steps", "steps": 3}, {}, "steps is 3; with 2 blocks of 16 it must be a multiple of 2"),
     ],
 )
@@ -402,7 +456,10 @@ def test_what_a_block_causal_canvas_cannot_be_is_refused(options, limits, messag
     limits = {"max_model_len": 256, "max_num_batched_tokens": 64, **limits}
     with pytest.raises(InvalidOptionError, match=re.escape(message)):
         resolve_canvas(
-            DecodingOptions(**{**BLOCK_CAUSAL.as_dict(), **options}), prompt_length=12, max_tokens=32, **limits
+            DecodingOptions(**{**BLOCK_CAUSAL.as_dict(), **options}),
+            prompt_length=12,
+            max_tokens=32,
+            limits=Limits(**limits),
         )
 
 
@@ -410,7 +467,7 @@ def test_what_a_block_causal_canvas_cannot_be_is_refused(options, limits, messag
 def test_steps_are_of_the_blocks_of_new_tokens(prompt_length, steps):
     options = DecodingOptions(**{**BLOCK_CAUSAL.as_dict(), "policy": "fixed_steps", "steps": 8})
     resolved, _ = resolve_canvas(
-        options, prompt_length=prompt_length, max_tokens=32, max_model_len=256, max_num_batched_tokens=64
+        options, prompt_length=prompt_length, max_tokens=32, limits=Limits(256, 64)
     )
     assert resolved.steps == steps  # 4 a block, whatever the prompt shares with the first one
 
@@ -422,8 +479,6 @@ def test_a_cache_mode_of_the_other_attention_is_refused(base, cache):
 
 
 def test_profiles_tell_sub_blocks_and_editing_apart():
-    from dataclasses import replace
-
     plain = replace(BLOCK_CAUSAL, sub_block_length=8)
     edited = replace(BLOCK_CAUSAL, edit_threshold=0.5)
     keys = {one.cache_key for one in (BLOCK_CAUSAL, plain, replace(plain, sub_block_cache=True), edited)}

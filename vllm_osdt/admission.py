@@ -7,9 +7,10 @@ import math
 import os
 import time
 from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_osdt.calibration.auto_task import AutoTasks
 from vllm_osdt.calibration.profile import ProfileKey
@@ -20,36 +21,108 @@ from vllm_osdt.config import (
     PREFIX,
     RESOLVED_KEY,
     DecodingOptions,
+    Limits,
     parse_options,
     resolve_canvas,
 )
-from vllm_osdt.engine_config import check_family, open_store, server_defaults, server_options
+from vllm_osdt.engine_config import canvas_limits, check_family, open_store, server_defaults, server_options
 from vllm_osdt.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
 MAX_PINS = 1024  # pinned profiles whose keys are remembered
 
 
+SENT = "osdt_sent"  # attribute of sampling parameters that come from an HTTP request
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What an HTTP client sent, where vLLM's sampling parameters do not tell.
+
+    Attributes:
+        max_tokens: Its limit on output tokens, before vLLM bounds it by the context; None for none.
+        max_tokens_name: The field that holds it.
+        options: Fields ``osdt_...`` at the top of the body, which vLLM drops.
+        fields: For a sampling parameter that vLLM makes of another field: that field's name and value.
+    """
+
+    max_tokens: int | None
+    max_tokens_name: str = "max_tokens"
+    options: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, tuple[str, Any]] = field(default_factory=dict)
+
+
+def sent_by(request: Any) -> Sent:
+    """What the client of one of vLLM's OpenAI endpoints sent.
+
+    Args:
+        request: Its ``ChatCompletionRequest``, ``CompletionRequest`` or ``ResponsesRequest``.
+    """
+    fields: dict[str, tuple[str, Any]] = {}
+    if getattr(request, "echo", False):
+        fields["prompt_logprobs"] = ("echo", True)
+    if getattr(request, "response_format", None) is not None:
+        fields["structured_outputs"] = ("response_format", _plain(request.response_format))
+    elif getattr(getattr(request, "text", None), "format", None) is not None:
+        fields["structured_outputs"] = ("text.format", _plain(request.text.format))
+    elif getattr(request, "tools", None):
+        fields["structured_outputs"] = ("tool_choice", _plain(request.tool_choice))
+    if getattr(request, "top_logprobs", None):
+        fields["logprobs"] = ("top_logprobs", request.top_logprobs)
+    elif isinstance(getattr(request, "logprobs", None), bool):
+        fields["logprobs"] = ("logprobs", request.logprobs)
+    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    name = next((name for name in names if getattr(request, name, None) is not None), "max_tokens")
+    own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
+    return Sent(getattr(request, name, None), name, own, fields)
+
+
+def _plain(value: Any) -> Any:
+    """A field as the client wrote it."""
+    return value.model_dump(exclude_unset=True, by_alias=True) if hasattr(value, "model_dump") else value
+
+
 def check_sampling_params(params: "SamplingParams") -> None:
     """Refuse sampling parameters that would be ignored.
 
     Raises:
-        InvalidOptionError: Names every such parameter with its value and the one to send instead.
+        InvalidOptionError: Names every such parameter as the client sent it, with its value and the one to send instead.
     """
+    sent: Sent | None = getattr(params, SENT, None)
     refused = []
     for name, neutral in NEUTRAL_SAMPLING.items():
         value = getattr(params, name, neutral[0])
-        if value not in neutral:
-            refused.append(f"{name}={value!r} (send {neutral[0]!r} or leave it out)")
+        if value in neutral:
+            continue
+        if sent is not None and name in sent.fields:
+            name, value = sent.fields[name]
+            neutral = (None,)
+        elif name == "structured_outputs":
+            value = {key: asked for key, asked in asdict(value).items() if asked is not None and key[0] != "_"}
+        remedy = "leave it out" if neutral[0] is None else f"send {neutral[0]!r} or leave it out"
+        refused.append(f"{name}={value!r} ({remedy})")
     if refused:
         raise InvalidOptionError(
-            f"Not implemented for this diffusion model: {'; '.join(refused)}. Supported: temperature, seed, stop, "
-            "stop_token_ids, max_tokens, n, ignore_eos and the osdt_ options."
+            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(refused))}. Supported: temperature, "
+            "seed, stop, stop_token_ids, max_tokens, n, ignore_eos and the osdt_ options."
         )
+
+
+def refuse(what: str) -> None:
+    """Refuse a kind of request that these models cannot answer.
+
+    Raises:
+        InvalidOptionError: Always.
+    """
+    raise InvalidOptionError(
+        f"{what} is not implemented for this diffusion model: it needs probabilities of the next token alone, but a "
+        "canvas is decided many positions at a time. Send an ordinary completion."
+    )
 
 
 class FrontEnd:
@@ -68,21 +141,57 @@ class FrontEnd:
     def _store(self) -> ProfileStore | None:
         return open_store(self._config)
 
-    def resolve(self, options: DecodingOptions, request: "EngineCoreRequest") -> DecodingOptions:
-        """Name the task and check the profile that a request asks for.
+    @cached_property
+    def _defaults(self) -> DecodingOptions:
+        return server_defaults(self._config)
+
+    @cached_property
+    def _limits(self) -> Limits:
+        return canvas_limits(self._config, self._defaults)
+
+    def check(
+        self, params: "SamplingParams", asked: "SamplingParams", prompt_length: int | None, adapter: str
+    ) -> tuple[DecodingOptions, int]:
+        """The options of a request and the output tokens it may get; changes nothing.
+
+        Args:
+            params: Its sampling parameters; vLLM may have bounded their ``max_tokens``.
+            asked: The same as they came.
+            prompt_length: Prompt tokens, None when that is not known yet: the canvas is then not looked at.
+            adapter: Name of its adapter, "" for none.
 
         Raises:
-            InvalidOptionError: The profile cannot be used.
+            InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or the profile that it
+                asks for cannot be used.
         """
-        adapter = request.lora_request.lora_name if request.lora_request is not None else ""
-        if adapter and options.task != AUTO_TASK:  # another adapter is another model
+        sent: Sent = getattr(asked, SENT, None) or Sent(asked.max_tokens)
+        extra = _merge_options(params.extra_args or {}, sent.options)
+        base = replace(self._defaults, gen_length=None)
+        options = check_family(
+            parse_options(extra, base=base, prefix=PREFIX), self._config.model_config.hf_config
+        )
+        if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
+        if prompt_length is None:
+            return options, 0
+        room = self._limits.max_model_len - prompt_length
+        # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
+        bounded = params.max_tokens is not None and params.max_tokens < room
+        return resolve_canvas(
+            options,
+            prompt_length=prompt_length,
+            max_tokens=params.max_tokens if bounded else sent.max_tokens,
+            limits=self._limits,
+            max_tokens_name=sent.max_tokens_name,
+        )
+
+    def name_task(self, options: DecodingOptions, token_ids: Sequence[int], adapter: str) -> DecodingOptions:
+        """Find the task of a request that leaves it to us."""
         if options.task != AUTO_TASK or options.policy != "osdt":
             return options
-        assert request.prompt_token_ids is not None
-        return replace(options, task=self._tasks.name(request.prompt_token_ids, adapter))
+        return replace(options, task=self._tasks.name(token_ids, adapter))
 
     def _has_profile(self, task: str) -> bool:
         if self._store is None:
@@ -106,6 +215,8 @@ class FrontEnd:
                 f"profile is {options.profile!r}, which {what} contradicts; name the profile's own task and leave "
                 "recalibrate out."
             )
+        if options.task is None:
+            raise InvalidOptionError(f"profile is {options.profile!r}, but no task is named; send the profile's own.")
         if self._store is None:
             raise InvalidOptionError(
                 f"profile is {options.profile!r}, but this server keeps profiles in memory only; start it with a "
@@ -161,12 +272,47 @@ def _front_end(vllm_config: "VllmConfig") -> FrontEnd:
     return _front_ends[id(vllm_config)][1]
 
 
-def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
+def _merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``extra_args`` and of the top of an HTTP body."""
+    if RESOLVED_KEY in extra or RESOLVED_KEY in top_level:
+        raise InvalidOptionError(f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.")
+    for name in extra.keys() & top_level.keys():
+        if extra[name] != top_level[name]:
+            raise InvalidOptionError(
+                f"{name} is {top_level[name]!r} at the top of the body and {extra[name]!r} in vllm_xargs; send one of "
+                "them."
+            )
+    return {**extra, **top_level}
+
+
+def check_early(
+    params: "SamplingParams", prompt: Any, lora_request: "LoRARequest | None", vllm_config: "VllmConfig"
+) -> None:
+    """What :func:`admit` would refuse, before an answer begins.
+
+    Args:
+        params: As the server made them.
+        prompt: vLLM's engine input, or a raw prompt, of which nothing is checked.
+        lora_request: The request's adapter.
+        vllm_config: The engine's configuration.
+
+    Raises:
+        InvalidOptionError: See :func:`admit`.
+    """
+    token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) and "type" in prompt else None
+    adapter = lora_request.lora_name if lora_request is not None else ""
+    check_sampling_params(params)
+    _front_end(vllm_config).check(params, params, None if token_ids is None else len(token_ids), adapter)
+
+
+def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "SamplingParams | None" = None) -> None:
     """Resolve a request's options in place.
 
     Args:
         request: As ``InputProcessor.process_inputs`` made it; its sampling parameters are its own copy.
         vllm_config: The engine's configuration.
+        asked: The sampling parameters as they came, before vLLM filled in what they leave open; the request's own when
+            None.
 
     Raises:
         InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or there is no such profile.
@@ -176,28 +322,10 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig") -> None:
         raise InvalidOptionError("This diffusion model takes token prompts and generates text, nothing else.")
     if request.resumable:
         raise InvalidOptionError("Streaming input sessions are not implemented for this diffusion model.")
-    extra = dict(params.extra_args or {})
-    resolved = extra.pop(RESOLVED_KEY, None)
-    if resolved is not None:
-        raise InvalidOptionError(f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.")
-    scheduler_config = vllm_config.scheduler_config
-    max_model_len = vllm_config.model_config.max_model_len
-    prompt_length = len(request.prompt_token_ids)
-    # vLLM fills in the rest of the context for a request that names no limit.
-    is_open_ended = params.max_tokens is None or params.max_tokens == max_model_len - prompt_length
-    options, max_tokens = resolve_canvas(
-        check_family(
-            parse_options(extra, base=server_defaults(vllm_config), prefix=PREFIX), vllm_config.model_config.hf_config
-        ),
-        prompt_length=prompt_length,
-        max_tokens=None if is_open_ended else params.max_tokens,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=min(
-            scheduler_config.max_num_batched_tokens,
-            scheduler_config.max_num_scheduled_tokens or scheduler_config.max_num_batched_tokens,
-        ),
-    )
-    options = _front_end(vllm_config).resolve(options, request)
+    front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
+    adapter = request.lora_request.lora_name if request.lora_request is not None else ""
+    options, max_tokens = front_end.check(params, params if asked is None else asked, len(token_ids), adapter)
+    options = front_end.name_task(options, token_ids, adapter)
     if vllm_config.cache_config.enable_prefix_caching:
         _keep_pages_apart(request, options.block_length, vllm_config)
     params.max_tokens = max_tokens

@@ -57,7 +57,7 @@ class FullAttentionPlan:
     compute the rows its cache mode says. A step is planned whole or not at all.
 
     Attributes:
-        canvas_end: Prompt plus canvas, in tokens.
+        canvas_end: Prompt plus canvas, in tokens; the last block may be cut by it.
         block_length: Positions denoised together.
         cache: ``none``, ``prefix`` or ``dual``.
         refreshed_at: Prompt plus committed tokens at the last refresh, -1 before the first one.
@@ -81,7 +81,7 @@ class FullAttentionPlan:
         if self.cache == "none" or self.refreshed_at != num_tokens:
             rows = Rows(0, self.canvas_end, rest)
         else:
-            num_rows = self.block_length if self.cache == "dual" else rest
+            num_rows = min(self.block_length, rest) if self.cache == "dual" else rest
             rows = Rows(num_tokens, num_rows, num_rows)
         return rows if rows.num_rows <= budget else None
 

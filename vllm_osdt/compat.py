@@ -10,6 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from vllm_osdt.errors import OSDTError
+
+logger = init_logger("vllm.vllm_osdt.compat")
+
 _MARK = "_vllm_osdt_patched"
 
 
@@ -30,16 +37,13 @@ def _wrap(owner: Any, name: str, make: Any) -> None:
         setattr(owner, name, wrapper)
 
 
+class RefusedRequestError(VLLMValidationError, ValueError):
+    """A refusal as vLLM's own kind, which its server answers with HTTP 400."""
+
+
 @contextmanager
 def _http_400() -> Iterator[None]:
-    """Our refusals leave as a ValueError that is also vLLM's own kind, which its server answers with HTTP 400."""
-    from vllm.exceptions import VLLMValidationError
-
-    from vllm_osdt.errors import OSDTError
-
-    class RefusedRequestError(VLLMValidationError, ValueError):
-        pass
-
+    """Our refusals leave as a ValueError that is also vLLM's own kind."""
     try:
         yield
     except OSDTError as error:
@@ -80,16 +84,156 @@ def _admission() -> None:
     from vllm_osdt.engine_config import is_ours
 
     def make(original):
-        def process_inputs(self, *args, **kwargs):
-            request = original(self, *args, **kwargs)
+        def process_inputs(self, request_id, prompt, params, *args, **kwargs):
+            request = original(self, request_id, prompt, params, *args, **kwargs)
             if is_ours(self.model_config):
                 with _http_400():
-                    admit(request, self.vllm_config)
+                    admit(request, self.vllm_config, params)
             return request
 
         return process_inputs
 
     _wrap(InputProcessor, "process_inputs", make)
+
+
+def _early_refusals() -> None:
+    """A server checks a request before it begins to answer, and knows what the client sent.
+
+    vLLM admits a request when its answer is first read, which for a stream is after HTTP 200 has been sent; and what
+    it makes of a body no longer tells an absent ``max_tokens``, ``response_format`` or a field of ours at the top. The
+    server's classes are patched when an engine of ours starts in its process: other processes need not import them.
+    Goes when ``validate_request`` (see :func:`_admission`) is open to models and is called before an answer begins.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_osdt.admission import check_early
+    from vllm_osdt.engine_config import is_ours
+
+    def make_init(original):
+        def __init__(self, vllm_config, *args, **kwargs):
+            if is_ours(vllm_config.model_config):
+                _server()
+            original(self, vllm_config, *args, **kwargs)
+
+        return __init__
+
+    def make_generate(original):
+        def generate(self, prompt, sampling_params, *args, **kwargs):
+            if is_ours(self.model_config):
+                _check_early(check_early, self, prompt, sampling_params, kwargs.get("lora_request"))
+            return original(self, prompt, sampling_params, *args, **kwargs)
+
+        return generate
+
+    _wrap(AsyncLLM, "__init__", make_init)
+    _wrap(AsyncLLM, "generate", make_generate)
+
+
+def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_request: Any) -> None:
+    """Refuse a request now, with one line in the log; vLLM's own checks of its parameters follow ours."""
+    try:
+        with _http_400():
+            check_early(params, prompt, lora_request, engine.vllm_config)
+        params.verify(
+            engine.model_config,
+            engine.vllm_config.speculative_config,
+            engine.vllm_config.structured_outputs_config,
+            engine.renderer.tokenizer,
+        )
+    except VLLMValidationError as error:
+        logger.info("Refused a request: %s", error)
+        raise
+
+
+def _server() -> None:
+    """What :func:`_early_refusals` changes of vLLM's server."""
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    from vllm_osdt.admission import PREFIX, SENT, check_early, refuse, sent_by
+    from vllm_osdt.engine_config import is_ours
+
+    def make_to_sampling_params(original):
+        def to_sampling_params(self, *args, **kwargs):
+            params = original(self, *args, **kwargs)
+            setattr(params, SENT, sent_by(self))
+            return params
+
+        return to_sampling_params
+
+    for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _wrap(request, "to_sampling_params", make_to_sampling_params)
+
+    def make_generate(original):
+        # The responses API calls the engine when its answer is first read.
+        def _generate_with_builtin_tools(self, request_id, engine_input, sampling_params, *args, **kwargs):
+            if is_ours(self.model_config):
+                lora_request = kwargs.get("lora_request")
+                _check_early(check_early, self.engine_client, engine_input, sampling_params, lora_request)
+            return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
+
+        return _generate_with_builtin_tools
+
+    _wrap(OpenAIServingResponses, "_generate_with_builtin_tools", make_generate)
+
+    def make_create_messages(original):
+        # Its requests drop fields that they do not know, and its router logs a traceback of what is raised.
+        async def create_messages(self, request, raw_request=None):
+            if not is_ours(self.model_config):
+                return await original(self, request, raw_request)
+            body = await raw_request.json() if raw_request is not None else {}
+            own = {name: value for name, value in body.items() if name.startswith(PREFIX)}
+            if own:
+                request.vllm_xargs = {**(request.vllm_xargs or {}), **own}
+            try:
+                return await original(self, request, raw_request)
+            except RefusedRequestError as error:
+                return self.create_error_response(error)
+
+        return create_messages
+
+    _wrap(AnthropicServingMessages, "create_messages", make_create_messages)
+
+    def make_refusal(what):
+        def make(original):
+            def refused(self, *args, **kwargs):
+                if is_ours(self.model_config):
+                    with _http_400():
+                        refuse(what)
+                return original(self, *args, **kwargs)
+
+            return refused
+
+        return make
+
+    _wrap(BeamSearchOnlineMixin, "beam_search", make_refusal("use_beam_search"))
+    _wrap(ServingGenerativeScoring, "create_generative_scoring", make_refusal("Generative scoring"))
+
+
+def _beam_search() -> None:
+    """``LLM.beam_search`` would be refused for parameters that the caller never sent.
+
+    Goes as :func:`_early_refusals`.
+    """
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+
+    from vllm_osdt.admission import refuse
+    from vllm_osdt.engine_config import is_ours
+
+    def make(original):
+        def beam_search(self, *args, **kwargs):
+            if is_ours(self.model_config):
+                refuse("Beam search")
+            return original(self, *args, **kwargs)
+
+        return beam_search
+
+    _wrap(BeamSearchOfflineMixin, "beam_search", make)
 
 
 def _response_field() -> None:
@@ -292,6 +436,8 @@ def apply() -> None:
     """Apply every patch; safe to call twice."""
     _own_sampling_rules()
     _admission()
+    _early_refusals()
+    _beam_search()
     _response_field()
     _metrics()
     _command_line()

@@ -6,11 +6,12 @@ defaults). At admission everything is resolved into one :class:`DecodingOptions`
 :data:`RESOLVED_KEY`, so scheduler and workers read the same values.
 """
 
+import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_osdt.errors import InvalidOptionError
 
@@ -58,7 +59,8 @@ class DecodingOptions:
     """How one request is decoded.
 
     Attributes:
-        task: Name of the task whose calibration profile the request makes or uses.
+        task: Name of the task whose calibration profile the request makes or uses; None for no task: the static
+            threshold, since a profile of other traffic could cost accuracy. ``auto``: found by the prompt's beginning.
         policy: Which masked positions a denoising step unmasks: ``osdt``, ``static_threshold``, ``factor``,
             ``joint_bound``, ``entropy_bound``, ``fixed_steps``.
         threshold: Confidence in (0, 1] of the static threshold; also the threshold of an OSDT calibration.
@@ -69,8 +71,10 @@ class DecodingOptions:
             so many: a step unmasks at least as many positions as ``fixed_steps`` would (dynamic rule of SDAR, LLaDA2).
         steps_per_block: The same for each block, whatever their number; in place of ``steps``.
         block_length: Positions denoised together, 1 to 128.
-        gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up. A
-            block-causal model's canvas begins where the prompt's last, incomplete block does.
+        gen_length: Canvas length in tokens, a multiple of ``block_length``; None means ``max_tokens`` rounded up, or
+            the server's default for a request without a limit (``resolve_canvas``). A block-causal model's canvas
+            begins where the prompt's last, incomplete block does. Once resolved, the last block may be cut by the end
+            of the context.
         cache: KV cache mode: ``none`` (recompute all), ``prefix`` or ``dual`` (arXiv 2505.22618, section 3); ``block``
             (finished blocks stay), the one of block-causal models.
         mode: Calibrated thresholds per ``block`` or per block and step, ``step_block``.
@@ -93,7 +97,7 @@ class DecodingOptions:
         profile: Id of the profile to use, whatever the task has now; None for the task's own.
     """
 
-    task: str = "default"
+    task: str | None = None
     policy: str = "osdt"
     threshold: float = 0.9
     factor: float = 1.0
@@ -118,6 +122,12 @@ class DecodingOptions:
     record: str = "masked"
     recalibrate: bool = False
     profile: str | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the canvas, the last of which may be cut by the end of the context; ``gen_length`` must be set."""
+        assert self.gen_length is not None
+        return -(-self.gen_length // self.block_length)
 
     @property
     def cache_key(self) -> str:
@@ -170,7 +180,8 @@ OPTION_NAMES = tuple(field.name for field in fields(DecodingOptions))
 def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if value not in choices:
-            raise InvalidOptionError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+            close = did_you_mean(value, choices) if isinstance(value, str) else ""
+            raise InvalidOptionError(f"{name} is {value!r}{close}; expected one of {', '.join(choices)}.")
         return value
 
     return check
@@ -211,7 +222,9 @@ def _count(maximum: int | None = None, *, minimum: int = 1, optional: bool = Fal
     return check
 
 
-def _task(name: str, value: Any) -> str:
+def _task(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
     if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable() or "@" in value:
         raise InvalidOptionError(
             f"{name} is {value!r}; expected 1 to 200 printable characters, none of them @, behind which stands "
@@ -289,6 +302,12 @@ def parse_server_options(values: Mapping[str, Any]) -> ServerOptions:
     return ServerOptions(**{name: _SERVER_CHECKS[name](name, value) for name, value in values.items()})
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The part of a message that names the known word meant, if one is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:
     """Lay ``values`` over ``base``.
 
@@ -306,9 +325,10 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
         if prefix and name in SERVER_OPTION_NAMES:
             raise InvalidOptionError(f"{key!r} is for the operator of the server; set {name} in --osdt-config.")
         if name not in _CHECKS:
-            own = OPTION_NAMES if prefix else (*OPTION_NAMES, *SERVER_OPTION_NAMES)
-            known = ", ".join(prefix + option for option in own)
-            raise InvalidOptionError(f"Unknown option {key!r}; this model's options are {known}.")
+            own = [prefix + option for option in (OPTION_NAMES if prefix else (*OPTION_NAMES, *SERVER_OPTION_NAMES))]
+            raise InvalidOptionError(
+                f"Unknown option {key!r}{did_you_mean(key, own)}; this model's options are {', '.join(own)}."
+            )
         changes[name] = _CHECKS[name](key, value)
     steps = [name for name in ("steps", "steps_per_block") if changes.get(name) is not None]
     if len(steps) == 2:
@@ -346,8 +366,20 @@ _POLICIES_OF = {
 }
 
 
+# Options that say how a task is calibrated, or which profile is used: nothing to a request without a task.
+_OF_TASKS = ("mode", "metric", "risk", "margin", "calibrations", "cap", "slack", "floor", "record", "recalibrate",
+             "profile")  # fmt: skip
+
+
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
-    """What a request asks for must mean something to its policy."""
+    """What a request asks for must mean something to its policy, and to a request without a task."""
+    if options.task is None and options.policy == "osdt":
+        for name, value in asked.items():
+            if name == "policy" or name in _OF_TASKS and value != getattr(DecodingOptions, name):
+                raise InvalidOptionError(
+                    f"{PREFIX}{name} is {value!r}, but the request names no task, so that nothing is calibrated for "
+                    f"it and it is decoded with the static threshold. Send {PREFIX}task, or leave {PREFIX}{name} out."
+                )
     for name, value in asked.items():
         policies = _POLICIES_OF.get(name, POLICIES)
         if options.policy not in policies and value != getattr(DecodingOptions, name):
@@ -379,77 +411,123 @@ def _check_conformal(options: DecodingOptions) -> None:
         )
 
 
+DEFAULT_GEN_LENGTH = 256  # canvas of a request without a limit where neither operator nor checkpoint names one
+
+
+class Limits(NamedTuple):
+    """What bounds a canvas.
+
+    Attributes:
+        max_model_len: The engine's limit on prompt plus canvas.
+        max_num_batched_tokens: The engine's limit on the rows of one step; a refresh has prompt plus canvas rows, a
+            step of a block-causal model at most two blocks (its prompt may be cut).
+        gen_length: The operator's canvas length, None for none: that of every request that asks for less.
+        open_ended: Output tokens of a request that names no limit, of models whose positions see the whole canvas.
+    """
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    gen_length: int | None = None
+    open_ended: int = DEFAULT_GEN_LENGTH
+
+
 def resolve_canvas(
     options: DecodingOptions,
     *,
     prompt_length: int,
     max_tokens: int | None,
-    max_model_len: int,
-    max_num_batched_tokens: int,
+    limits: Limits,
+    max_tokens_name: str = "max_tokens",
 ) -> tuple[DecodingOptions, int]:
     """Fix the canvas length and check that prompt and canvas fit.
 
     Args:
-        options: The request's options; ``gen_length`` may be None.
+        options: The request's options; ``gen_length`` is None unless it asks for one itself.
         prompt_length: Prompt tokens.
-        max_tokens: The request's limit on output tokens; None for as many as fit in whole blocks.
-        max_model_len: The engine's limit on prompt plus canvas.
-        max_num_batched_tokens: The engine's limit on the rows of one step; a refresh has prompt plus canvas rows, a
-            step of a block-causal model at most two blocks (its prompt may be cut).
+        max_tokens: The request's limit on output tokens; None when it names none.
+        limits: See there.
+        max_tokens_name: What the client calls its limit.
 
     Returns:
         The options with ``gen_length`` (and, for ``fixed_steps``, ``steps``) set, and the output tokens the request
-        may get: ``max_tokens``, bounded by the canvas.
+        may get. A canvas is whole blocks; where the context or a forward pass ends sooner, its last block ends there
+        too.
 
     Raises:
-        InvalidOptionError: The canvas is no whole number of blocks, does not fit, or ``steps`` does not divide.
+        InvalidOptionError: The canvas does not fit, is asked for with a part of a block, or ``steps`` does not divide.
     """
     block = options.block_length
     if options.cache == BLOCK_CACHE:
-        origin, limit = prompt_length // block * block, max_model_len
-        _check_block_causal(options, max_num_batched_tokens)
-        wanted = None if max_tokens is None else prompt_length - origin + max_tokens
+        _check_block_causal(options, limits.max_num_batched_tokens)
+        gen_length, room = _block_causal_canvas(options, prompt_length, max_tokens, limits, max_tokens_name)
     else:
-        origin, limit = prompt_length, min(max_model_len, max_num_batched_tokens)
-        wanted = max_tokens
-    gen_length = options.gen_length
-    if gen_length is None:
-        if wanted is None:
-            gen_length = (limit - origin) // block * block
-            if origin + gen_length <= prompt_length:
-                name = "max_model_len" if limit == max_model_len else "max_num_batched_tokens, which holds both"
-                raise InvalidOptionError(
-                    f"The prompt has {prompt_length} tokens; its first block of {block} new ones would end at "
-                    f"{origin + block}, beyond the limit of {limit} ({name}). Shorten the prompt."
-                )
-        else:
-            gen_length = math.ceil(wanted / block) * block
-    elif gen_length % block:
-        raise InvalidOptionError(
-            f"gen_length is {gen_length}, no multiple of block_length {block}; use "
-            f"{math.ceil(gen_length / block) * block}."
-        )
-    total = origin + gen_length
-    if total > max_model_len:
-        raise InvalidOptionError(
-            f"The prompt of {prompt_length} tokens and the canvas of {gen_length} (whole blocks of {block}) make "
-            f"{total} tokens, above max_model_len {max_model_len}. Lower max_tokens or gen_length, or shorten the "
-            "prompt."
-        )
-    if options.cache != BLOCK_CACHE and total > max_num_batched_tokens:
-        raise InvalidOptionError(
-            f"The prompt of {prompt_length} tokens and the canvas of {gen_length} (whole blocks of {block}) make "
-            f"{total} tokens, but one forward pass holds max_num_batched_tokens {max_num_batched_tokens} and this "
-            "model refreshes all of them at once. Lower max_tokens or gen_length, or start the engine with a larger "
-            "--max-num-batched-tokens."
-        )
-    steps = options.steps
-    has_quota = options.policy == "static_threshold" and not (steps is None and options.steps_per_block is None)
+        gen_length = room = _full_attention_canvas(options, prompt_length, max_tokens, limits, max_tokens_name)
+    resolved = replace(options, gen_length=gen_length)
+    has_quota = options.policy == "static_threshold" and not (options.steps is None and options.steps_per_block is None)
     if options.policy == "fixed_steps" or has_quota:
-        steps = _resolve_steps(options, gen_length, max_tokens)
-    room = total - prompt_length
-    output = room if max_tokens is None else min(max_tokens, room)
-    return replace(options, gen_length=gen_length, steps=steps), output
+        resolved = replace(resolved, steps=_resolve_steps(options, resolved.num_blocks * block, max_tokens))
+    if max_tokens is None and options.cache != BLOCK_CACHE and options.gen_length is None:
+        max_tokens = limits.gen_length or limits.open_ended
+    return resolved, room if max_tokens is None else min(max_tokens, room)
+
+
+def _full_attention_canvas(
+    options: DecodingOptions, prompt_length: int, max_tokens: int | None, limits: Limits, name: str
+) -> int:
+    """The canvas where every position sees all of it: what the request asks for, else what its output needs."""
+    block, limit = options.block_length, min(limits.max_model_len, limits.max_num_batched_tokens)
+    bound = f"max_model_len {limit}"
+    if limit < limits.max_model_len:
+        bound = (
+            f"max_num_batched_tokens {limit}, which holds both since this model refreshes them at once (the operator "
+            "can raise --max-num-batched-tokens)"
+        )
+    room = limit - prompt_length
+    if room < 1:
+        raise InvalidOptionError(
+            f"The prompt has {prompt_length} tokens and leaves no room for output in {bound}. Shorten the prompt."
+        )
+    if options.gen_length is not None:
+        if options.gen_length % block:
+            raise InvalidOptionError(
+                f"gen_length is {options.gen_length}, no multiple of block_length {block}; use "
+                f"{math.ceil(options.gen_length / block) * block}."
+            )
+        if options.gen_length > room:
+            raise InvalidOptionError(
+                f"gen_length is {options.gen_length}, but the prompt of {prompt_length} tokens leaves {room} of "
+                f"{bound}. Lower gen_length or shorten the prompt."
+            )
+        return options.gen_length
+    if max_tokens is not None and max_tokens > room:
+        raise InvalidOptionError(
+            f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of {bound}. Lower "
+            f"{name} or shorten the prompt."
+        )
+    wanted = max(max_tokens or 0, limits.gen_length or (0 if max_tokens else limits.open_ended))
+    return min(math.ceil(wanted / block) * block, room)
+
+
+def _block_causal_canvas(
+    options: DecodingOptions, prompt_length: int, max_tokens: int | None, limits: Limits, name: str
+) -> tuple[int, int]:
+    """The canvas from the prompt's last, incomplete block on, in whole blocks, and how many of its positions are
+    output."""
+    block, limit = options.block_length, limits.max_model_len
+    origin, end = prompt_length // block * block, limit // block * block
+    if prompt_length >= end:
+        raise InvalidOptionError(
+            f"The prompt has {prompt_length} tokens; its first block of {block} new ones would end at "
+            f"{origin + block}, beyond max_model_len {limit}. Shorten the prompt."
+        )
+    if max_tokens is not None and prompt_length + max_tokens > end:
+        raise InvalidOptionError(
+            f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {end - prompt_length} of "
+            f"max_model_len {limit} in whole blocks of {block}. Lower {name} or shorten the prompt."
+        )
+    if max_tokens is not None:
+        end = math.ceil((prompt_length + max_tokens) / block) * block
+    return end - origin, end - prompt_length
 
 
 def _check_block_causal(options: DecodingOptions, max_num_batched_tokens: int) -> None:

@@ -16,10 +16,12 @@ from vllm_osdt.calibration.fingerprint import ModelFingerprint, hash_weights
 from vllm_osdt.calibration.store import ProfileStore, default_folder
 from vllm_osdt.config import (
     BLOCK_CACHE,
+    DEFAULT_GEN_LENGTH,
     MAX_BLOCK_LENGTH,
     NEUTRAL_SAMPLING,
     SERVER_OPTION_NAMES,
     DecodingOptions,
+    Limits,
     ServerOptions,
     parse_options,
     parse_server_options,
@@ -108,6 +110,45 @@ def check_family(options: DecodingOptions, hf_config: "PretrainedConfig") -> Dec
             f"sub_block_length is {sub_block}; it must divide block_length {options.block_length}. Send another one."
         )
     return replace(options, sub_block_length=sub_block)
+
+
+def canvas_limits(vllm_config: "VllmConfig", defaults: DecodingOptions) -> Limits:
+    """What bounds the canvases of an engine.
+
+    Args:
+        vllm_config: The engine's configuration.
+        defaults: The operator's options.
+    """
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    checkpoint = model.get_diff_sampling_param().get("max_tokens")  # max_new_tokens, the operator's or the checkpoint's
+    return Limits(
+        max_model_len=model.max_model_len,
+        max_num_batched_tokens=min(
+            scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+        ),
+        gen_length=defaults.gen_length,
+        open_ended=checkpoint or DEFAULT_GEN_LENGTH,
+    )
+
+
+def _check_gen_length(vllm_config: "VllmConfig", defaults: DecodingOptions) -> None:
+    """The operator's canvas length must be one that a request can have; it comes before the checkpoint's.
+
+    Raises:
+        OSDTError: It is no whole number of blocks, or longer than the engine's limits.
+    """
+    if defaults.gen_length is None:
+        return
+    limits = canvas_limits(vllm_config, defaults)
+    longest = min(limits.max_model_len, limits.max_num_batched_tokens) - 1
+    if defaults.gen_length % defaults.block_length or defaults.gen_length > longest:
+        raise OSDTError(
+            f"gen_length is {defaults.gen_length}; it must be a multiple of block_length {defaults.block_length}, and "
+            f"at most {longest}: with a prompt it must fit max_model_len {limits.max_model_len} and "
+            f"max_num_batched_tokens {limits.max_num_batched_tokens}."
+        )
+    # What the checkpoint says to requests without a limit; None is left out by vLLM.
+    vllm_config.model_config.override_generation_config.setdefault("max_new_tokens", None)
 
 
 def server_options(vllm_config: "VllmConfig") -> ServerOptions:
@@ -388,4 +429,5 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         if parallel.worker_cls == "auto":
             device = "cpu" if current_platform.is_cpu() else "gpu"
             parallel.worker_cls = f"vllm_osdt.worker.{device}_worker.CanvasWorker"
+        _check_gen_length(vllm_config, defaults)
         _set_default_sampling(vllm_config.model_config)

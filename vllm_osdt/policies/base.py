@@ -61,6 +61,4 @@ class DecodingPolicy(Protocol):
 
 def constant(options: DecodingOptions, rule: Rule, parameter: float) -> Schedule:
     """The same parameter at every block and step."""
-    assert options.gen_length is not None
-    num_blocks = options.gen_length // options.block_length
-    return Schedule(rule, np.full((num_blocks, options.block_length), parameter, dtype=np.float32))
+    return Schedule(rule, np.full((options.num_blocks, options.block_length), parameter, dtype=np.float32))

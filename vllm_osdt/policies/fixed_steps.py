@@ -18,15 +18,14 @@ def fixed_steps(
     With ``first_alone`` a block's first step decides one position, and the other s - 1 share the rest likewise; a block
     of one step then takes two. Sub-blocks have equal parts of the s steps and are shared out one by one.
     """
-    assert options.gen_length is not None
     shares = positions_per_step(options, first_alone=first_alone)
-    return Schedule(Rule.TOP_K, np.tile(shares.astype(np.float32), (options.gen_length // options.block_length, 1)))
+    return Schedule(Rule.TOP_K, np.tile(shares.astype(np.float32), (options.num_blocks, 1)))
 
 
 def positions_per_step(options: DecodingOptions, *, first_alone: bool) -> np.ndarray:
     """The schedule of one block, int32 ``[block_length]`` by step, 0 behind the last."""
-    assert options.gen_length is not None and options.steps is not None
-    num_blocks = options.gen_length // options.block_length
+    assert options.steps is not None
+    num_blocks = options.num_blocks
     sub_block = options.sub_block_length or options.block_length
     num_parts = options.block_length // sub_block
     steps_per_part = options.steps // num_blocks // num_parts

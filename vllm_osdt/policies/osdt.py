@@ -21,8 +21,7 @@ def osdt(options: DecodingOptions, thresholds: Thresholds | None = None) -> Sche
     """
     if thresholds is None:
         return static_threshold(options)
-    assert options.gen_length is not None
-    num_blocks, block_length = options.gen_length // options.block_length, options.block_length
+    num_blocks, block_length = options.num_blocks, options.block_length
     known_blocks, known_steps = thresholds.values.shape
     blocks = np.minimum(np.arange(num_blocks), known_blocks - 1)
     steps = np.minimum(np.arange(block_length), known_steps - 1)

@@ -36,7 +36,7 @@ class DenoiseBatch:
         temperature: float32 ``[M]``, or None when all are 0.
         noise_key: int64 ``[M]``, or None likewise.
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
-        step_cell: int64 ``[R]``, index of block and step in tables ``[slots, max_model_len]``.
+        step_cell: int64 ``[R]``, index of block and step in tables ``[slots, row_length]``.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
     """
 
@@ -113,7 +113,7 @@ class StepPlan(NamedTuple):
     end_token_ids: np.ndarray  # int64 [R, E]
     num_needed: np.ndarray  # int32 [R]
     quota: np.ndarray  # int32 [R]
-    step_cell: np.ndarray  # int64 [R], index of block and step in tables [slots, max_model_len]
+    step_cell: np.ndarray  # int64 [R], index of block and step in tables [slots, row_length]
 
 
 class StepRows(NamedTuple):
@@ -219,14 +219,14 @@ def plan_step(states: CanvasStates, rows: StepRows) -> StepPlan:
 @compiled()
 def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -> int:
     """Write a plan, count its fallbacks and return the number of logit rows."""
-    max_model_len = host.parameters.shape[1]
+    row_length = host.parameters.shape[1]
     padding_cell = host.parameters.size
     row = num_logits = 0
     plan.query_start_loc[0] = plan.cu_num_logits[0] = 0
     for req in range(rows.slots.size):
         slot, start, num_rows = rows.slots[req], rows.start[req], rows.num_rows[req]
         block_start, num_active, is_alone = rows.block_start[req], rows.num_active[req], rows.is_alone[req]
-        first_cell = slot * max_model_len
+        first_cell = slot * row_length
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if is_alone else num_active
         if host.sub_block_length[slot] > 0 and num_active > 0 and not is_alone:

@@ -19,7 +19,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_osdt.calibration.guard import DriftGuard
 from vllm_osdt.calibration.profile import CalibrationProfile
 from vllm_osdt.calibration.registry import ProfileRegistry
-from vllm_osdt.config import RESOLVED_KEY
+from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY
 from vllm_osdt.engine_config import open_store, server_options
 from vllm_osdt.worker.request_states import CanvasStates, to_device
 from vllm_osdt.worker.sampler import CanvasSampler
@@ -63,7 +63,7 @@ class CanvasModelState(ModelState):
         hf_config = vllm_config.model_config.hf_config
         self.canvas_states = CanvasStates(
             self.max_num_reqs,
-            self.model_config.max_model_len,
+            self.model_config.max_model_len + MAX_BLOCK_LENGTH - 1,
             hf_config.mask_token_id,
             device,
             make_registry(vllm_config),

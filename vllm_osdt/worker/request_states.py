@@ -81,7 +81,7 @@ class HostTables(NamedTuple):
     step: np.ndarray  # int64, denoising steps the active block has seen
     masked: np.ndarray  # bool [slots, MAX_BLOCK_LENGTH], of the active block
     rule: np.ndarray  # int8
-    parameters: np.ndarray  # float32 [slots, max_model_len], of the rule, by block and step
+    parameters: np.ndarray  # float32 [slots, row_length], of the rule, by block and step
     quota: np.ndarray  # int32 [slots, MAX_BLOCK_LENGTH], positions unmasked at least, by step in the block
     fallback: np.ndarray  # int8, shape of parameters, where a calibrated parameter comes from
     num_fallbacks: np.ndarray  # int64 [slots, kinds], denoising steps by kind
@@ -102,7 +102,8 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class CanvasStates:
-    """Tables of ``max_num_reqs`` slots.
+    """Tables of ``max_num_reqs`` slots, a row of ``row_length`` positions each: of the context, and of what a block that
+    begins in it would have behind it.
 
     Invariant: after :meth:`begin_step`, ``host.masked[slot, :block_length]`` are the masks of the slot's active block,
     which starts at position ``host.block_start[slot]`` and has seen ``host.step[slot]`` denoising steps.
@@ -111,7 +112,7 @@ class CanvasStates:
     def __init__(
         self,
         max_num_reqs: int,
-        max_model_len: int,
+        row_length: int,
         mask_token_id: int,
         device: torch.device,
         registry: ProfileRegistry | None = None,
@@ -120,7 +121,6 @@ class CanvasStates:
         is_block_causal: bool = False,
         is_strict: bool = False,
     ) -> None:
-        self.max_model_len = max_model_len
         self.mask_token_id = mask_token_id
         self.device = device
         self.registry = registry or ProfileRegistry()
@@ -134,14 +134,14 @@ class CanvasStates:
         self._last_in_slot: dict[int, str] = {}
 
         # Prompt, decided tokens and mask tokens, by absolute position; the last cell takes writes of padding.
-        self.cells = torch.zeros(max_num_reqs * max_model_len + 1, dtype=torch.int32, device=device)
-        self.token_ids = self.cells[:-1].view(max_num_reqs, max_model_len)
+        self.cells = torch.zeros(max_num_reqs * row_length + 1, dtype=torch.int32, device=device)
+        self.token_ids = self.cells[:-1].view(max_num_reqs, row_length)
         # Masks of the active block; the last row is for requests that denoise nothing in a step.
         self.masked = torch.zeros(max_num_reqs + 1, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
         # Steps that the active block has seen without a mask, where the request edits.
         self.num_post_steps = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         # Mean confidence of the masked positions, by block and denoising step; NaN where there was no step.
-        self.mean_confidence = torch.full((max_num_reqs, max_model_len), torch.nan, device=device)
+        self.mean_confidence = torch.full((max_num_reqs, row_length), torch.nan, device=device)
         pinned = device.type != "cpu"
         self._masked_host = torch.zeros_like(self.masked, device="cpu", pin_memory=True) if pinned else self.masked
         self._copied = torch.cuda.Event() if pinned else None
@@ -156,9 +156,9 @@ class CanvasStates:
             step=np.zeros(max_num_reqs, dtype=np.int64),
             masked=self._masked_host.numpy(),
             rule=np.zeros(max_num_reqs, dtype=np.int8),
-            parameters=np.zeros((max_num_reqs, max_model_len), dtype=np.float32),
+            parameters=np.zeros((max_num_reqs, row_length), dtype=np.float32),
             quota=np.zeros((max_num_reqs, MAX_BLOCK_LENGTH), dtype=np.int32),
-            fallback=np.zeros((max_num_reqs, max_model_len), dtype=np.int8),
+            fallback=np.zeros((max_num_reqs, row_length), dtype=np.int8),
             num_fallbacks=np.zeros((max_num_reqs, len(Fallback)), dtype=np.int64),
             temperature=np.zeros(max_num_reqs, dtype=np.float32),
             seed=np.zeros(max_num_reqs, dtype=np.int64),
@@ -218,8 +218,7 @@ class CanvasStates:
         """Decide, once, how a request is decoded and whether it calibrates its task."""
         params = new.sampling_params
         options = DecodingOptions(**params.extra_args[RESOLVED_KEY])
-        assert options.gen_length is not None
-        key = ProfileKey(options.task, options.block_length, options.cache_key, options.threshold)
+        key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
         if self.is_strict:
             strict = np.nextafter(np.float32(options.threshold), np.float32(np.inf))
             options = replace(options, threshold=float(strict))
@@ -252,7 +251,7 @@ class CanvasStates:
             record.profile = self.registry.find_pinned(options.task, options.profile)
             if record.profile is None:
                 counts["fallbacks", "pin"] += 1
-        else:
+        elif options.task is not None:
             record.profile = self.registry.find(key, options.calibrations)
             # A request that ends within its first block says too little of a task.
             can_calibrate = max_tokens >= options.block_length and options.task != UNDECIDED_TASK
@@ -261,14 +260,11 @@ class CanvasStates:
                 and (record.profile is None or options.recalibrate)
                 and self.registry.claim(key, req_id, options.calibrations)
             ):
-                assert options.gen_length is not None
                 record.profile = None
-                record.recorder = Recorder(
-                    options.gen_length // options.block_length, options.block_length, self.device
-                )
+                record.recorder = Recorder(options.num_blocks, options.block_length, self.device)
         if record.profile is not None:
             record.schedule = osdt(options, record.profile.thresholds(record.setting))
-            self.report.uses(options.task, record.profile.profile_id, float(record.schedule.parameters.mean()))
+            self.report.uses(key.task, record.profile.profile_id, float(record.schedule.parameters.mean()))
         counts["requests", "calibrated" if record.profile else "calibrating" if record.recorder else "static"] += 1
 
     def free_slot(self, req_id: str) -> None:
@@ -329,8 +325,9 @@ class CanvasStates:
         seen = self.mean_confidence[slots].cpu().numpy()
         for record, row in zip(records, seen, strict=True):
             profile = record.profile
-            assert profile is not None and record.options.gen_length is not None
-            table = row[: record.options.gen_length].reshape(-1, record.options.block_length)
+            assert profile is not None
+            num_blocks, block_length = record.options.num_blocks, record.options.block_length
+            table = row[: num_blocks * block_length].reshape(num_blocks, block_length)
             drift = self.guard.observe(profile, table)
             if drift is None:
                 continue
