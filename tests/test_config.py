@@ -136,7 +136,8 @@ def test_numbers_become_floats():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("policy", "osdt"), ("recalibrate", True), ("metric", "q1"), ("cap", 0.8), ("mode", "step_block")]
+    ("name", "value"),
+    [("policy", "osdt"), ("recalibrate", True), ("metric", "q1"), ("cap", 0.8), ("mode", "step_block")],
 )
 def test_what_only_a_task_has_is_refused_without_one(name, value):
     message = re.escape(f"osdt_{name} is {value!r}, but the request names no task")
@@ -232,7 +233,8 @@ def test_a_given_canvas_bounds_the_output(gen_length, max_tokens, output):
 
 @pytest.mark.parametrize("prompt_length", [1, 14, 31, 32, 33, 199])
 @pytest.mark.parametrize(
-    "limits", [{"max_model_len": 256, "max_num_batched_tokens": 200}, {"max_model_len": 200, "max_num_batched_tokens": 256}]
+    "limits",
+    [{"max_model_len": 256, "max_num_batched_tokens": 200}, {"max_model_len": 200, "max_num_batched_tokens": 256}],
 )
 def test_every_output_that_fits_is_served_and_no_other(prompt_length, limits):
     for max_tokens in range(1, 260):
@@ -251,12 +253,12 @@ def test_every_output_that_fits_is_served_and_no_other(prompt_length, limits):
 
 def test_a_canvas_that_a_request_asks_for_fits_whole_or_is_refused():
     assert canvas(200 - 64, 64, gen_length=64)[0].gen_length == 64
-    with pytest.raises(InvalidOptionError, match=r"gen_length is 64, but the prompt of 137 tokens leaves 63 of max_num"):
+    with pytest.raises(InvalidOptionError, match="gen_length is 64, but the prompt of 137 tokens leaves 63 of"):
         canvas(137, 63, gen_length=64)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers():
-    with pytest.raises(InvalidOptionError, match=r"prompt has 200 tokens and leaves no room .* max_num_batched_tokens 200"):
+    with pytest.raises(InvalidOptionError, match="prompt has 200 tokens and leaves no room .* 200, which holds"):
         canvas(200, None)
     assert canvas(199, None) == (replace(BASE, gen_length=1), 1)
 
@@ -466,9 +468,7 @@ def test_what_a_block_causal_canvas_cannot_be_is_refused(options, limits, messag
 @pytest.mark.parametrize(("prompt_length", "steps"), [(32, 8), (40, 12), (12, 12)])
 def test_steps_are_of_the_blocks_of_new_tokens(prompt_length, steps):
     options = DecodingOptions(**{**BLOCK_CAUSAL.as_dict(), "policy": "fixed_steps", "steps": 8})
-    resolved, _ = resolve_canvas(
-        options, prompt_length=prompt_length, max_tokens=32, limits=Limits(256, 64)
-    )
+    resolved, _ = resolve_canvas(options, prompt_length=prompt_length, max_tokens=32, limits=Limits(256, 64))
     assert resolved.steps == steps  # 4 a block, whatever the prompt shares with the first one
 
 

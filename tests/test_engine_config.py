@@ -107,7 +107,7 @@ def test_command_line_refuses_another_plugin(checkpoint: str, capsys: pytest.Cap
 
 def test_fingerprint_follows_the_weights_wherever_they_are(checkpoint: str, tmp_path_factory, monkeypatch) -> None:
     (Path(checkpoint) / "model.safetensors").write_bytes(b"weights")
-    config = configure(checkpoint)
+    config = configure(checkpoint, dtype="bfloat16")
     by_path = model_fingerprint(config)
     assert (by_path.vocab_size, by_path.mask_token_id, by_path.dtype) == (64, 63, "bfloat16")
     # A repository's name: the weights are those of its snapshot in the cache.
@@ -293,3 +293,202 @@ def test_cuda_graphs_are_refused_for_block_causal_models(block_causal: str, mode
     assert configure(block_causal).compilation_config.cudagraph_mode.name == "NONE"
     with pytest.raises(ValueError, match=f"cudagraph_mode is {mode}"):
         configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": mode})
+
+
+FAMILY_FIELDS = ("LLADA", "DREAM", "LLADA_MOE", "SDAR", "SDAR_MOE", "LLADA2", "FAST_DLLM_V2")
+
+
+@pytest.fixture(params=FAMILY_FIELDS)
+def any_family(request, tmp_path: Path) -> Path:
+    """A config of every family, and nothing else."""
+    from tests.models.test_rope import FAMILIES
+
+    names = dict(
+        zip(
+            FAMILY_FIELDS,
+            ("llada", "dream", "llada_moe", "sdar", "sdar_moe", "llada2_moe", "fast_dllm_v2"),
+            strict=True,
+        )
+    )
+    return FAMILIES[names[request.param]][0](tmp_path / "model")
+
+
+def change(folder: Path, **fields) -> None:
+    """Other fields in a checkpoint's config."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def read_config(fields: dict):
+    """A checkpoint's config as its family's class reads it. (vLLM tries several times to read what is refused.)"""
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    return _CONFIG_REGISTRY[fields["model_type"]].from_dict(fields)
+
+
+@pytest.mark.parametrize("value", [0, -1, 129, 200, 8.0, "8", True])
+def test_no_block_length_that_a_request_could_not_have_passes_from_anywhere(any_family: Path, value) -> None:
+    words = f"block_length is {value!r}.*expected an integer from 1 to 128"
+    with pytest.raises(ValueError, match=words):
+        configure(str(any_family), additional_config={"osdt": {"block_length": value}})
+    with pytest.raises(ValueError, match=words):
+        configure(str(any_family), hf_overrides={"block_length": value})
+    config = json.loads((any_family / "config.json").read_text())
+    name = next((name for name in ("block_size", "bd_size") if name in config), "block_length")
+    with pytest.raises(ValueError, match=words):
+        read_config({**config, name: value})
+
+
+@pytest.mark.parametrize("value", [None, -1, 101, 3.0, "<mask>", True])
+def test_a_mask_token_that_is_none_is_refused_by_name(any_family: Path, value) -> None:
+    words = rf"mask_token_id is {value!r}; it must be a token id in \[0, 101\)\. .*--hf-overrides"
+    change(any_family, mask_token_id=value)
+    with pytest.raises(ValueError, match=words):
+        configure(str(any_family))
+    assert configure(str(any_family), hf_overrides={"mask_token_id": 100})
+    change(any_family, mask_token_id=100)
+    with pytest.raises(ValueError, match=words):
+        configure(str(any_family), hf_overrides={"mask_token_id": value})
+
+
+REFUSED_FIELDS = {
+    "LLADA": [("alibi", True), ("activation_type", "gelu"), ("rope", False), ("layer_norm_with_affine", False)],
+    "DREAM": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "LLADA_MOE": [("qk_layernorm", False), ("norm_topk_prob", True), ("clip_qkv", 8.0), ("attention_bias", True)],
+    "SDAR": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "SDAR_MOE": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "LLADA2": [
+        ("use_qk_norm", False),
+        ("score_function", "softmax"),
+        ("norm_topk_prob", False),
+        ("router_dtype", "bf16"),
+    ],
+    "FAST_DLLM_V2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+}
+
+
+def test_fields_that_are_not_honored_are_refused_in_a_config_and_in_an_override(any_family: Path, request) -> None:
+    for name, value in REFUSED_FIELDS[request.node.callspec.params["any_family"]]:
+        words = f"{name} is {value!r}; only .* is implemented"
+        with pytest.raises(ValueError, match=words):
+            configure(str(any_family), hf_overrides={name: value})
+        with pytest.raises(ValueError, match=words):
+            read_config({**json.loads((any_family / "config.json").read_text()), name: value})
+
+
+def test_the_canvas_of_vllms_diffusion_config_is_our_block(any_family: Path) -> None:
+    config = configure(str(any_family), diffusion_config={"canvas_length": 16})
+    assert server_defaults(config).block_length == config.diffusion_config.canvas_length == 16
+    same = {"osdt": {"block_length": 16}}
+    assert configure(str(any_family), diffusion_config={"canvas_length": 16}, additional_config=same)
+    for arguments, words in (
+        ({"canvas_length": 200}, "block_length is 200; expected an integer from 1 to 128"),
+        ({"canvas_length": 8, "max_denoising_steps": 4}, "max_denoising_steps to 4; here a policy decides"),
+        ({"canvas_length": 8}, "canvas_length to 8, but --osdt-config sets block_length, which is the same, to 16"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            configure(str(any_family), diffusion_config=arguments, additional_config=same if "same" in words else {})
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "arguments", "words"),
+    [
+        (False, {"enable_chunked_prefill": True}, "enable_chunked_prefill is True"),
+        (False, {"enable_prefix_caching": True}, "enable_prefix_caching is True"),
+        (False, {"long_prefill_token_threshold": 64}, "long_prefill_token_threshold is 64"),
+        (False, {"async_scheduling": True}, "async_scheduling is True"),
+        (True, {"enable_chunked_prefill": False}, "enable_chunked_prefill is False"),
+        (
+            True,
+            {"enable_prefix_caching": True, "block_size": 64},
+            "enable_prefix_caching is True, but pages of block_size",
+        ),
+        (True, {"async_scheduling": True}, "async_scheduling is True"),
+    ],
+)
+def test_what_an_operator_has_set_is_honored_or_refused(
+    checkpoint: str, block_causal: str, is_causal: bool, arguments: dict, words: str
+) -> None:
+    if not is_causal:
+        (Path(checkpoint) / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ValueError, match=words):
+        configure(checkpoint, **arguments)
+    opposite = {name: not value for name, value in arguments.items() if isinstance(value, bool)}
+    assert configure(checkpoint, **opposite)
+
+
+def test_a_refusal_of_ours_is_no_validation_error_of_the_whole_config(checkpoint: str) -> None:
+    from vllm_osdt.errors import OSDTError
+
+    with pytest.raises(OSDTError, match="^gen_length is 40; it must be a multiple of block_length 32"):
+        configure(checkpoint, additional_config={"osdt": {"gen_length": 40}})
+    with pytest.raises(OSDTError, match="gen_length is 256; .* at most 255"):
+        configure(checkpoint, additional_config={"osdt": {"gen_length": 256}})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ('{"treshold": 0.5}', "Unknown option 'treshold' (did you mean 'threshold'?)"),
+        ('{"threshold": 2}', "threshold is 2; expected a number in (0, 1]"),
+        ('{"drift": "of"}', "drift is 'of' (did you mean 'off'?)"),
+    ],
+)
+def test_a_mistake_in_osdt_config_is_told_before_anything_is_loaded(
+    checkpoint: str, capsys: pytest.CaptureFixture, text: str, words: str
+) -> None:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", checkpoint, "--osdt-config", text])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "argument --osdt-config: " in said and words in said
+    assert "_json" not in said
+
+
+@pytest.mark.parametrize(
+    ("is_fast", "arguments", "dtype"),
+    [(False, {}, "float32"), (False, {"dtype": "bfloat16"}, "bfloat16"), (True, {}, "bfloat16")],
+)
+def test_a_cpu_whose_bfloat16_is_slow_serves_in_float32_unless_told(
+    checkpoint: str, monkeypatch, is_fast: bool, arguments: dict, dtype: str
+) -> None:
+    from vllm_osdt import engine_config
+
+    said = []
+    monkeypatch.setattr(engine_config, "has_fast_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(engine_config.logger, "warning_once", lambda text, *args: said.append(text % args))
+    for stored in ("float32", "bfloat16"):
+        change(Path(checkpoint), torch_dtype=stored)
+        assert str(configure(checkpoint, **arguments).model_config.dtype) == f"torch.{dtype}"
+    assert any("serves in float32" in line for line in said) == (dtype == "float32")
+
+
+def test_weights_of_less_precision_keep_their_dtype(checkpoint: str, monkeypatch) -> None:
+    from tests.models.test_quantisation import QUANTIZATION
+    from vllm_osdt import engine_config
+
+    monkeypatch.setattr(engine_config, "has_fast_bfloat16", lambda: False)
+    change(Path(checkpoint), quantization_config=QUANTIZATION)
+    assert str(configure(checkpoint).model_config.dtype) == "torch.bfloat16"
+
+
+def test_an_engine_says_in_one_paragraph_what_was_decided(checkpoint: str, block_causal: str, tmp_path) -> None:
+    from vllm_osdt.engine_config import describe_engine
+
+    text = describe_engine(configure(block_causal, additional_config={"osdt": {"profile_dir": ""}}))
+    assert "block length 24" in text and "cache block" in text and "canvas" not in text.replace("canvas_", "")
+    assert "profiles in memory only" in text and "name no task: static threshold" in text
+    (Path(checkpoint) / "config.json").write_text(json.dumps(CONFIG))
+    own = {"osdt": {"profile_dir": str(tmp_path / "p"), "task": "chat", "policy": "factor", "gen_length": 64}}
+    text = describe_engine(configure(checkpoint, additional_config=own))
+    decoding = [
+        "policy factor",
+        "static threshold 0.9",
+        "block length 32",
+        "canvas without max_tokens 64",
+        "cache dual",
+    ]
+    tasks = ["calibrates on 32 requests", "task 'chat'", str(tmp_path / "p"), ": 0 tasks"]
+    assert all(words in text for words in decoding + tasks) and "\n" not in text

@@ -78,8 +78,11 @@ def sent_by(request: Any) -> Sent:
         fields["logprobs"] = ("logprobs", request.logprobs)
     names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     name = next((name for name in names if getattr(request, name, None) is not None), "max_tokens")
+    limit = getattr(request, name, None)
+    if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
+        name = "max_tokens"
     own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
-    return Sent(getattr(request, name, None), name, own, fields)
+    return Sent(limit, name, own, fields)
 
 
 def _plain(value: Any) -> Any:
@@ -91,7 +94,7 @@ def check_sampling_params(params: "SamplingParams") -> None:
     """Refuse sampling parameters that would be ignored.
 
     Raises:
-        InvalidOptionError: Names every such parameter as the client sent it, with its value and the one to send instead.
+        InvalidOptionError: Names every such parameter as the client sent it, its value, and the one to send instead.
     """
     sent: Sent | None = getattr(params, SENT, None)
     refused = []
@@ -103,7 +106,7 @@ def check_sampling_params(params: "SamplingParams") -> None:
             name, value = sent.fields[name]
             neutral = (None,)
         elif name == "structured_outputs":
-            value = {key: asked for key, asked in asdict(value).items() if asked is not None and key[0] != "_"}
+            value = {key: asked for key, asked in asdict(value).items() if asked and not key.startswith("_")}
         remedy = "leave it out" if neutral[0] is None else f"send {neutral[0]!r} or leave it out"
         refused.append(f"{name}={value!r} ({remedy})")
     if refused:
@@ -167,9 +170,7 @@ class FrontEnd:
         sent: Sent = getattr(asked, SENT, None) or Sent(asked.max_tokens)
         extra = _merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
-        options = check_family(
-            parse_options(extra, base=base, prefix=PREFIX), self._config.model_config.hf_config
-        )
+        options = check_family(parse_options(extra, base=base, prefix=PREFIX), self._config.model_config.hf_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:

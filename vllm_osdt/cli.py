@@ -20,16 +20,7 @@ from vllm_osdt import __version__
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
 from vllm_osdt.calibration.store import ProfileStore, UnusableFileError, default_folder, read_file, read_folder
-from vllm_osdt.config import (
-    BLOCK_CACHE,
-    METRICS,
-    MODES,
-    RECORDS,
-    SERVER_OPTION_NAMES,
-    DecodingOptions,
-    parse_options,
-    parse_server_options,
-)
+from vllm_osdt.config import METRICS, MODES, RECORDS, DecodingOptions, check_operator_values, parse_operator_json
 from vllm_osdt.errors import OSDTError
 
 STATISTICS = [("conformal", "masked"), *((metric, record) for metric in METRICS[1:] for record in RECORDS)]
@@ -206,14 +197,7 @@ def diff(args: argparse.Namespace) -> None:
 def calibrate(args: argparse.Namespace) -> None:
     """Decode prompts until they have made the task's profile, and keep it."""
     prompts = _prompts(args.prompts)
-    # What the engine would refuse is refused before it starts.
-    own = {name: value for name, value in args.osdt_config.items() if name in SERVER_OPTION_NAMES}
-    parse_server_options(own)
-    rest = {name: value for name, value in args.osdt_config.items() if name not in own}
-    # Which cache modes there are, the engine knows.
-    cache = rest.get("cache")
-    base = DecodingOptions(cache=BLOCK_CACHE) if cache == BLOCK_CACHE else DecodingOptions()
-    options = parse_options(rest, base=base)
+    options = check_operator_values(args.osdt_config)
     if len(prompts) < options.calibrations:
         raise CommandError(
             f"{args.prompts} holds {len(prompts)} prompts, but calibrations is {options.calibrations}; give more "
@@ -348,13 +332,6 @@ _CHECKS = {
 }
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -412,7 +389,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-tokens", type=int, default=256, help="canvas of the calibrating requests")
     command.add_argument("--dtype", default="auto", help="as the server's: a profile is for one dtype")
     command.add_argument("--max-model-len", type=int, help="as vLLM's")
-    command.add_argument("--osdt-config", type=_json_object, default={}, help="options as for the server, as JSON")
+    command.add_argument("--osdt-config", type=parse_operator_json, default={}, help="options of the server, as JSON")
     command.set_defaults(function=calibrate)
 
     command = commands.add_parser(

@@ -5,7 +5,6 @@ Every patch leaves other models alone: it looks at the model first and otherwise
 
 import functools
 import importlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -150,10 +149,12 @@ def _server() -> None:
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
+    from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
     from vllm_osdt.admission import PREFIX, SENT, check_early, refuse, sent_by
     from vllm_osdt.engine_config import is_ours
@@ -181,13 +182,28 @@ def _server() -> None:
 
     _wrap(OpenAIServingResponses, "_generate_with_builtin_tools", make_generate)
 
+    async def own_fields(raw_request):
+        """Fields of ours at the top of a body whose class drops what it does not know."""
+        body = await raw_request.json() if raw_request is not None else {}
+        return {name: value for name, value in body.items() if name.startswith(PREFIX)}
+
+    def make_serve_tokens(original):
+        async def serve_tokens(self, request, raw_request=None):
+            if is_ours(self.model_config):
+                params = request.sampling_params
+                params.extra_args = {**(params.extra_args or {}), **await own_fields(raw_request)}
+            return await original(self, request, raw_request)
+
+        return serve_tokens
+
+    _wrap(ServingTokens, "serve_tokens", make_serve_tokens)
+
     def make_create_messages(original):
         # Its requests drop fields that they do not know, and its router logs a traceback of what is raised.
         async def create_messages(self, request, raw_request=None):
             if not is_ours(self.model_config):
                 return await original(self, request, raw_request)
-            body = await raw_request.json() if raw_request is not None else {}
-            own = {name: value for name, value in body.items() if name.startswith(PREFIX)}
+            own = await own_fields(raw_request)
             if own:
                 request.vllm_xargs = {**(request.vllm_xargs or {}), **own}
             try:
@@ -203,6 +219,7 @@ def _server() -> None:
         def make(original):
             def refused(self, *args, **kwargs):
                 if is_ours(self.model_config):
+                    logger.info("Refused a request: %s", what)
                     with _http_400():
                         refuse(what)
                 return original(self, *args, **kwargs)
@@ -213,6 +230,7 @@ def _server() -> None:
 
     _wrap(BeamSearchOnlineMixin, "beam_search", make_refusal("use_beam_search"))
     _wrap(ServingGenerativeScoring, "create_generative_scoring", make_refusal("Generative scoring"))
+    _wrap(ServingStructuredDecisions, "create_decision", make_refusal("A structured decision"))
 
 
 def _beam_search() -> None:
@@ -307,6 +325,8 @@ def _command_line() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_osdt.config import parse_operator_json
+
     def make_add_cli_args(original):
         def add_cli_args(parser, *args, **kwargs):
             parser = original(parser, *args, **kwargs)
@@ -323,7 +343,7 @@ def _command_line() -> None:
                 )
                 group.add_argument(
                     "--osdt-config",
-                    type=json.loads,
+                    type=parse_operator_json,
                     default=None,
                     help='Default decoding options as JSON, e.g. \'{"policy": "osdt", "threshold": 0.9}\'.',
                 )
@@ -348,6 +368,45 @@ def _command_line() -> None:
         wrapper = functools.wraps(original)(make_from_cli_args(original))
         setattr(wrapper, _MARK, True)
         EngineArgs.from_cli_args = classmethod(wrapper)
+
+
+def _engine_arguments() -> None:
+    """Our hook for engine settings sees which of them the operator has set, and its refusals are not wrapped in a
+    validation error of the whole config.
+
+    vLLM replaces arguments that are None by its own defaults before it asks for ours. Goes when a model can state its
+    defaults.
+    """
+    from pydantic import ValidationError
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_osdt.engine_config import ASKED, ASKED_NAMES
+
+    def make_post_init(original):
+        def __post_init__(self):
+            original(self)
+            self.osdt_asked = {name: getattr(self, name) for name in ASKED_NAMES}
+
+        return __post_init__
+
+    def make_create(original):
+        def create_engine_config(self, *args, **kwargs):
+            token = ASKED.set(getattr(self, "osdt_asked", {}))
+            try:
+                return original(self, *args, **kwargs)
+            except ValidationError as error:
+                for one in error.errors():
+                    cause = one.get("ctx", {}).get("error")
+                    if isinstance(cause, OSDTError):
+                        raise cause from None
+                raise
+            finally:
+                ASKED.reset(token)
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "__post_init__", make_post_init)
+    _wrap(EngineArgs, "create_engine_config", make_create)
 
 
 def _runner_choice() -> None:
@@ -441,5 +500,6 @@ def apply() -> None:
     _response_field()
     _metrics()
     _command_line()
+    _engine_arguments()
     _runner_choice()
     _ordinary_sampling()

@@ -6,7 +6,9 @@ defaults). At admission everything is resolved into one :class:`DecodingOptions`
 :data:`RESOLVED_KEY`, so scheduler and workers read the same values.
 """
 
+import argparse
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -275,6 +277,15 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+def check_option(name: str, value: Any) -> Any:
+    """One decoding option's value, as :func:`parse_options` takes it.
+
+    Raises:
+        InvalidOptionError: A wrong type or a value out of range.
+    """
+    return _CHECKS[name](name, value)
+
+
 def _folder(name: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value.isprintable()):
         raise InvalidOptionError(f'{name} is {value!r}; expected the path of a folder, or "" for none.')
@@ -306,6 +317,42 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The part of a message that names the known word meant, if one is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def parse_operator_json(text: str) -> dict[str, Any]:
+    """What ``--osdt-config`` holds, for argparse. Names and values are checked before anything is loaded; what the
+    model's family allows is checked when that is known.
+
+    Args:
+        text: A JSON object.
+
+    Raises:
+        argparse.ArgumentTypeError: Says what is wrong with it.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"threshold": 0.9}}')
+    try:
+        check_operator_values(values)
+    except InvalidOptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return values
+
+
+def check_operator_values(values: Mapping[str, Any]) -> DecodingOptions:
+    """The operator's options as far as they hold for every family, and the decoding options among them.
+
+    Raises:
+        InvalidOptionError: An unknown name, a wrong type or a value out of range.
+    """
+    own = {name: value for name, value in values.items() if name in SERVER_OPTION_NAMES}
+    parse_server_options(own)
+    rest = {name: value for name, value in values.items() if name not in own}
+    base = DecodingOptions(cache=BLOCK_CACHE) if rest.get("cache") == BLOCK_CACHE else DecodingOptions()
+    return parse_options(rest, base=base)
 
 
 def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:

@@ -1,11 +1,16 @@
 """Engine settings of the model families, set so that users need no flag."""
 
 import math
+import platform
 import re
+from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import CompilationMode, CUDAGraphMode, DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -33,6 +38,11 @@ if TYPE_CHECKING:
     from vllm.config import AttentionConfig, ModelConfig, VllmConfig
 
 logger = init_logger("vllm.vllm_osdt.engine_config")
+
+# Engine arguments as the operator gave them, while vLLM makes its config of them (see ``compat``): vLLM fills in its
+# own defaults before it asks for ours. Empty for a config that was made without them.
+ASKED: ContextVar[Mapping[str, Any]] = ContextVar("ASKED", default=MappingProxyType({}))
+ASKED_NAMES = ("dtype", "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "diffusion_config")
 
 # Tokens of the smallest KV page that attention runs well with; small pages share more of two prompts.
 SMALLEST_PAGE = {"cpu": 32, "gpu": 16}
@@ -198,6 +208,16 @@ def open_store(vllm_config: "VllmConfig") -> ProfileStore | None:
     return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config)) if folder else None
 
 
+def _refuse_if_asked(name: str, value: bool, reason: str) -> None:
+    """Refuse an engine argument that the operator has set and these models cannot honor.
+
+    Raises:
+        OSDTError: The operator has set it to that value.
+    """
+    if ASKED.get().get(name) is value:
+        raise OSDTError(f"{name} is {value}, but {reason}; leave it out.")
+
+
 def _set_up_full_attention(vllm_config: "VllmConfig", options: ServerOptions) -> list[str]:
     """Settings of models whose positions see the whole canvas; returns what was switched off."""
     switched_off = []
@@ -206,12 +226,15 @@ def _set_up_full_attention(vllm_config: "VllmConfig", options: ServerOptions) ->
             "fused_commit is false, but this model's finished blocks have no keys and values of their own to write; "
             "leave it out."
         )
+    reason = "this model's refresh computes prompt and canvas together"
+    _refuse_if_asked("enable_chunked_prefill", True, reason)
     if vllm_config.scheduler_config.enable_chunked_prefill:
         vllm_config.scheduler_config.enable_chunked_prefill = False
         switched_off.append("chunked prefill (a refresh computes prompt and canvas together)")
-    if vllm_config.scheduler_config.long_prefill_token_threshold:
-        vllm_config.scheduler_config.long_prefill_token_threshold = 0
-        switched_off.append("long_prefill_token_threshold (likewise)")
+    longest = vllm_config.scheduler_config.long_prefill_token_threshold
+    if longest:
+        raise OSDTError(f"long_prefill_token_threshold is {longest}, but {reason}; leave it out.")
+    _refuse_if_asked("enable_prefix_caching", True, "keys and values of this model's prompts depend on their canvas")
     if vllm_config.cache_config.enable_prefix_caching:
         vllm_config.cache_config.enable_prefix_caching = False
         switched_off.append("prefix caching (a prompt's keys and values depend on its canvas)")
@@ -254,6 +277,7 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
         changed.append(
             f"the end of the context (max_model_len is {model.max_model_len}, whole blocks of {block_length})"
         )
+    _refuse_if_asked("enable_chunked_prefill", False, "this model's prompts are cut at block boundaries")
     if not scheduler.enable_chunked_prefill:
         scheduler.enable_chunked_prefill = True
         changed.append("whole prompts in one step (they are cut at block boundaries)")
@@ -263,6 +287,8 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
         cache.block_size = math.lcm(SMALLEST_PAGE["cpu" if current_platform.is_cpu() else "gpu"], block_length)
         cache.user_specified_block_size = True  # or the platform would choose
     if cache.block_size % block_length:
+        reason = f"pages of block_size {cache.block_size} cut this model's blocks of {block_length}"
+        _refuse_if_asked("enable_prefix_caching", True, reason)
         cache.enable_prefix_caching = False
         changed.append(f"prefix caching (pages of --block-size {cache.block_size} cut blocks of {block_length})")
     return changed
@@ -321,12 +347,56 @@ def _choose_attention(attention: "AttentionConfig", cache_dtype: str) -> None:
         attention.backend = AttentionBackendEnum.TRITON_ATTN  # where FLASH_ATTN cannot, FLASHINFER would be next
 
 
+def _check_rope_range(model: "ModelConfig") -> None:
+    """vLLM's tables of a YaRN model end with the scaled range; it does not look whether the context does.
+
+    Raises:
+        OSDTError: The context is longer.
+    """
+    rope = model.hf_config.rope_parameters or {}
+    if rope.get("rope_type") != "yarn":
+        return
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    if model.max_model_len > original * factor:
+        raise OSDTError(
+            f"max_model_len is {model.max_model_len}, but the model's YaRN scaling stretches {original} positions by "
+            f"{factor:g}, to {int(original * factor)}. Lower --max-model-len or raise the factor."
+        )
+
+
+def _settle_canvas_length(vllm_config: "VllmConfig") -> None:
+    """vLLM's ``--diffusion-config`` names what is denoised together ``canvas_length``: our block.
+
+    Raises:
+        OSDTError: It contradicts ours, is no length of a block, or bounds the denoising steps, which policies do here.
+    """
+    asked, hf_config = vllm_config.diffusion_config, vllm_config.model_config.hf_config
+    if asked is None or not ASKED.get().get("diffusion_config"):
+        return
+    if asked.max_denoising_steps is not None:
+        raise OSDTError(
+            f"diffusion_config sets max_denoising_steps to {asked.max_denoising_steps}; here a policy decides that. "
+            'Leave it out and set steps_per_block and the policy in --osdt-config, such as {"policy": "fixed_steps", '
+            f'"steps_per_block": {asked.max_denoising_steps}}}.'
+        )
+    own = _operator_values(vllm_config).get("block_length", asked.canvas_length)
+    if own != asked.canvas_length:
+        raise OSDTError(
+            f"diffusion_config sets canvas_length to {asked.canvas_length}, but --osdt-config sets block_length, which "
+            f"is the same, to {own}; leave one of them out."
+        )
+    hf_config.block_length = asked.canvas_length
+    hf_config.check_fields()
+
+
 def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None:
     """Where a checkpoint's config does not say its block length, its name does ("SDAR-8B-Chat-b32")."""
     hf_config = model.hf_config
     named = re.search(r"-b(\d+)(?=$|[-_])", model.model.rstrip("/").rsplit("/", 1)[-1])
     length = int(named[1]) if named else None
     asked = {*operator, *(model.hf_overrides if isinstance(model.hf_overrides, dict) else ())}
+    if ASKED.get().get("diffusion_config"):
+        asked.add("canvas_length")
     if not getattr(hf_config, "is_block_causal", False) or asked & {"block_length", "block_size", "canvas_length"}:
         return
     if length == hf_config.block_length:
@@ -347,8 +417,51 @@ def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None
         )  # fmt: skip
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are not slower than in float32 on this CPU: AVX512-BF16 or AMX on x86."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True  # vLLM's own choice stands
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def describe_engine(vllm_config: "VllmConfig") -> str:
+    """What was decided for an engine, for its log: policy, tasks, block, canvas, cache, profiles."""
+    options = server_defaults(vllm_config)
+    limits, store = canvas_limits(vllm_config, options), open_store(vllm_config)
+    if options.task is None:
+        task = "requests that name no task: static threshold"
+    else:
+        task = f"requests that name no task: task {options.task!r}"
+    kept = "profiles in memory only"
+    if store is not None:
+        number = sum(1 for _ in store.folder.glob("*.json")) if store.folder.is_dir() else 0
+        kept = f"profiles of this model in {store.folder}: {number} task{'s' * (number != 1)}"
+    canvas = f"canvas without max_tokens {limits.gen_length or limits.open_ended}, "
+    if options.cache == BLOCK_CACHE:
+        canvas = ""
+    return (
+        f"vllm-osdt decodes with policy {options.policy}, static threshold {options.threshold:g}; a task calibrates on "
+        f"{options.calibrations} request{'s' * (options.calibrations != 1)} (metric {options.metric}); {task}; block "
+        f"length {options.block_length}, {canvas}cache {options.cache}; {kept}."
+    )
+
+
 class CanvasModelConfig(VerifyAndUpdateConfig):
     """vLLM's hook for a model's engine settings."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Serve in float32 on a CPU whose bfloat16 is slow, if the operator names no dtype."""
+        is_half = model_config.dtype in (torch.bfloat16, torch.float16)
+        is_free = ASKED.get().get("dtype") == "auto"
+        is_quantized = model_config.quantization or getattr(model_config.hf_config, "quantization_config", None)
+        if current_platform.is_cpu() and is_half and is_free and not is_quantized:
+            if not has_fast_bfloat16():
+                logger.warning_once(
+                    "This CPU has neither AVX512-BF16 nor AMX, where %s is slower than float32: vllm-osdt serves in "
+                    "float32. --dtype bfloat16 halves the memory.", str(model_config.dtype).removeprefix("torch.")
+                )  # fmt: skip
+                model_config.dtype = torch.float32
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -392,17 +505,17 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
                 f"data_parallel_size is {parallel.data_parallel_size}, but vLLM cannot exchange experts' inputs "
                 "between engines on a CPU; use --tensor-parallel-size, or servers of their own."
             )
-        if not 0 <= hf_config.mask_token_id < hf_config.vocab_size:
-            raise OSDTError(
-                f"the config's mask_token_id is {hf_config.mask_token_id}; it must be in [0, {hf_config.vocab_size}). "
-                "Name the mask token with --hf-overrides '{\"mask_token_id\": ID}'."
-            )
+        hf_config.check_fields()
+        hf_config.check_mask_token()
+        _check_rope_range(vllm_config.model_config)
+        _settle_canvas_length(vllm_config)
         _settle_block_length(vllm_config.model_config, _operator_values(vllm_config))
         defaults = server_defaults(vllm_config)
         options = server_options(vllm_config)  # refuses a bad value before anything is loaded
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
         scheduler.scheduler_cls = SCHEDULER_CLS
         switched_off = []
+        _refuse_if_asked("async_scheduling", True, "a step's plan needs the last one's outcome")
         if scheduler.async_scheduling is not False:
             scheduler.async_scheduling = False
             switched_off.append("async scheduling (a step's plan needs the last one's outcome)")

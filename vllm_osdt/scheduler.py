@@ -7,6 +7,7 @@ speculative placeholders, the way vLLM's own diffusion models do; rows start at 
 import sys
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -18,7 +19,9 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_osdt import metrics
 from vllm_osdt.canvas_plan import BlockCausalPlan, CanvasPlan, FullAttentionPlan, Rows
 from vllm_osdt.config import BLOCK_CACHE, MAX_BLOCK_LENGTH, RESOLVED_KEY
-from vllm_osdt.engine_config import server_options
+from vllm_osdt.engine_config import describe_engine, server_options
+
+logger = init_logger("vllm.vllm_osdt.scheduler")
 
 
 def _ended_well(request: Request) -> bool:
@@ -43,6 +46,7 @@ class CanvasScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         # Counters by number of accepted tokens: a request may have longer blocks than the served default.
         self.num_spec_tokens = MAX_BLOCK_LENGTH
+        logger.info("%s", describe_engine(self.vllm_config))
         self._is_fused = server_options(self.vllm_config).fused_commit
         self._is_shifted = getattr(self.vllm_config.model_config.hf_config, "logits_shift", 0) > 0
         # vLLM would apply it to a canvas too.

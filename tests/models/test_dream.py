@@ -102,7 +102,7 @@ def test_the_published_config_loads_without_remote_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_act": "gelu"}, {"use_sliding_window": True}, {"mask_token_id": 200_000}], ids=str
+    "change", [{"hidden_act": "gelu"}, {"use_sliding_window": True}, {"block_length": 129}], ids=str
 )
 def test_what_is_not_implemented_is_refused_by_name(change):
     with pytest.raises(UnsupportedModelError, match=next(iter(change))):

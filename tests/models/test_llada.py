@@ -165,8 +165,6 @@ def test_missing_fields_follow_from_the_others(change, expected):
         ("block_group_size", 2),
         ("scale_logits", True),
         ("embedding_size", 126463),
-        ("mask_token_id", 126464),
-        ("mask_token_id", -1),
     ],
 )
 def test_what_the_layers_do_not_implement_is_refused_by_name(field, value):

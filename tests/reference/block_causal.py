@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.reference.decode import Decoded, Rule, sureness
+from tests.reference.rope import rotate
 
 MAX_POST_STEPS = 16  # of LLaDA2.1's editing
 Weights = dict[str, torch.Tensor]
@@ -21,15 +22,6 @@ Weights = dict[str, torch.Tensor]
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
-
-
-def _rotate(x: torch.Tensor, positions: torch.Tensor, size: int, theta: float) -> torch.Tensor:
-    """Turn the first ``size`` entries of every head [rows, heads, head size] by its row's position."""
-    half = size // 2
-    angle = positions[:, None, None] * theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    first, second, rest = x[..., :half], x[..., half:size], x[..., size:]
-    turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
-    return torch.cat([*turned, rest], dim=-1)
 
 
 def _swiglu(x: torch.Tensor, weights: Weights, prefix: str) -> torch.Tensor:
@@ -86,7 +78,7 @@ class BlockCausalNetwork(ABC):
                 self.weights[f"model.layers.{layer}.{name}_layernorm.weight"] for name in ("input", "post_attention")
             ]
             q, k, v = self.project(layer, _norm(x, norms[0], eps))
-            q, k = (_rotate(heads, positions, rotary_size, self.config["rope_theta"]) for heads in (q, k))
+            q, k = (rotate(heads, positions, rotary_size, self.config) for heads in (q, k))
             k, v = (heads.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for heads in (k, v))
             scores = torch.einsum("qhd,khd->hqk", q, k) / self.head_size**0.5 + bias
             mixed = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v).reshape(num_rows, -1)

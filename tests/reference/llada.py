@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.reference.rope import rotate
+
 KV = list[tuple[torch.Tensor, torch.Tensor]]  # by layer: keys and values, each [positions, kv heads, head size]
 
 
@@ -66,7 +68,7 @@ class ReferenceLLaDA:
                 for name in ("q_proj", "k_proj", "v_proj")
             )
             q, k = self.norm_heads(layer, q, k)
-            q, k = self._rotate(q, positions), self._rotate(k, positions)
+            q, k = (rotate(heads, positions, self.head_size, self.config) for heads in (q, k))
             kv.append((k, v))
             if prefix is not None:
                 k = torch.cat([prefix[layer][0], k])
@@ -93,15 +95,6 @@ class ReferenceLLaDA:
             self.weights[f"model.transformer.blocks.{layer}.{name}.weight"] for name in ("ff_proj", "up_proj", "ff_out")
         )
         return (torch.nn.functional.silu(h @ gate.T) * (h @ up.T)) @ down.T
-
-    def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        half = self.head_size // 2
-        frequency = self.config["rope_theta"] ** (-torch.arange(half, dtype=torch.float32) / half)
-        angle = positions.float()[:, None, None] * frequency  # [rows, 1, half]
-        first, second = x[..., :half], x[..., half:]
-        return torch.cat(
-            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
-        )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -3,9 +3,18 @@
 Attention is vLLM's too: the model state tells it what a query sees (``worker.model_state``).
 """
 
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+LOADER_LOG = "vllm.model_executor.models.utils"
+
+
+def _is_no_rounding(record: logging.LogRecord) -> bool:
+    """False for vLLM's warning that a weight is rounded to the dtype it is served in, one line for every weight."""
+    return not str(record.msg).startswith("Attempted to load weight")
 
 
 class CanvasMixin:
@@ -17,6 +26,15 @@ class CanvasMixin:
         from vllm_osdt.worker.model_state import CanvasModelState
 
         return CanvasModelState
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As vLLM does, without a line for every weight of a float32 checkpoint that is served in another dtype."""
+        logger = logging.getLogger(LOADER_LOG)
+        logger.addFilter(_is_no_rounding)
+        try:
+            return super().load_weights(weights)  # type: ignore[misc]
+        finally:
+            logger.removeFilter(_is_no_rounding)
 
     def forward(
         self,

@@ -11,6 +11,7 @@ class FastDLLMv2Config(BlockCausalConfigMixin, Qwen2Config):
     """Config of Fast-dLLM v2 (``model_type: Fast_dLLM_Qwen``): Qwen2's fields; the block is called ``bd_size``."""
 
     model_type = "Fast_dLLM_Qwen"
+    family = "Fast-dLLM v2"
     attribute_map = {**BlockCausalConfigMixin.attribute_map, "bd_size": "block_length"}
     logits_shift = 1
 
@@ -19,6 +20,6 @@ class FastDLLMv2Config(BlockCausalConfigMixin, Qwen2Config):
     sub_block_length: int = 8
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """See ``BlockCausalConfigMixin.check``."""
+        """See ``CanvasConfigMixin.check_fields``."""
         super().__post_init__(**kwargs)
-        self.check("Fast-dLLM v2")
+        self.check_fields()

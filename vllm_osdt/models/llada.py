@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 import torch
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_osdt.models.canvas_llama import CanvasForCausalLM
 
@@ -34,7 +34,7 @@ class LLaDAModelLM(CanvasForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint; embedding rows beyond ``vocab_size`` (padding to ``embedding_size``) are left out."""
-        return AutoWeightsLoader(self).load_weights(self._without_padding(weights), mapper=self.hf_to_vllm_mapper)
+        return super().load_weights(self.hf_to_vllm_mapper.apply(self._without_padding(weights)))
 
     def _without_padding(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         padded = {"model.transformer.wte.weight", "model.transformer.ff_out.weight"}

@@ -11,6 +11,17 @@ class LLaDA2MoeConfig(BlockCausalConfigMixin, PreTrainedConfig):
     """Config of LLaDA2.0 and LLaDA2.1, mini and flash (``model_type: llada2_moe``)."""
 
     model_type = "llada2_moe"
+    family = "LLaDA2"
+    required = {
+        **BlockCausalConfigMixin.required,
+        "use_qk_norm": (True,),
+        "use_rmsnorm": (True,),
+        "norm_topk_prob": (True,),
+        "score_function": ("sigmoid",),
+        "moe_router_enable_expert_bias": (True,),
+        "router_dtype": ("fp32",),
+    }
+    default_theta = 600000.0
     can_edit = True
 
     vocab_size: int = 157184
@@ -23,8 +34,7 @@ class LLaDA2MoeConfig(BlockCausalConfigMixin, PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 600000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: float = 0.5
     tie_word_embeddings: bool = False
     use_bias: bool = False
@@ -55,14 +65,10 @@ class LLaDA2MoeConfig(BlockCausalConfigMixin, PreTrainedConfig):
         """
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        rope_theta, rope_scaling, rope = self.rope_theta, self.rope_scaling, kwargs.get("rope_parameters")
         super().__post_init__(**kwargs)
         self.sliding_window = None
-        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta), **(rope_scaling or rope or {})}
-        self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", self.partial_rotary_factor)
-        self.use_rmsnorm = True
-        self.norm_topk_prob = True
-        self.score_function = "sigmoid"
-        self.moe_router_enable_expert_bias = True
-        self.router_dtype = "fp32"
-        self.check("LLaDA2", use_qk_norm=True)
+        assert self.rope_parameters is not None
+        self.partial_rotary_factor = self.rope_parameters["partial_rotary_factor"]
+        self.check_fields()
+        for name, allowed in self.required.items():  # what vLLM's layers read and the checkpoints leave out
+            setattr(self, name, allowed[0])

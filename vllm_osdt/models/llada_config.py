@@ -5,30 +5,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vllm_osdt.errors import UnsupportedModelError
+from vllm_osdt.models.canvas_config import CanvasConfigMixin
 from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
 
 DEFAULT_BLOCK_LENGTH = 32
 LLADA_MOE = "LLaDAMoEModelLM"
 
-# Fields of the OLMo-derived config that our layers take for granted, with the only value they take.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "block_type": ("llama",),
-    "activation_type": ("silu",),
-    "layer_norm_type": ("rms",),
-    "rope": (True,),
-    "alibi": (False,),
-    "include_bias": (False, None),
-    "include_qkv_bias": (False, None),
-    "bias_for_layer_norm": (False, None),
-    "attention_layer_norm": (False, None),
-    "input_emb_norm": (False, None),
-    "clip_qkv": (None,),
-    "block_group_size": (1, None),
-    "scale_logits": (False, None),
-}
 
-
-class LLaDAConfig(PreTrainedConfig):
+class LLaDAConfig(CanvasConfigMixin, PreTrainedConfig):
     """Config of LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5 (``model_type: llada``).
 
     The checkpoint's own field names stay; vLLM reads them by the standard ones through ``attribute_map``.
@@ -36,6 +20,25 @@ class LLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "llada"
+    family = "LLaDA"
+    # Fields of the OLMo-derived config.
+    required = {
+        "block_type": ("llama",),
+        "activation_type": ("silu",),
+        "layer_norm_type": ("rms",),
+        "rope": (True,),
+        "alibi": (False,),
+        "layer_norm_with_affine": (True,),
+        "include_bias": (False, None),
+        "include_qkv_bias": (False, None),
+        "bias_for_layer_norm": (False, None),
+        "attention_layer_norm": (False, None),
+        "input_emb_norm": (False, None),
+        "clip_qkv": (None,),
+        "block_group_size": (1, None),
+        "scale_logits": (False, None),
+    }
+    default_theta = 500000.0
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -59,7 +62,7 @@ class LLaDAConfig(PreTrainedConfig):
     mlp_ratio: int = 4
     max_sequence_length: int = 4096
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
+    rope_parameters: dict[str, Any] | None = None
     activation_type: str = "silu"
     block_type: str = "llama"
     layer_norm_type: str = "rms"
@@ -90,23 +93,10 @@ class LLaDAConfig(PreTrainedConfig):
             self.mlp_hidden_size = self.mlp_ratio * self.d_model
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
-        rope_theta = self.rope_theta
         super().__post_init__(**kwargs)
-        # vLLM reads rotary parameters from this dict; the checkpoints have the plain field.
-        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta)}
-        for name, allowed in _REQUIRED.items():
-            value = getattr(self, name, allowed[-1])
-            if value not in allowed:
-                raise UnsupportedModelError(
-                    f"LLaDA config field {name} is {value!r}; only {allowed[0]!r} is implemented. "
-                    "Use a checkpoint with that value."
-                )
+        self.check_fields()
         if self.embedding_size < self.vocab_size:
             raise UnsupportedModelError(
                 f"LLaDA config field embedding_size is {self.embedding_size}, below vocab_size {self.vocab_size}; the "
                 "embedding must hold every token."
-            )
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise UnsupportedModelError(
-                f"LLaDA config field mask_token_id is {self.mask_token_id}; it must be in [0, {self.vocab_size})."
             )

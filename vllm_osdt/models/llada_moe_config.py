@@ -5,27 +5,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vllm_osdt.errors import UnsupportedModelError
+from vllm_osdt.models.canvas_config import CanvasConfigMixin
 
 DEFAULT_BLOCK_LENGTH = 32
 
-# Fields that vLLM's layers take for granted, with the values that mean it.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "clip_qkv": (None,),
-    "qk_layernorm": (True,),
-    "partial_rotary_factor": (1.0, 1, None),
-    "moe_router_score_function": ("softmax", None),
-    "moe_router_enable_expert_bias": (False, None),
-    "router_num_group": (None,),
-    "router_topk_group": (None,),
-    "routed_scaling_factor": (1.0, 1, None),
-    "shared_expert_intermediate_size": (None, 0),
-    "norm_topk_prob": (False, None),
-}
 
-
-class LLaDAMoEConfig(PreTrainedConfig):
+class LLaDAMoEConfig(CanvasConfigMixin, PreTrainedConfig):
     """Config of LLaDA-MoE-7B-A1B, Base and Instruct.
 
     The checkpoints say ``model_type: llada`` as LLaDA's do, and are told by their architecture (``LLaDAConfig``).
@@ -33,6 +18,22 @@ class LLaDAMoEConfig(PreTrainedConfig):
     """
 
     model_type = "llada_moe"
+    family = "LLaDA-MoE"
+    required = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False, None),
+        "clip_qkv": (None,),
+        "qk_layernorm": (True,),
+        "partial_rotary_factor": (1.0, 1, None),
+        "moe_router_score_function": ("softmax", None),
+        "moe_router_enable_expert_bias": (False, None),
+        "router_num_group": (None,),
+        "router_topk_group": (None,),
+        "routed_scaling_factor": (1.0, 1, None),
+        "shared_expert_intermediate_size": (None, 0),
+        "norm_topk_prob": (False, None),
+    }
+    default_theta = 50000.0
     attribute_map = {"canvas_length": "block_length", "moe_intermediate_size": "expert_intermediate_size"}
 
     vocab_size: int = 157184
@@ -42,8 +43,7 @@ class LLaDAMoEConfig(PreTrainedConfig):
     num_key_value_heads: int = 16
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 50000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     expert_intermediate_size: int = 1024
     num_experts: int = 64
@@ -60,23 +60,22 @@ class LLaDAMoEConfig(PreTrainedConfig):
         Raises:
             UnsupportedModelError: A field has a value that the model code does not implement.
         """
-        rope_theta, rope_scaling, rope = self.rope_theta, self.rope_scaling, kwargs.get("rope_parameters")
         super().__post_init__(**kwargs)
-        for name, allowed in _REQUIRED.items():
-            value = getattr(self, name, allowed[0])
-            if value not in allowed:
-                raise UnsupportedModelError(
-                    f"LLaDA-MoE config field {name} is {value!r}; only {allowed[0]!r} is implemented. Use a checkpoint "
-                    "with that value."
-                )
+        self.check_fields()
         if self.moe_layer_freq is not None and not all(self.moe_layer_freq):
             raise UnsupportedModelError(
                 f"LLaDA-MoE config field moe_layer_freq is {self.moe_layer_freq}; only layers with experts are "
                 "implemented. Use a checkpoint of ones."
             )
-        self.head_dim = self.hidden_size // self.num_attention_heads
+        head_dim = self.hidden_size // self.num_attention_heads
+        asked = getattr(self, "head_dim", None)
+        if asked not in (None, head_dim):
+            raise UnsupportedModelError(
+                f"LLaDA-MoE config field head_dim is {asked}; only {head_dim}, hidden_size / "
+                "num_attention_heads, is implemented. Use a checkpoint with that value."
+            )
+        self.head_dim = head_dim
         self.hidden_act = "silu"
-        self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta), **(rope_scaling or rope or {})}
         # Of vLLM's Qwen3-MoE.
         self.intermediate_size = self.expert_intermediate_size
         self.norm_topk_prob = False

@@ -14,6 +14,7 @@ class SDARConfig(BlockCausalConfigMixin, Qwen3Config):
     """Config of SDAR and TraDo (``model_type: sdar``): Qwen3's fields, and the two of ``BlockCausalConfigMixin``."""
 
     model_type = "sdar"
+    family = "SDAR"
     vocab_size: int = 151936
     mask_token_id: int = MASK_TOKEN_ID
     block_length: int | None = None
@@ -22,13 +23,14 @@ class SDARConfig(BlockCausalConfigMixin, Qwen3Config):
         """See ``BlockCausalConfigMixin``."""
         super().__post_init__(**kwargs)
         self.assume_block_length(DEFAULT_BLOCK_LENGTH)
-        self.check("SDAR")
+        self.check_fields()
 
 
 class SDARMoeConfig(BlockCausalConfigMixin, Qwen3MoeConfig):
     """Config of SDAR-30B-A3B (``model_type: sdar_moe``)."""
 
     model_type = "sdar_moe"
+    family = "SDAR-MoE"
     vocab_size: int = 151936
     mask_token_id: int = MASK_TOKEN_ID
     block_length: int | None = None
@@ -37,4 +39,4 @@ class SDARMoeConfig(BlockCausalConfigMixin, Qwen3MoeConfig):
         """See ``BlockCausalConfigMixin``."""
         super().__post_init__(**kwargs)
         self.assume_block_length(DEFAULT_BLOCK_LENGTH)
-        self.check("SDAR")
+        self.check_fields()

@@ -102,7 +102,7 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class CanvasStates:
-    """Tables of ``max_num_reqs`` slots, a row of ``row_length`` positions each: of the context, and of what a block that
+    """Tables of ``max_num_reqs`` slots, each a row of ``row_length`` positions: the context, and what a block that
     begins in it would have behind it.
 
     Invariant: after :meth:`begin_step`, ``host.masked[slot, :block_length]`` are the masks of the slot's active block,
@@ -248,7 +248,7 @@ class CanvasStates:
         """Have a request use a profile, or make one."""
         options, key, counts = record.options, record.key, self.report.counts
         if options.profile is not None:
-            record.profile = self.registry.find_pinned(options.task, options.profile)
+            record.profile = self.registry.find_pinned(key.task, options.profile)
             if record.profile is None:
                 counts["fallbacks", "pin"] += 1
         elif options.task is not None:

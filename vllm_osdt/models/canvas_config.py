@@ -1,0 +1,93 @@
+"""What the config classes of all families have in common: RoPE settings in every spelling, and checked fields."""
+
+from typing import Any
+
+from vllm_osdt.config import check_option
+from vllm_osdt.errors import InvalidOptionError, UnsupportedModelError
+
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+_BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")  # older configs have them beside the dict
+
+
+class CanvasConfigMixin:
+    """Put before the Hugging Face config class that a family descends from.
+
+    RoPE settings are read as vLLM reads them, from ``rope_parameters``; ``transformers`` brings ``rope_theta`` and
+    ``rope_scaling`` (``type`` or ``rope_type``) of older configs there. What is set later, as vLLM does with
+    ``--hf-overrides``, gets there too, whatever its spelling.
+
+    Attributes:
+        family: Its name, for messages.
+        required: Fields that the model code takes for granted, and the values that mean it. The first is the one that
+            a message names; a field that is absent has it.
+        block_length: Positions denoised together.
+        sub_block_length: Positions of a block that are denoised together, None where a block has no parts.
+        mask_token_id: Token of positions that are not decided yet.
+    """
+
+    family: str = ""
+    required: dict[str, tuple[Any, ...]] = {}
+    block_length: int | None
+    sub_block_length: int | None = None
+    mask_token_id: int | None
+    vocab_size: int
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = self.__dict__.get("rope_parameters") or {}
+        if name in _ROPE_FIELDS and {"rope_type", "rope_theta"} <= known.keys():
+            value = {**{field: known[field] for field in _BESIDE_ROPE if field in known}, **_as_rope_type(value or {})}
+            value.setdefault("rope_type", "default")
+            name = "rope_parameters"
+        elif name in _BESIDE_ROPE and "rope_theta" in known and value is not None:
+            super().__setattr__("rope_parameters", {**known, name: value})
+        super().__setattr__(name, value)
+        if name == "rope_parameters" and value and "partial_rotary_factor" in self.__dict__:
+            factor = value.get("partial_rotary_factor", self.__dict__["partial_rotary_factor"])
+            super().__setattr__("partial_rotary_factor", factor)  # some layers read it here
+
+    def check_fields(self) -> None:
+        """Refuse what the model code does not implement, and what no request could be decoded with.
+
+        Called when a checkpoint's config is read, and again when an engine starts, after its overrides.
+
+        Raises:
+            UnsupportedModelError: Names the first such field, its value and the one expected.
+        """
+        for name, allowed in self.required.items():
+            value = getattr(self, name, allowed[0])
+            if value not in allowed:
+                raise UnsupportedModelError(
+                    f"{self.family} config field {name} is {value!r}; only {allowed[0]!r} is implemented. Use a "
+                    "checkpoint with that value."
+                )
+        for name in ("block_length", "sub_block_length"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    check_option(name, value)
+                except InvalidOptionError as error:
+                    raise UnsupportedModelError(
+                        f"{self.family} config field {error} Say another one with --hf-overrides "
+                        f"'{{\"{name}\": LENGTH}}'."
+                    ) from None
+
+    def check_mask_token(self) -> None:
+        """Refuse a mask token that is none. Not called before an engine's overrides are known, which may name it.
+
+        Raises:
+            UnsupportedModelError: It is no token of the vocabulary.
+        """
+        token = self.mask_token_id
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+            raise UnsupportedModelError(
+                f"{self.family} config field mask_token_id is {token!r}; it must be a token id in [0, "
+                f"{self.vocab_size}). Name the mask token with --hf-overrides '{{\"mask_token_id\": ID}}'."
+            )
+
+
+def _as_rope_type(parameters: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings with the newer name of their kind."""
+    if "type" not in parameters:
+        return dict(parameters)
+    kind = parameters.get("rope_type", parameters["type"])
+    return {**{name: value for name, value in parameters.items() if name != "type"}, "rope_type": kind}
