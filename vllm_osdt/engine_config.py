@@ -532,6 +532,8 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             compilation.mode = CompilationMode.NONE
         if compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode is None:
             compilation.cudagraph_mode = CUDAGraphMode.NONE
+        # vLLM's own sends requests with grammars and log probabilities; ours is in ``worker.warmup``.
+        vllm_config.kernel_config.enable_jit_warmup = False
         if current_platform.is_cpu():
             from vllm_osdt.cpu import kernels
 

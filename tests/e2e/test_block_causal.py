@@ -355,7 +355,7 @@ def test_options_of_other_families_are_refused(llm, options, message):
 
 
 def test_a_request_beyond_the_context_is_refused_and_the_last_block_of_it_is_served(llm):
-    with pytest.raises(ValueError, match="above max_model_len 256"):
+    with pytest.raises(ValueError, match="max_tokens is 8, but the prompt of 250 tokens leaves 6 of max_model_len 256"):
         generate(llm, [[5] * 250], sampling(8, block_length=16))
     [completion] = generate(llm, [[5] * 250], sampling(6, block_length=16, policy="static_threshold"))
     assert len(completion.token_ids) == 6

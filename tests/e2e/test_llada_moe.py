@@ -18,6 +18,7 @@ from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoi
 from vllm_osdt.errors import UnsupportedModelError
 from vllm_osdt.models.llada2_config import LLaDA2MoeConfig
 from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
+from vllm_osdt.plugin import register
 
 pytestmark = pytest.mark.e2e
 
@@ -118,6 +119,7 @@ def test_osdt_equals_a_plain_implementation(llm, twin):
 def test_the_published_config_loads_without_remote_code_whatever_its_model_type(tmp_path, model_type):
     from vllm.transformers_utils.config import get_config
 
+    register()
     (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, "model_type": model_type}))
     config = get_config(str(tmp_path), trust_remote_code=False)
     assert type(config) is LLaDAMoEConfig and config.architectures == ["LLaDAMoEModelLM"]

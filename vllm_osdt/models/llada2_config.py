@@ -34,8 +34,8 @@ class LLaDA2MoeConfig(BlockCausalConfigMixin, PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
+    partial_rotary_factor: float = 0.5  # before the dict, whose own comes first
     rope_parameters: dict[str, Any] | None = None
-    partial_rotary_factor: float = 0.5
     tie_word_embeddings: bool = False
     use_bias: bool = False
     use_qkv_bias: bool = False

@@ -7,8 +7,6 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda
 
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner  # isort: skip
 
-from vllm.v1.worker.worker_base import CompilationTimes
-
 from vllm_osdt import compat
 from vllm_osdt.cpu import kernels
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
@@ -36,9 +34,3 @@ class CanvasWorker(CanvasWorkerMixin, CPUWorker):
         if self.vllm_config.lora_config is not None:
             compat.use_no_adapter_for_none()
         self.model_runner = CanvasModelRunner(self.vllm_config, self.device)
-
-    def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Warm up as vLLM does, and our loops."""
-        times = super().compile_or_warm_up_model()
-        self.model_runner.compile_host_loops()
-        return times

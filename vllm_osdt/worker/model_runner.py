@@ -2,27 +2,26 @@
 
 from copy import copy
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import LoRAConfig
+from vllm.config import LoRAConfig, VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
-from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_osdt.engine_config import check_attention
 from vllm_osdt.worker.denoise_batch import (
     CanvasInputBatch,
     cut_into_blocks,
-    leave_out_cached,
     plan_denoise,
     plan_step,
     step_rows,
@@ -30,6 +29,7 @@ from vllm_osdt.worker.denoise_batch import (
 from vllm_osdt.worker.model_state import CanvasModelState
 from vllm_osdt.worker.request_states import to_device
 from vllm_osdt.worker.sampler import CanvasSampler
+from vllm_osdt.worker.warmup import warm_up
 
 
 class CanvasRunnerMixin:
@@ -45,10 +45,9 @@ class CanvasRunnerMixin:
     lora_config: LoRAConfig | None
     device: torch.device
     max_num_reqs: int
-    vocab_size: int
     sampler: CanvasSampler
-    block_tables: BlockTables
     attn_groups: list[list[AttentionGroup]]
+    kv_cache_config: KVCacheConfig
     _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
@@ -176,19 +175,6 @@ class CanvasRunnerMixin:
             block_queries=cut_into_blocks(states, rows) if states.is_block_causal else None,
         )
 
-    def compile_host_loops(self) -> None:
-        """Run the compiled loops on a batch of no request, so that the first request need not wait for them."""
-        states, none = self.model_state.canvas_states, np.empty(0, dtype=np.int64)
-        rows = step_rows(states, none, none, none, np.empty(0, dtype=np.int32), np.empty(0, dtype=bool))
-        leave_out_cached(states.host, rows)
-        plan = plan_step(states, rows)
-        denoise = plan_denoise(states, none, plan)
-        logits = torch.empty(0, self.vocab_size, device=self.device)
-        self.sampler(logits, SimpleNamespace(denoise=denoise, req_ids=[]))
-        self.block_tables.gather_block_tables(denoise.slots, num_reqs_padded=0)
-        query_start_loc = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.block_tables.compute_slot_mappings(denoise.slots, query_start_loc, self.input_buffers.positions, 0)
-
     def calibration_profiles(self) -> tuple[list[dict[str, Any]], int]:
         """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`), and how many
         requests are calibrating."""
@@ -200,9 +186,17 @@ class CanvasRunnerMixin:
 
 
 class CanvasWorkerMixin:
-    """What the CPU and the GPU worker offer to ``LLM.collective_rpc``."""
+    """What the CPU and the GPU worker have in common: a warm-up of our own, and what ``LLM.collective_rpc`` may ask."""
 
     model_runner: CanvasRunnerMixin
+    vllm_config: VllmConfig
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Warm up as vLLM does, and the steps of a canvas."""
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        runner = self.model_runner
+        warm_up(self.vllm_config, runner.kv_cache_config, self.execute_model, self.sample_tokens)  # type: ignore[attr-defined]
+        return times
 
     def calibration_profiles(self) -> tuple[list[dict[str, Any]], int]:
         """The profiles in this worker's memory, and how many requests are calibrating."""

@@ -117,12 +117,14 @@ class CanvasModelState(ModelState):
             query_start_loc, query_start_loc_np = input_batch.query_start_loc, input_batch.query_start_loc_np
             seq_lens, seq_lens_cpu = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
             num_queries, max_query_len = input_batch.num_reqs, input_batch.num_scheduled_tokens.max()
+            is_known = seq_lens_cpu is not None and not for_capture
         else:
             query_start_loc_np, seq_lens_cpu = blocks.query_start_loc, torch.from_numpy(blocks.seq_lens)
             query_start_loc = to_device(query_start_loc_np, self.device)
             seq_lens, request = to_device(blocks.seq_lens, self.device), to_device(blocks.request, self.device)
             block_tables = tuple(table[request] for table in block_tables)
             num_queries, max_query_len = blocks.request.size, np.diff(query_start_loc_np).max()
+            is_known = True
         return build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_queries,
@@ -131,7 +133,8 @@ class CanvasModelState(ModelState):
             query_start_loc_cpu=torch.from_numpy(query_start_loc_np),
             max_query_len=int(max_query_len),
             seq_lens=seq_lens,
-            max_seq_len=self.max_model_len,
+            # Attention plans its work by it.
+            max_seq_len=int(seq_lens_cpu[:num_queries].max()) if is_known else self.max_model_len,
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,

@@ -142,10 +142,13 @@ class CanvasStates:
         self.num_post_steps = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         # Mean confidence of the masked positions, by block and denoising step; NaN where there was no step.
         self.mean_confidence = torch.full((max_num_reqs, row_length), torch.nan, device=device)
-        pinned = device.type != "cpu"
-        self._masked_host = torch.zeros_like(self.masked, device="cpu", pin_memory=True) if pinned else self.masked
-        self._copied = torch.cuda.Event() if pinned else None
-        self._copy_pending: tuple[np.ndarray, torch.Tensor] | None = None
+        # Copies to the host that run beside the engine's own: the masks that a step left, and what the guard compares.
+        is_host = device.type == "cpu"
+        self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
+        self._copied = None if is_host else torch.cuda.Event()
+        self._copy_pending: np.ndarray | None = None  # slots
+        self._copy_width = 0
+        self._watch_pending: list[tuple[list[RequestRecord], torch.Tensor, torch.cuda.Event]] = []
 
         self.host = HostTables(
             origin=np.zeros(max_num_reqs, dtype=np.int64),
@@ -154,7 +157,7 @@ class CanvasStates:
             block_length=np.zeros(max_num_reqs, dtype=np.int64),
             block_start=np.full(max_num_reqs, -1, dtype=np.int64),
             step=np.zeros(max_num_reqs, dtype=np.int64),
-            masked=self._masked_host.numpy(),
+            masked=self.masked.numpy() if is_host else np.zeros(tuple(self.masked.shape), dtype=bool),
             rule=np.zeros(max_num_reqs, dtype=np.int8),
             parameters=np.zeros((max_num_reqs, row_length), dtype=np.float32),
             quota=np.zeros((max_num_reqs, MAX_BLOCK_LENGTH), dtype=np.int32),
@@ -322,7 +325,25 @@ class CanvasStates:
         if self.guard is None or not records:
             return
         slots = to_device(np.array([record.slot for record in records]), self.device)
-        seen = self.mean_confidence[slots].cpu().numpy()
+        seen = self.mean_confidence[slots]
+        if self.device.type == "cpu":
+            self._compare(records, seen.numpy())
+        else:
+            host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
+            host.copy_(seen, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._watch_pending.append((records, host, copied))
+
+    def _compare_what_has_come(self) -> None:
+        """Hand the guard what has reached the host; the rest comes with a later step."""
+        while self._watch_pending and self._watch_pending[0][2].query():
+            records, host, _ = self._watch_pending.pop(0)
+            self._compare(records, host.numpy())
+
+    def _compare(self, records: list[RequestRecord], seen: np.ndarray) -> None:
+        """Compare what requests saw, float32 ``[requests, row_length]``, with the profiles they used."""
+        assert self.guard is not None
         for record, row in zip(records, seen, strict=True):
             profile = record.profile
             assert profile is not None
@@ -363,11 +384,12 @@ class CanvasStates:
                 nothing in this step.
         """
         if self._copy_pending is not None:
-            copied_slots, host = self._copy_pending
             assert self._copied is not None
             self._copied.synchronize()  # long done: the engine has read the output of that step
-            self.host.masked[copied_slots, : host.shape[1]] = host.numpy()
+            slots_of_copy, width = self._copy_pending, self._copy_width
+            self.host.masked[slots_of_copy, :width] = self._masked_host[: slots_of_copy.size, :width].numpy()
             self._copy_pending = None
+        self._compare_what_has_come()
         is_new = np.empty(slots.size, dtype=bool)
         _enter_blocks(self.host, slots, block_start, num_active, is_new)
         fresh = slots[is_new]
@@ -412,11 +434,10 @@ class CanvasStates:
         """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""
         if self.device.type == "cpu":
             return
-        host = torch.empty((slots_np.size, width), dtype=torch.bool, pin_memory=True)
-        host.copy_(self.masked[slots, :width], non_blocking=True)
+        self._masked_host[: slots_np.size].copy_(self.masked[slots], non_blocking=True)
         assert self._copied is not None
         self._copied.record()
-        self._copy_pending = (slots_np, host)
+        self._copy_pending, self._copy_width = slots_np, width
 
 
 @compiled()
