@@ -168,7 +168,7 @@ class FrontEnd:
                 asks for cannot be used.
         """
         sent: Sent = getattr(asked, SENT, None) or Sent(asked.max_tokens)
-        extra = _merge_options(params.extra_args or {}, sent.options)
+        extra = merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
         options = check_family(parse_options(extra, base=base, prefix=PREFIX), self._config.model_config.hf_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
@@ -273,8 +273,12 @@ def _front_end(vllm_config: "VllmConfig") -> FrontEnd:
     return _front_ends[id(vllm_config)][1]
 
 
-def _merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str, Any]:
-    """Options of ``extra_args`` and of the top of an HTTP body."""
+def merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``extra_args`` and of the top of an HTTP body.
+
+    Raises:
+        InvalidOptionError: They contradict each other, or hold what the server sets.
+    """
     if RESOLVED_KEY in extra or RESOLVED_KEY in top_level:
         raise InvalidOptionError(f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.")
     for name in extra.keys() & top_level.keys():

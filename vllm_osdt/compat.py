@@ -156,7 +156,7 @@ def _server() -> None:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
-    from vllm_osdt.admission import PREFIX, SENT, check_early, refuse, sent_by
+    from vllm_osdt.admission import PREFIX, SENT, check_early, merge_options, refuse, sent_by
     from vllm_osdt.engine_config import is_ours
 
     def make_to_sampling_params(original):
@@ -190,8 +190,9 @@ def _server() -> None:
     def make_serve_tokens(original):
         async def serve_tokens(self, request, raw_request=None):
             if is_ours(self.model_config):
-                params = request.sampling_params
-                params.extra_args = {**(params.extra_args or {}), **await own_fields(raw_request)}
+                params, own = request.sampling_params, await own_fields(raw_request)
+                with _http_400():
+                    params.extra_args = merge_options(params.extra_args or {}, own)
             return await original(self, request, raw_request)
 
         return serve_tokens
@@ -204,9 +205,9 @@ def _server() -> None:
             if not is_ours(self.model_config):
                 return await original(self, request, raw_request)
             own = await own_fields(raw_request)
-            if own:
-                request.vllm_xargs = {**(request.vllm_xargs or {}), **own}
             try:
+                with _http_400():
+                    request.vllm_xargs = merge_options(request.vllm_xargs or {}, own) or None
                 return await original(self, request, raw_request)
             except RefusedRequestError as error:
                 return self.create_error_response(error)

@@ -257,7 +257,9 @@ def test_a_bad_option_is_refused_and_the_engine_serves_on(tasks_llm, prompts, st
 
 
 def test_a_canvas_above_the_model_length_is_refused_with_both_numbers(tasks_llm, still_working):
-    with pytest.raises(VLLMValidationError, match=r"261 tokens, above max_model_len 256"):
+    with pytest.raises(
+        VLLMValidationError, match=r"max_tokens is 256, but the prompt of 5 tokens leaves 251 of max_model_len 256"
+    ):
         generate(tasks_llm, [[5] * 5], static(256))
     still_working()
 
@@ -268,7 +270,10 @@ def test_a_canvas_that_fills_the_model_is_decoded(tasks_llm):
 
 
 def test_a_canvas_above_one_forward_pass_is_refused_with_both_numbers(narrow_llm):
-    with pytest.raises(VLLMValidationError, match=r"201 tokens.*max_num_batched_tokens 200"):
+    with pytest.raises(
+        VLLMValidationError,
+        match=r"max_tokens is 192, but the prompt of 9 tokens leaves 191 of max_num_batched_tokens 200",
+    ):
         generate(narrow_llm, [[5] * 9], static(192))
     assert len(generate(narrow_llm, [[5] * 8], static(192))[0].token_ids) == 192
 

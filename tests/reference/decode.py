@@ -177,7 +177,7 @@ def decode(
         model: The network.
         prompt: Token ids.
         rule: Which positions a step unmasks.
-        gen_length: Canvas length.
+        gen_length: Canvas length; the last block is what is left of it.
         block_length: Positions denoised together.
         cache: ``none``, ``prefix`` or ``dual``.
         max_tokens: Output tokens wanted, the whole canvas when None.
@@ -188,13 +188,14 @@ def decode(
     ids = torch.tensor(prompt + [model.mask_token_id] * gen_length)
     decided = [True] * len(prompt) + [False] * gen_length
     result = Decoded()
-    for block in range(gen_length // block_length):
+    for block in range(-(-gen_length // block_length)):
         first = len(prompt) + block * block_length
-        last = first + block_length
-        num_needed = min(block_length, wanted - block * block_length)
+        last = min(first + block_length, end)
+        length = last - first
+        num_needed = min(length, wanted - block * block_length)
         result.record.append([])
         kept = None
-        for step in range(block_length):
+        for step in range(length):
             if step == 0 or cache == "none":
                 logits, computed = model.forward(ids)
                 logits = logits[first - shift : last - shift]
@@ -204,7 +205,7 @@ def decode(
                 assert kept is not None
                 before = [(k[:first], v[:first]) for k, v in kept]
                 logits, _ = model.forward(ids[first:], torch.arange(first, end), before)
-                logits = logits[:block_length].roll(shift, dims=0)
+                logits = logits[:length].roll(shift, dims=0)
             else:
                 assert kept is not None
                 # Softmax over keys does not mind their order: the rest of the sequence first, then the block's rows.
@@ -219,7 +220,7 @@ def decode(
             masked = {}
             # With shifted logits and a cache only a block's first step has the row that its first position needs.
             is_alone = shift > 0 and cache != "none" and step == 0
-            for offset in range(1 if is_alone else block_length):
+            for offset in range(1 if is_alone else length):
                 if not decided[first + offset]:
                     masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))
                     margin = (top[offset, 0] - top[offset, 1]).item()
