@@ -12,6 +12,10 @@ INSTALLED := $(VENV)/.installed-$(FLAVOUR)
 # Each in a process of its own: an engine that goes takes the process groups of all engines in its process along.
 ENGINE_TESTS := $(sort $(wildcard tests/e2e/test_*.py) $(wildcard tests/models/test_*.py) tests/test_scheduler.py)
 
+# Where only some tests are asked for, a module without a match (pytest's status 5) is no failure, unless all are.
+run-tests = $(PY) -m pytest $(PYTEST_ARGS) $(1); code=$$?; \
+	if [ $$code -eq 0 ]; then status=0; elif [ $$code -ne $(if $(PYTEST_ARGS),5,0) ]; then exit $$code; fi
+
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -19,8 +23,10 @@ demo: $(INSTALLED) ## decode with OSDT and its rivals, print and draw the compar
 	$(PY) -m vllm_osdt.demo --model $(or $(MODEL),llada-mini)
 
 test: lint types ## lint, types and the whole test suite (PYTEST_ARGS="-k name")
-	$(PY) -m pytest $(PYTEST_ARGS) $(addprefix --ignore=,$(ENGINE_TESTS))
-	for module in $(ENGINE_TESTS); do $(PY) -m pytest $(PYTEST_ARGS) $$module || exit 1; done
+	@status=$(if $(PYTEST_ARGS),5,0); \
+	$(call run-tests,$(addprefix --ignore=,$(ENGINE_TESTS))); \
+	for module in $(ENGINE_TESTS); do $(call run-tests,$$module); done; \
+	exit $$status
 
 install: $(INSTALLED) ## make .venv and install what is missing
 

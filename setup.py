@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=["vllm_osdt", "vllm_osdt.*", "csrc_triton", "csrc_triton.*"]),
     # One package directory: an editable install is then a plain path that finds packages added later.
     package_dir={"": "."},
-    package_data={"vllm_osdt": ["py.typed", "mini/checkpoints/**/*"]},
+    package_data={"vllm_osdt": ["py.typed", "mini/checkpoints/**/*"], "csrc_triton": ["py.typed"]},
     # vLLM's internals are overridden here, so the range is what tools/check_host.py was run on.
     # On a CPU the name `vllm` is given by requirements/vllm-metadata.
     install_requires=["vllm>=0.32,<0.34", "torch", "triton", "transformers", "numpy", "numba", "pydantic", "rich"],

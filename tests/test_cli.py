@@ -12,7 +12,7 @@ import pytest
 
 from tests.calibration.records import KEY, MODEL, of_task, recorded
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
-from vllm_osdt.calibration.recorder import Recording
+from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.store import ProfileStore
 from vllm_osdt.cli import compare, main
 from vllm_osdt.config import DecodingOptions
@@ -46,8 +46,45 @@ def test_list_shows_every_profile(run, tmp_path, capsys):
     used = ~np.isnan(recorded(OTHER, 2).record.confidence)
     assert rows[0]["samples"] == used.sum() and rows[0]["forwards"] == used.any(axis=3).sum()
     assert (rows[0]["requests"], rows[0]["blocks"], rows[0]["replaced"]) == (1, 2, False)
-    assert main(["profiles", "list", "--dir", str(tmp_path / "none")]) == 0
+    assert main(["profiles", "list", "--dir", str(tmp_path / "none")]) == 1
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+def test_the_users_own_folder_need_not_be_there_yet(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert main(["profiles", "list"]) == 0
     assert "no profiles" in capsys.readouterr().out
+
+
+def test_models_have_names_and_are_told_apart_by_them(run, folder, tmp_path):
+    other = replace(MODEL, dtype="float16")
+    ProfileStore(folder, MODEL, "org/LLaDA-8B").save(recorded(KEY, 1))
+    ProfileStore(folder, other, "sdar-mini").save(recorded(KEY, 3))
+    rows = json.loads(run("profiles", "list", "--json").out)
+    assert {(row["task"], row["model"]) for row in rows} == {
+        ("gsm", "org/LLaDA-8B"), ("gsm", "sdar-mini"), ("code", MODEL.digest),
+    }  # fmt: skip
+    assert "org/LLaDA-8B" in run("profiles", "list").out
+    refusal = run("profiles", "show", "gsm", status=1).err
+    assert "org/LLaDA-8B" in refusal and "sdar-mini" in refusal and "--model" in refusal
+    for name, seed in (("org/LLaDA-8B", 1), ("LLaDA-8B", 1), ("sdar-mini", 3), (other.digest[:6], 3)):
+        shown = json.loads(run("profiles", "show", "gsm", "--model", name, "--json").out)
+        assert shown["id"] == recorded(KEY, seed).profile_id
+        assert name == other.digest[:6] or name in shown["model"]
+    assert len(json.loads(run("profiles", "list", "--model", "sdar-mini", "--json").out)) == 1
+    file = tmp_path / "gsm.json"
+    run("profiles", "export", "gsm", str(file), "--model", "sdar-mini")
+    run("profiles", "remove", "gsm", "--model", "sdar-mini")
+    assert "for model sdar-mini" in run("profiles", "import", str(file)).out
+    assert json.loads(run("profiles", "show", "gsm", "--model", "sdar-mini", "--json").out)["model"] == "sdar-mini"
+
+
+def test_the_command_needs_no_torch_to_say_what_it_can():
+    program = (
+        "import sys, vllm_osdt.cli as c; c.make_parser(); c.main(['profiles', 'list']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_show_names_a_profile_by_task_or_id(run):
@@ -97,6 +134,32 @@ def test_a_name_that_fits_none_or_several_is_refused_with_what_there_is(run, fol
 def test_plot_draws_a_picture(run, tmp_path):
     run("profiles", "plot", "gsm", "--out", str(tmp_path / "a" / "gsm.png"))
     assert (tmp_path / "a" / "gsm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_has_its_titles_whole_its_legend_in_words_and_says_where_there_is_no_threshold(tmp_path, monkeypatch):
+    import matplotlib.figure
+
+    from vllm_osdt.calibration.picture import draw_signatures
+
+    drawn = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k)
+    )
+    name = "a task whose name is as long as the names that people give to the tasks of their services"
+    profile = recorded(of_task(name), 1)  # too few requests for the risk: no threshold anywhere
+    profile.thresholds(Setting())
+    draw_signatures([{**profile.as_dict(), "model": "org/LLaDA-8B"}], tmp_path / "one.png")
+    [figure] = drawn
+    box = figure.bbox
+    top, bottom = figure.axes[0], figure.axes[1]
+    for text in (top.title, figure._suptitle):
+        extent = text.get_window_extent()
+        assert box.x0 <= extent.x0 and extent.x1 <= box.x1 and extent.y1 <= box.y1
+    assert " ".join(top.title.get_text().split()) == f"{name} of org/LLaDA-8B"
+    legend = [text.get_text() for text in bottom.get_legend().get_texts()]
+    assert legend == ["calibrated by block: conformal, risk 0.04", "static threshold"]
+    assert [text.get_text() for text in bottom.texts] == ["static"] * len(profile.mean_confidence)
 
 
 def test_an_exported_profile_comes_back_after_its_removal(run, folder, tmp_path):
@@ -180,7 +243,7 @@ def test_doctor_finds_a_working_installation_and_a_folder_it_cannot_write_to(tmp
     found = command("doctor", "--json")
     assert found.returncode == 0, found.stdout + found.stderr
     names = [check["name"] for check in json.loads(found.stdout)]
-    assert names == ["versions", "plugin", "triton", "kernels", "profile folder"]
+    assert names == ["versions", "processor", "plugin", "triton", "kernels", "profile folder"]
     (tmp_path / "file").write_text("")
     sick = command("doctor", XDG_DATA_HOME=str(tmp_path / "file"))
     assert sick.returncode == 1 and "BAD  profile folder" in sick.stdout
@@ -256,9 +319,11 @@ def test_calibrate_refuses_bad_options_and_prompts_before_it_starts_an_engine(tm
     empty.write_text('{"question": 1}\n')
     assert main(arguments) == 1
     empty.write_text('{"prompt": "a"}\n')
-    assert main([*arguments, "--osdt-config", '{"cap": 2}']) == 1
-    assert main([*arguments, "--osdt-config", '{"drift_window": 2}']) == 1
+    for options in ('{"cap": 2}', '{"drift_window": 2}', '{"cpa": 0.5}', "cap"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, "--osdt-config", options])
     errors = capsys.readouterr().err
+    assert "did you mean 'cap'?" in errors and "'cap' is no JSON" in errors and "_json" not in errors
     assert (
         "holds no prompt" in errors
         and "field prompt" in errors

@@ -102,3 +102,19 @@ def test_another_model_runs_as_if_the_plugin_were_not_installed(tmp_path):
     assert results["present"].pop("loaded") and not results["absent"].pop("loaded")
     assert results["present"] == results["absent"]
     assert len({tuple(row) for row in results["present"]["tokens"]}) == 3
+
+
+def test_offline_parameters_are_greedy_unless_told_and_take_our_options_by_name():
+    from vllm import SamplingParams
+
+    import vllm_osdt
+    from vllm_osdt.config import OPTION_NAMES
+    from vllm_osdt.errors import InvalidOptionError
+
+    assert not set(OPTION_NAMES) & set(SamplingParams.__struct_fields__)
+    params = vllm_osdt.sampling_params(task="quiz", threshold=0.8, stop=["x"], extra_args={"other": 1})
+    assert (params.temperature, params.max_tokens, params.stop) == (0.0, None, ["x"])
+    assert params.extra_args == {"other": 1, "osdt_task": "quiz", "osdt_threshold": 0.8}
+    assert vllm_osdt.sampling_params(temperature=0.5, max_tokens=7) == SamplingParams(temperature=0.5, max_tokens=7)
+    with pytest.raises(InvalidOptionError, match="'treshold' is neither .*did you mean .threshold.\\?"):
+        vllm_osdt.sampling_params(treshold=0.5)

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,37 @@ def register() -> None:
     from vllm_osdt.plugin import register as register_plugin
 
     register_plugin()
+
+
+def sampling_params(**values: Any) -> "SamplingParams":
+    """Sampling parameters for ``LLM.generate`` that are greedy unless told, as these models are decoded.
+
+    vLLM's own ``SamplingParams()`` samples at temperature 1.0 and ends after 16 tokens; here temperature is 0.0, and
+    without ``max_tokens`` the answer has the model's usual length.
+
+    Args:
+        values: Fields of vLLM's ``SamplingParams``, and decoding options by their names (``task="quiz"``), which go to
+            ``extra_args`` with the prefix ``osdt_``.
+
+    Raises:
+        InvalidOptionError: A name is neither.
+    """
+    from vllm import SamplingParams
+
+    from vllm_osdt.config import OPTION_NAMES, PREFIX, did_you_mean
+    from vllm_osdt.errors import InvalidOptionError
+
+    fields = SamplingParams.__struct_fields__
+    for name in values:
+        if name not in (*fields, *OPTION_NAMES):
+            close = did_you_mean(name, (*OPTION_NAMES, *fields))
+            raise InvalidOptionError(
+                f"{name!r} is neither a sampling parameter of vLLM nor a decoding option{close}; the decoding options "
+                f"are {', '.join(OPTION_NAMES)}."
+            )
+    own = {PREFIX + name: values.pop(name) for name in OPTION_NAMES if name in values}
+    extra_args = {**(values.pop("extra_args", None) or {}), **own}
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": None, **values}, extra_args=extra_args or None)
 
 
 def describe(completion: Any) -> dict[str, Any] | None:

@@ -35,8 +35,13 @@ class Found:
     """A profile on disk and the model it is for; one that was replaced is kept for a while, to be pinned by its id."""
 
     fingerprint: ModelFingerprint
+    model: str
     profile: CalibrationProfile
     is_replaced: bool
+
+    def is_of(self, model: str) -> bool:
+        """Whether its model is meant by a name, by the last part of one, or by the beginning of its fingerprint."""
+        return model in (self.model, self.model.rsplit("/", 1)[-1]) or self.fingerprint.digest.startswith(model)
 
     def summary(self) -> dict[str, Any]:
         """One line of ``profiles list``."""
@@ -44,7 +49,8 @@ class Found:
         return {
             "id": self.profile.profile_id,
             "task": key.task,
-            "model": self.fingerprint.digest,
+            "model": self.model or self.fingerprint.digest,
+            "fingerprint": self.fingerprint.digest,
             "dtype": self.fingerprint.dtype,
             "quantization": self.fingerprint.quantization,
             "block_length": key.block_length,
@@ -60,23 +66,38 @@ class Found:
         }
 
 
-def _find(folder: Path) -> list[Found]:
+def _find(folder: Path, model: str | None = None) -> list[Found]:
+    """The profiles in a folder, of one model or of all.
+
+    Raises:
+        CommandError: There is no such folder. (The user's own is made with its first profile.)
+    """
+    if not folder.is_dir() and folder != default_folder():
+        raise CommandError(f"there is no folder {folder}")
     found = []
-    for fingerprint, profiles in read_folder(folder):
+    for fingerprint, name, profiles in read_folder(folder):
         newest = {profile.key: profile for profile in profiles}  # files have it last
-        found += [Found(fingerprint, profile, newest[profile.key] is not profile) for profile in profiles]
-    return sorted(found, key=lambda one: (one.profile.key.task, one.profile.created))
+        found += [Found(fingerprint, name, profile, newest[profile.key] is not profile) for profile in profiles]
+    if model is not None:
+        found = [one for one in found if one.is_of(model)]
+    return sorted(found, key=lambda one: (one.profile.key.task, one.model, one.profile.created))
 
 
 def _one(args: argparse.Namespace, name: str) -> Found:
     """The profile of an id, of the beginning of an id, or of a task that has one."""
-    everything = _find(args.dir)
+    everything = _find(args.dir, args.model_name)
     matching = [one for one in everything if one.profile.profile_id.startswith(name)]
     matching = matching or [one for one in everything if one.profile.key.task == name and not one.is_replaced]
     if len(matching) != 1:
         what = "no profile" if not matching else f"{len(matching)} profiles"
-        ids = "".join(f"\n  {one.profile.profile_id}  {one.profile.key.task}" for one in matching or everything)
-        raise CommandError(f"{what} in {args.dir} for {name!r}; name one of these by its id:{ids or ' (none)'}")
+        ids = "".join(
+            f"\n  {one.profile.profile_id}  {one.profile.key.task} of {one.summary()['model']}"
+            for one in matching or everything
+        )
+        remedy = "name one of these by its id"
+        if len({one.fingerprint for one in matching}) > 1:
+            remedy += ", or their model with --model"
+        raise CommandError(f"{what} in {args.dir} for {name!r}; {remedy}:{ids or ' (none)'}")
     return matching[0]
 
 
@@ -92,7 +113,7 @@ def _print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def list_profiles(args: argparse.Namespace) -> None:
     """What is in the folder."""
-    rows = [one.summary() for one in _find(args.dir)]
+    rows = [one.summary() for one in _find(args.dir, args.model_name)]
     if args.json:
         print(json.dumps(rows, indent=2))
     elif rows:
@@ -129,7 +150,7 @@ def plot(args: argparse.Namespace) -> None:
 
     found = _one(args, args.profile)
     found.profile.thresholds(Setting())
-    draw_signatures([found.profile.as_dict()], args.out)
+    draw_signatures([{**found.profile.as_dict(), "model": found.summary()["model"]}], args.out)
     print(args.out)
 
 
@@ -137,28 +158,28 @@ def export(args: argparse.Namespace) -> None:
     """A profile in a file of its own, for another machine."""
     found = _one(args, args.profile)
     args.file.parent.mkdir(parents=True, exist_ok=True)
-    ProfileStore(args.dir, found.fingerprint).export(found.profile, args.file)
+    ProfileStore(args.dir, found.fingerprint, found.model).export(found.profile, args.file)
     print(f"{found.profile.profile_id} ({found.profile.key.task}) -> {args.file}")
 
 
 def import_profiles(args: argparse.Namespace) -> None:
     """The profiles of an exported file, in place of those with their keys."""
     try:
-        fingerprint, profiles = read_file(args.file)
+        fingerprint, model, profiles = read_file(args.file)
     except FileNotFoundError:
         raise CommandError(f"there is no file {args.file}") from None
     except UnusableFileError as error:
         raise CommandError(f"{args.file} cannot be used: {error}") from None
     for profile in profiles:
-        ProfileStore(args.dir, fingerprint).write(profile)
-        print(f"{profile.profile_id} ({profile.key.task}) for model {fingerprint.digest}")
+        ProfileStore(args.dir, fingerprint, model).write(profile)
+        print(f"{profile.profile_id} ({profile.key.task}) for model {model or fingerprint.digest}")
 
 
 def remove(args: argparse.Namespace) -> None:
     """Delete profiles; a running engine keeps what it has in memory."""
     for name in args.profiles:
         found = _one(args, name)
-        ProfileStore(args.dir, found.fingerprint).remove(found.profile)
+        ProfileStore(args.dir, found.fingerprint, found.model).remove(found.profile)
         print(f"removed {found.profile.profile_id} ({found.profile.key.task})")
 
 
@@ -215,6 +236,7 @@ def calibrate(args: argparse.Namespace) -> None:
     )
     extra = {"osdt_policy": "osdt", "osdt_task": args.task, "osdt_recalibrate": True}
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, extra_args=extra)
+    args.dir.mkdir(parents=True, exist_ok=True)
     before = {(one.profile.profile_id, one.profile.created) for one in _find(args.dir)}
     num_tokens = num_forwards = num_decoded = 0
     while len(prompts) - num_decoded > 0:  # more than calibrations where some do not count
@@ -323,8 +345,31 @@ def _folder() -> tuple[bool, str]:
     return existing.is_dir() and os.access(existing, os.W_OK), f"{folder} ({len(_find(folder))} profiles)"
 
 
+def _processor() -> tuple[bool, str]:
+    """What it serves in by default."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True, f"{torch.cuda.get_device_name()}: the checkpoint's dtype, bfloat16 for float32"
+    from vllm_osdt.engine_config import has_fast_bfloat16
+
+    can = [
+        name
+        for name, has in (
+            ("AVX2", torch.cpu._is_avx2_supported()),
+            ("AVX512", torch.cpu._is_avx512_supported()),
+            ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported()),
+            ("AMX", torch.cpu._is_amx_tile_supported()),
+        )
+        if has
+    ]
+    dtype = "bfloat16" if has_fast_bfloat16() else "float32, since bfloat16 would be slower"
+    return True, f"CPU with {', '.join(can) or 'none of AVX2, AVX512, AMX'}; serves in {dtype}"
+
+
 _CHECKS = {
     "versions": _versions,
+    "processor": _processor,
     "plugin": _plugin,
     "triton": _triton,
     "kernels": _kernels,
@@ -348,6 +393,10 @@ def make_parser() -> argparse.ArgumentParser:
     folder.add_argument(
         "--dir", type=Path, default=default_folder(), help="folder of the profiles (default: %(default)s)"
     )
+    one_model = argparse.ArgumentParser(add_help=False)
+    one_model.add_argument(
+        "--model", dest="model_name", help="only this model's: its name, or the beginning of its fingerprint"
+    )
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="machine-readable output")
 
@@ -361,17 +410,17 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     profile_help = "id, beginning of an id, or name of a task that has one profile"
-    add("list", list_profiles, as_json)
-    add("show", show, as_json).add_argument("profile", help=profile_help)
-    command = add("plot", plot)
+    add("list", list_profiles, one_model, as_json)
+    add("show", show, one_model, as_json).add_argument("profile", help=profile_help)
+    command = add("plot", plot, one_model)
     command.add_argument("profile", help=profile_help)
     command.add_argument("--out", type=Path, required=True, help="picture to write, such as profile.png")
-    command = add("export", export)
+    command = add("export", export, one_model)
     command.add_argument("profile", help=profile_help)
     command.add_argument("file", type=Path)
     add("import", import_profiles).add_argument("file", type=Path)
-    add("remove", remove).add_argument("profiles", nargs="+", help=profile_help)
-    command = add("diff", diff, as_json)
+    add("remove", remove, one_model).add_argument("profiles", nargs="+", help=profile_help)
+    command = add("diff", diff, one_model, as_json)
     command.add_argument("left", help=profile_help)
     command.add_argument("right", help=profile_help)
 

@@ -18,6 +18,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "OSDT": {"osdt_policy": "osdt"},
 }
 GEN_LENGTH = 96
+PICTURE = Path("demo/osdt_signature.png")
 CALIBRATION_SEED = 1000  # of the problems that calibrate
 
 
@@ -69,7 +70,7 @@ def main() -> None:
         choices=("none", "prefix", "dual"),
         help="KV cache mode of a model that has several (default: dual)",
     )
-    parser.add_argument("--picture", type=Path, default=Path("demo/osdt_signature.png"))
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -205,7 +205,12 @@ def open_store(vllm_config: "VllmConfig") -> ProfileStore | None:
     folder = server_options(vllm_config).profile_dir
     if folder is None:
         folder = str(default_folder())
-    return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config)) if folder else None
+    if not folder:
+        return None
+    name = vllm_config.model_config.model
+    if Path(name).is_dir():  # where it lies on this machine is nobody's business
+        name = Path(name).resolve().name
+    return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config), name)
 
 
 def _refuse_if_asked(name: str, value: bool, reason: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, stack
-from vllm_osdt.calibration.recorder import Recording
+from vllm_osdt.calibration.recording import Recording
 
 MODEL = ModelFingerprint("abc", "none", "float32", 100, 99)
 KEY = ProfileKey("gsm", 4, "dual", 0.9)

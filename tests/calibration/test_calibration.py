@@ -10,7 +10,8 @@ from tests.calibration.records import KEY, NAN, of_task, one_recording, recorded
 from tests.reference import decode as reference
 from vllm_osdt.calibration.calibrate import CONFORMAL, METRICS, Fallback, calibrate
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, stack
-from vllm_osdt.calibration.recorder import Recorder, Recording
+from vllm_osdt.calibration.recorder import Recorder
+from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.config import METRICS as METRIC_NAMES
 
 ROUNDING = 1e-6  # thresholds are float32

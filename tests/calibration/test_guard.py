@@ -9,7 +9,7 @@ import pytest
 from tests.calibration.records import KEY, NAN, flat, of_task
 from vllm_osdt.calibration.guard import NUM_STANDARD_ERRORS, DriftGuard, compare
 from vllm_osdt.calibration.profile import CalibrationProfile
-from vllm_osdt.calibration.recorder import Recording
+from vllm_osdt.calibration.recording import Recording
 
 WINDOW, MAX_GAP, MIN_COSINE = 32, 0.03, 0.95
 NUM_CALIBRATIONS = 32

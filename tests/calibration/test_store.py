@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.calibration.records import KEY, MODEL, of_task, recorded, same
 from vllm_osdt.calibration.fingerprint import PIECE_BYTES, hash_weights
-from vllm_osdt.calibration.store import MAX_VERSIONS, ProfileStore, default_folder, from_stored, to_stored
+from vllm_osdt.calibration.store import MAX_VERSIONS, ProfileStore, default_folder, from_stored, read_file, to_stored
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_file_holds_no_tokens(store):
     store.save(recorded(num_requests=3))
     content = json.loads(store.path("gsm").read_text())
     [profile] = content.pop("profiles")
-    assert content.keys() == {"schema_version", "fingerprint", "task"}
+    assert content.keys() == {"schema_version", "fingerprint", "task", "model"}
     assert profile.keys() == {"id", "block_length", "cache", "threshold", "created", "versions", "requests"}
     for step in (step for request in profile["requests"] for block in request for step in block):
         assert step.keys() == {"confidence", "committed", "wrong"}
@@ -289,3 +289,15 @@ def test_weights_are_told_apart_by_content_name_and_size(tmp_path):
     assert len(seen) == 4
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     assert hash_weights(folder) not in seen
+
+
+def test_the_models_name_is_kept_and_files_without_one_still_load(tmp_path):
+    store = ProfileStore(tmp_path, MODEL, "org/LLaDA-8B")
+    store.save(recorded(KEY, 1))
+    assert read_file(store.path("gsm")).model == "org/LLaDA-8B"
+    content = json.loads(store.path("gsm").read_text())
+    del content["model"]
+    store.path("gsm").write_text(json.dumps(content))
+    assert read_file(store.path("gsm")).model == "" and store.load(KEY).profile_id == recorded(KEY, 1).profile_id
+    store.save(recorded(KEY, 2))
+    assert read_file(store.path("gsm")).model == "org/LLaDA-8B"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vllm_osdt.calibration.calibrate import Thresholds, calibrate
-from vllm_osdt.calibration.recorder import Recording
+from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.config import DecodingOptions
 
 

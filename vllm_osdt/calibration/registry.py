@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, stack
-from vllm_osdt.calibration.recorder import Recording
+from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.store import ProfileStore
 
 Share = Callable[[CalibrationProfile | None], CalibrationProfile | None]

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
-from vllm_osdt.calibration.recorder import Recording
+from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.config import CACHE_MODES, MAX_BLOCK_LENGTH
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
@@ -59,12 +59,13 @@ class StoredProfile:
 @dataclass(frozen=True, config=_STRICT)
 class ProfileFile:
     """A task's profiles for one model: the last few for each block length, cache mode and calibration threshold, the
-    newest last."""
+    newest last. The model's name is for people; its fingerprint tells it."""
 
     schema_version: Literal[2]
     fingerprint: ModelFingerprint
     task: str
     profiles: list[StoredProfile]
+    model: str = ""  # files of version 0.1.0 have none
 
 
 _FILE = TypeAdapter(ProfileFile)
@@ -85,10 +86,12 @@ class ProfileStore:
     Args:
         folder: Shared by models and engines; made when the first profile is written.
         fingerprint: Of the model; profiles of others are neither seen nor touched.
+        model: Its name, kept with profiles that are written.
     """
 
-    def __init__(self, folder: Path, fingerprint: ModelFingerprint) -> None:
+    def __init__(self, folder: Path, fingerprint: ModelFingerprint, model: str = "") -> None:
         self.fingerprint = fingerprint
+        self.model = model
         self.folder = folder / fingerprint.digest
         self.num_set_aside = 0
 
@@ -169,7 +172,7 @@ class ProfileStore:
             yield others
 
     def _replace(self, task: str, profiles: list[StoredProfile]) -> None:
-        write_file(self.path(task), ProfileFile(SCHEMA_VERSION, self.fingerprint, task, profiles))
+        write_file(self.path(task), ProfileFile(SCHEMA_VERSION, self.fingerprint, task, profiles, self.model))
 
     def export(self, profile: CalibrationProfile, path: Path) -> None:
         """Write one profile as a file of its own.
@@ -177,7 +180,7 @@ class ProfileStore:
         Raises:
             OSError: The file cannot be written.
         """
-        content = ProfileFile(SCHEMA_VERSION, self.fingerprint, profile.key.task, [to_stored(profile)])
+        content = ProfileFile(SCHEMA_VERSION, self.fingerprint, profile.key.task, [to_stored(profile)], self.model)
         write_file(path, content)
 
     def _read(self, path: Path, task: str) -> ProfileFile:
@@ -239,18 +242,27 @@ def _parse(path: Path) -> ProfileFile:
     return stored
 
 
-def read_file(path: Path) -> tuple[ModelFingerprint, list[CalibrationProfile]]:
-    """The profiles of a file and the model they are for.
+class FileContent(NamedTuple):
+    """The profiles of a file, and the model they are for: its fingerprint, and its name, "" for none."""
+
+    fingerprint: ModelFingerprint
+    model: str
+    profiles: list[CalibrationProfile]
+
+
+def read_file(path: Path) -> FileContent:
+    """The content of a file.
 
     Raises:
         UnusableFileError: A field does not hold.
         OSError: It cannot be read.
     """
     stored = _parse(path)
-    return stored.fingerprint, [from_stored(stored.task, profile) for profile in stored.profiles]
+    profiles = [from_stored(stored.task, profile) for profile in stored.profiles]
+    return FileContent(stored.fingerprint, stored.model, profiles)
 
 
-def read_folder(folder: Path) -> Iterator[tuple[ModelFingerprint, list[CalibrationProfile]]]:
+def read_folder(folder: Path) -> Iterator[FileContent]:
     """What :func:`read_file` finds in the files of all models; files that cannot be used are logged and left alone."""
     for path in sorted(folder.glob("*/*.json")):
         try:
