@@ -298,3 +298,22 @@ def test_what_equals_a_strict_threshold_does_not_pass(policy):
     assert strict.key.threshold == loose.key.threshold == 0.9
     assert (loose.schedule.parameters == np.float32(0.9)).all()
     assert (strict.schedule.parameters == np.nextafter(np.float32(0.9), np.float32(1))).all()
+
+
+def test_what_a_device_copies_for_the_guard_is_compared_one_step_later_on_every_rank(monkeypatch):
+    """By the count of steps and not by the device's pace, which ranks do not share."""
+    from vllm_osdt.worker.request_states import _Observed
+
+    states, compared, waited = make_states(guard=DriftGuard("warn", WINDOW, 0.03, 0.95)), [], []
+    monkeypatch.setattr(states, "_compare", lambda records, seen: compared.append((records, seen.tolist())))
+    none, copied = np.empty(0, dtype=np.int64), SimpleNamespace(synchronize=lambda: waited.append(1))
+
+    def step():
+        states.begin_step(none, none, none)
+        return list(compared)
+
+    states._watch_pending.append(_Observed(["one"], torch.ones(1), copied))
+    assert step() == [] and not waited
+    states._watch_pending.append(_Observed(["two"], torch.zeros(1), copied))
+    assert step() == [(["one"], [1.0])]
+    assert step() == [(["one"], [1.0]), (["two"], [0.0])] == step() and len(waited) == 2

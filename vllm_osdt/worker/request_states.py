@@ -56,6 +56,14 @@ class RequestRecord:
         return Setting(self.options.mode, self.options.metric, self.options.record, self.options.risk)
 
 
+class _Observed(NamedTuple):
+    """What requests saw, on its way to the host."""
+
+    records: list[RequestRecord]
+    seen: torch.Tensor
+    copied: torch.cuda.Event
+
+
 def _seed(req_id: str, seed: int | None) -> int:
     """The request's random key: its own seed, else one made from its id, equal on every rank."""
     source = f"seed:{seed}" if seed is not None else f"id:{req_id}"
@@ -148,7 +156,8 @@ class CanvasStates:
         self._copied = None if is_host else torch.cuda.Event()
         self._copy_pending: np.ndarray | None = None  # slots
         self._copy_width = 0
-        self._watch_pending: list[tuple[list[RequestRecord], torch.Tensor, torch.cuda.Event]] = []
+        self._watch_pending: list[_Observed] = []  # of the step that is being prepared
+        self._watch_due: list[_Observed] = []  # of the one before
 
         self.host = HostTables(
             origin=np.zeros(max_num_reqs, dtype=np.int64),
@@ -333,13 +342,15 @@ class CanvasStates:
             host.copy_(seen, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-            self._watch_pending.append((records, host, copied))
+            self._watch_pending.append(_Observed(records, host, copied))
 
     def _compare_what_has_come(self) -> None:
-        """Hand the guard what has reached the host; the rest comes with a later step."""
-        while self._watch_pending and self._watch_pending[0][2].query():
-            records, host, _ = self._watch_pending.pop(0)
-            self._compare(records, host.numpy())
+        """Hand the guard what the step before has copied. A step later, whatever the device's pace: the ranks of a
+        tensor-parallel group must forsake a profile in the same step."""
+        for observed in self._watch_due:
+            observed.copied.synchronize()  # long done: the engine has read the output of that step
+            self._compare(observed.records, observed.seen.numpy())
+        self._watch_due, self._watch_pending = self._watch_pending, []
 
     def _compare(self, records: list[RequestRecord], seen: np.ndarray) -> None:
         """Compare what requests saw, float32 ``[requests, row_length]``, with the profiles they used."""
