@@ -230,3 +230,19 @@ def test_a_clients_cache_salt_never_is_that_of_another_block_length(tmp_path):
             salts[block_length, salt] = one.cache_salt
     assert len(set(salts.values())) == len(salts)
     assert salts[4, None] is None and salts[4, "a"] == "a"
+
+
+def test_what_an_endpoint_makes_of_its_fields_is_named_as_the_client_sent_it():
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    asked = {"messages": [{"role": "user", "content": "a"}], "thinking_token_budget": 64, "max_tokens": 9}
+    chat = ChatCompletionRequest(**asked, max_completion_tokens=9, osdt_task="quiz", other=1)
+    sent = admission.sent_by(chat)
+    assert (sent.max_tokens, sent.max_tokens_name, sent.options) == (9, "max_tokens", {"osdt_task": "quiz"})
+    for names, word in (({}, "thinking_token_budget=64"), (admission.MESSAGES_NAMES, "thinking.budget_tokens=64")):
+        token = admission.FIELD_NAMES.set(names)
+        params = SamplingParams(thinking_token_budget=64)
+        setattr(params, admission.SENT, admission.sent_by(chat))
+        admission.FIELD_NAMES.reset(token)
+        with pytest.raises(InvalidOptionError, match=rf"model: {word} \(leave it out\)"):
+            admission.check_sampling_params(params)

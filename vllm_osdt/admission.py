@@ -7,9 +7,11 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm_osdt.calibration.auto_task import AutoTasks
@@ -38,6 +40,9 @@ MAX_PINS = 1024  # pinned profiles whose keys are remembered
 
 
 SENT = "osdt_sent"  # attribute of sampling parameters that come from an HTTP request
+# What an endpoint calls fields of the chat request that it makes of its own, while it does.
+FIELD_NAMES: ContextVar[Mapping[str, str]] = ContextVar("FIELD_NAMES", default=MappingProxyType({}))
+MESSAGES_NAMES = {"response_format": "output_config.format", "thinking_token_budget": "thinking.budget_tokens"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,15 @@ def sent_by(request: Any) -> Sent:
         request: Its ``ChatCompletionRequest``, ``CompletionRequest`` or ``ResponsesRequest``.
     """
     fields: dict[str, tuple[str, Any]] = {}
+    names = FIELD_NAMES.get()
+    for name in names:
+        if getattr(request, name, None) is not None:
+            fields[name] = (names[name], getattr(request, name))
     if getattr(request, "echo", False):
         fields["prompt_logprobs"] = ("echo", True)
     if getattr(request, "response_format", None) is not None:
-        fields["structured_outputs"] = ("response_format", _plain(request.response_format))
+        name = names.get("response_format", "response_format")
+        fields["structured_outputs"] = (name, _plain(request.response_format))
     elif getattr(getattr(request, "text", None), "format", None) is not None:
         fields["structured_outputs"] = ("text.format", _plain(request.text.format))
     elif getattr(request, "tools", None):
@@ -76,8 +86,10 @@ def sent_by(request: Any) -> Sent:
         fields["logprobs"] = ("top_logprobs", request.top_logprobs)
     elif isinstance(getattr(request, "logprobs", None), bool):
         fields["logprobs"] = ("logprobs", request.logprobs)
-    names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-    name = next((name for name in names if getattr(request, name, None) is not None), "max_tokens")
+    elif getattr(request, "include", None):
+        fields["logprobs"] = ("include", request.include)
+    limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    name = next((name for name in limits if getattr(request, name, None) is not None), "max_tokens")
     limit = getattr(request, name, None)
     if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
         name = "max_tokens"

@@ -156,7 +156,16 @@ def _server() -> None:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
-    from vllm_osdt.admission import PREFIX, SENT, check_early, merge_options, refuse, sent_by
+    from vllm_osdt.admission import (
+        FIELD_NAMES,
+        MESSAGES_NAMES,
+        PREFIX,
+        SENT,
+        check_early,
+        merge_options,
+        refuse,
+        sent_by,
+    )
     from vllm_osdt.engine_config import is_ours
 
     def make_to_sampling_params(original):
@@ -205,12 +214,15 @@ def _server() -> None:
             if not is_ours(self.model_config):
                 return await original(self, request, raw_request)
             own = await own_fields(raw_request)
+            token = FIELD_NAMES.set(MESSAGES_NAMES)
             try:
                 with _http_400():
                     request.vllm_xargs = merge_options(request.vllm_xargs or {}, own) or None
                 return await original(self, request, raw_request)
             except RefusedRequestError as error:
                 return self.create_error_response(error)
+            finally:
+                FIELD_NAMES.reset(token)
 
         return create_messages
 

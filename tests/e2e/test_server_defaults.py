@@ -146,6 +146,7 @@ def test_a_task_at_the_top_of_the_body_is_heard(server: Server, path: str) -> No
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+ANTHROPIC = {"type": "json_schema", "schema": {"type": "object"}}
 SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
 
 
@@ -160,6 +161,8 @@ SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
         (COMPLETIONS, {"logprobs": 2}, "logprobs=2 (leave it out)"),
         (CHAT, {"response_format": {"type": "json_object"}}, "response_format={'type': 'json_object'} (leave it out)"),
         ("/v1/responses", {"text": {"format": SCHEMA}}, "text.format={'name': 'n', "),
+        ("/v1/responses", {"include": ["message.output_text.logprobs"]}, "include=['message.output_text.logprobs']"),
+        ("/v1/messages", {"output_config": {"format": ANTHROPIC}}, "output_config.format={'"),
         (COMPLETIONS, {"structured_outputs": {"choice": ["a"]}}, "structured_outputs={'choice': ['a']} (leave it out)"),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, 'tool_choice="required" requires'),
         (COMPLETIONS, {"temperature": 1, "frequency_penalty": 1}, "frequency_penalty=1.0 (send 0.0 or leave it out)"),

@@ -170,3 +170,10 @@ def test_missing_fields_follow_from_the_others(change, expected):
 def test_what_the_layers_do_not_implement_is_refused_by_name(field, value):
     with pytest.raises(UnsupportedModelError, match=rf"\b{field} is {value!r}"):
         LLaDAConfig(**{**PUBLISHED, field: value})
+
+
+def test_fields_that_a_checkpoint_leaves_open_follow_from_the_others():
+    open_ones = {"n_kv_heads": None, "mlp_hidden_size": None, "embedding_size": None, "vocab_size": 100}
+    config = LLaDAConfig(**{**PUBLISHED, **open_ones, "multi_query_attention": True, "mlp_ratio": 3})
+    assert (config.num_key_value_heads, config.intermediate_size, config.embedding_size) == (1, 3 * 4096, 100)
+    assert LLaDAConfig(**{**PUBLISHED, **open_ones, "multi_query_attention": False}).num_key_value_heads == 32
