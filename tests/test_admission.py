@@ -246,3 +246,28 @@ def test_what_an_endpoint_makes_of_its_fields_is_named_as_the_client_sent_it():
         admission.FIELD_NAMES.reset(token)
         with pytest.raises(InvalidOptionError, match=rf"model: {word} \(leave it out\)"):
             admission.check_sampling_params(params)
+
+
+@pytest.mark.parametrize(
+    ("asked", "bounded", "output", "canvas"),
+    [
+        (96, 96, 96, 96),
+        (96, 50, 50, 56),  # the operator's max_new_tokens bounds every request, as for other models
+        (None, 50, 50, 56),
+        (None, 253, 253, 253),  # vLLM fills in the rest of the context: 256 do not fit
+        (253, 253, 253, 253),
+        (254, 253, None, "max_tokens is 254, but the prompt of 3 tokens leaves 253"),
+        (300, 253, None, "max_tokens is 300, but the prompt of 3 tokens leaves 253"),
+    ],
+)
+def test_what_vllm_makes_of_a_limit_is_told_from_what_was_asked(vllm_config, asked, bounded, output, canvas):
+    one = request()
+    one.sampling_params.max_tokens = bounded
+    setattr(one.sampling_params, admission.SENT, admission.Sent(asked))
+    if output is None:
+        with pytest.raises(InvalidOptionError, match=canvas):
+            admit(one, vllm_config, one.sampling_params)
+        return
+    admit(one, vllm_config, one.sampling_params)
+    assert one.sampling_params.max_tokens == output
+    assert one.sampling_params.extra_args[RESOLVED_KEY]["gen_length"] == canvas
