@@ -271,3 +271,16 @@ def test_what_vllm_makes_of_a_limit_is_told_from_what_was_asked(vllm_config, ask
     admit(one, vllm_config, one.sampling_params)
     assert one.sampling_params.max_tokens == output
     assert one.sampling_params.extra_args[RESOLVED_KEY]["gen_length"] == canvas
+
+
+@pytest.mark.parametrize(("asked", "output"), [(None, 192), (100, 100), (200, 192)])
+def test_a_canvas_of_the_requests_own_is_not_cut_by_the_checkpoints_length(tmp_path, asked, output):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "block_length": 8}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 96}))
+    config = configure(str(tmp_path), additional_config={"osdt": {"profile_dir": ""}})
+    one = request(gen_length=192)
+    one.sampling_params.max_tokens = 96 if asked is None else asked  # as vLLM bounds it
+    setattr(one.sampling_params, admission.SENT, admission.Sent(asked))
+    admit(one, config, one.sampling_params)
+    assert one.sampling_params.max_tokens == output
+    assert one.sampling_params.extra_args[RESOLVED_KEY]["gen_length"] == 192

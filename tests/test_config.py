@@ -446,6 +446,13 @@ def test_a_block_causal_canvas_begins_with_the_prompts_last_block(prompt_length,
     assert (options.gen_length, got) == (gen_length, output)
 
 
+@pytest.mark.parametrize(("prompt_length", "gen_length", "output"), [(40, 112, 96), (250, 16, 6)])
+def test_a_block_causal_checkpoints_own_length_is_that_of_a_request_without_a_limit(prompt_length, gen_length, output):
+    limits = Limits(256, 64, open_ended=96)
+    options, got = resolve_canvas(BLOCK_CAUSAL, prompt_length=prompt_length, max_tokens=None, limits=limits)
+    assert (options.gen_length, got) == (gen_length, output)
+
+
 @pytest.mark.parametrize(
     ("options", "limits", "message"),
     [

@@ -1,7 +1,10 @@
 """Engine settings of our models: what is set without a flag, what is refused, and the command line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -492,3 +495,83 @@ def test_an_engine_says_in_one_paragraph_what_was_decided(checkpoint: str, block
     ]
     tasks = ["calibrates on 32 requests", "task 'chat'", str(tmp_path / "p"), ": 0 tasks"]
     assert all(words in text for words in decoding + tasks) and "\n" not in text
+
+
+FIRST = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+asked = {"skip_tokenizer_init": True, "diffusion_config": {"canvas_length": 16}}
+config = EngineArgs(model=sys.argv[1], **asked).create_engine_config()
+assert config.diffusion_config.canvas_length == 16
+import vllm_osdt.engine_config as engine_config
+engine_config.has_fast_bfloat16 = lambda: False
+assert str(EngineArgs(model=sys.argv[1], **asked).create_engine_config().model_config.dtype) == "torch.float32"
+"""
+
+
+def test_the_first_engine_of_a_process_is_asked_too(checkpoint: str) -> None:
+    """vLLM loads plugins while it makes the arguments."""
+    done = subprocess.run([sys.executable, "-c", FIRST, checkpoint], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_arguments_that_make_two_engines_are_asked_as_they_were_given(checkpoint: str) -> None:
+    """vLLM writes what it fills in into them."""
+    arguments = EngineArgs(model=checkpoint, skip_tokenizer_init=True)
+    assert arguments.create_engine_config()
+    assert arguments.enable_prefix_caching is not None  # vLLM's default, which nobody asked for
+    assert arguments.create_engine_config()
+
+
+def test_options_of_the_command_line_are_in_its_arguments(checkpoint: str) -> None:
+    """API servers in processes of their own read those before they load plugins."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parsed = parser.parse_args(["--model", checkpoint, "--osdt-config", '{"threshold": 0.7}'])
+    AsyncEngineArgs.from_cli_args(parsed)
+    assert parsed.additional_config == {"osdt": {"threshold": 0.7}}
+
+
+def test_an_empty_canvas_in_vllms_diffusion_config_says_nothing(checkpoint: str) -> None:
+    config = configure(checkpoint, diffusion_config={"max_denoising_steps": None})
+    assert server_defaults(config).block_length == 32
+
+
+def test_a_profile_folder_that_cannot_be_read_is_told_and_nothing_else(checkpoint: str, monkeypatch) -> None:
+    from vllm_osdt import engine_config
+
+    listdir = os.listdir
+
+    def refuse(folder):
+        if folder == store.folder:
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    config = configure(checkpoint)
+    store = engine_config.open_store(config)
+    monkeypatch.setattr(engine_config.os, "listdir", refuse)
+    assert "cannot be read (Permission denied)" in engine_config.describe_engine(config)
+
+
+def test_a_model_is_called_by_its_repository_or_its_folder(tmp_path: Path) -> None:
+    from vllm_osdt.engine_config import model_name
+
+    assert model_name("org/SDAR-8B-Chat-b32") == "org/SDAR-8B-Chat-b32"
+    assert model_name("/cache/models--org--SDAR-8B-Chat-b32/snapshots/0a1b2c") == "org/SDAR-8B-Chat-b32"
+    assert model_name(str(tmp_path)) == tmp_path.name == model_name(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "words"),
+    [
+        ("LLADA", {"embedding_size": 50}, "embedding_size is 50, below vocab_size 101"),
+        ("LLADA_MOE", {"moe_layer_freq": [1, 0]}, "moe_layer_freq is"),
+        ("LLADA_MOE", {"head_dim": 8}, "head_dim is 8"),
+    ],
+)
+def test_what_a_family_alone_checks_is_checked_after_overrides_too(tmp_path, family, overrides, words) -> None:
+    from tests.reference.llada import make_checkpoint
+    from tests.reference.llada_moe import make_llada_moe_checkpoint
+
+    folder = {"LLADA": make_checkpoint, "LLADA_MOE": make_llada_moe_checkpoint}[family](tmp_path / "model")
+    with pytest.raises(ValueError, match=words):
+        configure(str(folder), hf_overrides=overrides)

@@ -164,6 +164,13 @@ class FrontEnd:
     def _limits(self) -> Limits:
         return canvas_limits(self._config, self._defaults)
 
+    @cached_property
+    def _is_capped(self) -> bool:
+        """Whether vLLM bounds every request's output by ``max_new_tokens``, which the checkpoint's alone does not."""
+        model = self._config.model_config
+        is_own = model.generation_config in ("auto", "vllm")
+        return not is_own or model.override_generation_config.get("max_new_tokens") is not None
+
     def check(
         self, params: "SamplingParams", asked: "SamplingParams", prompt_length: int | None, adapter: str
     ) -> tuple[DecodingOptions, int]:
@@ -192,6 +199,8 @@ class FrontEnd:
         room = self._limits.max_model_len - prompt_length
         # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
         bounded = params.max_tokens is not None and params.max_tokens < room
+        if sent.max_tokens is None and options.gen_length is not None:
+            bounded = bounded and self._is_capped  # a canvas of the request's own: the checkpoint's length is not asked
         return resolve_canvas(
             options,
             prompt_length=prompt_length,

@@ -111,7 +111,10 @@ def _early_refusals() -> None:
     def make_init(original):
         def __init__(self, vllm_config, *args, **kwargs):
             if is_ours(vllm_config.model_config):
-                _server()
+                try:
+                    _server()
+                except (ImportError, KeyError) as error:  # serving goes on, as before these patches
+                    logger.warning("Requests are checked when their answer is first read: %r", error)
             original(self, vllm_config, *args, **kwargs)
 
         return __init__
@@ -161,6 +164,7 @@ def _server() -> None:
         MESSAGES_NAMES,
         PREFIX,
         SENT,
+        Sent,
         check_early,
         merge_options,
         refuse,
@@ -202,6 +206,8 @@ def _server() -> None:
                 params, own = request.sampling_params, await own_fields(raw_request)
                 with _http_400():
                     params.extra_args = merge_options(params.extra_args or {}, own)
+                is_limited = request.is_sampling_param_provided("max_tokens")
+                setattr(params, SENT, Sent(params.max_tokens if is_limited else None))
             return await original(self, request, raw_request)
 
         return serve_tokens
@@ -219,7 +225,7 @@ def _server() -> None:
                 with _http_400():
                     request.vllm_xargs = merge_options(request.vllm_xargs or {}, own) or None
                 return await original(self, request, raw_request)
-            except RefusedRequestError as error:
+            except VLLMValidationError as error:
                 return self.create_error_response(error)
             finally:
                 FIELD_NAMES.reset(token)
@@ -366,11 +372,10 @@ def _command_line() -> None:
 
     def make_from_cli_args(original):
         def from_cli_args(cls, args):
-            engine_args = original(cls, args)
             options = getattr(args, "osdt_config", None)
-            if options is not None:
-                engine_args.additional_config = {**engine_args.additional_config, "osdt": options}
-            return engine_args
+            if options is not None:  # in the arguments: API servers of their own read them before they load plugins
+                args.additional_config = {**(args.additional_config or {}), "osdt": options}
+            return original(cls, args)
 
         return from_cli_args
 
@@ -395,16 +400,11 @@ def _engine_arguments() -> None:
 
     from vllm_osdt.engine_config import ASKED, ASKED_NAMES
 
-    def make_post_init(original):
-        def __post_init__(self):
-            original(self)
-            self.osdt_asked = {name: getattr(self, name) for name in ASKED_NAMES}
-
-        return __post_init__
-
     def make_create(original):
         def create_engine_config(self, *args, **kwargs):
-            token = ASKED.set(getattr(self, "osdt_asked", {}))
+            # Once: vLLM writes what it fills in into the arguments.
+            asked = self.__dict__.setdefault("osdt_asked", {name: getattr(self, name) for name in ASKED_NAMES})
+            token = ASKED.set(asked)
             try:
                 return original(self, *args, **kwargs)
             except ValidationError as error:
@@ -418,7 +418,6 @@ def _engine_arguments() -> None:
 
         return create_engine_config
 
-    _wrap(EngineArgs, "__post_init__", make_post_init)
     _wrap(EngineArgs, "create_engine_config", make_create)
 
 

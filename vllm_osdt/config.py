@@ -469,13 +469,19 @@ class Limits(NamedTuple):
         max_num_batched_tokens: The engine's limit on the rows of one step; a refresh has prompt plus canvas rows, a
             step of a block-causal model at most two blocks (its prompt may be cut).
         gen_length: The operator's canvas length, None for none: that of every request that asks for less.
-        open_ended: Output tokens of a request that names no limit, of models whose positions see the whole canvas.
+        open_ended: Output tokens of a request that names no limit; None where the checkpoint does not say: then 256
+            where positions see the whole canvas, else as many as the context holds.
     """
 
     max_model_len: int
     max_num_batched_tokens: int
     gen_length: int | None = None
-    open_ended: int = DEFAULT_GEN_LENGTH
+    open_ended: int | None = None
+
+    @property
+    def default_length(self) -> int:
+        """The canvas of a request that names no limit, where positions see all of it."""
+        return self.gen_length or self.open_ended or DEFAULT_GEN_LENGTH
 
 
 def resolve_canvas(
@@ -514,7 +520,7 @@ def resolve_canvas(
     if options.policy == "fixed_steps" or has_quota:
         resolved = replace(resolved, steps=_resolve_steps(options, resolved.num_blocks * block, max_tokens))
     if max_tokens is None and options.cache != BLOCK_CACHE and options.gen_length is None:
-        max_tokens = limits.gen_length or limits.open_ended
+        max_tokens = limits.default_length
     return resolved, room if max_tokens is None else min(max_tokens, room)
 
 
@@ -551,7 +557,7 @@ def _full_attention_canvas(
             f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of {bound}. Lower "
             f"{name} or shorten the prompt."
         )
-    wanted = max(max_tokens or 0, limits.gen_length or (0 if max_tokens else limits.open_ended))
+    wanted = limits.default_length if max_tokens is None else max(max_tokens, limits.gen_length or 0)
     return min(math.ceil(wanted / block) * block, room)
 
 
@@ -572,6 +578,9 @@ def _block_causal_canvas(
             f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {end - prompt_length} of "
             f"max_model_len {limit} in whole blocks of {block}. Lower {name} or shorten the prompt."
         )
+    if max_tokens is None and limits.open_ended is not None:
+        max_tokens = min(limits.open_ended, end - prompt_length)
+        return math.ceil((prompt_length + max_tokens) / block) * block - origin, max_tokens
     if max_tokens is not None:
         end = math.ceil((prompt_length + max_tokens) / block) * block
     return end - origin, end - prompt_length

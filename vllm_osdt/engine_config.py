@@ -1,6 +1,7 @@
 """Engine settings of the model families, set so that users need no flag."""
 
 import math
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from vllm_osdt.calibration.fingerprint import ModelFingerprint, hash_weights
 from vllm_osdt.calibration.store import ProfileStore, default_folder
 from vllm_osdt.config import (
     BLOCK_CACHE,
-    DEFAULT_GEN_LENGTH,
     MAX_BLOCK_LENGTH,
     NEUTRAL_SAMPLING,
     SERVER_OPTION_NAMES,
@@ -137,7 +137,7 @@ def canvas_limits(vllm_config: "VllmConfig", defaults: DecodingOptions) -> Limit
             scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         ),
         gen_length=defaults.gen_length,
-        open_ended=checkpoint or DEFAULT_GEN_LENGTH,
+        open_ended=checkpoint,
     )
 
 
@@ -200,6 +200,15 @@ def model_fingerprint(vllm_config: "VllmConfig") -> ModelFingerprint:
     )
 
 
+def model_name(model: str) -> str:
+    """What people call a model: its repository, or its folder. (Offline, vLLM puts the folder of a snapshot in the
+    place of the repository.)"""
+    snapshot = re.search(r"models--([^/]+)/snapshots/[^/]+/?$", model)
+    if snapshot:
+        return snapshot[1].replace("--", "/")
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 def open_store(vllm_config: "VllmConfig") -> ProfileStore | None:
     """Where an engine's profiles outlive it; None when they do not."""
     folder = server_options(vllm_config).profile_dir
@@ -207,9 +216,7 @@ def open_store(vllm_config: "VllmConfig") -> ProfileStore | None:
         folder = str(default_folder())
     if not folder:
         return None
-    name = vllm_config.model_config.model
-    if Path(name).is_dir():  # where it lies on this machine is nobody's business
-        name = Path(name).resolve().name
+    name = model_name(vllm_config.model_config.model)
     return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config), name)
 
 
@@ -384,6 +391,8 @@ def _settle_canvas_length(vllm_config: "VllmConfig") -> None:
             'Leave it out and set steps_per_block and the policy in --osdt-config, such as {"policy": "fixed_steps", '
             f'"steps_per_block": {asked.max_denoising_steps}}}.'
         )
+    if asked.canvas_length is None:
+        return
     own = _operator_values(vllm_config).get("block_length", asked.canvas_length)
     if own != asked.canvas_length:
         raise OSDTError(
@@ -397,7 +406,7 @@ def _settle_canvas_length(vllm_config: "VllmConfig") -> None:
 def _settle_block_length(model: "ModelConfig", operator: dict[str, Any]) -> None:
     """Where a checkpoint's config does not say its block length, its name does ("SDAR-8B-Chat-b32")."""
     hf_config = model.hf_config
-    named = re.search(r"-b(\d+)(?=$|[-_])", model.model.rstrip("/").rsplit("/", 1)[-1])
+    named = re.search(r"-b(\d+)(?=$|[-_])", model_name(model.model).rsplit("/", 1)[-1])
     length = int(named[1]) if named else None
     asked = {*operator, *(model.hf_overrides if isinstance(model.hf_overrides, dict) else ())}
     if ASKED.get().get("diffusion_config"):
@@ -439,9 +448,15 @@ def describe_engine(vllm_config: "VllmConfig") -> str:
         task = f"requests that name no task: task {options.task!r}"
     kept = "profiles in memory only"
     if store is not None:
-        number = sum(1 for _ in store.folder.glob("*.json")) if store.folder.is_dir() else 0
-        kept = f"profiles of this model in {store.folder}: {number} task{'s' * (number != 1)}"
-    canvas = f"canvas without max_tokens {limits.gen_length or limits.open_ended}, "
+        try:
+            number = sum(name.endswith(".json") for name in os.listdir(store.folder))
+            found = f"{number} task{'s' * (number != 1)}"
+        except FileNotFoundError:
+            found = "0 tasks"
+        except OSError as error:
+            found = f"cannot be read ({error.strerror})"
+        kept = f"profiles of this model in {store.folder}: {found}"
+    canvas = f"canvas without max_tokens {limits.default_length}, "
     if options.cache == BLOCK_CACHE:
         canvas = ""
     return (

@@ -75,7 +75,7 @@ STEP = ["profiles", 0, "requests", 1, 0, 0]
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ((["schema_version"], 3), "schema_version"),
+        ((["schema_version"], 4), "schema_version"),
         ((["fingerprint", "weights"], "xyz"), "fingerprint"),
         ((["task"], "other"), "task"),
         ((["surprise"], 1), "surprise"),
@@ -297,6 +297,7 @@ def test_the_models_name_is_kept_and_files_without_one_still_load(tmp_path):
     assert read_file(store.path("gsm")).model == "org/LLaDA-8B"
     content = json.loads(store.path("gsm").read_text())
     del content["model"]
+    content["schema_version"] = 2
     store.path("gsm").write_text(json.dumps(content))
     assert read_file(store.path("gsm")).model == "" and store.load(KEY).profile_id == recorded(KEY, 1).profile_id
     store.save(recorded(KEY, 2))

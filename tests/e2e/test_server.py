@@ -26,7 +26,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # The second default is one that only --osdt-config can have set.
     defaults = json.dumps({"policy": "static_threshold", "threshold": 0.85})
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(model_path("llada-mini"), "llada-mini", log, "--osdt-config", defaults) as running:
+    with serving(
+        model_path("llada-mini"), "llada-mini", log, "--osdt-config", defaults, "--enable-scale-out"
+    ) as running:
         yield running
 
 
@@ -231,6 +233,21 @@ def test_what_happens_to_profiles_is_in_the_servers_metrics(server: Server) -> N
     assert value("vllm:osdt_calibrations_total", 'outcome="made"') == made + 1
     assert value("vllm:osdt_request_forward_passes_count", 'policy="osdt"') >= 2
     assert 0 < value("vllm:osdt_threshold", 'task="metrics"') <= 0.9
+
+
+def test_tokens_in_and_out_without_a_limit_have_the_models_usual_length(server: Server) -> None:
+    def ask(**fields):
+        body = {"model": "llada-mini", "token_ids": [5, 6, 7], **fields}
+        return httpx.post(f"{server.url}/inference/v1/generate", json=body, timeout=120)
+
+    open_ended = {"temperature": 0, "ignore_eos": True}
+    reply = ask(sampling_params=open_ended)
+    assert reply.status_code == 200, reply.text
+    assert len(reply.json()["choices"][0]["token_ids"]) == 96
+    limited = ask(sampling_params={**open_ended, "max_tokens": 40}).json()
+    assert len(limited["choices"][0]["token_ids"]) == 40
+    refused = ask(sampling_params=open_ended, osdt_treshold=0.5)
+    assert refused.status_code == 400 and "did you mean 'osdt_threshold'" in refused.text
 
 
 def test_shutdown_is_clean(server: Server) -> None:

@@ -21,7 +21,7 @@ STATIC = {"osdt_policy": "static_threshold"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    config = json.dumps({"profile_dir": "", "calibrations": 4, "metric": "q1", "slack": 0.1})
+    config = json.dumps({"profile_dir": "", "calibrations": 4, "metric": "q1", "slack": 0.1, "task": "served"})
     folder = tmp_path_factory.mktemp("checkpoint") / "sdar-mini"
     shutil.copytree(model_path("sdar-mini"), folder)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
@@ -76,3 +76,10 @@ def test_options_of_the_other_attention_are_refused(server):
     answer = server.complete("quiz", vllm_xargs={"osdt_cache": "dual"})
     assert answer.status_code == 400
     assert "osdt_cache is 'dual'; this model's attention allows block" in answer.json()["error"]["message"]
+
+
+def test_every_api_server_has_the_operators_options(server):
+    """vLLM starts one for each engine, in processes of their own."""
+    with ThreadPoolExecutor(12) as clients:
+        answers = list(clients.map(lambda _: server.complete("quiz", max_tokens=8).json(), range(24)))
+    assert {answer["metrics"]["speculative_decoding"]["osdt"]["task"] for answer in answers} == {"served"}

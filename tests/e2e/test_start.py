@@ -52,6 +52,15 @@ def test_the_warm_up_runs_every_kind_of_step_and_leaves_nothing_behind(llm, monk
     assert_idle(llm)
 
 
+@pytest.mark.parametrize(("block_length", "max_model_len", "max_num_seqs"), [(1, 64, 4), (16, 16, 1), (16, 64, 1)])
+def test_small_blocks_and_contexts_are_warmed_up_as_far_as_they_go(
+    start_llm, tmp_path, block_length, max_model_len, max_num_seqs
+):
+    folder = make_sdar_checkpoint(tmp_path / "model", seed=1, block_size=block_length)
+    llm = start_llm(folder, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
+    assert len(generate(llm, [[9] * 5], sampling(3))[0].token_ids) == 3
+
+
 def test_vllms_own_warm_up_which_sends_grammars_is_off(llm):
     assert not worker(llm).vllm_config.kernel_config.enable_jit_warmup
 

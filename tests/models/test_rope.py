@@ -79,6 +79,15 @@ def test_every_spelling_means_the_same(checkpoints, family, spelling):
     assert found == {**BY_ROPE_TYPE, "rope_theta": THETA, **partial}
 
 
+def test_an_override_without_the_original_range_has_the_models(checkpoints):
+    from vllm.config import ModelConfig
+
+    write(checkpoints["llada"], {"rope_theta": THETA})
+    arguments = {"hf_overrides": {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "skip_tokenizer_init": True}
+    config = ModelConfig(str(checkpoints["llada"]), **arguments).hf_config
+    assert config.rope_parameters["original_max_position_embeddings"] == config.max_position_embeddings == 256
+
+
 def test_an_override_of_null_takes_the_scaling_away(checkpoints):
     from vllm.config import ModelConfig
 

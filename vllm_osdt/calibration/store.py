@@ -28,7 +28,7 @@ from vllm_osdt.config import CACHE_MODES, MAX_BLOCK_LENGTH
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 MAX_VERSIONS = 4  # of one key: a replaced profile can still be pinned for a while
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -61,11 +61,11 @@ class ProfileFile:
     """A task's profiles for one model: the last few for each block length, cache mode and calibration threshold, the
     newest last. The model's name is for people; its fingerprint tells it."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[2, 3]
     fingerprint: ModelFingerprint
     task: str
     profiles: list[StoredProfile]
-    model: str = ""  # files of version 0.1.0 have none
+    model: str = ""  # files of schema 2 have none
 
 
 _FILE = TypeAdapter(ProfileFile)

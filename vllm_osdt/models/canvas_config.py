@@ -6,6 +6,7 @@ from vllm_osdt.config import check_option
 from vllm_osdt.errors import InvalidOptionError, UnsupportedModelError
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+_FROM_A_RANGE = ("llama3", "yarn", "longrope")
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")  # older configs have them beside the dict
 
 
@@ -31,12 +32,15 @@ class CanvasConfigMixin:
     sub_block_length: int | None = None
     mask_token_id: int | None
     vocab_size: int
+    max_position_embeddings: int
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = self.__dict__.get("rope_parameters") or {}
         if name in _ROPE_FIELDS and {"rope_type", "rope_theta"} <= known.keys():
             value = {**{field: known[field] for field in _BESIDE_ROPE if field in known}, **_as_rope_type(value or {})}
             value.setdefault("rope_type", "default")
+            if value["rope_type"] in _FROM_A_RANGE:  # as transformers does where it reads a config
+                value.setdefault("original_max_position_embeddings", self.max_position_embeddings)
             name = "rope_parameters"
         elif name in _BESIDE_ROPE and "rope_theta" in known and value is not None:
             super().__setattr__("rope_parameters", {**known, name: value})

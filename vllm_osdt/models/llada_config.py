@@ -95,6 +95,11 @@ class LLaDAConfig(CanvasConfigMixin, PreTrainedConfig):
             self.embedding_size = self.vocab_size
         super().__post_init__(**kwargs)
         self.check_fields()
+
+    def check_fields(self) -> None:
+        """As of the base class."""
+        super().check_fields()
+        assert self.embedding_size is not None
         if self.embedding_size < self.vocab_size:
             raise UnsupportedModelError(
                 f"LLaDA config field embedding_size is {self.embedding_size}, below vocab_size {self.vocab_size}; the "

@@ -62,6 +62,18 @@ class LLaDAMoEConfig(CanvasConfigMixin, PreTrainedConfig):
         """
         super().__post_init__(**kwargs)
         self.check_fields()
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        self.hidden_act = "silu"
+        # Of vLLM's Qwen3-MoE.
+        self.intermediate_size = self.expert_intermediate_size
+        self.norm_topk_prob = False
+        self.shared_expert_intermediate_size = 0
+        self.mlp_only_layers: list[int] = []
+        self.decoder_sparse_step = 1
+
+    def check_fields(self) -> None:
+        """As of the base class."""
+        super().check_fields()
         if self.moe_layer_freq is not None and not all(self.moe_layer_freq):
             raise UnsupportedModelError(
                 f"LLaDA-MoE config field moe_layer_freq is {self.moe_layer_freq}; only layers with experts are "
@@ -74,11 +86,3 @@ class LLaDAMoEConfig(CanvasConfigMixin, PreTrainedConfig):
                 f"LLaDA-MoE config field head_dim is {asked}; only {head_dim}, hidden_size / "
                 "num_attention_heads, is implemented. Use a checkpoint with that value."
             )
-        self.head_dim = head_dim
-        self.hidden_act = "silu"
-        # Of vLLM's Qwen3-MoE.
-        self.intermediate_size = self.expert_intermediate_size
-        self.norm_topk_prob = False
-        self.shared_expert_intermediate_size = 0
-        self.mlp_only_layers: list[int] = []
-        self.decoder_sparse_step = 1

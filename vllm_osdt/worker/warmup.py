@@ -40,6 +40,10 @@ def warm_up(
     steps = [(number, temperature, defaults, by_entropy) for number, temperature, by_entropy in _STEPS]
     if getattr(vllm_config.model_config.hf_config, "can_edit", False):
         steps.append((2, 0.0, replace(defaults, edit_threshold=0.5), False))
+    if defaults.sub_block_length is not None:
+        steps.append((2, 0.0, replace(defaults, sub_block_cache=True), False))
+    if _num_rows(defaults) > vllm_config.model_config.max_model_len:
+        return
     room = min(
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.scheduler_config.max_num_batched_tokens // _num_rows(defaults),
@@ -48,10 +52,9 @@ def warm_up(
     for index, (number, temperature, options, by_entropy) in enumerate(steps):
         if by_entropy:
             options = replace(options, policy="entropy_bound")
-        if number <= room:
-            output = _first_step(
-                kv_cache_config, options, [f"_warm_up_{index}_{i}" for i in range(number)], temperature
-            )
+        req_ids = [f"_warm_up_{index}_{i}" for i in range(min(number, room))]
+        if req_ids:
+            output = _first_step(kv_cache_config, options, req_ids, temperature)
             execute_model(output)
             sample_tokens(None)
             end = SchedulerOutput.make_empty()
@@ -60,8 +63,10 @@ def warm_up(
 
 
 def _num_rows(options: DecodingOptions) -> int:
-    """Of a request with a prompt of one token; a block-causal one is part of the first block."""
-    return options.block_length + (options.cache != BLOCK_CACHE)
+    """Of a request with a prompt of one token; a block-causal one is part of the first block, or is it."""
+    if options.cache == BLOCK_CACHE:
+        return max(2, options.block_length)
+    return options.block_length + 1
 
 
 def _num_pages(kv_cache_config: "KVCacheConfig", options: DecodingOptions) -> list[int]:
