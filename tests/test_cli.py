@@ -234,7 +234,7 @@ def command(*arguments, **environment):
     """The installed command, in a process of its own."""
     return subprocess.run(
         [str(Path(sys.executable).with_name("vllm-osdt")), *arguments],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment},
+        env={**os.environ, **environment},  # the engine in the process itself, as the command has it by default
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
