@@ -43,7 +43,7 @@ setup(
     entry_points={
         "console_scripts": ["vllm-osdt = vllm_osdt.cli:main"],
         "vllm.general_plugins": ["osdt = vllm_osdt.plugin:register"],
-        "triton.backends": ["cpu = vllm_osdt.cpu.triton_backend"],
+        "triton.backends": ["cpu = vllm_osdt.host.cpu.triton_backend"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

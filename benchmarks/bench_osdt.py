@@ -47,9 +47,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import numpy as np
 from common import environment, write_lines
 
-from vllm_osdt.calibration.calibrate import Thresholds
+from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.calibration.profile import Setting
-from vllm_osdt.config import DecodingOptions
+from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies.osdt import osdt
 
 STATIC = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
@@ -164,7 +164,7 @@ class Bench:
         from vllm import SamplingParams
 
         args = self.args
-        extra = {"osdt_" + name: value for name, value in {"cache": args.cache, **options}.items()}
+        extra = {"osdt_" + name: value for name, value in {"cache_mode": args.cache, **options}.items()}
         params = SamplingParams(temperature=0.0, max_tokens=args.gen_length, extra_args=extra)
         start = time.perf_counter()
         outputs = self.llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
@@ -232,21 +232,21 @@ def user_problems(path: str, checker: str | None) -> dict[str, list[Problem]]:
 
 def osdt_settings(only_defaults: bool) -> list[dict[str, Any]]:
     """Settings to try, the defaults first; then one group of options at a time."""
-    one_shot = {"calibrations": 1, "metric": "q1", "slack": 0.1}
-    several = {**one_shot, "calibrations": 32}
+    one_shot = {"num_calibration_requests": 1, "statistic": "q1", "slack": 0.1}
+    several = {**one_shot, "num_calibration_requests": 32}
     if only_defaults:
         return [{}, one_shot]
     return [
         {},
         *({"margin": margin} for margin in MARGINS),
-        *({"calibrations": number, "risk": risk} for number, risk in NUM_REQUESTS_AND_RISKS),
-        {"mode": "step_block"},
-        *({**several, "metric": metric} for metric in METRICS),
+        *({"num_calibration_requests": number, "risk": risk} for number, risk in NUM_REQUESTS_AND_RISKS),
+        {"granularity": "step_block"},
+        *({**several, "statistic": metric} for metric in METRICS),
         *(
-            {**one_shot, "mode": mode, "metric": metric, "record": record}
+            {**one_shot, "granularity": mode, "statistic": metric, "record": record}
             for mode, metric, record in itertools.product(MODES, METRICS, RECORDS)
         ),
-        *({**one_shot, "cap": cap, "slack": slack} for cap, slack in itertools.product(CAPS, SLACKS)),
+        *({**one_shot, "threshold_cap": cap, "slack": slack} for cap, slack in itertools.product(CAPS, SLACKS)),
         *({**one_shot, "floor": floor} for floor in FLOORS),
     ]
 
@@ -296,7 +296,7 @@ def signatures(bench: Bench, task: str, problems: list[Problem]) -> list[np.ndar
     found = []
     for index, problem in enumerate(problems):
         name = f"{task} signature {index}"
-        bench.decode([problem], policy="osdt", task=name, calibrations=1, metric="q1")
+        bench.decode([problem], policy="osdt", task=name, num_calibration_requests=1, statistic="q1")
         profile = bench.profile(name)
         assert profile is not None
         found.append(np.array(profile["mean_confidence"], dtype=float))
@@ -438,7 +438,7 @@ def main() -> None:
         calibrating = {task: [own_problems(task, most, seed) for seed in seeds] for task in TASKS}
 
     bench = Bench(args)
-    record = environment(dtype=args.dtype, cache=args.cache, model=os.path.basename(args.model.rstrip("/")))
+    record = environment(dtype=args.dtype, cache_mode=args.cache, model=os.path.basename(args.model.rstrip("/")))
     print(record)
     lines: list[dict[str, Any]] = []
     for task, problems in tasks.items():

@@ -14,9 +14,10 @@ from tests.calibration.records import KEY, MODEL, of_task, recorded
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
 from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.store import ProfileStore
-from vllm_osdt.cli import compare, main
-from vllm_osdt.config import DecodingOptions
+from vllm_osdt.cli import main
+from vllm_osdt.cli.profiles import compare
 from vllm_osdt.mini.tasks import generate
+from vllm_osdt.options import DecodingOptions
 
 OTHER = of_task("code")
 
@@ -139,7 +140,7 @@ def test_plot_draws_a_picture(run, tmp_path):
 def test_a_picture_has_its_titles_whole_its_legend_in_words_and_says_where_there_is_no_threshold(tmp_path, monkeypatch):
     import matplotlib.figure
 
-    from vllm_osdt.calibration.picture import draw_signatures
+    from vllm_osdt.calibration.plot import draw_signatures
 
     drawn = []
     save = matplotlib.figure.Figure.savefig
@@ -249,7 +250,7 @@ def test_doctor_finds_a_working_installation_and_a_folder_it_cannot_write_to(tmp
     assert sick.returncode == 1 and "BAD  profile folder" in sick.stdout
 
 
-ONE_SHOT = json.dumps({"calibrations": 1, "metric": "q1"})
+ONE_SHOT = json.dumps({"num_calibration_requests": 1, "statistic": "q1"})
 
 
 def calibrate(folder, prompts, *arguments):
@@ -282,7 +283,7 @@ def test_calibrate_makes_a_profile_that_a_server_of_the_same_dtype_would_find(tm
         ("quiz", "float32", "dual", 1)
     ]
     assert any(line.startswith(rows[0]["id"]) for line in made.stdout.splitlines())
-    assert "osdt_calibrations = 1" in made.stdout
+    assert "osdt_num_calibration_requests = 1" in made.stdout
     again = calibrate(tmp_path, prompts, "--osdt-config", ONE_SHOT, "--max-tokens", "8")
     assert again.returncode == 1 and "at least one block" in again.stderr  # the old profile is not taken for a new one
 
@@ -305,7 +306,7 @@ def test_calibrate_refuses_fewer_prompts_than_calibrations_before_it_starts_an_e
     file = tmp_path / "prompts.txt"
     file.write_text("a\n\nb\n")
     arguments = ["calibrate", "llada-mini", "--task", "t", "--prompts", str(file)]
-    for options, calibrations in (({}, 32), ({"calibrations": 3, "metric": "q1"}, 3)):
+    for options, calibrations in (({}, 32), ({"num_calibration_requests": 3, "statistic": "q1"}, 3)):
         assert main([*arguments, "--osdt-config", json.dumps(options)]) == 1
         error = capsys.readouterr().err
         assert f"{file} holds 2 prompts, but calibrations is {calibrations}" in error and "--osdt-config" in error
@@ -319,7 +320,7 @@ def test_calibrate_refuses_bad_options_and_prompts_before_it_starts_an_engine(tm
     empty.write_text('{"question": 1}\n')
     assert main(arguments) == 1
     empty.write_text('{"prompt": "a"}\n')
-    for options in ('{"cap": 2}', '{"drift_window": 2}', '{"cpa": 0.5}', "cap"):
+    for options in ('{"threshold_cap": 2}', '{"drift_window": 2}', '{"cpa": 0.5}', "cap"):
         with pytest.raises(SystemExit, match="2"):
             main([*arguments, "--osdt-config", options])
     errors = capsys.readouterr().err

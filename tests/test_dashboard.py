@@ -18,7 +18,7 @@ FOREIGN = {"vllm:diffusion_num_committed_tokens_total", "vllm:diffusion_num_deno
 
 def own_metrics():
     """The names under which Prometheus collects ours."""
-    from vllm_osdt.metrics import PrometheusMetrics
+    from vllm_osdt.frontend.metrics import PrometheusMetrics
 
     registry = prometheus_client.CollectorRegistry()
 

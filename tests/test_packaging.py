@@ -102,7 +102,7 @@ def test_the_demo_writes_no_file_that_is_kept():
     ("group", "name", "value"),
     [
         ("vllm.general_plugins", "osdt", "vllm_osdt.plugin:register"),
-        ("triton.backends", "cpu", "vllm_osdt.cpu.triton_backend"),
+        ("triton.backends", "cpu", "vllm_osdt.host.cpu.triton_backend"),
     ],
 )
 def test_entry_point(installed, group: str, name: str, value: str):
@@ -142,7 +142,7 @@ def test_importing_triton_turns_the_interpreter_on(installed):
 
 @on_cpu
 def test_the_backend_can_be_imported_before_triton(installed):
-    code = "import vllm_osdt.cpu.triton_backend.driver, triton; print(triton.knobs.runtime.interpret)"
+    code = "import vllm_osdt.host.cpu.triton_backend.driver, triton; print(triton.knobs.runtime.interpret)"
     assert run(code) == "True"
 
 

@@ -48,7 +48,7 @@ def python(code, *arguments, **environment):
 
 def test_importing_the_package_loads_neither_torch_nor_vllm():
     heavy = "{'torch', 'vllm', 'numpy', 'triton'} & set(sys.modules)"
-    code = f"import sys, vllm_osdt, vllm_osdt.config, vllm_osdt.errors; print(sorted({heavy}))"
+    code = f"import sys, vllm_osdt, vllm_osdt.options, vllm_osdt.errors; print(sorted({heavy}))"
     assert python(code).strip() == "[]"
 
 
@@ -108,8 +108,8 @@ def test_offline_parameters_are_greedy_unless_told_and_take_our_options_by_name(
     from vllm import SamplingParams
 
     import vllm_osdt
-    from vllm_osdt.config import OPTION_NAMES
     from vllm_osdt.errors import InvalidOptionError
+    from vllm_osdt.options import OPTION_NAMES
 
     assert not set(OPTION_NAMES) & set(SamplingParams.__struct_fields__)
     params = vllm_osdt.sampling_params(task="quiz", threshold=0.8, stop=["x"], extra_args={"other": 1})

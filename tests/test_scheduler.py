@@ -36,7 +36,7 @@ def two_blocks(cache):
     """Two blocks of eight positions, four steps each."""
     from tests.e2e.engine import sampling
 
-    return sampling(16, policy="fixed_steps", steps=8, block_length=8, cache=cache)
+    return sampling(16, policy="fixed_steps", steps=8, block_length=8, cache_mode=cache)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def crowded(narrow_llm, golden_tasks, planned):
 
     prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:16]]
     # Blocks take several steps at first and one at the end, when every step of every request is a refresh.
-    params = sampling(128, policy="static_threshold", threshold=0.95, block_length=8, cache="dual")
+    params = sampling(128, policy="static_threshold", threshold=0.95, block_length=8, cache_mode="dual")
     return prompts, params, *planned(narrow_llm, [(prompt, params) for prompt in prompts])
 
 

@@ -4,15 +4,12 @@ Importing this package loads neither torch nor vLLM; vLLM finds the plugin throu
 ``vllm.general_plugins: osdt``.
 """
 
-import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 __version__ = "0.1.0"
-
-NUM_POLLS, POLL_INTERVAL_S = 200, 0.01
 
 
 def register() -> None:
@@ -37,18 +34,19 @@ def sampling_params(**values: Any) -> "SamplingParams":
     """
     from vllm import SamplingParams
 
-    from vllm_osdt.config import OPTION_NAMES, PREFIX, did_you_mean
+    from vllm_osdt.declaration import did_you_mean
     from vllm_osdt.errors import InvalidOptionError
+    from vllm_osdt.options import FORMER_NAMES, OPTION_NAMES, PREFIX
 
     fields = SamplingParams.__struct_fields__
     for name in values:
-        if name not in (*fields, *OPTION_NAMES):
+        if name not in (*fields, *OPTION_NAMES, *FORMER_NAMES):
             close = did_you_mean(name, (*OPTION_NAMES, *fields))
             raise InvalidOptionError(
                 f"{name!r} is neither a sampling parameter of vLLM nor a decoding option{close}; the decoding options "
                 f"are {', '.join(OPTION_NAMES)}."
             )
-    own = {PREFIX + name: values.pop(name) for name in OPTION_NAMES if name in values}
+    own = {PREFIX + name: values.pop(name) for name in (*OPTION_NAMES, *FORMER_NAMES) if name in values}
     extra_args = {**(values.pop("extra_args", None) or {}), **own}
     return SamplingParams(**{"temperature": 0.0, "max_tokens": None, **values}, extra_args=extra_args or None)
 
@@ -76,17 +74,10 @@ def profiles(llm: "LLM") -> list[dict[str, Any]]:
     Returns:
         One dict per profile: ``id``, ``created``, ``task``, ``block_length``, ``cache``, ``threshold``,
         ``num_requests``, ``mean_confidence`` (by block and denoising step, None where nothing was recorded) and
-        ``thresholds`` (T by block and step, for each ``mode/metric/record`` that a request has asked for; None where
-        the static threshold holds).
+        ``thresholds`` (T by block and step, for each ``granularity/statistic/record`` that a request has asked for;
+        None where the static threshold holds).
     """
-    engine = llm.llm_engine
-    for _ in range(NUM_POLLS):
-        found, num_calibrating = llm.collective_rpc("calibration_profiles")[0]
-        if not num_calibrating or engine.has_unfinished_requests():
-            break
-        # Workers learn that a request has ended with the step after its last.
-        if hasattr(engine.engine_core, "engine_core"):  # the engine runs in this process: nobody else steps it
-            engine.step()
-        else:
-            time.sleep(POLL_INTERVAL_S)
-    return found
+    client = llm.llm_engine.engine_core
+    if hasattr(client, "call_utility"):
+        return client.call_utility("calibration_profiles")
+    return client.engine_core.calibration_profiles()  # the engine runs in this process

@@ -40,7 +40,7 @@ def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: s
 
     from vllm_osdt.mini.tasks import check
 
-    options = {**POLICIES[policy], "osdt_task": task, **({"osdt_cache": cache} if cache else {})}
+    options = {**POLICIES[policy], "osdt_task": task, **({"osdt_cache_mode": cache} if cache else {})}
     params = SamplingParams(temperature=0.0, max_tokens=GEN_LENGTH, extra_args=options)
     start = time.perf_counter()
     outputs = llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
@@ -79,10 +79,10 @@ def main() -> None:
     from vllm import LLM
 
     from vllm_osdt import profiles
-    from vllm_osdt.calibration.picture import draw_signatures
-    from vllm_osdt.config import DecodingOptions
+    from vllm_osdt.calibration.plot import draw_signatures
     from vllm_osdt.mini import model_path
     from vllm_osdt.mini.tasks import TASKS, generate
+    from vllm_osdt.options import DecodingOptions
 
     start = time.perf_counter()
     llm = LLM(

@@ -1,55 +1,26 @@
 """What this package adds to vLLM, as one list. vLLM calls :func:`register` in every one of its processes."""
 
-_MODELS = {
-    # architecture: (model class, HF model_type, config class)
-    "LLaDAModelLM": ("vllm_osdt.models.llada:LLaDAModelLM", "llada", "vllm_osdt.models.llada_config:LLaDAConfig"),
-    "SDARForCausalLM": ("vllm_osdt.models.sdar:SDARForCausalLM", "sdar", "vllm_osdt.models.sdar_config:SDARConfig"),
-    "SDARMoeForCausalLM": (
-        "vllm_osdt.models.sdar:SDARMoeForCausalLM",
-        "sdar_moe",
-        "vllm_osdt.models.sdar_config:SDARMoeConfig",
-    ),
-    "LLaDA2MoeModelLM": (
-        "vllm_osdt.models.llada2:LLaDA2MoeModelLM",
-        "llada2_moe",
-        "vllm_osdt.models.llada2_config:LLaDA2MoeConfig",
-    ),
-    "Fast_dLLM_QwenForCausalLM": (
-        "vllm_osdt.models.fast_dllm_v2:FastDLLMv2ForCausalLM",
-        "Fast_dLLM_Qwen",
-        "vllm_osdt.models.fast_dllm_v2_config:FastDLLMv2Config",
-    ),
-    "LLaDAMoEModelLM": (
-        "vllm_osdt.models.llada_moe:LLaDAMoEModelLM",
-        "llada_moe",
-        "vllm_osdt.models.llada_moe_config:LLaDAMoEConfig",
-    ),
-    "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
-}
-
-ARCHITECTURES = frozenset(_MODELS)
-
 
 def register() -> None:
-    """Register models, config classes, engine defaults and the patches of ``compat``; safe to call twice."""
-    from importlib import import_module
-
+    """Register models, config classes, engine defaults and the patches of ``host.compat``; safe to call twice."""
     from transformers import AutoTokenizer
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from vllm_osdt import compat
-    from vllm_osdt.engine_config import CanvasModelConfig
-    from vllm_osdt.models.dream_config import DreamConfig
-    from vllm_osdt.models.dream_tokenizer import DreamTokenizer
-    from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
+    from vllm_osdt.engine.engine_config import CanvasModelConfig
+    from vllm_osdt.frontend import admission
+    from vllm_osdt.frontend.metrics import PrometheusMetrics
+    from vllm_osdt.host import compat
+    from vllm_osdt.models.configs.dream import DreamConfig
+    from vllm_osdt.models.configs.dream_tokenizer import DreamTokenizer
+    from vllm_osdt.models.registry import ALIASES, FAMILIES, config_class, model_class
 
-    for architecture, (model, model_type, config) in _MODELS.items():
-        ModelRegistry.register_model(architecture, model)
-        module, name = config.split(":")
-        _CONFIG_REGISTRY[model_type] = getattr(import_module(module), name)
+    for architecture, family in FAMILIES.items():
+        ModelRegistry.register_model(architecture, model_class(architecture))
+        _CONFIG_REGISTRY[family.model_type] = config_class(architecture)
         MODELS_CONFIG_MAP[architecture] = CanvasModelConfig
-    _CONFIG_REGISTRY["lladamoe"] = LLaDAMoEConfig  # what some copies of LLaDA-MoE say
+    for model_type, architecture in ALIASES.items():
+        _CONFIG_REGISTRY[model_type] = config_class(architecture)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
-    compat.apply()
+    compat.apply(admission, PrometheusMetrics)

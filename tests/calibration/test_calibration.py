@@ -2,17 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.calibration.records import KEY, NAN, of_task, one_recording, recorded
 from tests.reference import decode as reference
-from vllm_osdt.calibration.calibrate import CONFORMAL, METRICS, Fallback, calibrate
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, stack
-from vllm_osdt.calibration.recorder import Recorder
-from vllm_osdt.calibration.recording import Recording
-from vllm_osdt.config import METRICS as METRIC_NAMES
+from vllm_osdt.calibration.recording import MAX_BLOCKS, Recorder, Recording
+from vllm_osdt.calibration.thresholds import CONFORMAL, STATISTICS, Fallback, calibrate
+from vllm_osdt.options import DECLARED
+
+NAMES = tuple(DECLARED["statistic"].schema["enum"])
 
 ROUNDING = 1e-6  # thresholds are float32
 
@@ -63,11 +63,11 @@ def values(confidence, mode, metric):
 
 
 def test_every_metric_a_user_may_ask_for_exists():
-    assert (CONFORMAL, *METRICS) == METRIC_NAMES
+    assert (CONFORMAL, *STATISTICS) == NAMES
 
 
 @settings(deadline=None)
-@given(several_records(), st.sampled_from(list(METRICS)), st.sampled_from(["block", "step_block"]), st.booleans())
+@given(several_records(), st.sampled_from(list(STATISTICS)), st.sampled_from(["block", "step_block"]), st.booleans())
 def test_thresholds_equal_a_calculation_by_hand(recordings, metric, mode, committed_only):
     profile = CalibrationProfile(KEY, stack(recordings))
     got = profile.thresholds(Setting(mode, metric, "committed" if committed_only else "masked")).values
@@ -79,7 +79,7 @@ def test_thresholds_equal_a_calculation_by_hand(recordings, metric, mode, commit
 
 
 @settings(deadline=None)
-@given(st.data(), several_records(), st.sampled_from(METRIC_NAMES), st.sampled_from(["block", "step_block"]))
+@given(st.data(), several_records(), st.sampled_from(NAMES), st.sampled_from(["block", "step_block"]))
 def test_the_order_of_the_requests_changes_no_threshold(data, recordings, metric, mode):
     shuffled = data.draw(st.permutations(recordings))
     tables = [
@@ -138,30 +138,30 @@ def test_stacked_recordings_are_cut_to_what_any_of_them_used():
         assert not whole[0, :, 1:].any() and not whole[1, 1].any()
 
 
-TOKEN = torch.arange(3)
-NONE = torch.zeros(3, dtype=torch.bool)
+TOKEN = np.arange(3)
+NONE = np.zeros(3, dtype=bool)
 
 
 def test_recorder_keeps_masked_and_committed_positions_of_each_step():
-    recorder = Recorder(2, 3, torch.device("cpu"))
-    all_masked, one_left = torch.tensor([True] * 3), torch.tensor([False, True, False])
-    recorder.add(0, 0, torch.tensor([0.9, 0.1, 0.8]), TOKEN, all_masked, one_left, TOKEN)
-    recorder.add(0, 1, torch.tensor([0.7, 0.2, 0.7]), TOKEN, one_left, NONE, TOKEN)
-    confidence, committed, _ = recorder.to_arrays()
+    recorder = Recorder(2, 3)
+    all_masked, one_left = np.array([True] * 3), np.array([False, True, False])
+    recorder.add(0, 0, np.array([0.9, 0.1, 0.8]), TOKEN, all_masked, one_left, TOKEN)
+    recorder.add(0, 1, np.array([0.7, 0.2, 0.7]), TOKEN, one_left, NONE, TOKEN)
+    confidence, committed, _ = recorder.recording()
     assert confidence[0] == pytest.approx(np.array([[0.9, 0.1, 0.8], [NAN, 0.2, NAN], [NAN] * 3]), nan_ok=True)
     assert committed[0].tolist() == [[True, False, True], [False, True, False], [False] * 3]
     assert np.isnan(confidence[1]).all() and not committed[1].any()
 
 
 def test_a_block_that_starts_again_overwrites_its_record_and_no_other():
-    recorder = Recorder(2, 2, torch.device("cpu"))
-    both, none = torch.tensor([True, True]), torch.tensor([False, False])
-    first, token = torch.tensor([False, True]), torch.tensor([5, 6])
+    recorder = Recorder(2, 2)
+    both, none = np.array([True, True]), np.array([False, False])
+    first, token = np.array([False, True]), np.array([5, 6])
     for block in (0, 1):
-        recorder.add(block, 0, torch.tensor([0.6, 0.3]), torch.tensor([5, 9]), both, first, torch.tensor([5, 99]))
-        recorder.add(block, 1, torch.tensor([0.1, 0.4]), token, first, none, token)
-    recorder.add(1, 0, torch.tensor([0.8, 0.9]), torch.tensor([7, 9]), both, none, torch.tensor([7, 9]))
-    confidence, committed, wrong = recorder.to_arrays()
+        recorder.add(block, 0, np.array([0.6, 0.3]), np.array([5, 9]), both, first, np.array([5, 99]))
+        recorder.add(block, 1, np.array([0.1, 0.4]), token, first, none, token)
+    recorder.add(1, 0, np.array([0.8, 0.9]), np.array([7, 9]), both, none, np.array([7, 9]))
+    confidence, committed, wrong = recorder.recording()
     assert confidence[1] == pytest.approx(np.array([[0.8, 0.9], [NAN, NAN]]), nan_ok=True)
     assert committed[1].tolist() == [[True, True], [False, False]]
     assert wrong[1].tolist() == [[False, False], [False, False]]
@@ -173,22 +173,30 @@ def test_a_block_that_starts_again_overwrites_its_record_and_no_other():
 @given(st.data())
 def test_wrong_are_masked_positions_whose_proposal_was_not_the_token_put_there(data):
     length = data.draw(st.integers(1, 5))
-    recorder = Recorder(1, length, torch.device("cpu"))
+    recorder = Recorder(1, length)
     masked, final, seen = set(range(length)), {}, []
     for step in range(data.draw(st.integers(1, length))):
         if not masked:
             break
         proposal = data.draw(st.lists(st.integers(0, 2), min_size=length, max_size=length))
         chosen = data.draw(st.sets(st.sampled_from(sorted(masked)), min_size=1))
-        before, after = (torch.tensor([i in some for i in range(length)]) for some in (masked, masked - chosen))
+        before, after = (np.array([i in some for i in range(length)]) for some in (masked, masked - chosen))
         final |= {i: proposal[i] for i in chosen}
-        tokens = torch.tensor([final.get(i, 99) for i in range(length)])
-        recorder.add(0, step, torch.rand(length), torch.tensor(proposal), before, after, tokens)
+        tokens = np.array([final.get(i, 99) for i in range(length)])
+        recorder.add(
+            0,
+            step,
+            np.random.default_rng(step).random(length, dtype=np.float32),
+            np.array(proposal),
+            before,
+            after,
+            tokens,
+        )
         seen += [(step, i, proposal[i]) for i in masked]
         masked -= chosen
     # A position that is left never got a token: nothing is known against its proposals.
     expected = {(step, i) for step, i, token in seen if i in final and token != final[i]}
-    confidence, committed, wrong = recorder.to_arrays()
+    confidence, committed, wrong = recorder.recording()
     assert {(step, i) for step, i in np.argwhere(wrong[0])} == expected
     assert not (wrong & committed).any() and not (wrong & np.isnan(confidence)).any()
 
@@ -246,29 +254,27 @@ def test_blocks_beyond_the_table_are_replayed_with_its_last():
 
 
 def test_a_proposal_is_wrong_where_the_token_was_edited_later():
-    recorder = Recorder(1, 2, torch.device("cpu"))
-    both, none = torch.tensor([True, True]), torch.tensor([False, False])
+    recorder = Recorder(1, 2)
+    both, none = np.array([True, True]), np.array([False, False])
     recorder.add(
         0,
         0,
-        torch.tensor([0.6, 0.3]),
-        torch.tensor([5, 9]),
+        np.array([0.6, 0.3]),
+        np.array([5, 9]),
         both,
-        ~both | torch.tensor([False, True]),
-        torch.tensor([5, 99]),
+        ~both | np.array([False, True]),
+        np.array([5, 99]),
     )
-    recorder.add(
-        0, 1, torch.tensor([0.1, 0.4]), torch.tensor([5, 9]), torch.tensor([False, True]), none, torch.tensor([5, 9])
-    )
-    recorder.add(0, 2, torch.tensor([0.9, 0.9]), torch.tensor([7, 9]), none, none, torch.tensor([7, 9]))  # an edit
-    _, _, wrong = recorder.to_arrays()
+    recorder.add(0, 1, np.array([0.1, 0.4]), np.array([5, 9]), np.array([False, True]), none, np.array([5, 9]))
+    recorder.add(0, 2, np.array([0.9, 0.9]), np.array([7, 9]), none, none, np.array([7, 9]))  # an edit
+    _, _, wrong = recorder.recording()
     assert wrong[0].tolist() == [[True, False], [False, False]]
 
 
 def test_blocks_beyond_the_limit_are_left_out():
-    recorder = Recorder(Recorder.MAX_BLOCKS + 5, 1, torch.device("cpu"))
-    one = torch.tensor([True])
-    for block in (0, Recorder.MAX_BLOCKS + 1):
-        recorder.add(block, 0, torch.tensor([0.5]), torch.tensor([3]), one, ~one, torch.tensor([3]))
-    confidence, _, _ = recorder.to_arrays()
-    assert confidence.shape == (Recorder.MAX_BLOCKS, 1, 1) and confidence[0, 0, 0] == 0.5
+    recorder = Recorder(MAX_BLOCKS + 5, 1)
+    one = np.array([True])
+    for block in (0, MAX_BLOCKS + 1):
+        recorder.add(block, 0, np.array([0.5]), np.array([3]), one, ~one, np.array([3]))
+    confidence, _, _ = recorder.recording()
+    assert confidence.shape == (MAX_BLOCKS, 1, 1) and confidence[0, 0, 0] == 0.5

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.calibration.records import KEY, NAN, recorded
 from tests.calibration.test_calibration import as_lists, records
 from tests.reference import decode as reference
-from vllm_osdt.calibration.calibrate import Fallback, calibrate, conformal
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, stack
-from vllm_osdt.config import DecodingOptions, num_requests_needed
-from vllm_osdt.policies.osdt import osdt
-from vllm_osdt.policies.static_threshold import static_threshold
+from vllm_osdt.calibration.thresholds import Fallback, calibrate, conformal, num_requests_needed
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.policies import POLICIES
 
 RISKS = [Fraction(1, n) for n in (2, 3, 4, 5, 7, 10)] + [Fraction(2, 5), Fraction(9, 10)]
 # A share of 20,000 trials is off by more than four standard errors of 0.35 % once in 15,000 runs; the seed is fixed.
@@ -86,9 +86,13 @@ def test_with_too_few_requests_the_static_threshold_holds_and_equality_passes(mo
     table = profile.thresholds(Setting(mode, risk=0.25))
     assert np.isnan(table.values).all()
     assert (table.fallback[:, 0] == Fallback.CELL).all()
-    options = DecodingOptions(mode=mode, threshold=0.8, cap=0.5, slack=0.3, block_length=4, gen_length=8)
-    schedule = osdt(options, table)
-    assert np.array_equal(schedule.parameters, static_threshold(options).parameters)
+    options = DecodingOptions(
+        granularity=mode, threshold=0.8, threshold_cap=0.5, slack=0.3, block_length=4, gen_length=8
+    )
+    shape = DecodeShape(2, 4)
+    schedule = POLICIES["osdt"].schedule(options, shape, table)
+    static = POLICIES["static_threshold"].schedule(options, shape)
+    assert np.array_equal(schedule.parameters, static.parameters)
     assert schedule.parameters[0, 0] == np.float32(0.8)  # as the kernel reads it: confidence >= parameter
     assert (schedule.fallback[:, 0] == Fallback.CELL).all()
     enough = replace(profile, record=recorded(num_requests=num_requests_needed(0.25)).record, _thresholds={})

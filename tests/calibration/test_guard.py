@@ -24,14 +24,6 @@ def entries(rng, number, shift=0.0, means=MEANS):
     return seen
 
 
-def as_table(entry):
-    """What a request saw ``[blocks, steps]``: the entry, and later steps that the guard must not look at."""
-    table = np.full((entry.size, 3), 0.01, dtype=np.float32)
-    table[:, 0] = entry
-    table[np.isnan(entry)] = NAN
-    return table
-
-
 def profile_of(seen, key=KEY):
     """A profile of requests that had these means at block entry, at all positions alike."""
     confidence = np.full((*seen.shape, 2, key.block_length), 0.99, dtype=np.float32)
@@ -48,7 +40,7 @@ def make_guard(**changes):
 
 def drifts(guard, profile, seen):
     """(request, drift) of every request after which there is one."""
-    found = [(index, guard.observe(profile, as_table(entry))) for index, entry in enumerate(seen)]
+    found = [(index, guard.observe(profile, entry)) for index, entry in enumerate(seen)]
     return [(index, drift) for index, drift in found if drift is not None]
 
 

@@ -50,7 +50,7 @@ RULES: list[tuple[dict[str, Any], Callable[[], Rule]]] = [
     ({"policy": "entropy_bound", "entropy": 4.0}, lambda: EntropyBound(4.0)),
 ]  # as many as share no divisor with the number of a family's variants
 MIN_ENDED = 8  # jobs of a family that end at a stop token
-CANVAS_VARIANTS = [{"cache": cache, "block_length": b} for b in (4, 8, 16) for cache in ("none", "prefix", "dual")]
+CANVAS_VARIANTS = [{"cache_mode": cache, "block_length": b} for b in (4, 8, 16) for cache in ("none", "prefix", "dual")]
 
 
 def make_jobs(
@@ -169,7 +169,14 @@ def assert_osdt_equals_a_plain_implementation(
     phase_1 = decode_one(first, above(0.3))
     rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
     params = sampling(
-        task=task, threshold=0.3, mode="step_block", metric="q2", calibrations=1, slack=0.1, cap=1.0, **options
+        task=task,
+        threshold=0.3,
+        granularity="step_block",
+        statistic="q2",
+        num_calibration_requests=1,
+        slack=0.1,
+        threshold_cap=1.0,
+        **options,
     )
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)

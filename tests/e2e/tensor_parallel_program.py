@@ -20,7 +20,7 @@ def main(folder: Path, outcome: Path) -> None:
     decided = tokens(generate(llm, prompts, [case_params(case) for case in cases]))
     held = []
     for task in ("shared", "other", "shared"):  # the last comes from disk, by way of the first rank
-        generate(llm, prompts[:2], sampling(64, task=task, calibrations=2, metric="q1"))
+        generate(llm, prompts[:2], sampling(64, task=task, num_calibration_requests=2, statistic="q1"))
         held.append(vllm_osdt.profiles(llm))
     ranks = [found for found, _ in llm.collective_rpc("calibration_profiles")]
     outcome.write_text(json.dumps({"decided": decided, "held": held, "ranks": ranks}))

@@ -309,8 +309,8 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin):
 def test_osdt_equals_a_plain_implementation(llm, twin, mode):
     rng = random.Random(5)
     first, *later = [[rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
-    options = {"task": f"sdar {mode}", "threshold": 0.3, "mode": mode, "metric": "q2", "block_length": 8}
-    options |= {"calibrations": 1, "slack": 0.1, "cap": 1.0}
+    options = {"task": f"sdar {mode}", "threshold": 0.3, "granularity": mode, "statistic": "q2", "block_length": 8}
+    options |= {"num_calibration_requests": 1, "slack": 0.1, "threshold_cap": 1.0}
     phase_1 = decode_block_causal(twin, first, above(0.3), block_length=8, max_tokens=40)
     params = sampling(40, **options)
     [got] = generate(llm, [first], params)
@@ -342,7 +342,7 @@ def test_fixed_steps_share_out_the_positions_of_new_tokens(llm, twin, steps, num
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache": "dual"}, "osdt_cache is 'dual'; this model's attention allows block"),
+        ({"cache_mode": "dual"}, "osdt_cache_mode is 'dual'; this model's attention allows block"),
         ({"gen_length": 64}, "no block of this model sees a later one"),
         ({"policy": "fixed_steps", "steps": 5, "block_length": 8}, "steps is 5; with 4 blocks of 8"),
         ({"policy": "static_threshold", "steps": 5, "block_length": 8}, "steps is 5; with 4 blocks of 8"),

@@ -53,7 +53,7 @@ def test_where_every_position_sees_the_whole_canvas(whole_canvas, cache):
             with pytest.raises(ValueError, match=words):
                 generate(llm, [prompt], sampling(max_tokens, block_length=BLOCK))
             continue
-        part = {"block_length": BLOCK, "cache": cache}
+        part = {"block_length": BLOCK, "cache_mode": cache}
         canvas = canvas_of(prompt, max_tokens)
         expected = decode(twin, prompt, rule(), gen_length=canvas, max_tokens=max_tokens, **part)
         assert len(expected.tokens) == max_tokens
@@ -67,7 +67,14 @@ def test_where_every_position_sees_the_whole_canvas(whole_canvas, cache):
 
 def test_a_task_calibrates_and_decodes_in_a_block_that_the_context_cuts(whole_canvas):
     llm, _ = whole_canvas
-    options = {"task": "cut", "metric": "q1", "calibrations": 1, "block_length": BLOCK, "threshold": 0.5, "slack": 0.2}
+    options = {
+        "task": "cut",
+        "statistic": "q1",
+        "num_calibration_requests": 1,
+        "block_length": BLOCK,
+        "threshold": 0.5,
+        "slack": 0.2,
+    }
     for prompt in PROMPTS:
         done = [generate(llm, [prompt], sampling(CONTEXT - len(prompt), **options))[0] for _ in range(2)]
         assert [len(c.token_ids) for c in done] == [CONTEXT - len(prompt)] * 2

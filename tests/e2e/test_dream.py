@@ -106,14 +106,20 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
 @pytest.mark.parametrize("cache", CACHES)
 def test_osdt_equals_a_plain_implementation(llm, twin, cache):
     first, *later = random_prompts(9, seed=6)
-    options = {"cache": cache, "task": f"dream {cache}", "threshold": 0.3, "mode": "step_block", "metric": "q2"}
-    options |= {"calibrations": 1, "slack": 0.1, "cap": 1.0, **CANVAS}
-    phase_1 = decode(twin, first, static_threshold(0.3), cache=cache, **CANVAS)
+    options = {
+        "cache_mode": cache,
+        "task": f"dream {cache}",
+        "threshold": 0.3,
+        "granularity": "step_block",
+        "statistic": "q2",
+    }
+    options |= {"num_calibration_requests": 1, "slack": 0.1, "threshold_cap": 1.0, **CANVAS}
+    phase_1 = decode(twin, first, static_threshold(0.3), cache_mode=cache, **CANVAS)
     rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
     params = sampling(CANVAS["gen_length"], **options)
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
-    expected = [decode(twin, prompt, rule, cache=cache, **CANVAS) for prompt in later]
+    expected = [decode(twin, prompt, rule, cache_mode=cache, **CANVAS) for prompt in later]
     clear = [index for index, e in enumerate(expected) if e.proposal_margin > MIN_MARGIN]
     assert len(clear) >= 6 and rule.margin > MIN_MARGIN
     completions = generate(llm, later, params)
@@ -131,7 +137,7 @@ def test_fixed_steps_take_as_many_forwards_as_asked_for(llm, twin, steps, cache)
         return best_first(masked)[: share + (step - alone < more)]
 
     prompt = random_prompts(1, seed=9)[0]
-    expected = decode(twin, prompt, rule, cache=cache, **CANVAS)
-    [got] = generate(llm, [prompt], sampling(32, policy="fixed_steps", steps=steps, cache=cache, **CANVAS))
+    expected = decode(twin, prompt, rule, cache_mode=cache, **CANVAS)
+    [got] = generate(llm, [prompt], sampling(32, policy="fixed_steps", steps=steps, cache_mode=cache, **CANVAS))
     assert nfe(got) == expected.nfe == steps
     assert expected.proposal_margin > MIN_MARGIN and list(got.token_ids) == expected.tokens

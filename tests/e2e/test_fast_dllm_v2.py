@@ -128,8 +128,8 @@ def test_osdt_equals_a_plain_implementation(llm, twin, mode):
     first, *later = [[rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
     kwargs = {"block_length": 16, "sub_block_length": 4, "sub_block_cache": True, "max_tokens": 40}
     phase_1 = decode_fast_dllm_v2(twin, first, above(0.6), **kwargs)
-    options = {**kwargs, "task": f"v2 {mode}", "threshold": 0.6, "mode": mode, "metric": "q2"}
-    options |= {"calibrations": 1, "slack": 0.1, "cap": 1.0}
+    options = {**kwargs, "task": f"v2 {mode}", "threshold": 0.6, "granularity": mode, "statistic": "q2"}
+    options |= {"num_calibration_requests": 1, "slack": 0.1, "threshold_cap": 1.0}
     options.pop("max_tokens")
     params = sampling(40, **options)
     [got] = generate(llm, [first], params)

@@ -167,8 +167,14 @@ def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, twin)
     kwargs = {"block_length": 8, "max_tokens": 40, "edit_threshold": 0.3}
     phase_1 = decode_block_causal(twin, first, above(0.6), **kwargs)
     assert phase_1.num_edits and phase_1.edit_margin > MIN_MARGIN
-    options = {"task": "edited", "threshold": 0.6, "mode": "step_block", "metric": "q2", "calibrations": 1}
-    options |= {"slack": 0.1, "cap": 1.0, "block_length": 8, "edit_threshold": 0.3}
+    options = {
+        "task": "edited",
+        "threshold": 0.6,
+        "granularity": "step_block",
+        "statistic": "q2",
+        "num_calibration_requests": 1,
+    }
+    options |= {"slack": 0.1, "threshold_cap": 1.0, "block_length": 8, "edit_threshold": 0.3}
     params = sampling(40, **options)
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)

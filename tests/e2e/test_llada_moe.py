@@ -16,8 +16,8 @@ from tests.e2e.jobs import (
 from tests.reference.decode import decode
 from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
-from vllm_osdt.models.llada2_config import LLaDA2MoeConfig
-from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
+from vllm_osdt.models.configs.llada2 import LLaDA2MoeConfig
+from vllm_osdt.models.configs.llada_moe import LLaDAMoEConfig
 from vllm_osdt.plugin import register
 
 pytestmark = pytest.mark.e2e
@@ -83,7 +83,7 @@ def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
 
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
     prompt = list(range(3, 40))
-    generate(llm, [prompt], sampling(16, policy="static_threshold", block_length=16, cache="none"))
+    generate(llm, [prompt], sampling(16, policy="static_threshold", block_length=16, cache_mode="none"))
     full, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 16))
     assert full.std() > 0.5
     torch.testing.assert_close(seen[0], full[len(prompt) :], rtol=1e-5, atol=2e-4)
@@ -107,7 +107,7 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
 
 
 def test_osdt_equals_a_plain_implementation(llm, twin):
-    canvas = {"gen_length": 32, "block_length": 8, "cache": "dual"}
+    canvas = {"gen_length": 32, "block_length": 8, "cache_mode": "dual"}
 
     def decode_one(prompt, rule):
         return decode(twin, prompt, rule, **canvas)

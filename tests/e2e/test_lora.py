@@ -50,7 +50,7 @@ def block_causal(twin, prompt, threshold):
 
 
 def whole_canvas(twin, prompt, threshold):
-    return decode(twin, prompt, static_threshold(threshold), gen_length=24, block_length=8, cache="dual")
+    return decode(twin, prompt, static_threshold(threshold), gen_length=24, block_length=8, cache_mode="dual")
 
 
 FAMILIES = {
@@ -97,7 +97,7 @@ def test_adapters_have_profiles_of_their_own(tmp_path, start_llm):
     folder = make_sdar_checkpoint(tmp_path / "model", seed=1)
     add_adapter(tmp_path / "adapter", ReferenceSDAR.load(folder), ("q_proj", "v_proj"), seed=1)
     llm = start_llm(folder, max_num_seqs=8, max_model_len=128, enable_lora=True, max_lora_rank=RANK)
-    params = sampling(24, task="maths", metric="q1", calibrations=1, block_length=8)
+    params = sampling(24, task="maths", statistic="q1", num_calibration_requests=1, block_length=8)
     adapter = LoRARequest("tuned", 1, str(tmp_path / "adapter"))
     told = []
     for lora in (None, adapter, None, adapter):
@@ -122,7 +122,7 @@ def test_an_adapter_waits_while_those_of_postponed_requests_take_its_place(tmp_p
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     got = llm.generate(requests, params, lora_request=adapters, use_tqdm=False)
     rules = [fixed_steps(steps // 4, 8) for steps in (8, 12, 8)]
-    canvas = {"gen_length": 32, "block_length": 8, "cache": "dual"}
+    canvas = {"gen_length": 32, "block_length": 8, "cache_mode": "dual"}
     expected = [decode(*job, **canvas) for job in zip(twins, prompts, rules, strict=True)]
     assert min(e.proposal_margin for e in expected) > MIN_MARGIN
     assert [list(one.outputs[0].token_ids) for one in got] == [e.tokens for e in expected]

@@ -19,9 +19,15 @@ CAPS_AND_SLACKS = [(0.9, 0.1), (1.0, 0.3), (0.75, 0.2), (1.0, 0.1)]
 # says nothing.
 MIN_MARGIN = 1e-5
 # One calibrating request and the paper's statistics; the conformal metric is in test_service.py.
-ONE_SHOT = {"calibrations": 1, "metric": "q1", "slack": 0.1}
-OPTIONS = {"block_length": BLOCK_LENGTH, "gen_length": GEN_LENGTH, "threshold": THRESHOLD, "cache": "dual", **ONE_SHOT}
-Q1 = Setting(metric="q1")
+ONE_SHOT = {"num_calibration_requests": 1, "statistic": "q1", "slack": 0.1}
+OPTIONS = {
+    "block_length": BLOCK_LENGTH,
+    "gen_length": GEN_LENGTH,
+    "threshold": THRESHOLD,
+    "cache_mode": "dual",
+    **ONE_SHOT,
+}
+Q1 = Setting(statistic="q1")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def offline(tasks_twin):
             tasks_twin,
             prompt,
             rule,
-            **{"gen_length": GEN_LENGTH, "block_length": BLOCK_LENGTH, "cache": "dual", **changes},
+            **{"gen_length": GEN_LENGTH, "block_length": BLOCK_LENGTH, "cache_mode": "dual", **changes},
         )
 
     return run
@@ -63,11 +69,11 @@ def both(prompts, offline, tasks_llm):
                 break
         params = sampling(
             GEN_LENGTH,
-            **{**OPTIONS, "metric": metric, "slack": slack},
+            **{**OPTIONS, "statistic": metric, "slack": slack},
             task=f"{mode} {metric} {record}",
             mode=mode,
             record=record,
-            cap=cap,
+            threshold_cap=cap,
         )
         jobs.append((first, phase_1, later, params))
     calibrated = generate(tasks_llm, [job[0] for job in jobs], [job[3] for job in jobs])
@@ -97,11 +103,15 @@ def test_the_settings_compared_are_not_all_one_static_threshold(both):
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_every_cache_mode_keeps_its_own_profile(tasks_llm, prompts, offline, cache):
     params = sampling(
-        GEN_LENGTH, **{**OPTIONS, "cache": cache, "metric": "q2"}, task="by cache", mode="step_block", cap=1.0
+        GEN_LENGTH,
+        **{**OPTIONS, "cache_mode": cache, "statistic": "q2"},
+        task="by cache",
+        granularity="step_block",
+        threshold_cap=1.0,
     )
-    phase_1 = offline(prompts[3], static_threshold(THRESHOLD), cache=cache)
+    phase_1 = offline(prompts[3], static_threshold(THRESHOLD), cache_mode=cache)
     rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
-    expected = offline(prompts[4], rule, cache=cache)
+    expected = offline(prompts[4], rule, cache_mode=cache)
     assert min(expected.rule_margin, expected.proposal_margin) > MIN_MARGIN
     got = [generate(tasks_llm, [prompt], params)[0] for prompt in prompts[3:5]]
     assert tokens(got) == [phase_1.tokens, expected.tokens]
@@ -109,7 +119,7 @@ def test_every_cache_mode_keeps_its_own_profile(tasks_llm, prompts, offline, cac
 
 
 def test_a_later_request_may_have_more_blocks_than_the_profile(tasks_llm, prompts, offline):
-    options = {"task": "short first", "mode": "step_block", "cap": 1.0, "slack": 0.2}
+    options = {"task": "short first", "granularity": "step_block", "threshold_cap": 1.0, "slack": 0.2}
     phase_1 = offline(prompts[0], static_threshold(THRESHOLD), gen_length=16)
     table = calibrate(phase_1.record, "step_block", "q1", False)
     assert len(table) == 2
@@ -125,7 +135,9 @@ def test_where_the_cap_binds_osdt_is_a_static_threshold(tasks_llm, prompts):
     cap = 0.05  # below every confidence of a vocabulary whose best of 76 words leads
     [profile] = own_profiles(tasks_llm, "capped")
     assert profile.thresholds(Q1).values.min() > cap
-    capped = generate(tasks_llm, prompts, sampling(GEN_LENGTH, **{**OPTIONS, "slack": 0.0}, task="capped", cap=cap))
+    capped = generate(
+        tasks_llm, prompts, sampling(GEN_LENGTH, **{**OPTIONS, "slack": 0.0}, task="capped", threshold_cap=cap)
+    )
     static = sampling(GEN_LENGTH, **{**OPTIONS, "threshold": cap}, policy="static_threshold")
     expected = generate(tasks_llm, prompts, static)
     assert tokens(capped) == tokens(expected)
@@ -152,7 +164,7 @@ def own_profiles(llm, task):
 
 def loose(task, **changes):
     """Options whose second phase differs visibly from the first: a low cap."""
-    return sampling(GEN_LENGTH, **{**OPTIONS, "task": task, "cap": 0.3, "slack": 0.5, **changes})
+    return sampling(GEN_LENGTH, **{**OPTIONS, "task": task, "threshold_cap": 0.3, "slack": 0.5, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +197,16 @@ def test_of_concurrent_first_requests_exactly_one_calibrates(tasks_llm, telling)
 
 def test_two_tasks_at_once_keep_separate_profiles(tasks_llm, prompts, offline):
     pair = prompts[5], prompts[9]
-    params = [sampling(GEN_LENGTH, **{**OPTIONS, "metric": "mean"}, task=name, cap=1.0) for name in ("left", "right")]
+    params = [
+        sampling(GEN_LENGTH, **{**OPTIONS, "statistic": "mean"}, task=name, threshold_cap=1.0)
+        for name in ("left", "right")
+    ]
     generate(tasks_llm, pair, params)
     for name, prompt in zip(("left", "right"), pair, strict=True):
         [profile] = own_profiles(tasks_llm, name)
         record = offline(prompt, static_threshold(THRESHOLD)).record
         expected = [row[0] for row in calibrate(record, "block", "mean", False)]
-        assert profile.thresholds(Setting(metric="mean")).values[:, 0].tolist() == pytest.approx(
+        assert profile.thresholds(Setting(statistic="mean")).values[:, 0].tolist() == pytest.approx(
             expected, abs=MIN_MARGIN
         )
     left, right = (own_profiles(tasks_llm, name)[0].mean_confidence[0, 0] for name in ("left", "right"))
@@ -265,7 +280,9 @@ def test_calibration_stops_where_output_ends(tasks_llm, prompts, offline, golden
     phase_1 = {i: offline(p, static_threshold(THRESHOLD), end_token_ids=(eos,)) for i, p in enumerate(prompts)}
     index = min(phase_1, key=lambda i: len(phase_1[i].tokens))
     assert phase_1[index].tokens[-1] == eos and len(phase_1[index].record) < GEN_LENGTH // BLOCK_LENGTH
-    params = sampling(GEN_LENGTH, **OPTIONS, task="ends early", ignore_eos=False, mode="step_block", cap=1.0)
+    params = sampling(
+        GEN_LENGTH, **OPTIONS, task="ends early", ignore_eos=False, granularity="step_block", threshold_cap=1.0
+    )
     [first] = generate(tasks_llm, [prompts[index]], params)
     assert list(first.token_ids) == phase_1[index].tokens and nfe(first) == phase_1[index].nfe
     rule = osdt(calibrate(phase_1[index].record, "step_block", "q1", False), 1.0, 0.1)

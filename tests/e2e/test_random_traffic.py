@@ -34,7 +34,7 @@ def random_request(rng, family, beginnings):
     if options["policy"] == "entropy_bound":
         options["entropy"] = rng.choice([0.3, 4.0, 30.0])
     if family == "LLaDA":
-        options["cache"] = rng.choice(["none", "prefix", "dual"])
+        options["cache_mode"] = rng.choice(["none", "prefix", "dual"])
     if family == "Fast-dLLM v2":
         options["sub_block_length"] = rng.choice([2, 4, 8] if block_length % 8 == 0 else [2, 4])
         options["sub_block_cache"] = rng.random() < 0.5

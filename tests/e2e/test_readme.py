@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.e2e.serving import free_port, waiting_for
-from vllm_osdt.config import DecodingOptions, ServerOptions
+from vllm_osdt.options import DecodingOptions, ServerOptions
 
 pytestmark = pytest.mark.e2e
 

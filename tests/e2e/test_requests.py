@@ -17,7 +17,7 @@ from tests.e2e.engine import (
     tokens,
 )
 from tests.reference.decode import decode, dynamic, fixed_steps, static_threshold
-from vllm_osdt.config import RESOLVED_KEY
+from vllm_osdt.options import RESOLVED_KEY
 
 pytestmark = pytest.mark.e2e
 
@@ -35,16 +35,16 @@ def static(max_tokens=32, **values):
 
 
 MIXTURE = [
-    static(cache="none"),
-    static(cache="prefix", block_length=8),
-    static(64, cache="dual", block_length=32),
-    static(33, cache="dual", block_length=7, threshold=0.3),
+    static(cache_mode="none"),
+    static(cache_mode="prefix", block_length=8),
+    static(64, cache_mode="dual", block_length=32),
+    static(33, cache_mode="dual", block_length=7, threshold=0.3),
     sampling(32, policy="factor", factor=0.8, block_length=16),
     sampling(32, policy="joint_bound", delta=0.2, block_length=16),
     sampling(32, policy="entropy_bound", entropy=1.5, block_length=16),
-    sampling(24, policy="fixed_steps", steps=12, block_length=8, cache="prefix"),
+    sampling(24, policy="fixed_steps", steps=12, block_length=8, cache_mode="prefix"),
     static(temperature=0.7, seed=11),
-    static(40, temperature=0.7, seed=12, block_length=8, cache="none"),
+    static(40, temperature=0.7, seed=12, block_length=8, cache_mode="none"),
     sampling(32, policy="fixed_steps", block_length=16, temperature=1.0, seed=13),
     sampling(128, policy="static_threshold", threshold=0.1, block_length=128),
     static(7, ignore_eos=False),
@@ -114,7 +114,7 @@ def test_children_of_a_seeded_request_differ_and_repeat(random_llm, golden_rando
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_fewer_tokens_are_a_prefix_of_more_when_the_canvas_is_pinned(tasks_llm, prompts, cache):
     lengths = (1, 7, 16, 33, 64)
-    params = [static(length, gen_length=64, cache=cache) for length in lengths]
+    params = [static(length, gen_length=64, cache_mode=cache) for length in lengths]
     got = [generate(tasks_llm, [prompt] * 5, params) for prompt in prompts[:4]]
     for completions in got:
         rows = tokens(completions)
@@ -144,11 +144,11 @@ def test_output_ends_with_eos_unless_it_is_ignored(tasks_llm, prompts):
 
 @pytest.mark.parametrize("ends", [(SEMICOLON,), (EQUALS, SEMICOLON), (SEMICOLON, 190, 191, EQUALS)])
 def test_end_tokens_end_their_block_before_the_rest_is_decided(tasks_llm, tasks_twin, prompts, ends):
-    params = sampling(32, policy="fixed_steps", block_length=16, cache="dual", stop_token_ids=list(ends))
+    params = sampling(32, policy="fixed_steps", block_length=16, cache_mode="dual", stop_token_ids=list(ends))
     got = generate(tasks_llm, prompts, params)
     rule = fixed_steps(16, 16)
     expected = [
-        decode(tasks_twin, prompt, rule, gen_length=32, block_length=16, cache="dual", end_token_ids=ends)
+        decode(tasks_twin, prompt, rule, gen_length=32, block_length=16, cache_mode="dual", end_token_ids=ends)
         for prompt in prompts
     ]
     assert min(result.proposal_margin for result in expected) > 1e-5
@@ -159,11 +159,11 @@ def test_end_tokens_end_their_block_before_the_rest_is_decided(tasks_llm, tasks_
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_steps_bound_the_forwards_of_a_static_threshold(tasks_llm, tasks_twin, prompts, cache):
-    canvas = {"gen_length": 32, "block_length": 16, "cache": cache}
+    canvas = {"gen_length": 32, "block_length": 16, "cache_mode": cache}
     expected = [decode(tasks_twin, prompt, dynamic(0.95, 4, 16, strict=False), **canvas) for prompt in prompts[:6]]
     plain = [decode(tasks_twin, prompt, static_threshold(0.95), **canvas) for prompt in prompts[:6]]
     assert min(result.proposal_margin for result in expected) > 1e-5
-    got = generate(tasks_llm, prompts[:6], static(threshold=0.95, steps=8, cache=cache))
+    got = generate(tasks_llm, prompts[:6], static(threshold=0.95, steps=8, cache_mode=cache))
     assert tokens(got) == [result.tokens for result in expected]
     assert [nfe(completion) for completion in got] == [result.nfe for result in expected]
     assert max(result.nfe for result in expected) <= 8 < max(result.nfe for result in plain)
@@ -195,8 +195,8 @@ def test_a_stop_string_ends_the_text_before_it(tasks_llm, prompts):
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_a_literal_mask_token_in_the_prompt_is_no_hole(tasks_llm, tasks_twin, prompts, cache):
     prompt = [MASK, *prompts[0][:5], MASK, MASK, *prompts[0][5:], MASK]
-    [got] = generate(tasks_llm, [prompt], static(32, cache=cache))
-    expected = decode(tasks_twin, prompt, static_threshold(0.7), gen_length=32, block_length=16, cache=cache)
+    [got] = generate(tasks_llm, [prompt], static(32, cache_mode=cache))
+    expected = decode(tasks_twin, prompt, static_threshold(0.7), gen_length=32, block_length=16, cache_mode=cache)
     assert min(expected.proposal_margin, expected.rule_margin) > 1e-5
     assert list(got.token_ids) == expected.tokens and nfe(got) == expected.nfe
 
@@ -289,7 +289,7 @@ def test_aborted_requests_disturb_nobody_and_their_slots_are_clean(tasks_llm, pr
             for index in range(4 * step, 4 * step + 4):
                 order[submit(tasks_llm, prompts[index], params[index])] = index
                 victims.append(
-                    submit(tasks_llm, prompts[-1], static(64, cache="prefix", threshold=1.0, temperature=1.0))
+                    submit(tasks_llm, prompts[-1], static(64, cache_mode="prefix", threshold=1.0, temperature=1.0))
                 )
         if step in (1, 3, 4, 6):
             running = [request.request_id for request in scheduler(tasks_llm).running]

@@ -56,8 +56,8 @@ def test_server_default_of_osdt_config_applies_and_a_request_overrides_it(server
 def test_task_calibrates_on_its_first_request(server: Server) -> None:
     prompt = PROMPTS["multiple_choice"][0].prompt
     static = nfe_of(server.complete(prompt, vllm_xargs={"osdt_threshold": 0.99}).json())
-    options = {"osdt_policy": "osdt", "osdt_task": "first-request", "osdt_threshold": 0.99, "osdt_cap": 0.5}
-    options |= {"osdt_metric": "q1", "osdt_calibrations": 1}
+    options = {"osdt_policy": "osdt", "osdt_task": "first-request", "osdt_threshold": 0.99, "osdt_threshold_cap": 0.5}
+    options |= {"osdt_statistic": "q1", "osdt_num_calibration_requests": 1}
     first, second = (nfe_of(server.complete(prompt, vllm_xargs=options).json()) for _ in range(2))
     assert first == static
     assert second < first
@@ -96,7 +96,7 @@ def test_chat_without_max_tokens_is_served(server: Server) -> None:
     [
         ({"vllm_xargs": {"osdt_polcy": "osdt"}}, ["osdt_polcy", "osdt_policy"]),
         ({"vllm_xargs": {"osdt_threshold": 1.5}}, ["osdt_threshold", "1.5"]),
-        ({"vllm_xargs": {"osdt_cache": "triple"}}, ["osdt_cache", "triple"]),
+        ({"vllm_xargs": {"osdt_cache_mode": "triple"}}, ["osdt_cache_mode", "triple"]),
         ({"vllm_xargs": {"osdt_gen_length": 100}}, ["100", "128"]),
         ({"max_tokens": 5000}, ["512"]),
         ({"temperature": 0.7, "top_p": 0.5}, ["top_p=0.5"]),
@@ -120,8 +120,8 @@ def test_bad_request_is_answered_400_with_the_reason(server: Server, fields: dic
 def test_32_clients_with_mixed_options_get_what_each_gets_alone(server: Server) -> None:
     options = [
         {},
-        {"vllm_xargs": {"osdt_cache": "none"}},
-        {"vllm_xargs": {"osdt_cache": "prefix", "osdt_threshold": 0.6}},
+        {"vllm_xargs": {"osdt_cache_mode": "none"}},
+        {"vllm_xargs": {"osdt_cache_mode": "prefix", "osdt_threshold": 0.6}},
         {"vllm_xargs": {"osdt_policy": "fixed_steps", "osdt_block_length": 16}},
         {"vllm_xargs": {"osdt_policy": "factor"}},
         {"temperature": 0.8, "seed": 11},
@@ -174,7 +174,7 @@ def test_denoising_steps_are_in_vllms_own_metrics(server: Server) -> None:
         time.sleep(0.2)
 
 
-ONE_SHOT = {"osdt_policy": "osdt", "osdt_metric": "q1", "osdt_calibrations": 1}
+ONE_SHOT = {"osdt_policy": "osdt", "osdt_statistic": "q1", "osdt_num_calibration_requests": 1}
 
 
 def told(body: dict) -> dict:

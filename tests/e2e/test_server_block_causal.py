@@ -21,7 +21,9 @@ STATIC = {"osdt_policy": "static_threshold"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    config = json.dumps({"profile_dir": "", "calibrations": 4, "metric": "q1", "slack": 0.1, "task": "served"})
+    config = json.dumps(
+        {"profile_dir": "", "num_calibration_requests": 4, "statistic": "q1", "slack": 0.1, "task": "served"}
+    )
     folder = tmp_path_factory.mktemp("checkpoint") / "sdar-mini"
     shutil.copytree(model_path("sdar-mini"), folder)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
@@ -73,9 +75,9 @@ def test_a_stream_brings_whole_blocks_and_says_how_it_was_decoded(server):
 
 
 def test_options_of_the_other_attention_are_refused(server):
-    answer = server.complete("quiz", vllm_xargs={"osdt_cache": "dual"})
+    answer = server.complete("quiz", vllm_xargs={"osdt_cache_mode": "dual"})
     assert answer.status_code == 400
-    assert "osdt_cache is 'dual'; this model's attention allows block" in answer.json()["error"]["message"]
+    assert "osdt_cache_mode is 'dual'; this model's attention allows block" in answer.json()["error"]["message"]
 
 
 def test_every_api_server_has_the_operators_options(server):

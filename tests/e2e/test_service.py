@@ -12,16 +12,16 @@ import pytest
 import vllm_osdt
 from tests.e2e.engine import drive, nfe, registry, sampling, submit, tokens
 from vllm_osdt.calibration.profile import Setting
-from vllm_osdt.config import UNDECIDED_TASK, DecodingOptions
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import TASKS, check, generate
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions
 
 pytestmark = pytest.mark.e2e
 
 CALIBRATIONS = DecodingOptions().calibrations
 CALIBRATING = {task: generate(task, "held_out", CALIBRATIONS, seed=1000) for task in TASKS}
 PROBLEMS = {task: generate(task, "held_out", 48, seed=7) for task in TASKS}
-ONE_SHOT = {"calibrations": 1, "metric": "q1"}
+ONE_SHOT = {"num_calibration_requests": 1, "statistic": "q1"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_calibrating_requests_decode_statically_and_say_so(llm, caplog):
     problems = CALIBRATING["code"][:6]
     static = decode(llm, problems, policy="static_threshold")
     with caplog.at_level(logging.INFO, logger="vllm"):
-        first = decode(llm, problems, task="says so", metric="q1", calibrations=4)
+        first = decode(llm, problems, task="says so", statistic="q1", num_calibration_requests=4)
         vllm_osdt.profiles(llm)
     [message] = [record.message for record in caplog.records if "Calibrated task 'says so'" in record.message]
     assert "on 4 requests" in message and "forwards a request expected" in message
@@ -125,7 +125,7 @@ def test_several_samples_of_one_prompt_say_so_each(llm, calibrated):
 
 def test_a_pinned_profile_decodes_as_it_did_before_it_was_replaced(llm):
     prompts = PROBLEMS["multiple_choice"]
-    loose = {"task": "pinned", "cap": 0.5, **ONE_SHOT}
+    loose = {"task": "pinned", "threshold_cap": 0.5, **ONE_SHOT}
     decode(llm, prompts[:1], **loose)
     before = decode(llm, prompts, **loose)
     pin = vllm_osdt.describe(before[0])["profile"]
@@ -143,7 +143,7 @@ def test_a_pinned_profile_decodes_as_it_did_before_it_was_replaced(llm):
     [
         ({"task": "code", "profile": "0" * 16}, ["0" * 16, "'code'", "profiles list"]),
         ({"task": "code", "profile": "xyz"}, ["'xyz'", "16 hexadecimal"]),
-        ({"task": "code", "profile": "PIN", "cache": "none"}, ["cache", "'dual'"]),
+        ({"task": "code", "profile": "PIN", "cache_mode": "none"}, ["cache", "'dual'"]),
         ({"task": "code", "profile": "PIN", "policy": "factor"}, ["policy 'factor'"]),
         ({"task": "code", "profile": "PIN", "recalibrate": True}, ["recalibrate"]),
         ({"task": "auto", "profile": "PIN"}, ["'auto'"]),
@@ -235,9 +235,9 @@ def test_events_reach_the_engines_stats(llm):
     made = value("vllm:osdt_calibrations_total", outcome="made")
     count = value("vllm:osdt_request_forward_passes_count", policy="osdt")
     total = value("vllm:osdt_request_forward_passes_sum", policy="osdt")
-    first = decode(llm, PROBLEMS["code"][:3], task="counted", metric="q1", calibrations=2)
-    later = decode(llm, PROBLEMS["code"][:3], task="counted", metric="q1", calibrations=2)
-    params = sampling(96, ignore_eos=False, task="aborted", metric="q1", calibrations=2)
+    first = decode(llm, PROBLEMS["code"][:3], task="counted", statistic="q1", num_calibration_requests=2)
+    later = decode(llm, PROBLEMS["code"][:3], task="counted", statistic="q1", num_calibration_requests=2)
+    params = sampling(96, ignore_eos=False, task="aborted", statistic="q1", num_calibration_requests=2)
     req_id = submit(llm, llm.get_tokenizer().encode(PROBLEMS["code"][0].prompt), params)
     drive(llm, lambda step: llm.llm_engine.abort_request([req_id]) if step == 2 else None)
     decode(llm, PROBLEMS["code"][:1], policy="static_threshold")  # the worker hears of the abort with a further step
@@ -252,7 +252,7 @@ def test_events_reach_the_engines_stats(llm):
 
 
 def test_fallbacks_are_counted_by_kind(llm):
-    one_block = {**ONE_SHOT, "mode": "step_block", "cap": 1.0}
+    one_block = {**ONE_SHOT, "granularity": "step_block", "threshold_cap": 1.0}
     prompt = PROBLEMS["word_problems"][0].prompt
     for gen_length in (32, 96):
         before = prometheus("vllm:osdt_fallbacks_total", kind="block")

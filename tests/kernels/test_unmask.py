@@ -242,7 +242,7 @@ def test_decided_positions_are_neither_read_nor_counted(implementation, rule):
 def test_ready_tokens_end_at_eos_or_at_the_last_needed(implementation, canvas, masked, end, num_needed, num_ready):
     # one masked position more, at the end, which is decided in this call: the rest keeps its state
     state = block_state(
-        [0.0] * 4 + [0.5], end_token_ids=end if isinstance(end, tuple) else (end,), num_needed=num_needed
+        [0.0] * 4 + [0.5], end_token_ids=end if isinstance(end, tuple) else (end,), num_output_positions=num_needed
     )
     state["canvas"] = torch.tensor([[*canvas, 0]])
     state["masked"] = torch.tensor([[*map(bool, masked), True]])

@@ -198,16 +198,16 @@ def test_a_tokenizer_that_is_remote_code_alone_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("field", ["block_size", "block_length"])
 def test_a_checkpoint_may_name_its_block(tmp_path, field):
-    from vllm_osdt.models.sdar_config import SDARConfig
+    from vllm_osdt.models.configs.sdar import SDARConfig
 
     assert SDARConfig(**{**PUBLISHED["JetLM/SDAR-8B-Chat"], field: 16}).block_length == 16
 
 
 @pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"use_sliding_window": True}], ids=str)
 def test_what_is_not_implemented_is_refused_by_name(change):
-    from vllm_osdt.models.fast_dllm_v2_config import FastDLLMv2Config
-    from vllm_osdt.models.llada2_config import LLaDA2MoeConfig
-    from vllm_osdt.models.sdar_config import SDARConfig
+    from vllm_osdt.models.configs.fast_dllm_v2 import FastDLLMv2Config
+    from vllm_osdt.models.configs.llada2 import LLaDA2MoeConfig
+    from vllm_osdt.models.configs.sdar import SDARConfig
 
     for config in (SDARConfig, LLaDA2MoeConfig, FastDLLMv2Config):
         with pytest.raises(UnsupportedModelError, match=next(iter(change))):

@@ -8,7 +8,7 @@ import torch
 from tests.reference.decode import decode, static_threshold
 from tests.reference.dream import ReferenceDream, make_dream_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
-from vllm_osdt.models.dream_config import DreamConfig
+from vllm_osdt.models.configs.dream import DreamConfig
 
 LOGIT_TOLERANCE = 2e-4  # see test_llada.py
 PROMPTS = [[7], [3, 14, 15, 9, 26], list(range(2, 39))]
@@ -70,7 +70,7 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
         return sample(self, logits, input_batch, *args)
 
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
-    options = {"policy": "static_threshold", "threshold": 0.3, "block_length": 16, "cache": "none"}
+    options = {"policy": "static_threshold", "threshold": 0.3, "block_length": 16, "cache_mode": "none"}
     completions = generate(llm, PROMPTS, sampling(32, **options))
     logits, num_rows = seen[0]
     num_lines = [len(prompt) + 32 for prompt in PROMPTS]
@@ -82,7 +82,7 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
     assert plain.std() > 0.5
     torch.testing.assert_close(logits, plain, rtol=1e-5, atol=LOGIT_TOLERANCE)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        decoded = decode(twin, prompt, static_threshold(0.3), gen_length=32, block_length=16, cache="none")
+        decoded = decode(twin, prompt, static_threshold(0.3), gen_length=32, block_length=16, cache_mode="none")
         assert min(decoded.proposal_margin, decoded.rule_margin) > 1e-5
         assert list(completion.token_ids) == decoded.tokens
 

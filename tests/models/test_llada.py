@@ -8,7 +8,7 @@ import torch
 from tests.reference.decode import decode, static_threshold
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
 from vllm_osdt.errors import UnsupportedModelError
-from vllm_osdt.models.llada_config import LLaDAConfig
+from vllm_osdt.models.configs.llada import LLaDAConfig
 
 # Logits have a size of about 3; float32 sums of at most 200 terms in another order, through two layers, move them by
 # some 1e-5. A wrong norm, rotation, head or weight moves them by more than 0.1.
@@ -111,7 +111,7 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
 
     assert (plain.argmax(dim=-1) == twin.mask_token_id).any()  # the best token, but none to emit
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        decoded = decode(twin, prompt, static_threshold(0.2), gen_length=64, block_length=32, cache="dual")
+        decoded = decode(twin, prompt, static_threshold(0.2), gen_length=64, block_length=32, cache_mode="dual")
         assert min(decoded.proposal_margin, decoded.rule_margin) > 1e-5
         assert list(completion.token_ids) == decoded.tokens
         assert twin.mask_token_id not in completion.token_ids

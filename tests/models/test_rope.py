@@ -124,7 +124,7 @@ def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(check
 
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
     prompt = list(range(8, 58))
-    generate(llm, [prompt], sampling(32, policy="static_threshold", block_length=16, cache="none"))
+    generate(llm, [prompt], sampling(32, policy="static_threshold", block_length=16, cache_mode="none"))
     full, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 32))
     first = len(prompt) - twin.logits_shift
     assert full.std() > 0.5

@@ -8,14 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csrc_triton import Rule as KernelRule
-from csrc_triton import unmask
+from csrc_triton import Blocks, Proposals, Rule, Rules, unmask
 from tests.reference import decode as reference
-from vllm_osdt.calibration.calibrate import Fallback, Thresholds
-from vllm_osdt.config import POLICIES as POLICY_NAMES
-from vllm_osdt.config import DecodingOptions
-from vllm_osdt.policies import POLICIES, Rule, Schedule
+from vllm_osdt.calibration.thresholds import Fallback, Thresholds
+from vllm_osdt.declaration import declarations
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.options import DECLARED, DecodingOptions
+from vllm_osdt.policies import POLICIES, Schedule
 
+POLICY_NAMES = tuple(POLICIES)
 MASK, PROPOSED = 99, 7
 unit = st.floats(0, 1, width=32)
 # A few fixed numbers, so that equal confidences and confidences on the cutoff are frequent.
@@ -29,7 +30,7 @@ def options(draw, policy=None):
     needs_steps = policy == "fixed_steps"
     return DecodingOptions(
         policy=policy,
-        metric="q1",
+        statistic="q1",
         threshold=draw(st.floats(0.01, 1.0)),
         factor=draw(st.floats(0.01, 4.0)),
         delta=draw(st.floats(0.0, 0.99)),
@@ -37,11 +38,16 @@ def options(draw, policy=None):
         steps=num_blocks * draw(st.integers(1, block_length)) if needs_steps or draw(st.booleans()) else None,
         block_length=block_length,
         gen_length=num_blocks * block_length,
-        cap=draw(st.floats(0.01, 1.0)),
+        threshold_cap=draw(st.floats(0.01, 1.0)),
         slack=draw(st.floats(0.0, 0.99)),
         floor=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        mode=draw(st.sampled_from(["block", "step_block"])),
+        granularity=draw(st.sampled_from(["block", "step_block"])),
     )
+
+
+def schedule_of(policy, opts, thresholds=None):
+    """A policy's schedule of a request whose blocks have no parts."""
+    return POLICIES[policy].schedule(opts, DecodeShape(opts.num_blocks, opts.block_length), thresholds)
 
 
 def known(values):
@@ -61,23 +67,39 @@ def tables(draw, cells=unit):
 gappy_tables = tables(st.one_of(unit, st.just(float("nan"))))
 
 
+def unmask_blocks(canvas, masked, proposal, confidence, rules, end=-1):
+    """One step of blocks [num_blocks, block_length] all of whose positions have logits; ``canvas`` and ``masked`` change
+    in place."""
+    num_blocks, length = canvas.shape
+    blocks = Blocks(
+        cells=canvas.view(-1),
+        masked=masked,
+        slots=torch.arange(num_blocks),
+        canvas_index=torch.arange(canvas.numel()).view(canvas.shape),
+        end_token_ids=torch.full((num_blocks, 1), end),
+        num_output_positions=torch.full((num_blocks,), length, dtype=torch.int32),
+    )
+    proposals = Proposals(torch.arange(canvas.numel()), proposal.flatten(), confidence.flatten())
+    return unmask(blocks, proposals, rules)[2]
+
+
 def run_block(schedule: Schedule, block: int, rounds: list[list[float]]) -> list[set[int]]:
     """Positions unmasked by each step of a block until it is finished; ``rounds[step]`` are the confidences."""
     length = schedule.parameters.shape[1]
-    canvas = torch.full((1, length), MASK)
+    canvas = torch.full((1, length), MASK, dtype=torch.int32)
     masked = torch.ones(1, length, dtype=torch.bool)
-    quota = np.zeros(length, dtype=np.int32) if schedule.quota is None else schedule.quota
+    min_unmask = np.zeros(length, dtype=np.int32) if schedule.min_unmask is None else schedule.min_unmask
     chosen = []
     while masked.any():
         before = masked.clone()
         step = len(chosen)
-        unmask(
-            canvas, masked, torch.full((1, length), PROPOSED), torch.tensor([rounds[step % len(rounds)]]),
+        rules = Rules(
             torch.tensor([schedule.rule], dtype=torch.int8),
             torch.from_numpy(schedule.parameters[block, step : step + 1].copy()),
-            end_token_ids=torch.tensor([[-1]]), num_needed=torch.tensor([length], dtype=torch.int32),
-            quota=torch.from_numpy(quota[step : step + 1].copy()),
-        )  # fmt: skip
+            torch.from_numpy(min_unmask[step : step + 1].copy()),
+        )
+        confidence = torch.tensor([rounds[step % len(rounds)]])
+        unmask_blocks(canvas, masked, torch.full((1, length), PROPOSED), confidence, rules)
         chosen.append(set(torch.nonzero((before & ~masked)[0])[:, 0].tolist()))
         assert (canvas[~masked] == PROPOSED).all() and (canvas[masked] == MASK).all()
     return chosen
@@ -88,15 +110,16 @@ def rounds_for(data, length, count=3):
     return data.draw(st.lists(row, min_size=count, max_size=count))
 
 
-def test_policies_and_rules_are_those_that_users_and_kernels_know():
-    assert tuple(POLICIES) == POLICY_NAMES
-    assert {rule.name: rule.value for rule in Rule} == {rule.name: rule.value for rule in KernelRule}
+def test_a_policy_is_asked_for_by_its_name_and_its_options_by_theirs():
+    assert all(policy.name == name for name, policy in POLICIES.items())
+    assert set(POLICY_NAMES) == set(DECLARED["policy"].schema["enum"])
+    assert {name for policy in POLICIES.values() for name in declarations(policy.Options)} <= set(DECLARED)
 
 
 @settings(deadline=None)
 @given(options(), st.one_of(st.none(), tables(), gappy_tables))
 def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresholds):
-    schedule = POLICIES[opts.policy](opts, thresholds)
+    schedule = schedule_of(opts.policy, opts, thresholds)
     assert schedule.parameters.shape == (opts.gen_length // opts.block_length, opts.block_length)
     assert schedule.parameters.dtype == np.float32 and np.isfinite(schedule.parameters).all()
     if schedule.rule == Rule.TOP_K:
@@ -110,7 +133,7 @@ def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresh
 @given(st.data())
 def test_every_step_unmasks_something_and_a_block_never_outlives_its_schedule(data):
     opts = data.draw(options())
-    schedule = POLICIES[opts.policy](opts, data.draw(st.one_of(st.none(), tables(), gappy_tables)))
+    schedule = schedule_of(opts.policy, opts, data.draw(st.one_of(st.none(), tables(), gappy_tables)))
     chosen = run_block(schedule, 0, rounds_for(data, opts.block_length))
     assert all(chosen) and len(chosen) <= opts.block_length
     assert sorted(i for step in chosen for i in step) == list(range(opts.block_length))
@@ -121,7 +144,7 @@ def test_every_step_unmasks_something_and_a_block_never_outlives_its_schedule(da
 def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     opts = data.draw(options())
     table = data.draw(tables())
-    schedule = POLICIES[opts.policy](opts, table)
+    schedule = schedule_of(opts.policy, opts, table)
     num_blocks = opts.gen_length // opts.block_length
     calibrated = reference.osdt(table.values.tolist(), opts.cap, opts.slack, opts.floor)
     # The plain rules take the numbers that a float32 schedule can hold.
@@ -169,7 +192,7 @@ def test_a_higher_threshold_never_unmasks_more(data):
     first = {}
     for name, threshold in (("low", low), ("high", high)):
         opts = DecodingOptions(policy="static_threshold", threshold=threshold, block_length=length, gen_length=length)
-        first[name] = run_block(POLICIES["static_threshold"](opts, None), 0, [row])[0]
+        first[name] = run_block(schedule_of("static_threshold", opts, None), 0, [row])[0]
     assert first["high"] <= first["low"]
 
 
@@ -187,17 +210,14 @@ def test_the_order_of_a_batch_changes_nothing(data):
     parameter = torch.tensor(
         data.draw(st.lists(st.floats(0.01, 4), min_size=count, max_size=count)), dtype=torch.float32
     )
-    quota = torch.tensor(data.draw(st.lists(st.integers(0, length), min_size=count, max_size=count))).int()
+    min_unmask = torch.tensor(data.draw(st.lists(st.integers(0, length), min_size=count, max_size=count))).int()
     order = torch.tensor(data.draw(st.permutations(range(count))))
 
     def run(index):
-        canvas, holes = torch.full((count, length), MASK), masked[index].clone()
+        canvas, holes = torch.full((count, length), MASK, dtype=torch.int32), masked[index].clone()
         proposal = (torch.arange(count * length) % 50).view(count, length)[index].contiguous()
-        result = unmask(
-            canvas, holes, proposal, confidence[index].contiguous(), rule[index], parameter[index],
-            end_token_ids=torch.full((count, 1), 3), num_needed=torch.full((count,), length, dtype=torch.int32),
-            quota=quota[index],
-        )  # fmt: skip
+        rules = Rules(rule[index], parameter[index], min_unmask[index])
+        result = unmask_blocks(canvas, holes, proposal, confidence[index].contiguous(), rules, end=3)
         return canvas, holes, result.num_ready
 
     for plain, shuffled in zip(run(torch.arange(count)), run(order), strict=True):
@@ -206,7 +226,7 @@ def test_the_order_of_a_batch_changes_nothing(data):
 
 @given(options("fixed_steps"))
 def test_fixed_steps_shares_add_up_to_the_block(opts):
-    schedule = POLICIES["fixed_steps"](opts, None)
+    schedule = schedule_of("fixed_steps", opts, None)
     steps_per_block = opts.steps // (opts.gen_length // opts.block_length)
     for row in schedule.parameters:
         assert row.sum() == opts.block_length and (row[steps_per_block:] == 0).all()
@@ -217,43 +237,50 @@ def test_fixed_steps_shares_add_up_to_the_block(opts):
 @given(options("static_threshold"))
 def test_steps_of_a_static_threshold_are_the_shares_of_fixed_steps_and_of_no_other_policy(opts):
     opts = replace(opts, steps=opts.steps or opts.gen_length)
-    shares = POLICIES["fixed_steps"](opts, None).parameters
-    assert (POLICIES["static_threshold"](opts, None).quota == shares).all()
-    assert POLICIES["static_threshold"](replace(opts, steps=None), None).quota is None
+    shares = schedule_of("fixed_steps", opts, None).parameters
+    assert (schedule_of("static_threshold", opts, None).min_unmask == shares).all()
+    assert schedule_of("static_threshold", replace(opts, steps=None), None).min_unmask is None
     for policy in {*POLICY_NAMES} - {"static_threshold"}:
-        assert POLICIES[policy](replace(opts, policy=policy), None).quota is None
+        assert schedule_of(policy, replace(opts, policy=policy), None).min_unmask is None
 
 
 def test_osdt_is_strict_and_static_threshold_is_not():
     static = DecodingOptions(policy="static_threshold", threshold=0.5, block_length=3, gen_length=3)
     row = [0.5, 0.75, 0.25]
-    assert run_block(POLICIES["static_threshold"](static, None), 0, [row])[0] == {0, 1}
-    opts = DecodingOptions(policy="osdt", metric="q1", cap=1.0, slack=0.0, block_length=3, gen_length=3)
-    assert run_block(POLICIES["osdt"](opts, known([[0.5]])), 0, [row])[0] == {1}
+    assert run_block(schedule_of("static_threshold", static, None), 0, [row])[0] == {0, 1}
+    opts = DecodingOptions(policy="osdt", statistic="q1", threshold_cap=1.0, slack=0.0, block_length=3, gen_length=3)
+    assert run_block(schedule_of("osdt", opts, known([[0.5]])), 0, [row])[0] == {1}
 
 
 def test_where_nothing_is_known_osdt_takes_the_static_threshold_and_equality_passes():
     opts = DecodingOptions(
-        policy="osdt", metric="q1", threshold=0.5, cap=0.3, slack=0.9, floor=1.0, block_length=3, gen_length=6
+        policy="osdt",
+        statistic="q1",
+        threshold=0.5,
+        threshold_cap=0.3,
+        slack=0.9,
+        floor=1.0,
+        block_length=3,
+        gen_length=6,
     )
-    schedule = POLICIES["osdt"](opts, known([[np.nan], [0.9]]))
+    schedule = schedule_of("osdt", opts, known([[np.nan], [0.9]]))
     assert (schedule.parameters[0] == 0.5).all() and (schedule.parameters[1] > 1.0).all()
     assert run_block(schedule, 0, [[0.5, 0.75, 0.25]])[0] == {0, 1}
-    static = POLICIES["static_threshold"](opts, None).parameters
-    assert np.array_equal(POLICIES["osdt"](opts, known([[np.nan, np.nan]])).parameters, static)
-    assert np.array_equal(POLICIES["osdt"](opts, None).parameters, static)
+    static = schedule_of("static_threshold", opts, None).parameters
+    assert np.array_equal(schedule_of("osdt", opts, known([[np.nan, np.nan]])).parameters, static)
+    assert np.array_equal(schedule_of("osdt", opts, None).parameters, static)
 
 
 def test_osdt_repeats_the_last_block_and_step_of_its_table():
-    opts = DecodingOptions(policy="osdt", metric="q1", cap=1.0, slack=0.0, block_length=3, gen_length=9)
-    got = POLICIES["osdt"](opts, known([[0.1, 0.2], [0.3, 0.4]])).parameters
+    opts = DecodingOptions(policy="osdt", statistic="q1", threshold_cap=1.0, slack=0.0, block_length=3, gen_length=9)
+    got = schedule_of("osdt", opts, known([[0.1, 0.2], [0.3, 0.4]])).parameters
     assert got == pytest.approx(np.array([[0.1, 0.2, 0.2], [0.3, 0.4, 0.4], [0.3, 0.4, 0.4]]), abs=1e-6)
 
 
 @pytest.mark.parametrize(("cap", "slack", "expected"), [(0.75, 0.2, 0.6), (1.0, 0.2, 0.72), (0.9, 0.0, 0.9)])
 def test_osdt_caps_before_it_takes_the_slack_off(cap, slack, expected):
-    opts = DecodingOptions(policy="osdt", metric="q1", cap=cap, slack=slack, block_length=2, gen_length=2)
-    assert POLICIES["osdt"](opts, known([[0.9, 0.9]])).parameters == pytest.approx(expected, abs=1e-6)
+    opts = DecodingOptions(policy="osdt", statistic="q1", threshold_cap=cap, slack=slack, block_length=2, gen_length=2)
+    assert schedule_of("osdt", opts, known([[0.9, 0.9]])).parameters == pytest.approx(expected, abs=1e-6)
 
 
 N, B, S, C = Fallback
@@ -267,24 +294,24 @@ N, B, S, C = Fallback
     ],
 )
 def test_osdt_says_where_each_threshold_comes_from(mode, kinds, expected):
-    opts = DecodingOptions(policy="osdt", metric="q1", mode=mode, block_length=4, gen_length=12)
+    opts = DecodingOptions(policy="osdt", statistic="q1", mode=mode, block_length=4, gen_length=12)
     table = Thresholds(np.full((2, 2), 0.5, np.float32), np.array(kinds, np.int8))
-    schedule = POLICIES["osdt"](opts, table)
+    schedule = schedule_of("osdt", opts, table)
     assert schedule.fallback.tolist() == expected and schedule.fallback.dtype == np.int8
     assert table.fallback.tolist() == kinds  # the profile's own table is shared by requests
 
 
 @given(options(), tables())
 def test_only_calibrated_schedules_tell_where_thresholds_come_from(opts, table):
-    schedule = POLICIES[opts.policy](opts, table)
+    schedule = schedule_of(opts.policy, opts, table)
     assert (schedule.fallback is not None) == (opts.policy == "osdt")
     if schedule.fallback is not None:
         assert schedule.fallback.shape == schedule.parameters.shape
-    assert POLICIES[opts.policy](opts, None).fallback is None
+    assert schedule_of(opts.policy, opts, None).fallback is None
 
 
 @pytest.mark.parametrize(("margin", "expected"), [(0.0, 0.5), (0.1, 0.55), (0.5, 0.75), (0.9, 0.9)])
 def test_the_margin_raises_a_conformal_threshold_below_the_cap_and_no_other(margin, expected):
     opts = DecodingOptions(policy="osdt", margin=margin, block_length=2, gen_length=2)
-    assert POLICIES["osdt"](opts, known([[0.5, 0.5]])).parameters == pytest.approx(expected)
-    assert POLICIES["osdt"](replace(opts, metric="q1"), known([[0.5, 0.5]])).parameters == pytest.approx(0.5)
+    assert schedule_of("osdt", opts, known([[0.5, 0.5]])).parameters == pytest.approx(expected)
+    assert schedule_of("osdt", replace(opts, statistic="q1"), known([[0.5, 0.5]])).parameters == pytest.approx(0.5)

@@ -167,7 +167,7 @@ def decode(
     *,
     gen_length: int,
     block_length: int,
-    cache: str,
+    cache_mode: str,
     max_tokens: int | None = None,
     end_token_ids: tuple[int, ...] = (),
 ) -> Decoded:
@@ -179,7 +179,7 @@ def decode(
         rule: Which positions a step unmasks.
         gen_length: Canvas length; the last block is what is left of it.
         block_length: Positions denoised together.
-        cache: ``none``, ``prefix`` or ``dual``.
+        cache_mode: ``none``, ``prefix`` or ``dual``.
         max_tokens: Output tokens wanted, the whole canvas when None.
         end_token_ids: Where output ends.
     """
@@ -196,12 +196,12 @@ def decode(
         result.record.append([])
         kept = None
         for step in range(length):
-            if step == 0 or cache == "none":
+            if step == 0 or cache_mode == "none":
                 logits, computed = model.forward(ids)
                 logits = logits[first - shift : last - shift]
-                if step == 0 and cache != "none":
+                if step == 0 and cache_mode != "none":
                     kept = computed
-            elif cache == "prefix":
+            elif cache_mode == "prefix":
                 assert kept is not None
                 before = [(k[:first], v[:first]) for k, v in kept]
                 logits, _ = model.forward(ids[first:], torch.arange(first, end), before)
@@ -219,7 +219,7 @@ def decode(
             top = logits.topk(2, dim=-1).values
             masked = {}
             # With shifted logits and a cache only a block's first step has the row that its first position needs.
-            is_alone = shift > 0 and cache != "none" and step == 0
+            is_alone = shift > 0 and cache_mode != "none" and step == 0
             for offset in range(1 if is_alone else length):
                 if not decided[first + offset]:
                     masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))

@@ -26,7 +26,7 @@ def test_reference_decoder_reproduces_the_stock_decoder(name):
             rule,
             gen_length=case["gen_length"],
             block_length=block_length,
-            cache=case["cache"],
+            cache_mode=case["cache"],
         )
         if result.tokens != case["output_token_ids"] or not 1 <= result.nfe <= case["nfe"]:
             wrong.append((index, result.nfe, case["nfe"]))

@@ -1,8 +1,13 @@
 """What a profile was calibrated on: the identity of a model's weights and how they are run."""
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 # Weight files are identified by name, size and this many evenly spaced pieces of this length: a finetune changes all
@@ -48,3 +53,41 @@ def hash_weights(folder: Path) -> str | None:
                 weights.seek(max(0, size - PIECE_BYTES) * piece // (NUM_PIECES - 1))
                 digest.update(weights.read(PIECE_BYTES))
     return digest.hexdigest()
+
+
+def weights_folder(model: str, revision: str | None) -> Path | None:
+    """The folder of a checkpoint: itself, or that of its snapshot in the Hugging Face cache; None if there is none."""
+    from vllm.transformers_utils.repo_utils import try_get_local_file
+
+    if Path(model).is_dir():
+        return Path(model)
+    config = try_get_local_file(model, "config.json", revision or "main")
+    return config.parent if isinstance(config, Path) else None
+
+
+def model_fingerprint(vllm_config: "VllmConfig") -> ModelFingerprint:
+    """The identity of an engine's model."""
+    model = vllm_config.model_config
+    weights = None
+    if vllm_config.load_config.load_format != "dummy":
+        folder = weights_folder(model.model, model.revision)
+        weights = hash_weights(folder) if folder is not None else None
+    if weights is None:  # no files of a known kind here
+        commit = getattr(model.hf_config, "_commit_hash", None)
+        weights = f"{model.model}@{commit or model.revision}"
+    return ModelFingerprint(
+        weights=weights,
+        quantization=model.quantization or "none",
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.hf_config.vocab_size,
+        mask_token_id=model.hf_config.mask_token_id,
+    )
+
+
+def model_name(model: str) -> str:
+    """What people call a model: its repository, or its folder. (Offline, vLLM puts the folder of a snapshot in the
+    place of the repository.)"""
+    snapshot = re.search(r"models--([^/]+)/snapshots/[^/]+/?$", model)
+    if snapshot:
+        return snapshot[1].replace("--", "/")
+    return Path(model).resolve().name if Path(model).is_dir() else model

@@ -62,7 +62,7 @@ class DriftGuard:
 
         Args:
             profile: The one it used.
-            seen: float32 ``[blocks, steps]``, its mean confidences; NaN where it took no step.
+            seen: float32 ``[blocks]``, its mean confidence at block entry; NaN where it entered none.
 
         Returns:
             How far the window is, when that is too far; once for each profile.
@@ -75,7 +75,7 @@ class DriftGuard:
             return None
         expected, num_expected = profile.entry
         entry = np.full(expected.size, np.nan)
-        entry[: len(seen)] = seen[: expected.size, 0]
+        entry[: len(seen)] = seen[: expected.size]
         window.append(entry)
         if len(window) < self._window:
             return None

@@ -11,14 +11,46 @@ from typing import Any
 
 import numpy as np
 
-from vllm_osdt.calibration.calibrate import Thresholds, calibrate
 from vllm_osdt.calibration.recording import Recording
-from vllm_osdt.config import DecodingOptions
+from vllm_osdt.calibration.thresholds import CONFORMAL, DEFAULT_RISK, Thresholds, calibrate
+
+# How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
+# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again.
+CACHE_KEY = r"[a-z_]+(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?"
+
+
+def cache_key(
+    cache_mode: str,
+    *,
+    sub_block_length: int | None = None,
+    sub_block_cache: bool = False,
+    edit_threshold: float | None = None,
+    refresh_interval: int = 1,
+    refresh_confidence: float = 0.0,
+) -> str:
+    """A cache mode as profiles tell it apart (:data:`CACHE_KEY`): recorded confidences depend on all of these."""
+    key = cache_mode
+    if sub_block_length is not None:
+        key += f":{sub_block_length}{'c' if sub_block_cache else ''}"
+    if edit_threshold is not None:
+        key += f":e{edit_threshold:g}"
+    if refresh_interval > 1:
+        key += f":r{refresh_interval}"
+    if refresh_confidence > 0:
+        key += f":u{refresh_confidence:g}"
+    return key
 
 
 @dataclass(frozen=True)
 class ProfileKey:
-    """What must be equal for a profile to apply to a request; the model is that of the engine."""
+    """What must be equal for a profile to apply to a request; the model is that of the engine.
+
+    Attributes:
+        task: Name of the task, ``name@adapter`` with a LoRA adapter.
+        block_length: Positions denoised together.
+        cache: See :func:`cache_key`.
+        threshold: Static threshold of the calibration.
+    """
 
     task: str
     block_length: int
@@ -30,14 +62,14 @@ class ProfileKey:
 class Setting:
     """How thresholds are made from a record: options of the same names."""
 
-    mode: str = "block"
-    metric: str = "conformal"
+    granularity: str = "block"
+    statistic: str = CONFORMAL
     record: str = "masked"
-    risk: float = DecodingOptions.risk
+    risk: float = DEFAULT_RISK
 
     def __str__(self) -> str:
-        risk = f"/{self.risk:g}" if self.metric == "conformal" else ""
-        return f"{self.mode}/{self.metric}/{self.record}{risk}"
+        risk = f"/{self.risk:g}" if self.statistic == CONFORMAL else ""
+        return f"{self.granularity}/{self.statistic}/{self.record}{risk}"
 
 
 def installed_versions() -> dict[str, str]:
@@ -94,7 +126,7 @@ class CalibrationProfile:
             if setting.record == "committed":
                 confidence = np.where(self.record.committed, confidence, np.nan)
             self._thresholds[setting] = calibrate(
-                confidence, self.record.wrong, setting.mode, setting.metric, setting.risk
+                confidence, self.record.wrong, setting.granularity, setting.statistic, setting.risk
             )
         return self._thresholds[setting]
 

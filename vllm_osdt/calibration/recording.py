@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+MAX_BLOCKS = 128  # a request without a limit may have thousands; its thresholds fall back to the last one
+
 
 class Recording(NamedTuple):
     """What the denoising steps of one request saw; all ``[blocks, steps, positions]``.
@@ -18,3 +20,64 @@ class Recording(NamedTuple):
     confidence: np.ndarray
     committed: np.ndarray
     wrong: np.ndarray
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the first step of the first block was not recorded: such a request says nothing."""
+        return bool(np.isnan(self.confidence[0, 0]).all())
+
+
+class Recorder:
+    """Collects the denoising steps of one request.
+
+    A block that starts again (the request was preempted) overwrites its earlier record. Blocks beyond MAX_BLOCKS are
+    not recorded.
+    """
+
+    def __init__(self, num_blocks: int, block_length: int) -> None:
+        shape = (min(num_blocks, MAX_BLOCKS), block_length, block_length)  # [block, step, position]
+        self.confidence = np.full(shape, np.nan, dtype=np.float32)
+        self.committed = np.zeros(shape, dtype=bool)
+        self.proposal = np.full(shape, -1, dtype=np.int64)
+        self.final = np.full((shape[0], 1, block_length), -1, dtype=np.int64)
+
+    def add(
+        self,
+        block: int,
+        step: int,
+        confidence: np.ndarray,
+        proposal: np.ndarray,
+        before: np.ndarray,
+        after: np.ndarray,
+        tokens: np.ndarray,
+    ) -> None:
+        """Record one denoising step.
+
+        Args:
+            block: Block index in the canvas.
+            step: Denoising step in the block, from 0.
+            confidence: float32 ``[block_length]``; read where ``before`` is set.
+            proposal: int64 ``[block_length]``, the best token of each position; read likewise.
+            before: bool ``[block_length]``, masked positions before the step.
+            after: bool ``[block_length]``, masked positions after it.
+            tokens: int32 ``[block_length]``, the block after the step; read where a position has been unmasked, in this
+                step or before, and may have been edited since.
+        """
+        if block >= self.confidence.shape[0]:
+            return
+        if step == 0:
+            self.confidence[block] = np.nan
+            self.committed[block] = False
+            self.final[block] = -1
+        known = self.final[block, 0] >= 0
+        self.final[block, 0] = np.where(known | before & ~after, tokens, -1)
+        if step >= self.confidence.shape[1]:  # a full block, which is only edited
+            return
+        self.confidence[block, step] = np.where(before, confidence, np.nan)
+        self.committed[block, step] = before & ~after
+        self.proposal[block, step] = proposal
+
+    def recording(self) -> Recording:
+        """What was recorded."""
+        wrong = ~np.isnan(self.confidence) & (self.proposal != self.final) & (self.final >= 0)
+        return Recording(self.confidence, self.committed, wrong)

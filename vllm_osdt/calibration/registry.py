@@ -2,13 +2,12 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, stack
 from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.store import ProfileStore
-
-Share = Callable[[CalibrationProfile | None], CalibrationProfile | None]
 
 
 @dataclass
@@ -23,37 +22,27 @@ class _Round:
 class ProfileRegistry:
     """The profiles in use, by key, and for each key at most one round of requests that calibrate it.
 
-    A profile is published whole or not at all. Every rank of a tensor-parallel group sees the same requests in the
-    same order and so holds the same registry; what the first rank reads from disk, it shares.
+    A profile is published whole or not at all. Files are written by a thread of their own, beside the engine's steps.
 
     Args:
         max_profiles: Profiles kept in memory; the one unused for longest makes room, and comes back from the store.
         store: Where profiles outlive the process; None to keep them in memory only.
-        is_writer: Whether this rank reads and writes the store.
-        share: Gives every rank what the first one passes; called by all of them at once.
 
     Attributes:
         counts: ``made``, ``failed`` (a calibrating request did not end well), ``rejected`` (a file that cannot be
             used), ``loaded``.
     """
 
-    def __init__(
-        self,
-        max_profiles: int = 256,
-        store: ProfileStore | None = None,
-        *,
-        is_writer: bool = True,
-        share: Share = lambda found: found,
-    ) -> None:
+    def __init__(self, max_profiles: int = 256, store: ProfileStore | None = None) -> None:
         self.profiles: OrderedDict[ProfileKey, CalibrationProfile] = OrderedDict()
         self.counts: Counter[str] = Counter()
         self._max_profiles = max_profiles
         self._store = store
-        self._is_writer = is_writer
-        self._share = share
         self._rounds: OrderedDict[ProfileKey, _Round] = OrderedDict()
         self._pinned: OrderedDict[str, CalibrationProfile] = OrderedDict()
         self._stale: OrderedDict[ProfileKey, str] = OrderedDict()
+        self._writer: ThreadPoolExecutor | None = None  # ends with the process, and not before it has written
+        self._writing: dict[str, Future] = {}  # by task
 
     @property
     def num_calibrating(self) -> int:
@@ -71,7 +60,7 @@ class ProfileRegistry:
                 if ongoing.num_at_last_look == len(ongoing.recordings):
                     return None  # nothing was decoded since: another engine is asked once per recording
                 ongoing.num_at_last_look = len(ongoing.recordings)
-            found = self._load(lambda store: store.load(key))
+            found = self._load(key.task, lambda store: store.load(key))
             if found is not None and self._stale.get(key) == found.profile_id:
                 found = None
             if found is not None:
@@ -85,7 +74,7 @@ class ProfileRegistry:
             if profile.profile_id == profile_id:
                 return profile
         if profile_id not in self._pinned and self._store is not None:
-            found = self._load(lambda store: store.load_id(task, profile_id))
+            found = self._load(task, lambda store: store.load_id(task, profile_id))
             if found is not None:
                 self._pinned[profile_id] = found
                 _shrink(self._pinned, self._max_profiles)
@@ -129,8 +118,19 @@ class ProfileRegistry:
         self.counts["made"] += 1
         self._stale.pop(profile.key, None)
         self._keep(profile)
-        if self._store is not None and self._is_writer:
-            self._store.save(profile)
+        if self._store is not None:
+            self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="vllm-osdt-profiles")
+            self._writing[profile.key.task] = self._writer.submit(self._store.save, profile)
+
+    def flush(self) -> None:
+        """Wait until every profile made so far is on disk."""
+        for task in list(self._writing):
+            self._wait_for(task)
+
+    def _wait_for(self, task: str) -> None:
+        written = self._writing.pop(task, None)
+        if written is not None:
+            written.result()
 
     def release(self, key: ProfileKey, req_id: str) -> None:
         """End ``req_id``'s part in a calibration without a record: another request takes its place."""
@@ -149,10 +149,11 @@ class ProfileRegistry:
         self._stale[profile.key] = profile.profile_id
         _shrink(self._stale, self._max_profiles)
 
-    def _load(self, ask: Callable[[ProfileStore], CalibrationProfile | None]) -> CalibrationProfile | None:
+    def _load(self, task: str, ask: Callable[[ProfileStore], CalibrationProfile | None]) -> CalibrationProfile | None:
         assert self._store is not None
+        self._wait_for(task)
         before = self._store.num_set_aside
-        found = self._share(ask(self._store) if self._is_writer else None)
+        found = ask(self._store)
         self.counts["rejected"] += self._store.num_set_aside - before
         return found
 

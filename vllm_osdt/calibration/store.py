@@ -15,16 +15,19 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from vllm_osdt.calibration.fingerprint import ModelFingerprint
-from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey
+from vllm_osdt.calibration.fingerprint import ModelFingerprint, model_fingerprint, model_name
+from vllm_osdt.calibration.profile import CACHE_KEY, CalibrationProfile, ProfileKey
 from vllm_osdt.calibration.recording import Recording
-from vllm_osdt.config import CACHE_MODES, MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
@@ -49,7 +52,7 @@ class StoredProfile:
 
     id: str
     block_length: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)]
-    cache: Annotated[str, Field(pattern=rf"^({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?$")]
+    cache: Annotated[str, Field(pattern=f"^{CACHE_KEY}$")]
     threshold: Annotated[float, Field(gt=0, le=1)]
     created: str
     versions: dict[str, str]
@@ -78,6 +81,21 @@ class UnusableFileError(Exception):
 def default_folder() -> Path:
     """The user's data folder: ``$XDG_DATA_HOME/vllm-osdt/profiles``, ``~/.local/share/...`` by default."""
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "vllm-osdt" / "profiles"
+
+
+def open_store(folder: str | None, vllm_config: "VllmConfig") -> "ProfileStore | None":
+    """Where an engine's profiles outlive it; None when they do not.
+
+    Args:
+        folder: The operator's; None for the user's data folder, "" for none.
+        vllm_config: The engine's configuration, which says what its model is.
+    """
+    if folder is None:
+        folder = str(default_folder())
+    if not folder:
+        return None
+    name = model_name(vllm_config.model_config.model)
+    return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config), name)
 
 
 class ProfileStore:

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+MODEL_STATE = "vllm_osdt.worker.model_state.CanvasModelState"  # by name: models know nothing of workers
 LOADER_LOG = "vllm.model_executor.models.utils"
 
 
@@ -23,9 +25,7 @@ class CanvasMixin:
     @staticmethod
     def get_model_state_cls() -> type:
         """vLLM's hook for the model state of Model Runner V2."""
-        from vllm_osdt.worker.model_state import CanvasModelState
-
-        return CanvasModelState
+        return resolve_obj_by_qualname(MODEL_STATE)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM does, without a line for every weight of a float32 checkpoint that is served in another dtype."""

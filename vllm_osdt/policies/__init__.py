@@ -1,20 +1,66 @@
-"""The one list of decoding policies that a user may ask for."""
+"""The one list of decoding policies that a user may ask for.
 
-from vllm_osdt.policies.base import DecodingPolicy, Rule, Schedule
-from vllm_osdt.policies.entropy_bound import entropy_bound
-from vllm_osdt.policies.factor import factor
-from vllm_osdt.policies.fixed_steps import fixed_steps
-from vllm_osdt.policies.joint_bound import joint_bound
-from vllm_osdt.policies.osdt import osdt
-from vllm_osdt.policies.static_threshold import static_threshold
+A package registers one of its own through the entry-point group ``vllm_osdt.policies``: the entry's name is the
+policy's, its value a subclass of :class:`Policy`.
+"""
 
-POLICIES: dict[str, DecodingPolicy] = {
-    "osdt": osdt,
-    "static_threshold": static_threshold,
-    "factor": factor,
-    "joint_bound": joint_bound,
-    "entropy_bound": entropy_bound,
-    "fixed_steps": fixed_steps,
-}
+import logging
+from importlib import metadata
 
-__all__ = ["POLICIES", "DecodingPolicy", "Rule", "Schedule"]
+from vllm_osdt.declaration import declarations
+from vllm_osdt.policies.base import Policy, Schedule, Step
+from vllm_osdt.policies.entropy_bound import EntropyBound
+from vllm_osdt.policies.factor import Factor
+from vllm_osdt.policies.fixed_steps import FixedSteps
+from vllm_osdt.policies.joint_bound import JointBound
+from vllm_osdt.policies.osdt import OSDT
+from vllm_osdt.policies.static_threshold import StaticThreshold
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+ENTRY_POINT_GROUP = "vllm_osdt.policies"
+OWN: tuple[type[Policy], ...] = (
+    OSDT,
+    StaticThreshold,
+    Factor,
+    JointBound,
+    EntropyBound,
+    FixedSteps,
+)
+
+
+def load_policies() -> dict[str, Policy]:
+    """Our policies, and those of installed packages. One that cannot be used is named in the log and left out."""
+    policies: dict[str, Policy] = {one.name: one() for one in OWN}
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            found = entry.load()
+            _check(entry.name, found, policies)
+            policies[entry.name] = found()
+        except Exception as error:  # a package of other people's may fail in any way; serving goes on without it
+            logger.warning("The decoding policy %r of %s is left out: %s", entry.name, entry.value, error)
+    return policies
+
+
+def _check(name: str, policy: type[Policy], policies: dict[str, Policy]) -> None:
+    """Refuse a policy that cannot stand beside the others.
+
+    Raises:
+        ValueError: Says why.
+    """
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise ValueError(f"it is {policy!r}, no subclass of vllm_osdt.policies.Policy")
+    if policy.name != name:
+        raise ValueError(f"its class is named {policy.name!r}; name the entry point likewise")
+    if name in policies:
+        raise ValueError("a policy of that name is there already")
+    for other in policies.values():
+        theirs = declarations(other.Options)
+        for option, declaration in declarations(policy.Options).items():
+            if option in theirs and theirs[option] is not declaration:
+                raise ValueError(f"its option {option!r} is one of policy {other.name!r}; give it another name")
+
+
+POLICIES = load_policies()
+
+__all__ = ["POLICIES", "Policy", "Schedule", "Step"]

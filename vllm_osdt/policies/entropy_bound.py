@@ -5,13 +5,37 @@ gives every position the same entropy: here it is that of the position's distrib
 where the idea comes from, leaves the largest of the entropies out of the sum.
 """
 
-from csrc_triton.reference import ENTROPY_SCALE
-from vllm_osdt.calibration.calibrate import Thresholds
-from vllm_osdt.config import DecodingOptions
-from vllm_osdt.policies.base import Rule, Schedule, constant
+from dataclasses import dataclass
+
+from csrc_triton.types import ENTROPY_SCALE, Rule
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import number, option
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.policies.base import Policy, Schedule, constant
 
 
-def entropy_bound(options: DecodingOptions, thresholds: Thresholds | None = None) -> Schedule:
-    """Schedule of ``options.entropy`` everywhere. A position's confidence is 1 - H / 32 under this policy, so that the
-    n most certain with H_(1) + ... + H_(n) < entropy are those whose doubts stay below entropy / 32."""
-    return constant(options, Rule.DOUBT_BOUND, options.entropy / ENTROPY_SCALE)
+@dataclass(frozen=True)
+class EntropyBoundOptions:
+    """The bound."""
+
+    entropy: float = option(
+        0.35,
+        number(gt=0),
+        "Bound of `entropy_bound`: the n most certain positions, n the largest with H₍₁₎ + … + H₍ₙ₎ < `entropy`.",
+        unit="nats",
+    )
+
+
+class EntropyBound(Policy):
+    """``options.entropy`` everywhere. A position's confidence is 1 - H / 32 under this policy, so that the n most
+    certain with H_(1) + ... + H_(n) < entropy are those whose uncertainties stay below entropy / 32."""
+
+    name = "entropy_bound"
+    Options = EntropyBoundOptions
+    ranks_by_entropy = True
+
+    def schedule(
+        self, options: EntropyBoundOptions, shape: DecodeShape, thresholds: Thresholds | None = None
+    ) -> Schedule:
+        """See the class."""
+        return constant(shape, Rule.ENTROPY_BOUND, options.entropy / ENTROPY_SCALE)

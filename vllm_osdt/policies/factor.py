@@ -4,11 +4,32 @@ Source: Fast-dLLM (arXiv 2505.22618), section 3.3. The authors' code also commit
 test; here the rule is exact.
 """
 
-from vllm_osdt.calibration.calibrate import Thresholds
-from vllm_osdt.config import DecodingOptions
-from vllm_osdt.policies.base import Rule, Schedule, constant
+from dataclasses import dataclass
+
+from csrc_triton.types import Rule
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import number, option
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.policies.base import Policy, Schedule, constant
 
 
-def factor(options: DecodingOptions, thresholds: Thresholds | None = None) -> Schedule:
-    """Schedule of ``options.factor`` everywhere."""
-    return constant(options, Rule.FACTOR, options.factor)
+@dataclass(frozen=True)
+class FactorOptions:
+    """The factor f."""
+
+    factor: float = option(
+        1.0,
+        number(gt=0),
+        "f of `factor`: the n most confident positions, n the largest with (n + 1)(1 − c₍ₙ₎) < f.",
+    )
+
+
+class Factor(Policy):
+    """``options.factor`` everywhere."""
+
+    name = "factor"
+    Options = FactorOptions
+
+    def schedule(self, options: FactorOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
+        """See the class."""
+        return constant(shape, Rule.FACTOR, options.factor)

@@ -5,11 +5,34 @@ least L = c_(1) + ... + c_(n) - (n - 1), and that of any other choice at most U 
 L - U > delta. Equal confidences give the factor rule with f = 1 - delta.
 """
 
-from vllm_osdt.calibration.calibrate import Thresholds
-from vllm_osdt.config import DecodingOptions
-from vllm_osdt.policies.base import Rule, Schedule, constant
+from dataclasses import dataclass
+
+from csrc_triton.types import Rule
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import number, option
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.policies.base import Policy, Schedule, constant
 
 
-def joint_bound(options: DecodingOptions, thresholds: Thresholds | None = None) -> Schedule:
-    """Schedule of ``options.delta`` everywhere: L - U > delta is a sum of doubts 1 - c below 1 - delta."""
-    return constant(options, Rule.JOINT_BOUND, 1.0 - options.delta)
+@dataclass(frozen=True)
+class JointBoundOptions:
+    """The bound's distance delta."""
+
+    delta: float = option(
+        0.25,
+        number(ge=0, lt=1),
+        "δ of `joint_bound`: the n most confident positions, n the largest with Σ(1 − c₍ⱼ₎) + (1 − c₍ₙ₎) < 1 − δ.",
+    )
+
+
+class JointBound(Policy):
+    """``options.delta`` everywhere: L - U > delta is a sum of uncertainties 1 - c below 1 - delta."""
+
+    name = "joint_bound"
+    Options = JointBoundOptions
+
+    def schedule(
+        self, options: JointBoundOptions, shape: DecodeShape, thresholds: Thresholds | None = None
+    ) -> Schedule:
+        """See the class."""
+        return constant(shape, Rule.JOINT_BOUND, 1.0 - options.delta)

@@ -5,19 +5,61 @@ Sources: Fast-dLLM (arXiv 2505.22618), section 3.3; ``confidence >= threshold`` 
 pass than the fixed schedule would unmask, that many of the best ones are.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-from vllm_osdt.calibration.calibrate import Thresholds
-from vllm_osdt.config import DecodingOptions
-from vllm_osdt.policies.base import Rule, Schedule, constant
-from vllm_osdt.policies.fixed_steps import positions_per_step
+import numpy as np
+
+from csrc_triton.types import Rule
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import number, option
+from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
+from vllm_osdt.policies.base import Policy, Schedule, constant
+from vllm_osdt.policies.fixed_steps import StepsOptions, positions_per_step, resolve_steps
 
 
-def static_threshold(
-    options: DecodingOptions, thresholds: Thresholds | None = None, *, first_alone: bool = False
-) -> Schedule:
-    """Schedule of ``options.threshold`` everywhere, with the quota of ``options.steps`` if the policy is its own."""
-    schedule = constant(options, Rule.THRESHOLD, options.threshold)
-    if options.policy == "static_threshold" and options.steps is not None:
-        schedule = replace(schedule, quota=positions_per_step(options, first_alone=first_alone))
-    return schedule
+@dataclass(frozen=True)
+class ThresholdOptions:
+    """The static threshold, which a calibration uses too."""
+
+    threshold: float = option(
+        0.9,
+        number(gt=0, le=1),
+        "Confidence of the static threshold, also that of a calibration. Equality passes, but not in block-causal "
+        "models.",
+    )
+
+
+@dataclass(frozen=True)
+class StaticThresholdOptions(ThresholdOptions, StepsOptions):
+    """A threshold, and the fewest positions of a step."""
+
+
+def static_schedule(options: ThresholdOptions, shape: DecodeShape) -> Schedule:
+    """The schedule of the threshold alone; where equality must not pass, of the next larger float32."""
+    threshold = np.float32(options.threshold)
+    if shape.is_strict:
+        threshold = np.nextafter(threshold, np.float32(np.inf))
+    return constant(shape, Rule.THRESHOLD, float(threshold))
+
+
+class StaticThreshold(Policy):
+    """``options.threshold`` everywhere, and ``options.steps`` as the fewest positions of each step."""
+
+    name = "static_threshold"
+    Options = StaticThresholdOptions
+
+    def resolve(self, options: StaticThresholdOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
+        """Total steps of the canvas, where the request asks for steps."""
+        if options.steps is None and options.steps_per_block is None:
+            return {}
+        return {"steps": resolve_steps(options, asked, canvas)}
+
+    def schedule(
+        self, options: StaticThresholdOptions, shape: DecodeShape, thresholds: Thresholds | None = None
+    ) -> Schedule:
+        """See the class."""
+        schedule = static_schedule(options, shape)
+        if options.steps is None:
+            return schedule
+        return replace(schedule, min_unmask=positions_per_step(options.steps, shape))

@@ -4,7 +4,7 @@ import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_osdt.config import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 
 

@@ -1,6 +1,5 @@
 """The thin runner: vLLM's Model Runner V2 with inputs that come from canvas tables."""
 
-from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -10,25 +9,24 @@ from vllm.config import LoRAConfig, VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_osdt.engine_config import check_attention
-from vllm_osdt.worker.denoise_batch import (
+from vllm_osdt.host.attention import check_attention
+from vllm_osdt.messages import CANVAS_STEP, CanvasStep
+from vllm_osdt.worker.model_state import CanvasModelState
+from vllm_osdt.worker.sampler import CanvasSampler
+from vllm_osdt.worker.slots import to_device
+from vllm_osdt.worker.step_plan import (
     CanvasInputBatch,
-    cut_into_blocks,
     plan_denoise,
     plan_step,
+    split_queries_by_block,
     step_rows,
 )
-from vllm_osdt.worker.model_state import CanvasModelState
-from vllm_osdt.worker.request_states import to_device
-from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.warmup import warm_up
 
 
@@ -57,29 +55,18 @@ class CanvasRunnerMixin:
             for group in chain.from_iterable(self.attn_groups):
                 check_attention(group.backend.get_name())
 
-    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Free slots as vLLM does, and end the requests that are done (not those preempted)."""
-        super().finish_requests(scheduler_output)  # type: ignore[misc]
-        if scheduler_output.finished_req_ids:
-            failed = getattr(scheduler_output, "failed_req_ids", ())
-            self.model_state.canvas_states.end(sorted(scheduler_output.finished_req_ids), failed)
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """As vLLM does; the model state finds what the engine core assigned to each request."""
+        self.model_state.assignments = _canvas_step(scheduler_output).assignments
+        super().add_requests(scheduler_output)  # type: ignore[misc]
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does; a step without rows has an output of its own, which takes our report."""
-        return self._with_report(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+        return self.model_state.recorder.attach_to(super().execute_model(*args, **kwargs))  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, and report."""
-        return self._with_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
-
-    def _with_report(self, output: Any) -> Any:
-        # A dynamic attribute travels with the output to the scheduler.
-        if isinstance(output, AsyncOutput):
-            output.model_runner_output.osdt_report = self.model_state.canvas_states.take_report()
-        elif isinstance(output, ModelRunnerOutput):
-            output = copy(output)  # vLLM shares the empty one
-            output.osdt_report = self.model_state.canvas_states.take_report()
-        return output
+        return self.model_state.recorder.attach_to(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
     def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request."""
@@ -108,11 +95,11 @@ class CanvasRunnerMixin:
         if num_drafts is None:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
         num_computed = self.req_states.num_computed_tokens_np[slots]
-        asks = getattr(scheduler_output, "reads_next_req_ids", ())
-        reads_next = np.zeros(num_reqs, dtype=bool)
-        if asks:
-            reads_next[:] = [req_id in asks for req_id in batch_req_state.req_ids]
-        rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, reads_next)
+        first_position = _canvas_step(scheduler_output).first_position
+        decides_first = np.zeros(num_reqs, dtype=bool)
+        if first_position:
+            decides_first[:] = [req_id in first_position for req_id in batch_req_state.req_ids]
+        rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, decides_first)
         plan = plan_step(states, rows)
         num_tokens = int(rows.num_rows.sum())
 
@@ -124,7 +111,7 @@ class CanvasRunnerMixin:
         async_tensor_h2d(query_start_loc_np, out=buffers.query_start_loc)
         async_tensor_h2d(plan.seq_lens, out=buffers.seq_lens[:num_reqs])
 
-        denoise = plan_denoise(states, slots, plan)
+        denoise = plan_denoise(states, slots, plan, decides_first)
         # Some kernels, and a gather over ranks, fail on no row at all; the sampler leaves a row too many out.
         logit_rows = to_device(plan.logit_rows if plan.logit_rows.size else np.zeros(1, dtype=np.int64), device)
         # Adapters know rows by their place in the whole batch.
@@ -144,7 +131,7 @@ class CanvasRunnerMixin:
             num_reqs_after_padding=num_reqs,
             idx_mapping=idx_mapping,
             idx_mapping_np=batch_req_state.idx_mapping_np,
-            expanded_idx_mapping=idx_mapping,
+            expanded_idx_mapping=to_device(plan.logit_slots, device),
             expanded_local_pos=idx_mapping,
             num_scheduled_tokens=rows.num_rows.astype(batch_req_state.num_scheduled_tokens.dtype),
             num_tokens=num_tokens,
@@ -172,21 +159,15 @@ class CanvasRunnerMixin:
             prompt_lens=None,
             denoise=denoise,
             logit_rows=logit_rows if is_narrowed else None,
-            block_queries=cut_into_blocks(states, rows) if states.is_block_causal else None,
+            block_queries=split_queries_by_block(states, rows) if states.is_block_causal else None,
         )
-
-    def calibration_profiles(self) -> tuple[list[dict[str, Any]], int]:
-        """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`), and how many
-        requests are calibrating."""
-        registry = self.model_state.canvas_states.registry
-        return [profile.as_dict() for profile in registry.profiles.values()], registry.num_calibrating
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""
 
 
 class CanvasWorkerMixin:
-    """What the CPU and the GPU worker have in common: a warm-up of our own, and what ``LLM.collective_rpc`` may ask."""
+    """What the CPU and the GPU worker have in common: a warm-up of our own."""
 
     model_runner: CanvasRunnerMixin
     vllm_config: VllmConfig
@@ -198,6 +179,7 @@ class CanvasWorkerMixin:
         warm_up(self.vllm_config, runner.kv_cache_config, self.execute_model, self.sample_tokens)  # type: ignore[attr-defined]
         return times
 
-    def calibration_profiles(self) -> tuple[list[dict[str, Any]], int]:
-        """The profiles in this worker's memory, and how many requests are calibrating."""
-        return self.model_runner.calibration_profiles()
+
+def _canvas_step(scheduler_output: SchedulerOutput) -> CanvasStep:
+    """What the scheduler says of a step; nothing of vLLM's own dummy steps."""
+    return getattr(scheduler_output, CANVAS_STEP, None) or CanvasStep()

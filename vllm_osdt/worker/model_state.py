@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -16,34 +15,12 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_osdt.calibration.guard import DriftGuard
-from vllm_osdt.calibration.profile import CalibrationProfile
-from vllm_osdt.calibration.registry import ProfileRegistry
-from vllm_osdt.config import MAX_BLOCK_LENGTH, RESOLVED_KEY
-from vllm_osdt.engine_config import open_store, server_options
-from vllm_osdt.worker.request_states import CanvasStates, to_device
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.messages import Assignment, RequestSpec
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.worker.recorder import StepRecorder
 from vllm_osdt.worker.sampler import CanvasSampler
-
-
-def make_registry(vllm_config: VllmConfig) -> ProfileRegistry:
-    """The profiles of this worker; the first rank of its tensor-parallel group reads and writes them."""
-    options = server_options(vllm_config)
-    group = get_tp_group()
-
-    def share(found: CalibrationProfile | None) -> CalibrationProfile | None:
-        return group.broadcast_object(found, src=0)
-
-    return ProfileRegistry(options.max_profiles, open_store(vllm_config), is_writer=group.is_first_rank, share=share)
-
-
-def make_guard(vllm_config: VllmConfig) -> DriftGuard | None:
-    """The guard that the operator asks for."""
-    options = server_options(vllm_config)
-    if options.drift == "off":
-        return None
-    return DriftGuard(
-        options.drift, options.drift_window, options.drift_gap, options.drift_cosine, options.max_profiles
-    )
+from vllm_osdt.worker.slots import CanvasStates, to_device
 
 
 class CanvasModelState(ModelState):
@@ -60,31 +37,24 @@ class CanvasModelState(ModelState):
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        hf_config = vllm_config.model_config.hf_config
-        self.canvas_states = CanvasStates(
-            self.max_num_reqs,
-            self.model_config.max_model_len + MAX_BLOCK_LENGTH - 1,
-            hf_config.mask_token_id,
-            device,
-            make_registry(vllm_config),
-            make_guard(vllm_config),
-            logits_shift=getattr(hf_config, "logits_shift", 0),
-            is_block_causal=getattr(hf_config, "is_block_causal", False),
-            is_strict=getattr(hf_config, "is_threshold_strict", False),
-        )
+        traits: Traits = vllm_config.model_config.hf_config.traits
+        row_length = self.model_config.max_model_len + MAX_BLOCK_LENGTH - 1
+        self.canvas_states = CanvasStates(self.max_num_reqs, row_length, traits, device)
+        self.recorder = StepRecorder(self.canvas_states)
+        self.assignments: dict[str, Assignment] = {}  # of the step that is being prepared, from the scheduler
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """The sampler of canvas models; there is no rejection sampler."""
-        return CanvasSampler(self.canvas_states), None
+        return CanvasSampler(self.canvas_states, self.recorder), None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Fill the request's slot; vLLM's own warm-up requests have no canvas and get none."""
-        params = new_req_data.sampling_params
-        if params is not None and RESOLVED_KEY in (params.extra_args or {}):
-            self.canvas_states.add(req_index, new_req_data)
+        spec = RequestSpec.of(new_req_data.sampling_params)
+        if spec is not None:
+            self.canvas_states.add(req_index, new_req_data, spec, self.assignments[new_req_data.req_id])
 
     def remove_request(self, req_id: str) -> None:
-        """The request loses its slot; ``CanvasStates.end`` is told separately when it has ended."""
+        """The request loses its slot."""
         self.canvas_states.free_slot(req_id)
 
     def prepare_inputs_embeds(

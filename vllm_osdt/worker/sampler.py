@@ -7,30 +7,32 @@ Source: LLaDA (arXiv 2502.09992) for proposals and confidence; Fast-dLLM (arXiv 
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from csrc_triton import implementations
-from csrc_triton.edit import edit_in_tables
-from vllm_osdt.worker.denoise_batch import DenoiseBatch
-from vllm_osdt.worker.request_states import CanvasStates
+from csrc_triton import Proposals, implementations
+from csrc_triton.edit import edit
+from vllm_osdt.policies import Step
+from vllm_osdt.worker.recorder import StepRecorder, grids_to_record
+from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch
 
 
 class CanvasSampler:
     """Takes one denoising step of every request in the batch.
 
     Emits nothing for a block that is not finished, and the block's tokens in the step that finishes it. Works on
-    whole tensors: no host synchronisation and no loop over requests, but for those that calibrate.
+    whole tensors: no host synchronization and no loop over requests.
     """
 
     # The runner reads this to keep penalty counts; there are none.
     penalties_state = SimpleNamespace(output_bin_counts=None)
     compute_nans = False
 
-    def __init__(self, states: CanvasStates) -> None:
+    def __init__(self, states: CanvasStates, recorder: StepRecorder) -> None:
         self.states = states
-        self._confidence, _, self._unmask_in_tables = implementations(states.device)
+        self.recorder = recorder
+        self._confidence, self._unmask = implementations(states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -53,50 +55,30 @@ class CanvasSampler:
             none = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
             return SamplerOutput(token[:, None], None, None, num_sampled=none, num_rejected=none)
 
-        states = self.states
-        token, row_confidence = self._confidence(
-            logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key, batch.by_entropy
+        states, blocks = self.states, batch.blocks
+        proposals = Proposals(
+            batch.position,
+            *self._confidence(
+                logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key, batch.by_entropy
+            ),
         )
         is_open = is_masked = None
         if batch.edit_threshold is not None:
-            is_open, is_masked = edit_in_tables(
-                states.cells,
-                states.masked,
-                states.num_post_steps,
-                batch.mask_rows,
-                batch.canvas_index,
-                batch.cells,
-                token,
-                row_confidence,
-                batch.edit_threshold,
-            )
-        states.note_confidence(batch.step_cell, batch.cells, batch.canvas_index.shape[1], row_confidence, is_masked)
-        calibrating = np.flatnonzero(states.host.recording[batch.slots_np] & batch.is_active)
-        width = batch.canvas_index.shape[1]
+            is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
+        recorded_rows = self.recorder.rows_to_record(batch)
         before = None
-        if calibrating.size:  # the masked positions whose logits were read
-            before = torch.zeros_like(batch.canvas_index, dtype=torch.bool)
-            before.view(-1)[batch.cells] = True if is_masked is None else is_masked
-        canvas, best, result = self._unmask_in_tables(
-            states.cells,
-            states.masked,
-            batch.mask_rows,
-            batch.canvas_index,
-            batch.cells,
-            token,
-            row_confidence,
-            batch.rule,
-            batch.parameter,
-            batch.end_token_ids,
-            batch.num_needed,
-            batch.quota,
-        )
-        states.copy_masks_to_host(batch.slots_np, batch.slots, width)
+        if recorded_rows.size:  # the masked positions whose logits were read
+            before = torch.zeros_like(blocks.canvas_index, dtype=torch.bool)
+            before.view(-1)[batch.position] = True if is_masked is None else is_masked
+        if batch.adjusted:
+            canvas, confidence, result = self._unmask_adjusted(batch, proposals)
+        else:
+            canvas, confidence, result = self._unmask(blocks, proposals, batch.rules)
+        states.copy_masks_to_host(batch.slots_np, batch.slots, canvas.shape[1])
+        recorded = None
         if before is not None:
-            after = states.masked[batch.mask_rows, :width]
-            proposal = torch.full_like(batch.canvas_index, -1)
-            proposal.view(-1)[batch.cells] = token.to(proposal.dtype)
-            self._record(calibrating, batch, input_batch.req_ids, best, proposal, before, after, canvas)
+            recorded = grids_to_record(states, recorded_rows, batch, proposals, confidence, before, canvas)
+        self.recorder.see(input_batch.req_ids, batch, proposals, is_masked, recorded)
         return SamplerOutput(
             sampled_token_ids=canvas,
             logprobs_tensors=None,
@@ -105,23 +87,29 @@ class CanvasSampler:
             num_rejected=self._no_rejected[: canvas.shape[0]],
         )
 
-    def _record(
-        self,
-        calibrating: np.ndarray,
-        batch: DenoiseBatch,
-        req_ids: list[str],
-        best: torch.Tensor,
-        proposal: torch.Tensor,
-        before: torch.Tensor,
-        after: torch.Tensor,
-        canvas: torch.Tensor,
-    ) -> None:
-        states = self.states
-        for row in calibrating.tolist():
-            slot = batch.slots_np[row]
-            length = int(states.host.block_length[slot])
-            block = int(states.host.block_start[slot] - states.host.origin[slot]) // length
-            recorder = states.records[req_ids[row]].recorder
-            assert recorder is not None
-            step = int(states.host.step[slot])
-            recorder.add(block, step, *(grid[row, :length] for grid in (best, proposal, before, after, canvas)))
+    def _unmask_adjusted(self, batch: DenoiseBatch, proposals: Proposals) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy."""
+        width = batch.blocks.canvas_index.shape[1]
+        _, score = proposals.to_grids(*batch.blocks.canvas_index.shape)
+        parameter = batch.rules.parameter.clone()
+        masked = self.states.masked[batch.blocks.slots, :width]
+        steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
+        for adjusted in batch.adjusted:
+            rows, slots = adjusted.rows, adjusted.slots
+            step = Step(
+                score[rows],
+                parameter[rows],
+                self.states.constants[slots],
+                self.states.policy_state[slots],
+                adjusted.step_index,
+            )
+            adjusted.policy.adjust(step)
+            score[rows], parameter[rows] = step.score, step.parameter
+            steps.append((adjusted, step, masked[rows]))
+        changed = proposals._replace(confidence=score.view(-1)[proposals.position])
+        found = self._unmask(batch.blocks, changed, batch.rules._replace(parameter=parameter))
+        for adjusted, step, before in steps:
+            after = self.states.masked[adjusted.slots, :width]
+            adjusted.policy.observe(step, before & ~after)
+            self.states.policy_state[adjusted.slots] = step.state
+        return found

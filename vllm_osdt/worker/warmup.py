@@ -11,8 +11,10 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.request import Request
 
-from vllm_osdt.config import BLOCK_CACHE, RESOLVED_KEY, DecodingOptions
-from vllm_osdt.engine_config import server_defaults
+from vllm_osdt.geometry import DecodeShape, canvas_of
+from vllm_osdt.messages import CANVAS_STEP, Assignment, CanvasStep, RequestSpec
+from vllm_osdt.options import DecodingOptions, default_decoding_options
+from vllm_osdt.policies import POLICIES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,10 +37,12 @@ def warm_up(
         kv_cache_config: Its KV pages, of which the first few are written.
         execute_model, sample_tokens: The worker's.
     """
-    defaults = replace(server_defaults(vllm_config), task=None, policy="static_threshold", steps=None)
-    defaults = replace(defaults, steps_per_block=None, edit_threshold=None, gen_length=defaults.block_length)
+    defaults = default_decoding_options(vllm_config)
+    no_steps: dict[str, Any] = {"steps": None, "steps_per_block": None}
+    defaults = replace(defaults, task=None, policy="static_threshold", **no_steps)
+    defaults = replace(defaults, edit_threshold=None, gen_length=defaults.block_length)
     steps = [(number, temperature, defaults, by_entropy) for number, temperature, by_entropy in _STEPS]
-    if getattr(vllm_config.model_config.hf_config, "can_edit", False):
+    if vllm_config.model_config.hf_config.traits.can_edit:
         steps.append((2, 0.0, replace(defaults, edit_threshold=0.5), False))
     if defaults.sub_block_length is not None:
         steps.append((2, 0.0, replace(defaults, sub_block_cache=True), False))
@@ -64,7 +68,7 @@ def warm_up(
 
 def _num_rows(options: DecodingOptions) -> int:
     """Of a request with a prompt of one token; a block-causal one is part of the first block, or is it."""
-    if options.cache == BLOCK_CACHE:
+    if options.is_block_causal:
         return max(2, options.block_length)
     return options.block_length + 1
 
@@ -79,11 +83,14 @@ def _first_step(
 ) -> SchedulerOutput:
     """The step with which the scheduler would begin these requests."""
     num_rows, pages = _num_rows(options), _num_pages(kv_cache_config, options)
-    params = SamplingParams(
-        temperature=temperature,
-        max_tokens=num_rows - 1,
-        extra_args={RESOLVED_KEY: options.as_dict()},
+    canvas = canvas_of(
+        1, options.block_length, num_rows - 1, options.block_length, is_block_causal=options.is_block_causal
     )
+    extra_args = RequestSpec(options, canvas).as_extra_args()
+    params = SamplingParams(temperature=temperature, max_tokens=num_rows - 1, extra_args=extra_args)
+    shape = DecodeShape(canvas.num_blocks, canvas.block_length, options.sub_block_length)
+    assignment = Assignment(POLICIES[options.policy].schedule(options, shape), is_recorded=True, is_watched=True)
+    step = CanvasStep({req_id: assignment for req_id in req_ids})
     output, next_page = SchedulerOutput.make_empty(), 1  # page 0 is vLLM's null page
     for req_id in req_ids:
         block_ids = []
@@ -95,4 +102,5 @@ def _first_step(
         output.num_scheduled_tokens[req_id] = num_rows
         output.scheduled_spec_decode_tokens[req_id] = [-1] * (num_rows - 1)
     output.total_num_scheduled_tokens = num_rows * len(req_ids)
+    setattr(output, CANVAS_STEP, step)
     return output

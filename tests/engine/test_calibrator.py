@@ -1,0 +1,285 @@
+"""What the calibrator decides about a request's profile, and what it reports; without an engine."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tests.calibration.records import KEY, MODEL, same
+from vllm_osdt.calibration.guard import DriftGuard
+from vllm_osdt.calibration.registry import ProfileRegistry
+from vllm_osdt.calibration.store import ProfileStore
+from vllm_osdt.calibration.thresholds import Fallback
+from vllm_osdt.engine.calibrator import Calibrator
+from vllm_osdt.geometry import Canvas
+from vllm_osdt.messages import RecordedStep, RequestSpec, StepReport
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions
+from vllm_osdt.policies import POLICIES
+
+LENGTH, PROMPT_LENGTH = KEY.block_length, 3
+WINDOW = 8
+
+
+def make_calibrator(registry=None, guard=None, is_strict=False):
+    traits = Traits(block_length=LENGTH, mask_token_id=99, is_threshold_strict=is_strict)
+    return Calibrator(registry or ProfileRegistry(), guard, traits)
+
+
+def start(calibrator, req_id, max_tokens=2 * LENGTH, **options):
+    """Plan a request of two blocks for the first time; returns what is decided."""
+    canvas = Canvas(PROMPT_LENGTH, PROMPT_LENGTH + 2 * LENGTH, PROMPT_LENGTH + max_tokens, LENGTH)
+    defaults = {"task": "gsm", "statistic": "q1", "num_calibration_requests": 1}
+    options = DecodingOptions(**defaults | {"block_length": LENGTH, "gen_length": 2 * LENGTH} | options)
+    assignment = calibrator.assign(req_id, RequestSpec(options, canvas), max_tokens)
+    decided = calibrator._decodings[req_id]
+    assert assignment is decided.assignment and assignment.is_recorded == (decided.recorder is not None)
+    return decided
+
+
+def see_step(calibrator, req_id, value):
+    """A worker reports the first step of a request's first block, which unmasked everything."""
+    grid = np.ones((1, LENGTH), dtype=bool)
+    tokens = np.arange(LENGTH)[None]
+    first = np.zeros(1, dtype=np.int64)
+    confidence = np.full((1, LENGTH), value, dtype=np.float32)
+    recorded = RecordedStep([req_id], first, first, confidence, tokens, grid, ~grid, tokens)
+    calibrator.hear(StepReport(recorded=recorded))
+
+
+def enter_blocks(calibrator, req_id, value):
+    """A worker reports the mean confidence at the entry of both blocks."""
+    calibrator.hear(StepReport(entries=[(req_id, block, value) for block in range(2)]))
+
+
+def end(calibrator, *req_ids, failed=()):
+    for req_id in req_ids:
+        calibrator.end(req_id, ended_well=req_id not in failed)
+
+
+def calibrate(calibrator, req_id, value=0.5, **options):
+    """Have a request record one step, and end."""
+    start(calibrator, req_id, **options)
+    see_step(calibrator, req_id, value)
+    end(calibrator, req_id)
+
+
+def take(calibrator):
+    """What is told since the last call: counts by (metric, label), and thresholds by task."""
+    news = calibrator.take_statistics()
+    return sorted(news.get("counts", [])), news.get("thresholds", {})
+
+
+def counts(calibrator, metric):
+    """What was counted of a metric since the last call, by label."""
+    return {label: number for name, label, number in take(calibrator)[0] if name == metric}
+
+
+def static(decided):
+    return POLICIES["static_threshold"].schedule(decided.options, decided.shape).parameters
+
+
+def test_a_task_is_calibrated_by_as_many_requests_as_it_needs():
+    calibrator = make_calibrator()
+    options = {"num_calibration_requests": 2}
+    first, second, third = (start(calibrator, req_id, **options) for req_id in "abc")
+    assert [record.recorder is not None for record in (first, second, third)] == [True, True, False]
+    for record in (first, second, third):
+        assert np.array_equal(record.assignment.schedule.parameters, static(record))
+    see_step(calibrator, "a", 0.2)
+    see_step(calibrator, "b", 0.4)
+    end(calibrator, "a", "b", "c")
+    calibrated = start(calibrator, "d", statistic="mean", **options)
+    assert calibrated.recorder is None and calibrated.profile.num_requests == 2
+    assert calibrated.assignment.schedule.parameters == pytest.approx(0.3, abs=1e-6)
+    assert (calibrated.assignment.schedule.fallback == [[Fallback.NONE] * LENGTH, [Fallback.BLOCK] * LENGTH]).all()
+    told, thresholds = take(calibrator)
+    assert told == [
+        ["calibrations", "made", 1], ["requests", "calibrated", 1], ["requests", "calibrating", 2],
+        ["requests", "static", 1],
+    ]  # fmt: skip
+    decided = (first, second, third, calibrated)
+    assert [record.about.calibrating for record in decided] == [True, True, False, False]
+    assert [record.about.profile for record in (first, calibrated)] == [None, calibrated.profile.profile_id]
+    assert thresholds == {"gsm": pytest.approx(0.3, abs=1e-6)}
+    assert calibrator.take_statistics() == {}
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "osdt"])
+def test_other_policies_take_no_part_in_calibration(policy):
+    calibrator = make_calibrator()
+    calibrate(calibrator, "a")
+    calibrator.take_statistics()
+    record = start(calibrator, "b", policy=policy, steps=2 * LENGTH)
+    assert record.profile is None and record.recorder is None
+    assert calibrator.take_statistics() == {} and calibrator.about("b").policy == policy
+
+
+@pytest.mark.parametrize("options", [{"task": UNDECIDED_TASK}, {"max_tokens": LENGTH - 1}])
+def test_requests_that_say_too_little_of_a_task_do_not_calibrate_it(options):
+    calibrator = make_calibrator()
+    assert start(calibrator, "a", **options).recorder is None
+    assert calibrator.registry.num_calibrating == 0 and counts(calibrator, "requests") == {"static": 1}
+
+
+@pytest.mark.parametrize("failed", [("a",), ()])
+def test_a_request_that_fails_or_records_nothing_leaves_its_place_to_the_next(failed):
+    calibrator = make_calibrator()
+    start(calibrator, "a")
+    if failed:
+        see_step(calibrator, "a", 0.5)
+    end(calibrator, "a", failed=failed)
+    assert calibrator.registry.profiles == {} and counts(calibrator, "calibrations") == {"failed": 1}
+    assert start(calibrator, "b").recorder is not None
+
+
+def test_a_profile_of_fewer_requests_than_asked_for_is_made_anew():
+    calibrator = make_calibrator()
+    calibrate(calibrator, "a")
+    assert start(calibrator, "b").profile is not None
+    more = start(calibrator, "c", num_calibration_requests=3)
+    assert more.profile is None and more.recorder is not None
+
+
+def test_recalibration_replaces_a_profile_that_others_use_meanwhile():
+    calibrator = make_calibrator()
+    calibrate(calibrator, "a", 0.2)
+    again = start(calibrator, "b", recalibrate=True)
+    assert again.recorder is not None and again.profile is None
+    assert start(calibrator, "c").profile is not None
+    see_step(calibrator, "b", 0.6)
+    end(calibrator, "b")
+    assert start(calibrator, "d").assignment.schedule.parameters[0, 0] == pytest.approx(0.6, abs=1e-6)
+
+
+def test_a_pinned_request_uses_its_profile_and_one_that_is_gone_decodes_statically(tmp_path):
+    calibrator = make_calibrator(ProfileRegistry(store=ProfileStore(tmp_path, MODEL)))
+    calibrate(calibrator, "a", 0.2)
+    old = start(calibrator, "b").profile
+    calibrate(calibrator, "c", 0.6, recalibrate=True)
+    pinned = start(calibrator, "d", profile=old.profile_id)
+    assert same(pinned.profile, old) and pinned.recorder is None
+    assert pinned.assignment.schedule.parameters[0, 0] == pytest.approx(0.2, abs=1e-6)
+    calibrator.take_statistics()
+    gone = start(calibrator, "e", profile="0" * 16, task="other")
+    assert gone.profile is None and gone.recorder is None  # nor does it calibrate: it asked for one profile
+    assert np.array_equal(gone.assignment.schedule.parameters, static(gone))
+    assert take(calibrator)[0] == [["fallbacks", "pin", 1], ["requests", "static", 1]]
+
+
+def test_fallbacks_are_counted_by_kind():
+    calibrator = make_calibrator()
+    kinds = np.zeros(len(Fallback), dtype=np.int64)
+    kinds[[Fallback.NONE, Fallback.STEP, Fallback.BLOCK]] = [7, 2, 3]
+    calibrator.hear(StepReport(num_fallbacks=kinds))
+    calibrator.hear(StepReport())
+    assert counts(calibrator, "fallbacks") == {"step": 2, "block": 3}
+    assert counts(calibrator, "fallbacks") == {}
+
+
+def test_a_request_that_is_planned_again_keeps_what_was_decided():
+    calibrator = make_calibrator()
+    first = start(calibrator, "a")
+    assert start(calibrator, "a") is first and calibrator.registry.num_calibrating == 1
+    see_step(calibrator, "a", 0.2)
+    see_step(calibrator, "a", 0.6)  # preempted: its block starts again
+    end(calibrator, "a")
+    assert calibrator.registry.find(KEY).mean_confidence[0, 0] == pytest.approx(0.6)
+
+
+def test_reports_of_requests_that_have_ended_are_passed_over():
+    calibrator = make_calibrator(guard=DriftGuard("warn", WINDOW, 0.03, 0.95))
+    start(calibrator, "a")
+    end(calibrator, "a", failed=["a"])
+    see_step(calibrator, "a", 0.5)
+    enter_blocks(calibrator, "a", 0.5)
+    assert calibrator.registry.profiles == {} and calibrator.about("a").policy is None
+
+
+def test_without_a_guard_nothing_is_watched():
+    calibrator = make_calibrator()
+    calibrate(calibrator, "a")
+    assert not start(calibrator, "b").assignment.is_watched
+    calibrator.guard = DriftGuard("warn", WINDOW, 0.03, 0.95)
+    assert start(calibrator, "c").assignment.is_watched
+
+
+def see(calibrator, number, value, **options):
+    """Requests whose blocks all begin with a mean confidence."""
+    for index in range(number):
+        start(calibrator, f"{value} {index}", **options)
+        enter_blocks(calibrator, f"{value} {index}", value)
+        end(calibrator, f"{value} {index}")
+
+
+@pytest.mark.parametrize("action", ["recalibrate", "warn"])
+def test_a_task_that_drifts_is_reported_and_calibrated_again_only_where_asked_for(action, caplog):
+    calibrator = make_calibrator(guard=DriftGuard(action, WINDOW, 0.03, 0.95))
+    calibrate(calibrator, "a", 0.5)
+    see(calibrator, 2 * WINDOW, 0.5)
+    assert counts(calibrator, "drift") == {}
+    see(calibrator, WINDOW - 1, 0.1)
+    assert counts(calibrator, "drift") == {} and "no longer looks" not in caplog.text
+    see(calibrator, 1, 0.1)
+    assert counts(calibrator, "drift") == {action: 1}
+    assert caplog.text.count("no longer looks") == 1 and ("calibrates again" in caplog.text) == (
+        action == "recalibrate"
+    )
+    assert (start(calibrator, "next").recorder is not None) == (action == "recalibrate")
+    end(calibrator, "next", failed=["next"])
+    if action == "warn":
+        see(calibrator, 3 * WINDOW, 0.1)
+        assert counts(calibrator, "drift") == {}  # once for each profile
+
+
+def test_requests_that_failed_or_calibrate_are_not_watched():
+    calibrator = make_calibrator(guard=DriftGuard("warn", WINDOW, 0.03, 0.95))
+    calibrate(calibrator, "a", 0.5)
+    for index in range(2 * WINDOW):
+        start(calibrator, f"failed {index}")
+        enter_blocks(calibrator, f"failed {index}", 0.1)
+        end(calibrator, f"failed {index}", failed=[f"failed {index}"])
+        start(calibrator, f"again {index}", recalibrate=True)
+        see_step(calibrator, f"again {index}", 0.5)
+        enter_blocks(calibrator, f"again {index}", 0.1)
+        end(calibrator, f"again {index}")
+    assert counts(calibrator, "drift") == {}
+
+
+def test_events_of_the_registry_are_reported_once():
+    calibrator = make_calibrator()
+    calibrator.registry.counts.update({"loaded": 2, "rejected": 0})
+    assert take(calibrator)[0] == [["calibrations", "loaded", 2]]
+    assert calibrator.take_statistics() == {} and +calibrator.registry.counts == Counter()
+
+
+def test_pinned_requests_do_not_speak_for_the_task(tmp_path):
+    calibrator = make_calibrator(
+        ProfileRegistry(store=ProfileStore(tmp_path, MODEL)), DriftGuard("recalibrate", WINDOW, 0.03, 0.95)
+    )
+    calibrate(calibrator, "a", 0.5)
+    pin = calibrator.registry.find(KEY).profile_id
+    see(calibrator, 2 * WINDOW, 0.1, profile=pin)
+    assert counts(calibrator, "drift") == {}
+    see(calibrator, WINDOW, 0.1)
+    assert counts(calibrator, "drift") == {"recalibrate": 1}
+
+
+def test_a_request_of_another_policy_says_nothing_of_the_task():
+    calibrator = make_calibrator(guard=DriftGuard("warn", WINDOW, 0.03, 0.95))
+    calibrate(calibrator, "a", 0.5)
+    for index in range(2 * WINDOW):
+        start(calibrator, f"other {index}", policy="static_threshold")
+        enter_blocks(calibrator, f"other {index}", 0.1)
+        end(calibrator, f"other {index}")
+    assert counts(calibrator, "drift") == {}
+
+
+@pytest.mark.parametrize("policy", ["static_threshold", "osdt"])
+def test_what_equals_a_strict_threshold_does_not_pass(policy):
+    calibrator = make_calibrator()
+    loose = start(calibrator, "a", policy=policy, task="loose")
+    strict = start(make_calibrator(is_strict=True), "b", policy=policy, task="strict")
+    assert strict.key.threshold == loose.key.threshold == 0.9
+    assert (loose.assignment.schedule.parameters == np.float32(0.9)).all()
+    assert (strict.assignment.schedule.parameters == np.nextafter(np.float32(0.9), np.float32(1))).all()

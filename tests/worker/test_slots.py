@@ -1,0 +1,83 @@
+"""What a slot holds of a request, and what its steps count."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+
+from tests.calibration.records import flat
+from vllm_osdt.calibration.profile import Setting
+from vllm_osdt.geometry import Canvas, DecodeShape
+from vllm_osdt.messages import Assignment, RequestSpec
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.policies import POLICIES
+from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.step_plan import plan_step, step_rows
+
+LENGTH, PROMPT = 4, [5, 6, 7]
+
+
+def make_states():
+    return CanvasStates(4, 32, Traits(LENGTH, 99), torch.device("cpu"))
+
+
+def fill(states, slot, req_id, profile=None, **options):
+    """Give a slot to a request of two blocks."""
+    options = DecodingOptions(**{"block_length": LENGTH, "gen_length": 2 * LENGTH, "statistic": "q1"} | options)
+    canvas = Canvas(len(PROMPT), len(PROMPT) + 2 * LENGTH, len(PROMPT) + 2 * LENGTH, LENGTH)
+    setting = Setting(options.granularity, options.statistic, options.record, options.risk)
+    thresholds = None if profile is None else profile.thresholds(setting)
+    schedule = POLICIES[options.policy].schedule(options, DecodeShape(2, LENGTH), thresholds)
+    new = SimpleNamespace(
+        req_id=req_id, sampling_params=SamplingParams(temperature=0.0), prefill_token_ids=PROMPT, prompt_len=len(PROMPT)
+    )
+    states.add(slot, new, RequestSpec(options, canvas), Assignment(schedule))
+
+
+def step(states, slot, block=0):
+    """Plan one denoising step of a request."""
+    slots = np.array([slot])
+    first, num_drafts = np.array([len(PROMPT) + block * LENGTH]), np.array([LENGTH], dtype=np.int32)
+    return plan_step(states, step_rows(states, slots, first, np.array([LENGTH]), num_drafts, np.array([False])))
+
+
+def counted(states):
+    """Steps by kind of fallback since the last call."""
+    found = states.take_fallbacks()
+    return None if found is None else found.tolist()
+
+
+def test_fallbacks_are_counted_by_denoising_step_and_told_once():
+    states, profile = make_states(), flat(0.5)  # one block, one step
+    fill(states, 0, "a", profile, granularity="step_block")
+    for block in (0, 0, 0, 1):
+        step(states, 0, block)
+    assert counted(states) == [1, 1, 2, 0]  # none, block, step, cell
+    states.free_slot("a")  # preempted: its slot is another's before it comes back
+    fill(states, 0, "b", profile, granularity="block")
+    step(states, 0)
+    fill(states, 1, "a", profile, granularity="step_block")
+    for _ in range(2):
+        step(states, 1, 1)
+    assert counted(states) == [1, 2, 0, 0]
+    assert counted(states) is None
+
+
+def test_cells_without_a_threshold_are_counted_too():
+    states = make_states()
+    fill(states, 0, "a", flat(0.5, num_requests=32), statistic="conformal", risk=0.01)
+    for _ in range(3):
+        step(states, 0)
+    assert counted(states) == [0, 0, 0, 3]
+
+
+def test_a_slot_holds_prompt_and_masks_and_is_empty_when_it_is_free():
+    states = make_states()
+    fill(states, 2, "a", threshold=0.5, policy="static_threshold")
+    assert states.token_ids[2, : len(PROMPT) + 2 * LENGTH].tolist() == [*PROMPT, *[99] * 2 * LENGTH]
+    assert (states.host.parameters[2, : 2 * LENGTH] == 0.5).all() and states.host.block_length[2] == LENGTH
+    states.free_slot("a")
+    states.free_slot("a")  # ended after it was preempted
+    assert states.host.block_length[2] == states.host.canvas_end[2] == 0

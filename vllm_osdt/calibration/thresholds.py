@@ -1,0 +1,126 @@
+"""Recorded confidences -> thresholds; pure functions of NumPy arrays.
+
+Source: OSDT (arXiv 2511.02077), CALIBRATE. The paper's text does not settle what is recorded, the quantile method or
+what holds beyond the recorded steps; ours: all masked positions by default, linear quantiles, and the fallbacks of
+:func:`calibrate`.
+
+Ours: the statistic ``conformal``, split conformal prediction over requests (Vovk, Gammerman and Shafer 2005;
+Angelopoulos and Bates, arXiv 2107.07511, section 1). A request's score in a block is the highest confidence of a
+*wrong* proposal: a masked position whose best token is not the one that the calibration finally put there. With k
+requests that reached the block, T is the ceil((k + 1)(1 - risk))-th smallest score. The score of one more exchangeable
+request exceeds T with probability at most ``risk``, so at most that share of requests would see a wrong proposal pass
+in the block, judged along the calibration's own steps.
+"""
+
+import math
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+
+def min_whisker(samples: np.ndarray) -> float:
+    """Lower whisker of the box plot: the smallest sample that is >= Q1 - 1.5 (Q3 - Q1)."""
+    q1, q3 = np.quantile(samples, (0.25, 0.75))
+    return float(samples[samples >= q1 - 1.5 * (q3 - q1)].min())
+
+
+STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
+    "mean": lambda samples: float(samples.mean()),
+    "q1": lambda samples: float(np.quantile(samples, 0.25)),
+    "q2": lambda samples: float(np.quantile(samples, 0.5)),
+    "q3": lambda samples: float(np.quantile(samples, 0.75)),
+    "min_whisker": min_whisker,
+}
+CONFORMAL = "conformal"
+DEFAULT_RISK = 0.04
+
+
+class Fallback(IntEnum):
+    """Where a threshold comes from when not from samples of its own."""
+
+    NONE = 0
+    BLOCK = 1  # a block beyond the profile: its last block
+    STEP = 2  # a step beyond those recorded in the block: the last of them
+    CELL = 3  # no sample, or for conformal too few requests: the block's value, or the static threshold
+
+
+class Thresholds(NamedTuple):
+    """A calibrated table.
+
+    Attributes:
+        values: T, float32 ``[blocks, steps]``; NaN where nothing is known and the static threshold holds.
+        fallback: int8, same shape, of :class:`Fallback`.
+    """
+
+    values: np.ndarray
+    fallback: np.ndarray
+
+
+def conformal(scores: np.ndarray, risk: float) -> float:
+    """The ceil((k + 1)(1 - risk))-th smallest of k scores, NaN when k is too small for the risk."""
+    rank = math.ceil((scores.size + 1) * (1 - risk) - 1e-9)
+    return float(np.sort(scores)[rank - 1]) if 1 <= rank <= scores.size else math.nan
+
+
+def num_requests_needed(risk: float) -> int:
+    """The fewest requests k from which ``conformal`` gives a threshold: ceil((k + 1)(1 - risk)) <= k."""
+    return math.ceil(1 / risk - 1e-9) - 1
+
+
+def calibrate(
+    confidence: np.ndarray, wrong: np.ndarray | None, granularity: str, statistic: str, risk: float = DEFAULT_RISK
+) -> Thresholds:
+    """Thresholds T of recorded sequences.
+
+    Args:
+        confidence: float ``[requests, blocks, steps, positions]``, NaN where nothing was recorded. A block's steps are
+            recorded from the first on; a block without a record in any request ends the table.
+        wrong: bool, same shape: the proposal was not the token finally chosen. Read by ``conformal`` alone.
+        granularity: ``block`` (one T per block, over all its steps) or ``step_block``.
+        statistic: Name in :data:`STATISTICS`, or ``conformal``. Samples of all requests are pooled; ``conformal`` has
+            one score for each request.
+        risk: Of ``conformal``, in (0, 1).
+
+    Returns:
+        ``[recorded blocks, steps]``. With ``step_block``, steps beyond the last recorded one of a block repeat it,
+        and a recorded step without a sample (or, for ``conformal``, with too few requests) has the block's value.
+
+    Raises:
+        ValueError: The first block holds no sample.
+    """
+    num_steps = confidence.shape[2]
+    values, fallbacks = [], []
+    for block in range(confidence.shape[1]):
+        seen = confidence[:, block].astype(np.float64)  # [requests, steps, positions]
+        recorded = ~np.isnan(seen)
+        if not recorded.any():
+            break
+        bad = None if wrong is None else wrong[:, block]
+        value = _threshold(seen, bad, statistic, risk)
+        row = np.full(num_steps, value, dtype=np.float32)
+        kinds = np.full(num_steps, Fallback.CELL if math.isnan(value) else Fallback.NONE, dtype=np.int8)
+        if granularity == "step_block":
+            last = int(np.flatnonzero(recorded.any(axis=(0, 2)))[-1])
+            for step in range(last + 1):
+                own = _threshold(seen[:, [step]], None if bad is None else bad[:, [step]], statistic, risk)
+                kinds[step] = Fallback.CELL if math.isnan(own) else Fallback.NONE
+                row[step] = value if math.isnan(own) else own
+            row[last + 1 :], kinds[last + 1 :] = row[last], Fallback.STEP
+        values.append(row)
+        fallbacks.append(kinds)
+    if not values:
+        raise ValueError("Nothing was recorded in the first block; a profile needs at least one denoising step.")
+    return Thresholds(np.stack(values), np.stack(fallbacks))
+
+
+def _threshold(confidence: np.ndarray, wrong: np.ndarray | None, statistic: str, risk: float) -> float:
+    """The statistic of ``[requests, steps, positions]``; NaN where there are no samples, or too few requests."""
+    recorded = ~np.isnan(confidence)
+    if statistic != CONFORMAL:
+        samples = confidence[recorded]
+        return STATISTICS[statistic](samples) if samples.size else math.nan
+    assert wrong is not None
+    scores = np.where(wrong & recorded, confidence, 0.0).max(axis=(1, 2))
+    return conformal(scores[recorded.any(axis=(1, 2))], risk)

@@ -1,4 +1,0 @@
-"""What lets vLLM's Model Runner V2 run without a GPU: a Triton backend entry, and native twins of its kernels.
-
-Importing this package imports nothing else: `import triton` reaches it in every process.
-"""

@@ -1,0 +1,243 @@
+"""Where a threshold is decided: gives each request its schedule, makes profiles of what is recorded, runs the guard.
+
+The scheduler asks for an :class:`Assignment` when it first plans a request, tells what a step reported, and how a
+request ended. Everything here is NumPy on the engine core's host; workers fill slots, decide positions and report.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_osdt.calibration.guard import DriftGuard
+from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Setting
+from vllm_osdt.calibration.recording import Recorder
+from vllm_osdt.calibration.registry import ProfileRegistry
+from vllm_osdt.calibration.store import open_store
+from vllm_osdt.calibration.thresholds import Fallback
+from vllm_osdt.engine.canvas_plan import decides_first_alone
+from vllm_osdt.engine.statistics import About, EngineStatistics
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, server_options
+from vllm_osdt.policies import POLICIES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
+
+_COUNTED = (Fallback.BLOCK, Fallback.STEP, Fallback.CELL)
+
+
+@dataclass
+class _Decoding:
+    """What holds for a request until it ends, across preemption."""
+
+    options: DecodingOptions
+    key: ProfileKey
+    shape: DecodeShape
+    about: About
+    assignment: Assignment
+    profile: CalibrationProfile | None = None
+    recorder: Recorder | None = None
+    entries: dict[int, float] = field(default_factory=dict)  # mean confidence at block entry, by block
+
+
+def setting_of(options: DecodingOptions) -> Setting:
+    """How a request's thresholds are made from a profile."""
+    return Setting(options.granularity, options.statistic, options.record, options.risk)
+
+
+class Calibrator:
+    """The schedules, profiles and guard of one engine.
+
+    Args:
+        registry: The engine's profiles.
+        guard: What watches them; None without.
+        traits: Of the model.
+    """
+
+    def __init__(self, registry: ProfileRegistry, guard: DriftGuard | None, traits: Traits) -> None:
+        self.registry = registry
+        self.guard = guard
+        self.statistics = EngineStatistics()
+        self._traits = traits
+        self._decodings: dict[str, _Decoding] = {}
+
+    @classmethod
+    def of_engine(cls, vllm_config: "VllmConfig") -> "Calibrator":
+        """The calibrator that an engine's operator asks for."""
+        options = server_options(vllm_config)
+        store = open_store(options.profile_dir, vllm_config)
+        guard = None
+        if options.drift != "off":
+            guard = DriftGuard(
+                options.drift, options.drift_window, options.drift_gap, options.drift_cosine, options.max_profiles
+            )
+        registry = ProfileRegistry(options.max_profiles, store)
+        return cls(registry, guard, vllm_config.model_config.hf_config.traits)
+
+    def assign(self, req_id: str, spec: RequestSpec, max_tokens: int) -> Assignment:
+        """The schedule of a request and its part in calibration; decided once, when it is first planned.
+
+        Args:
+            req_id: Its id.
+            spec: As admission made it.
+            max_tokens: Output tokens that it may get.
+        """
+        found = self._decodings.get(req_id)
+        if found is None:
+            found = self._decodings[req_id] = self._decide(req_id, spec, max_tokens)
+        return found.assignment
+
+    def _decide(self, req_id: str, spec: RequestSpec, max_tokens: int) -> _Decoding:
+        options, canvas = spec.options, spec.canvas
+        policy = POLICIES[options.policy]
+        shape = DecodeShape(
+            canvas.num_blocks,
+            canvas.block_length,
+            options.sub_block_length,
+            decides_first_alone(spec, self._traits),
+            self._traits.is_threshold_strict,
+        )
+        key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
+        profile, recorder = None, None
+        if policy.calibrates:
+            profile = self._find_profile(options, key)
+            is_own = options.profile is None and options.task is not None
+            if is_own and self._calibrates(req_id, options, key, max_tokens, profile):
+                profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
+            kind = "calibrated" if profile else "calibrating" if recorder else "static"
+            self.statistics.counts["requests", kind] += 1
+        thresholds = None if profile is None else profile.thresholds(setting_of(options))
+        schedule = policy.schedule(options, shape, thresholds)
+        if profile is not None:
+            self.statistics.uses(key.task, profile.profile_id, float(schedule.parameters.mean()))
+        about = About(
+            options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
+        )
+        is_watched = self.guard is not None and profile is not None and options.profile is None
+        assignment = Assignment(schedule, is_recorded=recorder is not None, is_watched=is_watched)
+        return _Decoding(options, key, shape, about, assignment, profile, recorder)
+
+    def _find_profile(self, options: DecodingOptions, key: ProfileKey) -> CalibrationProfile | None:
+        if options.profile is not None:
+            profile = self.registry.find_pinned(key.task, options.profile)
+            if profile is None:
+                self.statistics.counts["fallbacks", "pin"] += 1
+            return profile
+        return None if options.task is None else self.registry.find(key, options.num_calibration_requests)
+
+    def _calibrates(
+        self, req_id: str, options: DecodingOptions, key: ProfileKey, max_tokens: int, profile: Any
+    ) -> bool:
+        """Whether a request is recorded. One that ends within its first block says too little of a task."""
+        if max_tokens < options.block_length or options.task == UNDECIDED_TASK:
+            return False
+        if profile is not None and not options.recalibrate:
+            return False
+        return self.registry.claim(key, req_id, options.num_calibration_requests)
+
+    def about(self, req_id: str) -> About:
+        """How a request is decoded."""
+        found = self._decodings.get(req_id)
+        return About() if found is None else found.about
+
+    def hear(self, report: StepReport) -> None:
+        """Take in what a step reported."""
+        for req_id, block, confidence in report.entries:
+            if req_id in self._decodings:
+                self._decodings[req_id].entries[block] = confidence
+        if report.num_fallbacks is not None:
+            for kind in _COUNTED:
+                if report.num_fallbacks[kind]:
+                    self.statistics.counts["fallbacks", kind.name.lower()] += int(report.num_fallbacks[kind])
+        if report.recorded is not None:
+            self._record(report.recorded)
+
+    def _record(self, recorded: RecordedStep) -> None:
+        for row, req_id in enumerate(recorded.req_ids):
+            found = self._decodings.get(req_id)
+            if found is not None and found.recorder is not None:
+                length = found.shape.block_length
+                grids = (values[row, :length] for values in recorded[3:])
+                found.recorder.add(int(recorded.block[row]), int(recorded.step[row]), *grids)
+
+    def end(self, req_id: str, *, ended_well: bool) -> None:
+        """A request has ended. A calibration that went well is delivered; an aborted or failed one is not, and another
+        request takes its place."""
+        found = self._decodings.pop(req_id, None)
+        if found is None:
+            return
+        if found.recorder is not None:
+            self._end_calibration(req_id, found, ended_well)
+        elif found.assignment.is_watched and ended_well:
+            self._watch(found)
+
+    def _end_calibration(self, req_id: str, found: _Decoding, ended_well: bool) -> None:
+        assert found.recorder is not None
+        options, recording = found.options, found.recorder.recording()
+        if not ended_well or recording.is_empty:
+            self.registry.release(found.key, req_id)
+            return
+        profile = self.registry.deliver(found.key, req_id, recording, options.num_calibration_requests)
+        if profile is not None:
+            schedule = POLICIES[options.policy].schedule(options, found.shape, profile.thresholds(setting_of(options)))
+            before, after = profile.expected_forwards(schedule.parameters)
+            logger.info(
+                "Calibrated task %r on %d requests (profile %s): thresholds by block %s; about %.1f -> %.1f forwards "
+                "a request expected.",
+                found.key.task,
+                profile.num_requests,
+                profile.profile_id,
+                " ".join(f"{value:.2f}" for value in schedule.parameters[:, 0]),
+                before,
+                after,
+            )
+
+    def _watch(self, found: _Decoding) -> None:
+        """Compare what a request saw with the profile it used."""
+        assert self.guard is not None and found.profile is not None
+        profile = found.profile
+        drift = self.guard.observe(profile, _by_block(found.entries.items(), found.shape.num_blocks))
+        if drift is None:
+            return
+        self.statistics.counts["drift", self.guard.action] += 1
+        logger.warning(
+            "Task %r no longer looks like its profile %s: over %d requests, confidence at block entry differs by "
+            "%.3f and has cosine %.3f with it. %s",
+            found.key.task,
+            profile.profile_id,
+            drift.num_requests,
+            drift.gap,
+            drift.cosine,
+            "It calibrates again." if self.guard.action == "recalibrate" else "",
+        )
+        if self.guard.action == "recalibrate":
+            self.registry.mark_stale(profile)
+
+    def profiles(self) -> list[dict[str, Any]]:
+        """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`); all are on disk when
+        this returns, where there is a store."""
+        self.registry.flush()
+        return [profile.as_dict() for profile in self.registry.profiles.values()]
+
+    def take_statistics(self) -> dict[str, Any]:
+        """The news since the last call."""
+        for label, number in self.registry.counts.items():
+            if number:
+                self.statistics.counts["calibrations", label] += number
+        self.registry.counts.clear()
+        return self.statistics.take()
+
+
+def _by_block(entries: Iterable[tuple[int, float]], num_blocks: int) -> np.ndarray:
+    """Mean confidence at block entry, float32 ``[num_blocks]``, NaN where a block was not entered."""
+    table = np.full(num_blocks, np.nan, dtype=np.float32)
+    for block, confidence in entries:
+        table[block] = confidence
+    return table

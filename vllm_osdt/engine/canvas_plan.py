@@ -1,0 +1,207 @@
+"""Which rows of a request run next: one plan for each kind of attention, both for the same scheduler.
+
+A step of a request is described by the position where its rows start, how many rows follow, how many of them, from the
+last, are drafts (canvas from the active block's first position on), and what the step decides.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from vllm_osdt.engine.cache_modes import BlockState, CacheMode, cache_mode_of
+from vllm_osdt.geometry import Canvas
+from vllm_osdt.messages import Decides, RequestSpec
+from vllm_osdt.models.traits import Traits
+
+
+class Rows(NamedTuple):
+    """One step of one request."""
+
+    start: int
+    num_rows: int
+    num_drafts: int
+    decides: Decides = Decides.BLOCK
+
+    @property
+    def end(self) -> int:
+        """The position behind the last row."""
+        return self.start + self.num_rows
+
+
+class CanvasPlan(Protocol):
+    """What the scheduler knows of a request's canvas.
+
+    ``num_tokens`` is always prompt plus committed tokens; the active block begins there.
+    """
+
+    pages_end: int  # the position up to which the request has KV pages
+
+    @property
+    def block_length(self) -> int:
+        """Positions denoised together."""
+        ...
+
+    def admit(self, num_cached: int) -> None:
+        """The request starts, or resumes, with the keys and values of that many positions."""
+
+    def next_rows(self, num_tokens: int, budget: int) -> Rows | None:
+        """The next step in at most ``budget`` rows; None when it must wait for more."""
+
+    def schedule(self, num_tokens: int, rows: Rows) -> None:
+        """These rows run."""
+
+    def pages_needed(self, rows: Rows) -> int:
+        """The position up to which KV pages are to be had before these rows run."""
+
+    def hear(self, mean_confidence: float) -> None:
+        """The mean confidence of the last step's masked positions, where the cache mode asks for it."""
+
+    @property
+    def num_final(self) -> int:
+        """Positions, from the first, whose keys and values depend on nothing that may still change."""
+
+
+@dataclass(slots=True)
+class FullAttentionPlan:
+    """Every position sees the whole canvas (LLaDA, Dream), so keys and values are approximations to be refreshed.
+
+    A step is planned whole or not at all.
+
+    Attributes:
+        canvas: Prompt end, canvas end and block length.
+        mode: When to refresh, and which rows the other steps compute.
+        decides_first_alone: Whether a block's first step decides its first position alone: with shifted logits and a
+            cache, later steps do not compute the row before the block.
+        block_start: First position of the block of the last step, -1 before the first step.
+        refreshed_block: Index of the block of the last refresh, -1 before the first one.
+        was_refresh: Whether the last step was one.
+        mean_confidence: See ``cache_modes.BlockState``.
+        pages_end: See ``CanvasPlan``.
+    """
+
+    canvas: Canvas
+    mode: CacheMode
+    decides_first_alone: bool = False
+    block_start: int = -1
+    refreshed_block: int = -1
+    was_refresh: bool = False
+    mean_confidence: float = 1.0
+    pages_end: int = 0
+
+    @property
+    def block_length(self) -> int:
+        """Positions denoised together."""
+        return self.canvas.block_length
+
+    def admit(self, num_cached: int) -> None:
+        """Pages of other requests are of no use."""
+        assert num_cached == 0
+        self.block_start = self.refreshed_block = -1
+        self.pages_end = 0
+
+    def next_rows(self, num_tokens: int, budget: int) -> Rows | None:
+        """See ``CanvasPlan``."""
+        is_entry = self.block_start != num_tokens
+        state = BlockState(
+            self.canvas, num_tokens, is_entry, self.refreshed_block, self.was_refresh, self.mean_confidence
+        )
+        start, end = self.mode.next_rows(state)
+        if end - start > budget:
+            return None
+        decides = Decides.FIRST_POSITION if is_entry and self.decides_first_alone else Decides.BLOCK
+        return Rows(start, end - start, end - num_tokens, decides)
+
+    def schedule(self, num_tokens: int, rows: Rows) -> None:
+        """See ``CanvasPlan``."""
+        self.block_start = num_tokens
+        self.was_refresh = rows.start == 0
+        self.mean_confidence = 1.0
+        if self.was_refresh:
+            self.refreshed_block = self.canvas.block_index(num_tokens)
+
+    def pages_needed(self, rows: Rows) -> int:
+        """All from the start: the first refresh writes them all."""
+        return self.canvas.end
+
+    def hear(self, mean_confidence: float) -> None:
+        """See ``CanvasPlan``."""
+        self.mean_confidence = mean_confidence
+
+    @property
+    def num_final(self) -> int:
+        """None: a prompt's keys and values depend on the canvas."""
+        return 0
+
+
+@dataclass(slots=True)
+class BlockCausalPlan:
+    """A position sees the blocks up to its own (SDAR, LLaDA2, Fast-dLLM v2), so a finished block's keys and values are
+    exact and stay.
+
+    Blocks lie on a grid from position 0; the prompt's last, incomplete block is part of the first active one, and is
+    computed with it. A prompt is computed in whole blocks, as many as fit. With ``is_fused`` the step that writes the
+    final keys and values of a finished block is also the first denoising step of the next one. Where logits are shifted
+    (Fast-dLLM v2), that step gives the next block's first token instead.
+
+    Attributes:
+        block_length: Positions denoised together.
+        is_fused: See above; otherwise a finished block has a step of its own.
+        is_shifted: Whether a position is predicted from the logits at the one before it.
+        num_final: See ``CanvasPlan``; a multiple of ``block_length``.
+        pages_end: See ``CanvasPlan``.
+    """
+
+    block_length: int
+    is_fused: bool
+    is_shifted: bool = False
+    num_final: int = 0
+    pages_end: int = 0
+
+    def admit(self, num_cached: int) -> None:
+        """See ``CanvasPlan``; hits end at block boundaries."""
+        assert num_cached % self.block_length == 0
+        self.num_final, self.pages_end = num_cached, 0
+
+    def next_rows(self, num_tokens: int, budget: int) -> Rows | None:
+        """See ``CanvasPlan``."""
+        start, block = self.num_final, self._block_of(num_tokens)
+        end = block + self.block_length
+        asks_first = self.is_shifted and num_tokens == block
+        if end - start <= budget and (start == block or self.is_fused and not asks_first):
+            return Rows(start, end - start, end - num_tokens)
+        num_rows = min(budget, block - start) // self.block_length * self.block_length
+        if not num_rows:
+            return None
+        is_first = asks_first and start + num_rows == block
+        return Rows(start, num_rows, 0, Decides.FIRST_POSITION if is_first else Decides.NOTHING)
+
+    def schedule(self, num_tokens: int, rows: Rows) -> None:
+        """See ``CanvasPlan``."""
+        self.num_final = min(rows.end, self._block_of(num_tokens))
+
+    def pages_needed(self, rows: Rows) -> int:
+        """Pages are taken as the request grows."""
+        return rows.end
+
+    def hear(self, mean_confidence: float) -> None:
+        """Nothing: finished blocks need no refresh."""
+
+    def _block_of(self, position: int) -> int:
+        return position // self.block_length * self.block_length
+
+
+def make_plan(spec: RequestSpec, traits: Traits, *, is_fused: bool) -> CanvasPlan:
+    """The plan of a request.
+
+    Args:
+        spec: As admission made it.
+        traits: Of the model.
+        is_fused: The operator's ``fused_commit``.
+    """
+    if traits.is_block_causal:
+        return BlockCausalPlan(spec.canvas.block_length, is_fused, traits.logits_shift > 0)
+    return FullAttentionPlan(spec.canvas, cache_mode_of(spec.options), decides_first_alone(spec, traits))
+
+
+def decides_first_alone(spec: RequestSpec, traits: Traits) -> bool:
+    """Whether a block's first step decides its first position alone (see the plans)."""
+    return traits.logits_shift > 0 and spec.options.cache_mode != "none"

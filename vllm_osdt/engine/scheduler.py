@@ -1,0 +1,263 @@
+"""Plans the rows of canvas requests, by their ``CanvasPlan``.
+
+vLLM's scheduler keeps queues, KV pages, preemption, stop conditions and metrics. Rows of the canvas travel as
+speculative placeholders, the way vLLM's own diffusion models do; rows start at ``num_computed_tokens``.
+"""
+
+import sys
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_osdt.engine.calibrator import Calibrator
+from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
+from vllm_osdt.engine.engine_config import describe_engine
+from vllm_osdt.engine.statistics import describe, num_forwards
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.host.compat import patch_page_allocation
+from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, RequestSpec, StepReport
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import server_options
+
+logger = init_logger("vllm.vllm_osdt.engine.scheduler")
+
+
+def _ended_well(request: Request) -> bool:
+    """Whether a finished request was decoded to its end. A match of a stop string reaches the engine as an abort, so
+    a request that has stop strings counts once it has output."""
+    if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+        return True
+    return (
+        request.status == RequestStatus.FINISHED_ABORTED
+        and bool(request.sampling_params.stop)
+        and request.num_output_tokens > 0
+    )
+
+
+class CanvasScheduler(Scheduler):
+    """vLLM's scheduler for models that denoise a canvas; a request's ``CanvasPlan`` says which of its rows run.
+
+    It plans a step when the last one's outcome is known: the rows of a step depend on whether a block is finished.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Counters by number of accepted tokens: a request may have longer blocks than the served default.
+        self.num_spec_tokens = MAX_BLOCK_LENGTH
+        logger.info("%s", describe_engine(self.vllm_config))
+        self.calibrator = Calibrator.of_engine(self.vllm_config)
+        self._is_fused = server_options(self.vllm_config).fused_commit
+        self._traits: Traits = self.vllm_config.model_config.hf_config.traits
+        # vLLM would apply it to a canvas too.
+        self._long_prefill_threshold = self.scheduler_config.long_prefill_token_threshold
+        self.scheduler_config.long_prefill_token_threshold = 0
+        self._max_rows = sys.maxsize  # of a request in the step that is being planned, beyond two blocks
+        self._placeholders = [-1] * self.max_model_len
+        self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
+        self._rows: dict[str, Rows] = {}  # of the step that is being planned
+        self._room = 0  # rows of it that are left
+        self._allocate_slots = patch_page_allocation(self.kv_cache_manager, self._allocate_for_rows)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request, with vLLM's per-request speculative metrics on: their steps are the request's NFE. (The
+        engine argument that turns them on is refused without a speculative config.)"""
+        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._plan(request).block_length)
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Plan one engine step (see the class)."""
+        self._room = self.max_num_scheduled_tokens
+        self._max_rows = self._rows_of_a_long_prompt()
+        self._rows.clear()
+        order = self.running
+        waited, self._postponed = self._postponed, {}
+        if waited:
+            order = sorted(order, key=lambda request: -waited.get(request.request_id, 0))
+        for request in order:
+            if not self._plan_step(request):
+                self._postponed[request.request_id] = waited.get(request.request_id, 0) + 1
+        output = super().schedule(throttle_prefills)
+        step = CanvasStep()
+        for new in output.scheduled_new_reqs:  # or resumed
+            request = self.requests[new.req_id]
+            step.assignments[new.req_id] = self.calibrator.assign(
+                new.req_id, self._spec(request), request.sampling_params.max_tokens
+            )
+        if self._traits.logits_shift:
+            step.first_position = frozenset(
+                req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
+            )
+        setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
+        return output
+
+    def _spec(self, request: Request) -> RequestSpec:
+        spec: RequestSpec | None = getattr(request, "canvas_spec", None)
+        if spec is None:
+            spec = request.canvas_spec = RequestSpec.of(request.sampling_params)
+        assert spec is not None
+        return spec
+
+    def _plan(self, request: Request) -> CanvasPlan:
+        plan = getattr(request, "canvas_plan", None)
+        if plan is None:
+            plan = request.canvas_plan = make_plan(self._spec(request), self._traits, is_fused=self._is_fused)
+        return plan
+
+    def _rows_of_a_long_prompt(self) -> int:
+        """vLLM's rule: ``long_prefill_token_threshold``, or a request's share of the step, if others want some."""
+        num_requests = sum(self.get_request_counts())
+        if not self._long_prefill_threshold or num_requests < 2:
+            return sys.maxsize
+        if not self.adaptive_long_prefill_threshold:
+            return self._long_prefill_threshold
+        return max(self._long_prefill_threshold, self.scheduler_config.max_num_batched_tokens // num_requests)
+
+    def _next_rows(self, request: Request) -> Rows | None:
+        plan = self._plan(request)
+        return plan.next_rows(request.num_tokens, min(self._room, max(self._max_rows, 2 * plan.block_length)))
+
+    def _plan_step(self, request: Request) -> bool:
+        """Set which rows of a running request are next; False when they must wait for room."""
+        rows = self._next_rows(request)
+        if rows is None:
+            # schedule() counts current_step up before it looks at this.
+            request.next_decode_eligible_step = self.current_step + 2
+            return False
+        self._room -= rows.num_rows
+        self._rows[request.request_id] = rows
+        # schedule() takes num_tokens + spec_token_ids + num_output_placeholders - num_computed_tokens rows; the
+        # placeholders of asynchronous outputs, of which there are none, make up for a step that ends before num_tokens.
+        request.num_computed_tokens = rows.start
+        request.spec_token_ids = self._placeholders[: rows.num_drafts]
+        request.num_output_placeholders = rows.end - request.num_tokens - rows.num_drafts
+        return True
+
+    def _allocate_for_rows(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        """Give a request the KV pages of its planned rows; plan those of one that starts or resumes."""
+        plan, is_new = self._plan(request), request.status != RequestStatus.RUNNING
+        if is_new:
+            if not self._has_place_for_adapter(request):
+                return None
+            plan.admit(request.num_computed_tokens + kwargs["num_new_computed_tokens"])
+            rows = self._next_rows(request)
+            if rows is None:
+                return None
+        else:
+            rows = self._rows[request.request_id]
+        pages = self.kv_cache_manager.empty_kv_cache_blocks
+        if rows.end > plan.pages_end:
+            kwargs["delay_cache_blocks"] = True  # drafts are among its tokens
+            end = plan.pages_needed(rows)
+            pages = self._allocate_slots(request, end - rows.start, *args, **kwargs)
+            if pages is None:
+                return None
+            plan.pages_end = end
+        if is_new:
+            self._room -= rows.num_rows
+            self._rows[request.request_id] = rows
+        plan.schedule(request.num_tokens, rows)
+        if is_new:  # for others of this step; nothing can take its rows from it any more
+            self.kv_cache_manager.cache_blocks(request, plan.num_final)
+        return pages
+
+    def _has_place_for_adapter(self, request: Request) -> bool:
+        """vLLM counts adapters of requests that run in this step; some of ours wait for room, and run in the next."""
+        if request.lora_request is None:
+            return True
+        adapters = {one.lora_request.lora_int_id for one in self.running if one.lora_request is not None}
+        return len(adapters | {request.lora_request.lora_int_id}) <= self.lora_config.max_loras
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Put the planned rows of newly admitted requests in place of the prompt alone."""
+        num_scheduled = scheduler_output.num_scheduled_tokens
+        for req_id in self._rows:  # planned, though perhaps preempted since
+            self.requests[req_id].num_output_placeholders = 0
+        if self.kv_cache_manager.enable_caching:
+            # Not earlier: a request that comes later in the step may preempt one that was to run.
+            for request in map(self.requests.__getitem__, num_scheduled):
+                self.kv_cache_manager.cache_blocks(request, self._plan(request).num_final)
+        for req_id in num_scheduled:
+            rows = self._rows[req_id]
+            scheduler_output.total_num_scheduled_tokens += rows.num_rows - num_scheduled[req_id]
+            num_scheduled[req_id] = rows.num_rows
+            if rows.num_drafts:
+                scheduler_output.scheduled_spec_decode_tokens[req_id] = self._placeholders[: rows.num_drafts]
+        super()._update_after_schedule(scheduler_output)
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Nothing: the next step's placeholders are planned by :meth:`schedule`."""
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> SpecDecodingStats | None:
+        """vLLM's counters by position end at ``num_spec_tokens``; canvas rows beyond it count in the sum alone."""
+        counted = min(num_draft_tokens, self.num_spec_tokens)
+        stats = super().make_spec_decoding_stats(spec_decoding_stats, counted, *args, **kwargs)
+        if stats is not None:
+            stats.num_draft_tokens += num_draft_tokens - counted
+        return stats
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """As vLLM does. Every output, not only an engine's last, says how its request is decoded and how many forwards
+        it has taken so far: the front end may end the request at a stop string."""
+        report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
+        if report is not None:
+            self.calibrator.hear(report)
+            for req_id, confidence in report.mean_confidence.items():
+                if req_id in self.requests:
+                    self._plan(self.requests[req_id]).hear(confidence)
+        requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
+        about = {req_id: self.calibrator.about(req_id) for req_id in requests}
+        self._count_commits(scheduler_output, requests)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client in outputs.values():
+            for output in client.outputs:
+                request = requests.get(output.request_id)
+                if request is not None and request.spec_decode_metrics is not None:
+                    output.spec_decode_metrics = request.spec_decode_metrics
+                    output.kv_transfer_params = {KEY: describe(request, about[output.request_id])}
+        return outputs
+
+    def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
+        """Count the forwards that write a finished block's keys and values and have no drafts, which vLLM counts."""
+        if len(scheduler_output.scheduled_spec_decode_tokens) == len(scheduler_output.num_scheduled_tokens):
+            return
+        for req_id, request in requests.items():
+            is_generated = request.num_computed_tokens > request.num_prompt_tokens
+            is_counted = is_generated or req_id in getattr(scheduler_output, CANVAS_STEP).first_position
+            if req_id not in scheduler_output.scheduled_spec_decode_tokens and is_counted:
+                request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's, with what happened to profiles and requests since the last ones."""
+        stats = super().make_stats(*args, **kwargs)
+        news = self.calibrator.take_statistics()
+        if stats is not None and news:
+            stats.kv_connector_stats = {KEY: news}
+        return stats
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        ended_well = _ended_well(request)
+        if ended_well:
+            about = self.calibrator.about(request.request_id)
+            self.calibrator.statistics.ended(about, num_forwards(request), request.num_output_tokens)
+        self.calibrator.end(request.request_id, ended_well=ended_well)
+        return super()._free_request(request, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        """As vLLM does, once every profile is on disk."""
+        self.calibrator.registry.flush()
+        super().shutdown()

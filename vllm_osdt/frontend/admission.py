@@ -1,0 +1,368 @@
+"""What happens to a request before it enters the engine: refuse what cannot be honoured, resolve its options.
+
+Runs in the front-end process, so a refusal (ValueError offline, HTTP 400) never reaches the engine.
+"""
+
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from vllm_osdt.calibration.profile import ProfileKey
+from vllm_osdt.calibration.store import ProfileStore, open_store
+from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.frontend.auto_task import AutoTasks
+from vllm_osdt.geometry import Canvas, Limits
+from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
+from vllm_osdt.options import (
+    AUTO_TASK,
+    PREFIX,
+    DecodingOptions,
+    canvas_limits,
+    default_decoding_options,
+    parse_options,
+    resolve_canvas,
+    server_options,
+    validate_for_family,
+)
+from vllm_osdt.policies import POLICIES
+from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+MAX_PINS = 1024  # pinned profiles whose keys are remembered
+
+
+SENT = "osdt_sent"  # attribute of sampling parameters that come from an HTTP request
+# What an endpoint calls fields of the chat request that it makes of its own, while it does.
+FIELD_NAMES: ContextVar[Mapping[str, str]] = ContextVar("FIELD_NAMES", default=MappingProxyType({}))
+MESSAGES_NAMES = {"response_format": "output_config.format", "thinking_token_budget": "thinking.budget_tokens"}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What an HTTP client sent, where vLLM's sampling parameters do not tell.
+
+    Attributes:
+        max_tokens: Its limit on output tokens, before vLLM bounds it by the context; None for none.
+        max_tokens_name: The field that holds it.
+        options: Fields ``osdt_...`` at the top of the body, which vLLM drops.
+        fields: For a sampling parameter that vLLM makes of another field: that field's name and value.
+    """
+
+    max_tokens: int | None
+    max_tokens_name: str = "max_tokens"
+    options: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, tuple[str, Any]] = field(default_factory=dict)
+
+
+def sent_by(request: Any) -> Sent:
+    """What the client of one of vLLM's OpenAI endpoints sent.
+
+    Args:
+        request: Its ``ChatCompletionRequest``, ``CompletionRequest`` or ``ResponsesRequest``.
+    """
+    fields: dict[str, tuple[str, Any]] = {}
+    names = FIELD_NAMES.get()
+    for name in names:
+        if getattr(request, name, None) is not None:
+            fields[name] = (names[name], getattr(request, name))
+    if getattr(request, "echo", False):
+        fields["prompt_logprobs"] = ("echo", True)
+    if getattr(request, "response_format", None) is not None:
+        name = names.get("response_format", "response_format")
+        fields["structured_outputs"] = (name, _plain(request.response_format))
+    elif getattr(getattr(request, "text", None), "format", None) is not None:
+        fields["structured_outputs"] = ("text.format", _plain(request.text.format))
+    elif getattr(request, "tools", None):
+        fields["structured_outputs"] = ("tool_choice", _plain(request.tool_choice))
+    if getattr(request, "top_logprobs", None):
+        fields["logprobs"] = ("top_logprobs", request.top_logprobs)
+    elif isinstance(getattr(request, "logprobs", None), bool):
+        fields["logprobs"] = ("logprobs", request.logprobs)
+    elif getattr(request, "include", None):
+        fields["logprobs"] = ("include", request.include)
+    limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+    name = next((name for name in limits if getattr(request, name, None) is not None), "max_tokens")
+    limit = getattr(request, name, None)
+    if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
+        name = "max_tokens"
+    own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
+    return Sent(limit, name, own, fields)
+
+
+def _plain(value: Any) -> Any:
+    """A field as the client wrote it."""
+    return value.model_dump(exclude_unset=True, by_alias=True) if hasattr(value, "model_dump") else value
+
+
+def check_sampling_params(params: "SamplingParams") -> None:
+    """Refuse sampling parameters that would be ignored.
+
+    Raises:
+        InvalidOptionError: Names every such parameter as the client sent it, its value, and the one to send instead.
+    """
+    sent: Sent | None = getattr(params, SENT, None)
+    refused = []
+    for name, neutral in UNSUPPORTED_SAMPLING_PARAMS.items():
+        value = getattr(params, name, neutral[0])
+        if value in neutral:
+            continue
+        if sent is not None and name in sent.fields:
+            name, value = sent.fields[name]
+            neutral = (None,)
+        elif name == "structured_outputs":
+            value = {key: asked for key, asked in asdict(value).items() if asked and not key.startswith("_")}
+        remedy = "leave it out" if neutral[0] is None else f"send {neutral[0]!r} or leave it out"
+        refused.append(f"{name}={value!r} ({remedy})")
+    if refused:
+        raise InvalidOptionError(
+            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(refused))}. Supported: temperature, "
+            "seed, stop, stop_token_ids, max_tokens, n, ignore_eos and the osdt_ options."
+        )
+
+
+def refuse(what: str) -> None:
+    """Refuse a kind of request that these models cannot answer.
+
+    Raises:
+        InvalidOptionError: Always.
+    """
+    raise InvalidOptionError(
+        f"{what} is not implemented for this diffusion model: it needs probabilities of the next token alone, but a "
+        "canvas is decided many positions at a time. Send an ordinary completion."
+    )
+
+
+class FrontEnd:
+    """What a front-end process knows of one engine's tasks and profiles."""
+
+    REFRESH_S = 2.0  # how old the view of the profile folder may be
+
+    def __init__(self, vllm_config: "VllmConfig") -> None:
+        self._config = vllm_config
+        self._tasks = AutoTasks(server_options(vllm_config).max_auto_tasks, self._has_profile)
+        self._files: frozenset[str] = frozenset()
+        self._looked_at = -math.inf
+        self._pins: OrderedDict[tuple[str, str], ProfileKey] = OrderedDict()
+
+    @cached_property
+    def _store(self) -> ProfileStore | None:
+        return open_store(server_options(self._config).profile_dir, self._config)
+
+    @cached_property
+    def _defaults(self) -> DecodingOptions:
+        return default_decoding_options(self._config)
+
+    @cached_property
+    def _limits(self) -> Limits:
+        return canvas_limits(self._config, self._defaults.gen_length)
+
+    @cached_property
+    def _is_capped(self) -> bool:
+        """Whether vLLM bounds every request's output by ``max_new_tokens``, which the checkpoint's alone does not."""
+        model = self._config.model_config
+        is_own = model.generation_config in ("auto", "vllm")
+        return not is_own or model.override_generation_config.get("max_new_tokens") is not None
+
+    def check(
+        self, params: "SamplingParams", asked: "SamplingParams", prompt_length: int | None, adapter: str
+    ) -> tuple[DecodingOptions, Canvas | None]:
+        """The options of a request and its canvas; changes nothing.
+
+        Args:
+            params: Its sampling parameters; vLLM may have bounded their ``max_tokens``.
+            asked: The same as they came.
+            prompt_length: Prompt tokens, None when that is not known yet: the canvas is then not looked at.
+            adapter: Name of its adapter, "" for none.
+
+        Raises:
+            InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or the profile that it
+                asks for cannot be used.
+        """
+        sent: Sent = getattr(asked, SENT, None) or Sent(asked.max_tokens)
+        extra = merge_options(params.extra_args or {}, sent.options)
+        base = replace(self._defaults, gen_length=None)
+        traits = self._config.model_config.hf_config.traits
+        options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
+        if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
+            options = replace(options, task=f"{options.task}@{adapter}")
+        if options.profile is not None:
+            self._check_pin(options)
+        if prompt_length is None:
+            return options, None
+        room = self._limits.max_model_len - prompt_length
+        # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
+        bounded = params.max_tokens is not None and params.max_tokens < room
+        if sent.max_tokens is None and options.gen_length is not None:
+            bounded = bounded and self._is_capped  # a canvas of the request's own: the checkpoint's length is not asked
+        return resolve_canvas(
+            options,
+            prompt_length=prompt_length,
+            max_tokens=params.max_tokens if bounded else sent.max_tokens,
+            limits=self._limits,
+            max_tokens_name=sent.max_tokens_name,
+        )
+
+    def name_task(self, options: DecodingOptions, token_ids: Sequence[int], adapter: str) -> DecodingOptions:
+        """Find the task of a request that leaves it to us."""
+        if options.task != AUTO_TASK or not POLICIES[options.policy].calibrates:
+            return options
+        return replace(options, task=self._tasks.name(token_ids, adapter))
+
+    def _has_profile(self, task: str) -> bool:
+        if self._store is None:
+            return False
+        if time.monotonic() - self._looked_at > self.REFRESH_S:
+            try:
+                self._files = frozenset(os.listdir(self._store.folder))
+            except OSError:
+                self._files = frozenset()
+            self._looked_at = time.monotonic()
+        return self._store.path(task).name in self._files
+
+    def _check_pin(self, options: DecodingOptions) -> None:
+        if not POLICIES[options.policy].calibrates:
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out."
+            )
+        if options.recalibrate or options.task == AUTO_TASK:
+            what = "recalibrate" if options.recalibrate else f"task {AUTO_TASK!r}"
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, which {what} contradicts; name the profile's own task and leave "
+                "recalibrate out."
+            )
+        if options.task is None:
+            raise InvalidOptionError(f"profile is {options.profile!r}, but no task is named; send the profile's own.")
+        if self._store is None:
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, but this server keeps profiles in memory only; start it with a "
+                "profile_dir."
+            )
+        assert options.profile is not None
+        pin = (options.task, options.profile)
+        if pin not in self._pins:
+            found = self._store.load_id(*pin)
+            if found is None:
+                raise InvalidOptionError(
+                    f"profile is {options.profile!r}, but task {options.task!r} of this model has no such profile in "
+                    f"{self._store.folder}. `vllm-osdt profiles list` shows them; `profiles import` brings one back."
+                )
+            self._pins[pin] = found.key
+            if len(self._pins) > MAX_PINS:
+                self._pins.popitem(last=False)
+        key = self._pins[pin]
+        # Of sub-blocks and editing the key's cache mode tells too.
+        asked = {"block_length": options.block_length, "cache": options.cache_key, "threshold": options.threshold}
+        for name, value in asked.items():
+            made_with = getattr(key, name)
+            if made_with != value:
+                name = "cache_mode" if name == "cache" else name
+                remedy = f"send osdt_{name} = {made_with!r}"
+                if ":" in f"{made_with}{value}":
+                    remedy = (
+                        "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval and "
+                        "refresh_confidence that it was made with"
+                    )
+                raise InvalidOptionError(
+                    f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "
+                    f"{remedy}."
+                )
+
+
+def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_config: "VllmConfig") -> None:
+    """A page's keys and values depend on the block length, which its hash does not hold; with blocks that pages cut,
+    they also depend on tokens of the next page."""
+    if vllm_config.cache_config.block_size % block_length:
+        assert request.sampling_params is not None
+        request.sampling_params.skip_reading_prefix_cache = True
+        request.cache_salt = f"osdt::{request.request_id}"
+        return
+    salt = request.cache_salt or ""
+    is_default = block_length == vllm_config.model_config.hf_config.traits.block_length
+    if not is_default or salt.startswith("osdt:"):  # so that no client's salt is that of another block length
+        request.cache_salt = f"osdt:{block_length}:{salt}"
+
+
+_front_ends: dict[int, tuple["VllmConfig", FrontEnd]] = {}
+
+
+def _front_end(vllm_config: "VllmConfig") -> FrontEnd:
+    if id(vllm_config) not in _front_ends:
+        _front_ends[id(vllm_config)] = vllm_config, FrontEnd(vllm_config)  # the config, so that its id stays its own
+    return _front_ends[id(vllm_config)][1]
+
+
+def merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``extra_args`` and of the top of an HTTP body.
+
+    Raises:
+        InvalidOptionError: They contradict each other, or hold what the server sets.
+    """
+    if RESOLVED_KEY in extra or RESOLVED_KEY in top_level:
+        raise InvalidOptionError(f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.")
+    for name in extra.keys() & top_level.keys():
+        if extra[name] != top_level[name]:
+            raise InvalidOptionError(
+                f"{name} is {top_level[name]!r} at the top of the body and {extra[name]!r} in vllm_xargs; send one of "
+                "them."
+            )
+    return {**extra, **top_level}
+
+
+def check_early(
+    params: "SamplingParams", prompt: Any, lora_request: "LoRARequest | None", vllm_config: "VllmConfig"
+) -> None:
+    """What :func:`admit` would refuse, before an answer begins.
+
+    Args:
+        params: As the server made them.
+        prompt: vLLM's engine input, or a raw prompt, of which nothing is checked.
+        lora_request: The request's adapter.
+        vllm_config: The engine's configuration.
+
+    Raises:
+        InvalidOptionError: See :func:`admit`.
+    """
+    token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) and "type" in prompt else None
+    adapter = lora_request.lora_name if lora_request is not None else ""
+    check_sampling_params(params)
+    _front_end(vllm_config).check(params, params, None if token_ids is None else len(token_ids), adapter)
+
+
+def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "SamplingParams | None" = None) -> None:
+    """Resolve a request's options in place.
+
+    Args:
+        request: As ``InputProcessor.process_inputs`` made it; its sampling parameters are its own copy.
+        vllm_config: The engine's configuration.
+        asked: The sampling parameters as they came, before vLLM filled in what they leave open; the request's own when
+            None.
+
+    Raises:
+        InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or there is no such profile.
+    """
+    params = request.sampling_params
+    if params is None or request.prompt_token_ids is None:
+        raise InvalidOptionError("This diffusion model takes token prompts and generates text, nothing else.")
+    if request.resumable:
+        raise InvalidOptionError("Streaming input sessions are not implemented for this diffusion model.")
+    front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
+    adapter = request.lora_request.lora_name if request.lora_request is not None else ""
+    options, canvas = front_end.check(params, params if asked is None else asked, len(token_ids), adapter)
+    options = front_end.name_task(options, token_ids, adapter)
+    if vllm_config.cache_config.enable_prefix_caching:
+        _keep_pages_apart(request, options.block_length, vllm_config)
+    assert canvas is not None
+    params.max_tokens = canvas.max_output_end - len(token_ids)
+    params.extra_args = RequestSpec(options, canvas).as_extra_args()

@@ -1,0 +1,196 @@
+"""Where a canvas lies: its start and end, its blocks and its denoising steps, computed once for each request."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm_osdt.declaration import count
+from vllm_osdt.errors import InvalidOptionError
+
+MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
+BlockLength = count(1, MAX_BLOCK_LENGTH)
+DEFAULT_GEN_LENGTH = 256  # canvas of a request without a limit where neither operator nor checkpoint names one
+
+
+class Limits(NamedTuple):
+    """What bounds a canvas.
+
+    Attributes:
+        max_model_len: The engine's limit on prompt plus canvas, in tokens.
+        max_num_batched_tokens: The engine's limit on the rows of one step. A refresh has prompt plus canvas rows; a
+            step of a block-causal model has at most two blocks, since its prompt may be cut.
+        gen_length: The operator's canvas length, None for none: the shortest canvas of a request without its own.
+        open_ended: Output tokens of a request that names no limit; None where the checkpoint does not say. Then it is
+            256 where positions see the whole canvas, else as many as the context holds.
+    """
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    gen_length: int | None = None
+    open_ended: int | None = None
+
+    @property
+    def default_length(self) -> int:
+        """The canvas of a request that names no limit, where positions see all of it."""
+        return self.gen_length or self.open_ended or DEFAULT_GEN_LENGTH
+
+
+class Canvas(NamedTuple):
+    """The positions of one request, in tokens from the start of its prompt.
+
+    Attributes:
+        start: First position of the first block: behind the prompt, or the start of the prompt's last, incomplete block
+            in a block-causal model.
+        end: Position behind the last block; the end of the context may cut that block.
+        max_output_end: Position behind the last token that the request may output.
+        block_length: Positions denoised together.
+    """
+
+    start: int
+    end: int
+    max_output_end: int
+    block_length: int
+
+    @property
+    def length(self) -> int:
+        """Positions of the canvas."""
+        return self.end - self.start
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the last of which may be cut by the end of the context."""
+        return -(-self.length // self.block_length)
+
+    def block_index(self, position: int) -> int:
+        """The block that a position belongs to."""
+        return (position - self.start) // self.block_length
+
+
+def canvas_start(prompt_length: int, block_length: int, *, is_block_causal: bool) -> int:
+    """The first position of a canvas (see :class:`Canvas`)."""
+    return prompt_length // block_length * block_length if is_block_causal else prompt_length
+
+
+def canvas_of(
+    prompt_length: int, gen_length: int, max_tokens: int, block_length: int, *, is_block_causal: bool
+) -> Canvas:
+    """The canvas of a request whose length is known."""
+    start = canvas_start(prompt_length, block_length, is_block_causal=is_block_causal)
+    return Canvas(start, start + gen_length, prompt_length + max_tokens, block_length)
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What a policy knows of a request besides its own options.
+
+    Attributes:
+        num_blocks: Blocks of the canvas.
+        block_length: Positions of a block, and an upper bound of its denoising steps.
+        sub_block_length: Positions of a block that are denoised together, from left to right; None for all of them.
+        decides_first_alone: Whether a block's first step decides its first position alone (shifted logits).
+        is_strict: Whether a confidence that equals a static threshold does not pass.
+    """
+
+    num_blocks: int
+    block_length: int
+    sub_block_length: int | None = None
+    decides_first_alone: bool = False
+    is_strict: bool = False
+
+
+class CanvasRequest(NamedTuple):
+    """What a canvas is computed from.
+
+    Attributes:
+        prompt_length: Prompt tokens.
+        max_tokens: The request's limit on output tokens; None when it names none.
+        gen_length: The canvas length that it asks for itself; None for none.
+        block_length: Positions denoised together.
+        max_tokens_name: What the client calls its limit.
+        sub_block_length: Positions of a block that are denoised together; None for all of them.
+        is_block_causal: Whether a position sees the blocks up to its own; else it sees the whole canvas.
+    """
+
+    prompt_length: int
+    max_tokens: int | None
+    gen_length: int | None
+    block_length: int
+    max_tokens_name: str = "max_tokens"
+    sub_block_length: int | None = None
+    is_block_causal: bool = False
+
+
+def full_attention_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
+    """The canvas where every position sees all of it: what the request asks for, else what its output needs.
+
+    Raises:
+        InvalidOptionError: The canvas does not fit, or has a part of a block.
+    """
+    prompt_length, max_tokens, gen_length, block, name = asked[:5]
+    limit = min(limits.max_model_len, limits.max_num_batched_tokens)
+    bound = f"max_model_len {limit}"
+    if limit < limits.max_model_len:
+        bound = (
+            f"max_num_batched_tokens {limit}, which holds both since this model refreshes them at once (the operator "
+            "can raise --max-num-batched-tokens)"
+        )
+    room = limit - prompt_length
+    if room < 1:
+        raise InvalidOptionError(
+            f"The prompt has {prompt_length} tokens and leaves no room for output in {bound}. Shorten the prompt."
+        )
+    if gen_length is not None:
+        if gen_length % block:
+            raise InvalidOptionError(
+                f"gen_length is {gen_length}, no multiple of block_length {block}; use "
+                f"{math.ceil(gen_length / block) * block}."
+            )
+        if gen_length > room:
+            raise InvalidOptionError(
+                f"gen_length is {gen_length}, but the prompt of {prompt_length} tokens leaves {room} of "
+                f"{bound}. Lower gen_length or shorten the prompt."
+            )
+        length = gen_length
+    else:
+        if max_tokens is not None and max_tokens > room:
+            raise InvalidOptionError(
+                f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of {bound}. Lower "
+                f"{name} or shorten the prompt."
+            )
+        wanted = limits.default_length if max_tokens is None else max(max_tokens, limits.gen_length or 0)
+        length = min(math.ceil(wanted / block) * block, room)
+    if max_tokens is None:
+        max_tokens = limits.default_length if gen_length is None else length
+    return Canvas(prompt_length, prompt_length + length, prompt_length + min(max_tokens, length), block)
+
+
+def block_causal_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
+    """The canvas of a block-causal model: whole blocks from the prompt's last, incomplete block on.
+
+    Raises:
+        InvalidOptionError: The canvas does not fit.
+    """
+    prompt_length, max_tokens, _, block, name = asked[:5]
+    limit = limits.max_model_len
+    if 2 * block > limits.max_num_batched_tokens:
+        raise InvalidOptionError(
+            f"block_length is {block}; a step computes up to two blocks, but one forward pass holds "
+            f"max_num_batched_tokens {limits.max_num_batched_tokens}. Lower block_length or start the engine with a "
+            "larger --max-num-batched-tokens."
+        )
+    start, end = canvas_start(prompt_length, block, is_block_causal=True), limit // block * block
+    if prompt_length >= end:
+        raise InvalidOptionError(
+            f"The prompt has {prompt_length} tokens; its first block of {block} new ones would end at "
+            f"{start + block}, beyond max_model_len {limit}. Shorten the prompt."
+        )
+    room = end - prompt_length
+    if max_tokens is not None and max_tokens > room:
+        raise InvalidOptionError(
+            f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of "
+            f"max_model_len {limit} in whole blocks of {block}. Lower {name} or shorten the prompt."
+        )
+    if max_tokens is None:
+        max_tokens = room if limits.open_ended is None else min(limits.open_ended, room)
+    max_output_end = prompt_length + max_tokens
+    return Canvas(start, math.ceil(max_output_end / block) * block, max_output_end, block)

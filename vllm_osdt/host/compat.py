@@ -1,0 +1,525 @@
+"""The only place that patches vLLM. Each entry says what it changes, why no hook serves, and when it goes.
+
+Every patch leaves other models alone: it looks at the model first and otherwise calls the original.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from vllm_osdt.errors import OSDTError
+from vllm_osdt.messages import KEY
+from vllm_osdt.models.registry import is_canvas_model
+from vllm_osdt.options import operator_help, parse_operator_json
+
+logger = init_logger("vllm.vllm_osdt.host.compat")
+
+# Engine arguments as the operator gave them, while vLLM makes its config of them: vLLM fills in its own defaults before
+# it asks for ours. Empty for a config that was made without them.
+ASKED: ContextVar[Mapping[str, Any]] = ContextVar("ASKED", default=MappingProxyType({}))
+ASKED_NAMES = ("dtype", "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "diffusion_config")
+
+_MARK = "_vllm_osdt_patched"
+
+
+def _wrap(owner: Any, name: str, make: Any) -> None:
+    """Replace attribute ``name`` of ``owner`` by ``make(original)``, once."""
+    original = owner.__dict__[name]
+    function = original.__func__ if isinstance(original, staticmethod) else original
+    target: Any = function.fget if isinstance(function, property) else function
+    if getattr(target, _MARK, False):
+        return
+    wrapper = functools.wraps(target)(make(target))
+    setattr(wrapper, _MARK, True)
+    if isinstance(original, property):
+        setattr(owner, name, property(wrapper))
+    elif isinstance(original, staticmethod):
+        setattr(owner, name, staticmethod(wrapper))
+    else:
+        setattr(owner, name, wrapper)
+
+
+class RefusedRequestError(VLLMValidationError, ValueError):
+    """A refusal as vLLM's own kind, which its server answers with HTTP 400."""
+
+
+@contextmanager
+def _http_400() -> Iterator[None]:
+    """Our refusals leave as a ValueError that is also vLLM's own kind."""
+    try:
+        yield
+    except OSDTError as error:
+        raise RefusedRequestError(str(error)) from error
+
+
+def patch_sampling_validation(check_sampling_params: Callable[[Any], None]) -> None:
+    """vLLM answers 400 for a diffusion model when temperature != 1 or a seed is set; ours honour both.
+
+    Goes when vLLM lets a model declare the sampling parameters it supports.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    def make(original):
+        def _validate_diffusion(self, model_config):
+            if is_canvas_model(model_config):
+                with _http_400():
+                    check_sampling_params(self)
+            else:
+                original(self, model_config)
+
+        return _validate_diffusion
+
+    _wrap(SamplingParams, "_validate_diffusion", make)
+
+
+def patch_admission(admit: Callable[..., None]) -> None:
+    """Options are checked where prompt and parameters meet, in the front end, for LLM.generate and the server alike.
+
+    Goes when vLLM's ``validate_request`` hook is open to models (today it belongs to the platform).
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def make(original):
+        def process_inputs(self, request_id, prompt, params, *args, **kwargs):
+            request = original(self, request_id, prompt, params, *args, **kwargs)
+            if is_canvas_model(self.model_config):
+                with _http_400():
+                    admit(request, self.vllm_config, params)
+            return request
+
+        return process_inputs
+
+    _wrap(InputProcessor, "process_inputs", make)
+
+
+def patch_early_refusals(admission: ModuleType) -> None:
+    """A server checks a request before it begins to answer, and knows what the client sent.
+
+    vLLM admits a request when its answer is first read, which for a stream is after HTTP 200 has been sent; and what
+    it makes of a body no longer tells an absent ``max_tokens``, ``response_format`` or a field of ours at the top. The
+    server's classes are patched when an engine of ours starts in its process: other processes need not import them.
+    Goes when ``validate_request`` (see :func:`patch_admission`) is open to models and called before an answer begins.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def make_init(original):
+        def __init__(self, vllm_config, *args, **kwargs):
+            if is_canvas_model(vllm_config.model_config):
+                try:
+                    patch_server(admission)
+                except (ImportError, KeyError) as error:  # serving goes on, as before these patches
+                    logger.warning("Requests are checked when their answer is first read: %r", error)
+            original(self, vllm_config, *args, **kwargs)
+
+        return __init__
+
+    def make_generate(original):
+        def generate(self, prompt, sampling_params, *args, **kwargs):
+            if is_canvas_model(self.model_config):
+                _check_early(admission.check_early, self, prompt, sampling_params, kwargs.get("lora_request"))
+            return original(self, prompt, sampling_params, *args, **kwargs)
+
+        return generate
+
+    _wrap(AsyncLLM, "__init__", make_init)
+    _wrap(AsyncLLM, "generate", make_generate)
+
+
+def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_request: Any) -> None:
+    """Refuse a request now, with one line in the log; vLLM's own checks of its parameters follow ours."""
+    try:
+        with _http_400():
+            check_early(params, prompt, lora_request, engine.vllm_config)
+        params.verify(
+            engine.model_config,
+            engine.vllm_config.speculative_config,
+            engine.vllm_config.structured_outputs_config,
+            engine.renderer.tokenizer,
+        )
+    except VLLMValidationError as error:
+        logger.info("Refused a request: %s", error)
+        raise
+
+
+def patch_server(admission: ModuleType) -> None:
+    """The classes of vLLM's server that :func:`patch_early_refusals` changes."""
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
+    from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+
+    def make_to_sampling_params(original):
+        def to_sampling_params(self, *args, **kwargs):
+            params = original(self, *args, **kwargs)
+            setattr(params, admission.SENT, admission.sent_by(self))
+            return params
+
+        return to_sampling_params
+
+    for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _wrap(request, "to_sampling_params", make_to_sampling_params)
+
+    def make_generate(original):
+        # The responses API calls the engine when its answer is first read.
+        def _generate_with_builtin_tools(self, request_id, engine_input, sampling_params, *args, **kwargs):
+            if is_canvas_model(self.model_config):
+                lora_request = kwargs.get("lora_request")
+                _check_early(admission.check_early, self.engine_client, engine_input, sampling_params, lora_request)
+            return original(self, request_id, engine_input, sampling_params, *args, **kwargs)
+
+        return _generate_with_builtin_tools
+
+    _wrap(OpenAIServingResponses, "_generate_with_builtin_tools", make_generate)
+
+    async def own_fields(raw_request):
+        """Fields of ours at the top of a body whose class drops what it does not know."""
+        body = await raw_request.json() if raw_request is not None else {}
+        return {name: value for name, value in body.items() if name.startswith(admission.PREFIX)}
+
+    def make_serve_tokens(original):
+        async def serve_tokens(self, request, raw_request=None):
+            if is_canvas_model(self.model_config):
+                params, own = request.sampling_params, await own_fields(raw_request)
+                with _http_400():
+                    params.extra_args = admission.merge_options(params.extra_args or {}, own)
+                is_limited = request.is_sampling_param_provided("max_tokens")
+                setattr(params, admission.SENT, admission.Sent(params.max_tokens if is_limited else None))
+            return await original(self, request, raw_request)
+
+        return serve_tokens
+
+    _wrap(ServingTokens, "serve_tokens", make_serve_tokens)
+
+    def make_create_messages(original):
+        # Its requests drop fields that they do not know, and its router logs a traceback of what is raised.
+        async def create_messages(self, request, raw_request=None):
+            if not is_canvas_model(self.model_config):
+                return await original(self, request, raw_request)
+            own = await own_fields(raw_request)
+            token = admission.FIELD_NAMES.set(admission.MESSAGES_NAMES)
+            try:
+                with _http_400():
+                    request.vllm_xargs = admission.merge_options(request.vllm_xargs or {}, own) or None
+                return await original(self, request, raw_request)
+            except VLLMValidationError as error:
+                return self.create_error_response(error)
+            finally:
+                admission.FIELD_NAMES.reset(token)
+
+        return create_messages
+
+    _wrap(AnthropicServingMessages, "create_messages", make_create_messages)
+
+    def make_refusal(what):
+        def make(original):
+            def refused(self, *args, **kwargs):
+                if is_canvas_model(self.model_config):
+                    logger.info("Refused a request: %s", what)
+                    with _http_400():
+                        admission.refuse(what)
+                return original(self, *args, **kwargs)
+
+            return refused
+
+        return make
+
+    _wrap(BeamSearchOnlineMixin, "beam_search", make_refusal("use_beam_search"))
+    _wrap(ServingGenerativeScoring, "create_generative_scoring", make_refusal("Generative scoring"))
+    _wrap(ServingStructuredDecisions, "create_decision", make_refusal("A structured decision"))
+
+
+def patch_beam_search(refuse: Callable[[str], None]) -> None:
+    """``LLM.beam_search`` would be refused for parameters that the caller never sent.
+
+    Goes as :func:`patch_early_refusals`.
+    """
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+
+    def make(original):
+        def beam_search(self, *args, **kwargs):
+            if is_canvas_model(self.model_config):
+                refuse("Beam search")
+            return original(self, *args, **kwargs)
+
+        return beam_search
+
+    _wrap(BeamSearchOfflineMixin, "beam_search", make)
+
+
+def patch_response_field() -> None:
+    """A response says how its request was decoded: ``osdt`` beside vLLM's own per-request figures.
+
+    The engine's message has no field for it, so it travels in that of KV connectors and is moved here. Goes when vLLM's
+    per-request metrics carry a plugin's values.
+    """
+    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+
+    def make_request_output(original):
+        def make_request_output(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs):
+            params, rest = (args[0], args[1:]) if args else (kwargs.pop("kv_transfer_params", None), ())
+            if params is not None and KEY in params:
+                setattr(self.spec_decode_metrics, KEY, params[KEY])
+                params = None
+            return original(self, new_token_ids, pooling_output, finish_reason, stop_reason, params, *rest, **kwargs)
+
+        return make_request_output
+
+    def make_to_dict(original):
+        def to_dict(self):
+            found = getattr(self, KEY, None)
+            return original(self) if found is None else {**original(self), KEY: found}
+
+        return to_dict
+
+    _wrap(RequestState, "make_request_output", make_request_output)
+    _wrap(RequestSpecDecodeMetrics, "to_dict", make_to_dict)
+
+
+def patch_metrics(prometheus_metrics: Callable[..., Any]) -> None:
+    """Our Prometheus metrics, made and fed by vLLM's own logger as those of a KV connector are.
+
+    vLLM's hook for other loggers (``vllm.stat_logger_plugins``) is told nothing that the engine's stats lack, and
+    ``LLM`` does not load it. Goes when engine stats carry a plugin's values.
+    """
+    from prometheus_client import Counter, Gauge, Histogram
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
+
+    def make_init(original):
+        def __init__(self, vllm_config, labelnames, per_engine_labelvalues):
+            original(self, vllm_config, labelnames, per_engine_labelvalues)
+            if is_canvas_model(vllm_config.model_config):
+                types = {Gauge: self._gauge_cls, Counter: self._counter_cls, Histogram: self._histogram_cls}
+                self.prom_metrics = prometheus_metrics(vllm_config, types, labelnames, per_engine_labelvalues)
+
+        return __init__
+
+    def make_observe(original):
+        def observe(self, transfer_stats_data):
+            if KEY not in transfer_stats_data:
+                original(self, transfer_stats_data)
+
+        return observe
+
+    _wrap(KVConnectorProm, "__init__", make_init)
+    _wrap(KVConnectorLogging, "observe", make_observe)
+
+
+def patch_command_line() -> None:
+    """``--plugin osdt`` and ``--osdt-config`` for ``vllm serve`` and every other command with engine arguments.
+
+    Goes when vLLM has a plugin hook for engine arguments.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make_add_cli_args(original):
+        def add_cli_args(parser, *args, **kwargs):
+            parser = original(parser, *args, **kwargs)
+            if "--osdt-config" not in parser._option_string_actions:
+                group = parser.add_argument_group(
+                    title="vllm-osdt",
+                    description="Masked diffusion language models with One-Shot Dynamic Thresholding.",
+                )
+                group.add_argument(
+                    "--plugin",
+                    choices=["osdt"],
+                    default=None,
+                    help="Fail unless this plugin is loaded; vLLM loads installed plugins by itself.",
+                )
+                group.add_argument(
+                    "--osdt-config",
+                    type=parse_operator_json,
+                    default=None,
+                    help=operator_help().replace("%", "%%"),
+                )
+            return parser
+
+        return add_cli_args
+
+    def make_from_cli_args(original):
+        def from_cli_args(cls, args):
+            options = getattr(args, "osdt_config", None)
+            if options is not None:  # in the arguments: API servers of their own read them before they load plugins
+                args.additional_config = {**(args.additional_config or {}), "osdt": options}
+            return original(cls, args)
+
+        return from_cli_args
+
+    # AsyncEngineArgs.add_cli_args loads the plugins and then calls this one.
+    _wrap(EngineArgs, "add_cli_args", make_add_cli_args)
+    original = EngineArgs.__dict__["from_cli_args"].__func__
+    if not getattr(original, _MARK, False):
+        wrapper = functools.wraps(original)(make_from_cli_args(original))
+        setattr(wrapper, _MARK, True)
+        EngineArgs.from_cli_args = classmethod(wrapper)
+
+
+def patch_engine_arguments() -> None:
+    """Our hook for engine settings sees which of them the operator has set, and its refusals are not wrapped in a
+    validation error of the whole config.
+
+    vLLM replaces arguments that are None by its own defaults before it asks for ours. Goes when a model can state its
+    defaults.
+    """
+    from pydantic import ValidationError
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make_create(original):
+        def create_engine_config(self, *args, **kwargs):
+            # Once: vLLM writes what it fills in into the arguments.
+            asked = self.__dict__.setdefault("osdt_asked", {name: getattr(self, name) for name in ASKED_NAMES})
+            token = ASKED.set(asked)
+            try:
+                return original(self, *args, **kwargs)
+            except ValidationError as error:
+                for one in error.errors():
+                    cause = one.get("ctx", {}).get("error")
+                    if isinstance(cause, OSDTError):
+                        raise cause from None
+                raise
+            finally:
+                ASKED.reset(token)
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make_create)
+
+
+def patch_runner_choice() -> None:
+    """Without a GPU, our Triton stand-in must not move other models to Model Runner V2, whose kernels it interprets.
+
+    Goes when vLLM for CPU ships a Triton compiler.
+    """
+    from vllm.config import VllmConfig
+
+    from vllm_osdt.host.cpu.triton_backend.interpreter import is_interpreting
+
+    def make(original):
+        def use_v2_model_runner(self):
+            import vllm.envs as envs
+
+            if is_interpreting() and envs.VLLM_USE_V2_MODEL_RUNNER is None and not is_canvas_model(self.model_config):
+                return False
+            return original(self)
+
+        return use_v2_model_runner
+
+    _wrap(VllmConfig, "use_v2_model_runner", make)
+
+
+def patch_top_k_top_p() -> None:
+    """vLLM's top-k and top-p of other models use a Triton kernel that the interpreter cannot run; on a CPU without a
+    Triton compiler they take vLLM's PyTorch path, as they would without us.
+
+    Goes when vLLM for CPU ships a Triton compiler.
+    """
+    from vllm_osdt.host.cpu.triton_backend.interpreter import is_interpreting
+
+    if is_interpreting():
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        topk_topp_sampler.HAS_TRITON = False
+
+
+def patch_cpu_lora() -> None:
+    """vLLM's CPU kernels read the adapter index -1, of rows without one, as the last slot, and so give those rows the
+    adapter that is there. Called by our CPU worker, when adapters are enabled.
+
+    Goes when vLLM's own kernels pass such rows over.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    def make(original):
+        def on_rows_with_an_adapter(inputs, weights, output, indices, *args, **kwargs):
+            chosen = indices >= 0
+            if chosen.all():
+                return original(inputs, weights, output, indices, *args, **kwargs)
+            rows = output[chosen]
+            original(inputs[chosen], weights, rows, indices[chosen], *args, **kwargs)
+            output[chosen] = rows
+
+        return on_rows_with_an_adapter
+
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        _wrap(lora_ops, name, make)
+        setattr(punica_cpu, name, getattr(lora_ops, name))
+
+
+def patch_host_kernels() -> None:
+    """Host functions of Model Runner V2 whose kernels the interpreter would run are replaced by NumPy functions.
+
+    Called by our CPU worker, so processes that serve other models keep vLLM's functions. Goes when vLLM for CPU ships
+    a Triton compiler.
+    """
+    from vllm_osdt.host.cpu.triton_backend.interpreter import is_interpreting
+
+    if not is_interpreting():
+        return
+    from vllm_osdt.host.cpu.numpy_kernels import REPLACEMENTS
+
+    for replacement in REPLACEMENTS:
+        owner = importlib.import_module(replacement.module)
+        *path, name = replacement.attribute.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, name, replacement.function)
+
+
+def patch_page_allocation(kv_cache_manager: Any, allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """The scheduler's request for KV pages goes to ``allocate``, which asks for those of the planned rows; returns
+    vLLM's own function.
+
+    vLLM asks with the rows of the prompt, before it knows those of the canvas. Goes when the scheduler lets a subclass
+    say how many tokens a waiting request starts with.
+    """
+    original = kv_cache_manager.allocate_slots
+    kv_cache_manager.allocate_slots = allocate
+    return original
+
+
+def patch_engine_core() -> None:
+    """An engine core answers ``calibration_profiles``, as it answers vLLM's own utility calls.
+
+    Goes when a scheduler can register utility calls.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    def calibration_profiles(self) -> list[dict[str, Any]]:
+        """The calibration profiles of this engine; none for other models."""
+        calibrator = getattr(self.scheduler, "calibrator", None)
+        return [] if calibrator is None else calibrator.profiles()
+
+    EngineCore.calibration_profiles = calibration_profiles
+
+
+def apply(admission: ModuleType, prometheus_metrics: Callable[..., Any]) -> None:
+    """Apply every patch; safe to call twice.
+
+    Args:
+        admission: ``frontend.admission``, which the patches of the front end call.
+        prometheus_metrics: Class of the metrics that the front end exports.
+    """
+    patch_sampling_validation(admission.check_sampling_params)
+    patch_admission(admission.admit)
+    patch_early_refusals(admission)
+    patch_beam_search(admission.refuse)
+    patch_response_field()
+    patch_metrics(prometheus_metrics)
+    patch_command_line()
+    patch_engine_arguments()
+    patch_engine_core()
+    patch_runner_choice()
+    patch_top_k_top_p()

@@ -1,0 +1,127 @@
+"""What travels between front end, engine core and workers: one typed message each way.
+
+``RequestSpec`` goes from the front end to the engine core in a request's sampling parameters. ``CanvasStep`` goes from
+the scheduler to every rank with vLLM's ``SchedulerOutput``, ``StepReport`` comes back from the first rank with its
+``ModelRunnerOutput``; both as one attribute of vLLM's object (:data:`CANVAS_STEP`, :data:`STEP_REPORT`).
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vllm_osdt.geometry import Canvas
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.policies import Schedule
+
+RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
+CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
+STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
+KEY = "osdt"  # of our statistics and response fields, among vLLM's
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """How a request is decoded, once it is admitted.
+
+    Attributes:
+        options: Every option, resolved: ``gen_length`` is set.
+        canvas: Its positions.
+    """
+
+    options: DecodingOptions
+    canvas: Canvas
+
+    def as_extra_args(self) -> dict[str, Any]:
+        """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
+        return {RESOLVED_KEY: {"options": self.options.as_dict(), "canvas": list(self.canvas)}}
+
+    @classmethod
+    def of(cls, sampling_params: Any) -> "RequestSpec | None":
+        """The spec that sampling parameters hold; None where they have none, as vLLM's own warm-up requests."""
+        found = (getattr(sampling_params, "extra_args", None) or {}).get(RESOLVED_KEY)
+        if found is None:
+            return None
+        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]))
+
+
+class Decides(IntEnum):
+    """What a step of a request decides."""
+
+    NOTHING = 0
+    """It writes keys and values only."""
+    BLOCK = 1
+    """Masked positions of the active block."""
+    FIRST_POSITION = 2
+    """The active block's first position, whose token the row before the block predicts (shifted logits)."""
+
+
+class Assignment(NamedTuple):
+    """What workers need of a request that starts or resumes.
+
+    Attributes:
+        schedule: Its rule and parameters.
+        is_recorded: Whether its steps are recorded for a calibration.
+        is_watched: Whether the guard wants its confidence at block entry.
+    """
+
+    schedule: Schedule
+    is_recorded: bool = False
+    is_watched: bool = False
+
+
+@dataclass
+class CanvasStep:
+    """What a step adds to vLLM's ``SchedulerOutput``.
+
+    Attributes:
+        assignments: Of the requests that start or resume, by id.
+        first_position: Ids of the requests of which this step decides the first position alone
+            (``Decides.FIRST_POSITION``); vLLM's draft counts tell the other two.
+    """
+
+    assignments: dict[str, Assignment] = field(default_factory=dict)
+    first_position: frozenset[str] = frozenset()
+
+
+class RecordedStep(NamedTuple):
+    """One denoising step of C requests that calibrate, blocks of up to W positions; NumPy arrays.
+
+    Attributes:
+        req_ids: Their ids.
+        block: int64 ``[C]``, index of the active block in the canvas.
+        step: int64 ``[C]``, denoising steps that the block has seen before.
+        confidence: float32 ``[C, W]``; read where ``before`` is set.
+        proposal: int64 ``[C, W]``, the best token of each position; read likewise.
+        before: bool ``[C, W]``, positions that were masked and had logits.
+        after: bool ``[C, W]``, masked positions after the step.
+        tokens: int32 ``[C, W]``, the block after the step.
+    """
+
+    req_ids: list[str]
+    block: np.ndarray
+    step: np.ndarray
+    confidence: np.ndarray
+    proposal: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass
+class StepReport:
+    """What a step tells the engine core beside its tokens.
+
+    Attributes:
+        entries: Request id, index of the block, and mean confidence of its masked positions, of the watched requests
+            that entered a block in this step.
+        mean_confidence: Mean confidence of the step's masked positions, by id, of the requests whose cache mode asks.
+        num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
+        recorded: The requests that calibrate, None without any.
+    """
+
+    entries: list[tuple[str, int, float]] = field(default_factory=list)
+    mean_confidence: dict[str, float] = field(default_factory=dict)
+    num_fallbacks: np.ndarray | None = None
+    recorded: RecordedStep | None = None

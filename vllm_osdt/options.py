@@ -1,0 +1,573 @@
+"""What a user may set: decoding options of a request, options of the operator, and how the two meet.
+
+A user writes the same names in three places: ``SamplingParams.extra_args`` and HTTP ``vllm_xargs`` with the prefix
+``osdt_`` (one request), ``additional_config={"osdt": {...}}`` and ``--osdt-config '{...}'`` without it (the operator's
+defaults). Options that every policy reads are declared here, the others by their policy (``vllm_osdt.policies``). At
+admission everything is resolved into one :class:`DecodingOptions`.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator
+
+from vllm_osdt.calibration.profile import cache_key
+from vllm_osdt.declaration import Declaration, Flag, count, declarations, defaults, did_you_mean, number, option
+from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.geometry import (
+    BlockLength,
+    Canvas,
+    CanvasRequest,
+    Limits,
+    block_causal_canvas,
+    full_attention_canvas,
+)
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.policies import POLICIES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
+
+PREFIX = "osdt_"
+AUTO_TASK = "auto"
+UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
+BLOCK_CACHE = "block"  # of block-causal models, the only one they have
+CANVAS_CACHES = ("none", "prefix", "dual")  # of models whose positions see the whole canvas
+CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
+
+
+def _is_task(value: str) -> str:
+    if not value or len(value) > 200 or not value.isprintable() or "@" in value:
+        raise ValueError("no name of a task")
+    return value
+
+
+def _is_path(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("no path")
+    return value
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Options of every policy."""
+
+    task: str | None = option(
+        None,
+        Annotated[str, AfterValidator(_is_task)] | None,
+        "Task whose calibration profile the request makes or uses. `null`: none, the static threshold, since a profile "
+        'of other traffic could cost accuracy. `"auto"`: found by the prompt\'s beginning.',
+        expected=(
+            "1 to 200 printable characters, none of them @, behind which stands an adapter's name, or null for no task"
+        ),
+    )
+    policy: str = option(
+        "osdt",
+        Literal[tuple(POLICIES)],
+        "Which masked positions a denoising step unmasks.",
+    )
+    block_length: int = option(
+        32,
+        BlockLength,
+        "Positions denoised together.",
+        unit="tokens",
+        default_text="the checkpoint's, else 32 (SDAR: what its name says, as in `-b32`, else 4)",
+    )
+    gen_length: int | None = option(
+        None,
+        count() | None,
+        "Length of the canvas, a multiple of `block_length`. A request's own is exact and bounds its output; the "
+        "operator's is the shortest that a request gets and bounds none. Not for block-causal models, where no block "
+        "sees a later one.",
+        unit="tokens",
+        default_text="`max_tokens` in whole blocks",
+    )
+    cache_mode: str = option(
+        "dual",
+        Literal[CACHE_MODES],
+        "What is recomputed between refreshes: `none` (everything, always), `prefix` or `dual` (arXiv 2505.22618, "
+        "section 3). Block-causal models have `block` (finished blocks stay) and nothing else.",
+        default_text="`dual`; `block` for block-causal models",
+        formerly="cache",
+    )
+    refresh_interval: int = option(
+        1,
+        count(1, 1024),
+        "Of `prefix` and `dual`: prompt and canvas are refreshed when every so many blocks are entered.",
+        unit="blocks",
+    )
+    refresh_confidence: float = option(
+        0.0,
+        number(ge=0, lt=1),
+        "Of `prefix` and `dual`: a step whose mean confidence is below this is followed by a refresh; 0 for never.",
+    )
+    edit_threshold: float | None = option(
+        None,
+        number(ge=0, lt=1) | None,
+        "LLaDA2 only: confidence above which a written token is replaced by another; `null` for no editing. LLaDA2.1's "
+        "Quality mode is `threshold` 0.7 and 0.5 here, its Speed mode 0.5 and 0.0 or `null`.",
+    )
+    sub_block_length: int | None = option(
+        None,
+        BlockLength | None,
+        "Fast-dLLM v2 only: positions of a block that are denoised together, from left to right; a divisor of "
+        "`block_length`.",
+        unit="tokens",
+        default_text="the checkpoint's, 8",
+    )
+    sub_block_cache: bool = option(
+        False,
+        Flag,
+        'Fast-dLLM v2 only: compute the active sub-block alone where the authors\' "dual cache" does, against the keys '
+        "and values that the rest of the block had when it was last computed whole.",
+    )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the canvas, the last of which may be cut by the end of the context; ``gen_length`` must be set."""
+        assert self.gen_length is not None
+        return -(-self.gen_length // self.block_length)
+
+    @property
+    def is_block_causal(self) -> bool:
+        """Whether they are for a block-causal model, which has a cache mode of its own."""
+        return self.cache_mode == BLOCK_CACHE
+
+    @property
+    def cache_key(self) -> str:
+        """The cache mode as profiles tell it apart."""
+        return cache_key(
+            self.cache_mode,
+            sub_block_length=self.sub_block_length,
+            sub_block_cache=self.sub_block_cache,
+            edit_threshold=self.edit_threshold,
+            refresh_interval=self.refresh_interval,
+            refresh_confidence=self.refresh_confidence,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain values, to travel between processes."""
+        return asdict(self)
+
+
+def _compose() -> type:
+    """One class of the common options and those of every policy; options of the same name are one."""
+    own = dict.fromkeys(policy.Options for policy in POLICIES.values())
+    bases = [cls for cls in own if not any(other is not cls and issubclass(other, cls) for other in own)]
+    composed = make_dataclass("DecodingOptions", [], bases=(CommonOptions, *bases), frozen=True)
+    composed.__module__ = __name__  # where pickle looks for it
+    composed.__doc__ = "How one request is decoded: the common options and those of every policy, as attributes."
+    return composed
+
+
+if TYPE_CHECKING:
+
+    class DecodingOptions(CommonOptions):
+        """How one request is decoded: the common options and those of every policy, as attributes."""
+
+        def __init__(self, **values: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    DecodingOptions = _compose()
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the operator alone decides: ``additional_config={"osdt": {...}}`` and ``--osdt-config``, no request."""
+
+    profile_dir: str | None = option(
+        None,
+        Annotated[str, AfterValidator(_is_path)] | None,
+        'Folder in which calibration profiles outlive the process, shared by engines; `""` keeps them in memory only.',
+        expected='the path of a folder, or "" for none',
+        default_text="the user's data folder",
+    )
+    max_profiles: int = option(
+        256,
+        count(),
+        "Profiles that an engine keeps in memory; the one unused for longest makes room.",
+        unit="profiles",
+    )
+    drift: str = option(
+        "recalibrate",
+        Literal["recalibrate", "warn", "off"],
+        "What the guard does about a task that no longer looks like its profile.",
+    )
+    drift_window: int = option(
+        32, count(8), "Requests whose mean confidence is compared with the profile.", unit="requests"
+    )
+    drift_gap: float = option(
+        0.03,
+        number(gt=0, le=1),
+        "Mean difference of confidence at block entry above which a task has drifted, where it is also beyond chance "
+        "(4 standard errors).",
+    )
+    drift_cosine: float = option(
+        0.95, number(ge=0, lt=1), "Cosine similarity with the profile below which a task has drifted."
+    )
+    max_auto_tasks: int = option(
+        256, count(), 'Prefixes that `"task": "auto"` tells apart in one front-end process.', unit="tasks"
+    )
+    fused_commit: bool = option(
+        True,
+        Flag,
+        "SDAR and LLaDA2: the forward that writes a finished block's keys and values is also the first denoising step "
+        "of the next block. The tokens are the same either way.",
+    )
+
+
+DECLARED: dict[str, Declaration] = declarations(CommonOptions) | {
+    name: one for policy in POLICIES.values() for name, one in declarations(policy.Options).items()
+}
+SERVER_DECLARED = declarations(ServerOptions)
+OPTION_NAMES = tuple(DECLARED)
+SERVER_OPTION_NAMES = tuple(SERVER_DECLARED)
+DEFAULTS = defaults(DecodingOptions)
+FORMER_NAMES = {one.formerly: name for name, one in DECLARED.items() if one.formerly}
+_warned: set[str] = set()
+
+
+def policies_of(name: str) -> tuple[str, ...]:
+    """The policies that an option means something to, or with which a request may send it all the same."""
+    if name in declarations(CommonOptions) or DECLARED[name].with_any_policy:
+        return tuple(POLICIES)
+    return _readers(name)
+
+
+def parse_server_options(values: Mapping[str, Any]) -> ServerOptions:
+    """Check what the operator alone decides.
+
+    Raises:
+        InvalidOptionError: A wrong type or a value out of range.
+    """
+    return ServerOptions(**{name: SERVER_DECLARED[name].check(name, value) for name, value in values.items()})
+
+
+def parse_operator_json(text: str) -> dict[str, Any]:
+    """The value of ``--osdt-config``, for argparse. Names and values are checked before anything is loaded; what the
+    model's family allows is checked when that is known.
+
+    Args:
+        text: A JSON object.
+
+    Raises:
+        argparse.ArgumentTypeError: Says what is wrong with it.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"threshold": 0.9}}')
+    try:
+        check_operator_values(values)
+    except InvalidOptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return values
+
+
+class ReferenceRow(NamedTuple):
+    """An option as documentation shows it.
+
+    Attributes:
+        name: Without the prefix.
+        values: Words for the values it may have.
+        default: Words for its default.
+        meaning: One or two sentences, in Markdown.
+        unit: Of a number; "" for none.
+        policies: The policies that it means something to; empty for all.
+        of_operator: Whether the operator alone may set it.
+        formerly: Its name in the last release; "" for the same.
+    """
+
+    name: str
+    values: str
+    default: str
+    meaning: str
+    unit: str
+    policies: tuple[str, ...]
+    of_operator: bool
+    formerly: str
+
+
+def reference_rows() -> list[ReferenceRow]:
+    """Every option, in order, for ``vllm-osdt options`` and the documentation."""
+    common, rows = declarations(CommonOptions), []
+    for name, one in {**DECLARED, **SERVER_DECLARED}.items():
+        of_operator = name in SERVER_DECLARED
+        default = defaults(ServerOptions)[name] if of_operator else DEFAULTS[name]
+        owners = () if of_operator or name in common else _readers(name)
+        text = one.default_text or json.dumps(default)
+        rows.append(ReferenceRow(name, one.expectation, text, one.meaning, one.unit, owners, of_operator, one.formerly))
+    return rows
+
+
+def _readers(name: str) -> tuple[str, ...]:
+    return tuple(policy.name for policy in POLICIES.values() if name in declarations(policy.Options))
+
+
+def operator_help() -> str:
+    """What ``--help`` says of ``--osdt-config``: every name with its values."""
+    names = [f"{name} ({one.expectation})" for name, one in {**DECLARED, **SERVER_DECLARED}.items()]
+    return (
+        'Default decoding options and options of the operator as JSON, e.g. \'{"policy": "osdt", "threshold": 0.9}\'. '
+        f"`vllm-osdt options` explains them: {'; '.join(names)}."
+    )
+
+
+def check_operator_values(values: Mapping[str, Any]) -> DecodingOptions:
+    """The operator's options as far as they hold for every family, and the decoding options among them.
+
+    Raises:
+        InvalidOptionError: An unknown name, a wrong type or a value out of range.
+    """
+    own = {name: value for name, value in values.items() if name in SERVER_OPTION_NAMES}
+    parse_server_options(own)
+    rest = {name: value for name, value in values.items() if name not in own}
+    is_block_causal = BLOCK_CACHE in (rest.get("cache_mode"), rest.get("cache"))
+    return parse_options(rest, base=DecodingOptions(cache_mode=BLOCK_CACHE) if is_block_causal else DecodingOptions())
+
+
+def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:
+    """Lay ``values`` over ``base``.
+
+    Args:
+        values: Option names (each starting with ``prefix``) to values.
+        base: What holds for names that ``values`` lacks.
+        prefix: ``"osdt_"`` for a request, empty for the operator's defaults.
+
+    Raises:
+        InvalidOptionError: An unknown name, a wrong type, a value out of range, or options that contradict each other.
+    """
+    changes = _check_values(values, prefix)
+    options = replace(_without_what_does_not_follow(base, changes), **changes)
+    if prefix:
+        _check_used(options, changes)
+    for policy in POLICIES.values():
+        policy.check(options)
+    if options.is_block_causal != base.is_block_causal:
+        allowed = (BLOCK_CACHE,) if base.is_block_causal else CANVAS_CACHES
+        raise InvalidOptionError(
+            f"{prefix}cache_mode is {options.cache_mode!r}; this model's attention allows {', '.join(allowed)}. Leave "
+            "it out."
+        )
+    return options
+
+
+def _check_values(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Each value alone, by the option's present name."""
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        if prefix and name in SERVER_OPTION_NAMES:
+            raise InvalidOptionError(f"{key!r} is for the operator of the server; set {name} in --osdt-config.")
+        if name in FORMER_NAMES:
+            name = _present_name(name, prefix, values)
+        if name not in DECLARED:
+            own = [prefix + option for option in (OPTION_NAMES if prefix else (*OPTION_NAMES, *SERVER_OPTION_NAMES))]
+            raise InvalidOptionError(
+                f"Unknown option {key!r}{did_you_mean(key, own)}; this model's options are {', '.join(own)}."
+            )
+        changes[name] = DECLARED[name].check(key, value)
+    for name, value in changes.items():
+        other = DECLARED[name].excludes
+        if value is not None and changes.get(other) is not None:
+            raise InvalidOptionError(
+                f"{prefix}{name} is {value} and {prefix}{other} {changes[other]}; send one of them."
+            )
+    return changes
+
+
+def _present_name(former: str, prefix: str, values: Mapping[str, Any]) -> str:
+    """The name that replaced one of the last release; says so once in the log.
+
+    Raises:
+        InvalidOptionError: Both are given.
+    """
+    name = FORMER_NAMES[former]
+    if prefix + name in values:
+        raise InvalidOptionError(f"{prefix}{former} and {prefix}{name} are the same option; send {prefix}{name} alone.")
+    if former not in _warned:
+        _warned.add(former)
+        logger.warning("The option %r is now called %r; the old name is accepted until the next release.", former, name)
+    return name
+
+
+def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
+    """The defaults, without those that the changes replace in another form, or that mean something else to another
+    policy than the one they were set for."""
+    dropped = {DECLARED[name].excludes for name, value in changes.items() if value is not None} - {""}
+    policy = changes.get("policy", base.policy)
+    if policy != base.policy:
+        for name, one in DECLARED.items():
+            if not one.follows_policy and {policy, base.policy} <= set(policies_of(name)):
+                dropped.add(name)
+        if POLICIES[policy].ranks_by_entropy:
+            dropped.add("edit_threshold")
+    return replace(base, **{name: DEFAULTS[name] for name in dropped})
+
+
+def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
+    """What a request asks for must mean something to its policy, and to a request without a task."""
+    if options.task is None and POLICIES[options.policy].calibrates:
+        for name, value in asked.items():
+            if name == "policy" or DECLARED[name].needs_task and value != DEFAULTS[name]:
+                raise InvalidOptionError(
+                    f"{PREFIX}{name} is {value!r}, but the request names no task, so that nothing is calibrated for "
+                    f"it and it is decoded with the static threshold. Send {PREFIX}task, or leave {PREFIX}{name} out."
+                )
+    for name, value in asked.items():
+        policies = policies_of(name)
+        if options.policy not in policies and value != DEFAULTS[name]:
+            raise InvalidOptionError(
+                f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use. Leave it out, or send "
+                f"{PREFIX}policy = {' or '.join(map(repr, policies))}."
+            )
+
+
+def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOptions:
+    """Refuse what only other model families have; fill in this one's sub-blocks.
+
+    Raises:
+        InvalidOptionError: A canvas length, refreshes, token editing or sub-blocks on a model without, or sub-blocks
+            that do not fit a block.
+    """
+    if options.gen_length is not None and traits.is_block_causal:
+        raise InvalidOptionError(
+            f"gen_length is {options.gen_length}, but no block of this model sees a later one, so a longer canvas "
+            "changes nothing. Leave it out and send max_tokens."
+        )
+    if options.cache_mode in (BLOCK_CACHE, "none"):
+        for name in ("refresh_interval", "refresh_confidence"):
+            value = getattr(options, name)
+            if value != DEFAULTS[name]:
+                reason = "finished blocks of this model need no refresh"
+                if not traits.is_block_causal:
+                    reason = "with cache_mode 'none' every step is a refresh"
+                raise InvalidOptionError(f"{name} is {value}, but {reason}. Leave it out.")
+    if options.edit_threshold is not None and not traits.can_edit:
+        raise InvalidOptionError(
+            f"edit_threshold is {options.edit_threshold:g}, but this model was not trained to replace tokens that it "
+            "has written; leave it out."
+        )
+    if options.edit_threshold is not None and POLICIES[options.policy].ranks_by_entropy:
+        raise InvalidOptionError(
+            f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy {options.policy!r} looks at "
+            "entropies; leave it out or choose another policy."
+        )
+    own = traits.sub_block_length
+    steps = options.steps or options.steps_per_block
+    if own is not None and options.policy == "static_threshold" and steps is not None:
+        raise InvalidOptionError(
+            f"steps is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
+            "need. Leave it out, or choose policy 'fixed_steps'."
+        )
+    if own is None:
+        if options.sub_block_length is not None or options.sub_block_cache:
+            raise InvalidOptionError(
+                f"sub_block_length is {options.sub_block_length}, sub_block_cache {options.sub_block_cache}; this "
+                "model's blocks have no sub-blocks. Leave both out."
+            )
+        return options
+    sub_block = own if options.sub_block_length is None else options.sub_block_length
+    if options.block_length % sub_block:
+        raise InvalidOptionError(
+            f"sub_block_length is {sub_block}; it must divide block_length {options.block_length}. Send another one."
+        )
+    return replace(options, sub_block_length=sub_block)
+
+
+def resolve_canvas(
+    options: DecodingOptions,
+    *,
+    prompt_length: int,
+    max_tokens: int | None,
+    limits: Limits,
+    max_tokens_name: str = "max_tokens",
+) -> tuple[DecodingOptions, Canvas]:
+    """Fix the canvas and check that prompt and canvas fit.
+
+    Args:
+        options: The request's options; ``gen_length`` is None unless it asks for one itself.
+        prompt_length: Prompt tokens.
+        max_tokens: The request's limit on output tokens; None when it names none.
+        limits: See there.
+        max_tokens_name: What the client calls its limit.
+
+    Returns:
+        The options with ``gen_length``, and what the policy makes of it (``steps``), and the canvas. A canvas is whole
+        blocks; where the context or a forward pass ends sooner, its last block ends there too.
+
+    Raises:
+        InvalidOptionError: The canvas does not fit, is asked for with a part of a block, or ``steps`` does not divide.
+    """
+    asked = CanvasRequest(
+        prompt_length,
+        max_tokens,
+        options.gen_length,
+        options.block_length,
+        max_tokens_name,
+        options.sub_block_length,
+        options.is_block_causal,
+    )
+    find = block_causal_canvas if options.is_block_causal else full_attention_canvas
+    canvas = find(asked, limits)
+    resolved = POLICIES[options.policy].resolve(options, asked, canvas)
+    return replace(options, gen_length=canvas.length, **resolved), canvas
+
+
+def operator_values(vllm_config: "VllmConfig") -> dict[str, Any]:
+    """The operator's own values, unchecked."""
+    additional = vllm_config.additional_config
+    return dict(additional.get("osdt", {})) if isinstance(additional, dict) else {}
+
+
+def default_decoding_options(vllm_config: "VllmConfig") -> DecodingOptions:
+    """The options of a request that sets none: ours, the checkpoint's block length, then the operator's.
+
+    Raises:
+        InvalidOptionError: ``additional_config["osdt"]`` has an unknown name or a bad value.
+    """
+    traits: Traits = vllm_config.model_config.hf_config.traits
+    base = DecodingOptions(block_length=traits.block_length)
+    if traits.is_block_causal:
+        base = replace(base, cache_mode=BLOCK_CACHE)
+    values = operator_values(vllm_config)
+    values = {name: values[name] for name in values if name not in SERVER_OPTION_NAMES}
+    return validate_for_family(parse_options(values, base=base), traits)
+
+
+def server_options(vllm_config: "VllmConfig") -> ServerOptions:
+    """What the operator alone decides.
+
+    Raises:
+        InvalidOptionError: A bad value.
+    """
+    values = operator_values(vllm_config)
+    return parse_server_options({name: values[name] for name in values if name in SERVER_OPTION_NAMES})
+
+
+def canvas_limits(vllm_config: "VllmConfig", gen_length: int | None) -> Limits:
+    """What bounds the canvases of an engine.
+
+    Args:
+        vllm_config: The engine's configuration.
+        gen_length: The operator's.
+    """
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    max_num_batched_tokens = scheduler.max_num_batched_tokens
+    return Limits(
+        max_model_len=model.max_model_len,
+        max_num_batched_tokens=min(
+            max_num_batched_tokens, scheduler.max_num_scheduled_tokens or max_num_batched_tokens
+        ),
+        gen_length=gen_length,
+        # max_new_tokens, the operator's or the checkpoint's
+        open_ended=model.get_diff_sampling_param().get("max_tokens"),
+    )

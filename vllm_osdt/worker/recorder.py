@@ -1,0 +1,196 @@
+"""What a step sees that the engine core wants to know: confidences at block entry, and steps of a calibration.
+
+On a GPU the values are copied to the host beside the engine's own copy of the step's output, and become a
+:class:`StepReport` when the engine reads that (:class:`ReportedOutput`); nothing waits for them.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from csrc_triton import Proposals
+from csrc_triton.cpu import compiled
+from vllm_osdt.messages import STEP_REPORT, RecordedStep, StepReport
+from vllm_osdt.worker.slots import CanvasStates, to_device
+from vllm_osdt.worker.step_plan import DenoiseBatch
+
+
+class _Seen(NamedTuple):
+    """What one step saw; tensors on the host, complete when the step's output is."""
+
+    req_ids: list[str]
+    batch: DenoiseBatch
+    mean_confidence: torch.Tensor | None  # float32 [R]
+    recorded: list[torch.Tensor] | None  # [C, W] each, see RecordedStep
+
+
+class StepRecorder:
+    """Collects what a step saw, for the report that goes with its output."""
+
+    def __init__(self, states: CanvasStates) -> None:
+        self._states = states
+        self._seen: _Seen | None = None
+        self._copied = None if states.device.type == "cpu" else torch.cuda.Event()
+
+    def rows_to_record(self, batch: DenoiseBatch) -> np.ndarray:
+        """The requests of a batch that calibrate, ``[C]``."""
+        return np.flatnonzero(self._states.host.is_recorded[batch.slots_np] & batch.is_active)
+
+    def see(
+        self,
+        req_ids: list[str],
+        batch: DenoiseBatch,
+        proposals: Proposals,
+        is_masked: torch.Tensor | None,
+        recorded: list[torch.Tensor] | None,
+    ) -> None:
+        """Take in a step.
+
+        Args:
+            req_ids: ``[R]`` ids of the batch's requests.
+            batch: The step.
+            proposals: What the model proposed.
+            is_masked: bool ``[M]``, which proposals are of masked positions; all when None.
+            recorded: Confidence, proposal, masks before and after, and tokens, ``[C, W]`` each; None when no request
+                calibrates.
+        """
+        means = None
+        if self._wanted(batch).any():
+            means = mean_by_request(proposals, is_masked, *batch.blocks.canvas_index.shape)
+        if means is None and recorded is None:
+            return
+        if self._copied is not None:
+            means = None if means is None else _to_host(means)
+            recorded = None if recorded is None else [_to_host(tensor) for tensor in recorded]
+            self._copied.record()
+        self._seen = _Seen(req_ids, batch, means, recorded)
+
+    def _wanted(self, batch: DenoiseBatch) -> np.ndarray:
+        """The requests whose mean confidence is reported, bool ``[R]``."""
+        host, slots = self._states.host, batch.slots_np
+        enters = host.is_watched[slots] & (batch.step_np == 0)
+        return (enters | host.reports_confidence[slots]) & batch.is_active
+
+    def attach_to(self, output: Any) -> Any:
+        """The output with the report of its step."""
+        if isinstance(output, AsyncModelRunnerOutput):
+            return ReportedOutput(output, self._report_later())
+        if isinstance(output, ModelRunnerOutput):
+            output = copy(output)  # vLLM shares the empty one
+            setattr(output, STEP_REPORT, self._report_later()())
+        return output
+
+    def _report_later(self) -> Callable[[], StepReport]:
+        seen, self._seen = self._seen, None
+        host = self._states.host
+        report = StepReport(num_fallbacks=self._states.take_fallbacks())
+        if seen is None:
+            return lambda: report
+        # The tables are those of the next step when the report is read.
+        slots, wanted = seen.batch.slots_np, self._wanted(seen.batch)
+        block = (host.block_start[slots] - host.canvas_start[slots]) // np.maximum(host.block_length[slots], 1)
+        reports_all, rows = host.reports_confidence[slots], self.rows_to_record(seen.batch)
+        is_watched = host.is_watched[slots]
+
+        def finish() -> StepReport:
+            if self._copied is not None:
+                self._copied.synchronize()  # long done: the output has come
+            if seen.mean_confidence is not None:
+                means = seen.mean_confidence.numpy()
+                for row in np.flatnonzero(wanted).tolist():
+                    if is_watched[row] and seen.batch.step_np[row] == 0:
+                        report.entries.append((seen.req_ids[row], int(block[row]), float(means[row])))
+                    if reports_all[row]:
+                        report.mean_confidence[seen.req_ids[row]] = float(means[row])
+            if seen.recorded is not None:
+                req_ids = [seen.req_ids[row] for row in rows.tolist()]
+                arrays = (tensor.numpy() for tensor in seen.recorded)
+                report.recorded = RecordedStep(req_ids, block[rows], seen.batch.step_np[rows], *arrays)
+            return report
+
+        return finish
+
+
+class ReportedOutput(AsyncModelRunnerOutput):
+    """vLLM's output that is still being copied, and the report that comes with it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, report: Callable[[], StepReport]) -> None:
+        self._output = output
+        self._report = report
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the output, as vLLM does; the report is then there too."""
+        output = self._output.get_output()
+        setattr(output, STEP_REPORT, self._report())
+        return output
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def mean_by_request(proposals: Proposals, is_masked: torch.Tensor | None, num_reqs: int, width: int) -> torch.Tensor:
+    """Mean confidence of every request's masked positions, float32 ``[num_reqs]``, NaN without any.
+
+    Args:
+        proposals: Of the batch; those of a request follow each other.
+        is_masked: bool ``[M]``, which of them count; all when None.
+        num_reqs, width: Shape that ``proposals.position`` indexes.
+    """
+    position, confidence = proposals.position, proposals.confidence
+    if confidence.device.type == "cpu":
+        if is_masked is not None:
+            position, confidence = position[is_masked], confidence[is_masked]
+        means = np.full(num_reqs, np.nan, dtype=np.float32)
+        _mean_by_request(means, position.numpy(), confidence.numpy(), width)
+        return torch.from_numpy(means)
+    request = torch.div(position, width, rounding_mode="floor")
+    weight = torch.ones_like(confidence) if is_masked is None else is_masked.to(confidence.dtype)
+    total = torch.zeros(num_reqs, dtype=torch.float32, device=confidence.device)
+    total.index_add_(0, request, confidence * weight)
+    return total / torch.zeros_like(total).index_add_(0, request, weight)
+
+
+@compiled()
+def _mean_by_request(means: np.ndarray, position: np.ndarray, confidence: np.ndarray, width: int) -> None:
+    """Write the mean confidence of every request's rows; rows of a request follow each other."""
+    count = 0
+    for row in range(position.size):
+        request = position[row] // width
+        if row == 0 or position[row - 1] // width != request:
+            count = 0
+            means[request] = 0.0
+        count += 1
+        means[request] += (confidence[row] - means[request]) / count
+
+
+def grids_to_record(
+    states: CanvasStates,
+    rows: np.ndarray,
+    batch: DenoiseBatch,
+    proposals: Proposals,
+    confidence: torch.Tensor,
+    before: torch.Tensor,
+    canvas: torch.Tensor,
+) -> list[torch.Tensor]:
+    """What a recorded step keeps of the batch's requests ``rows``, ``[C, W]`` each (see ``messages.RecordedStep``).
+
+    Args:
+        states: Tables, after the step.
+        rows: ``[C]``.
+        batch: The step.
+        proposals: What the model proposed.
+        confidence: float32 ``[R, W]``.
+        before: bool ``[R, W]``, masked positions with logits before the step.
+        canvas: int32 ``[R, W]``, tokens after the step.
+    """
+    shape = batch.blocks.canvas_index.shape
+    proposal = torch.full(shape, -1, dtype=torch.int64, device=states.device)
+    proposal.view(-1)[proposals.position] = proposals.token
+    after = states.masked[batch.blocks.slots, : shape[1]]
+    index = to_device(rows, states.device)
+    return [grid[index] for grid in (confidence, proposal, before, after, canvas)]

@@ -1,0 +1,238 @@
+"""Slot tables of the running requests: canvas and masks on the device, options and progress on the host.
+
+A slot is a request's row in vLLM's own request tables. What a denoising step decides (tokens, masks) stays on the
+device; what a step needs to be planned (block, step, rule, which positions are still masked) is NumPy on the host, so
+that planning is a few vector operations for the whole batch. The host learns the masks of the last step from a copy
+that runs beside the engine's own copy of the output. Schedules come from the engine core (``engine.calibrator``).
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import NewRequestData
+
+from csrc_triton.cpu import compiled
+from vllm_osdt.calibration.thresholds import Fallback
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.messages import Assignment, RequestSpec
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.policies import POLICIES
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE
+
+MAX_END_TOKENS = 8  # of a request that its blocks are searched for
+ADJUSTING = tuple(name for name, policy in POLICIES.items() if policy.adjusts)  # index + 1 in HostTables.adjusts
+
+
+def _seed(req_id: str, seed: int | None) -> int:
+    """The request's random key: its own seed, else one made from its id, equal on every rank."""
+    source = f"seed:{seed}" if seed is not None else f"id:{req_id}"
+    return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _end_token_ids(params: SamplingParams) -> list[int]:
+    """The tokens that end a block early, -1 for none: EOS and stop tokens. Where there are more of them than places,
+    the scheduler finds the others when their block is finished."""
+    eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
+    distinct = dict.fromkeys([*eos, *(params.stop_token_ids or [])])
+    return [*distinct, *[-1] * MAX_END_TOKENS][:MAX_END_TOKENS]
+
+
+class HostTables(NamedTuple):
+    """What planning a step reads: one entry or row per slot, on the host."""
+
+    canvas_start: np.ndarray  # int64, see geometry.Canvas
+    canvas_end: np.ndarray  # int64
+    max_output_end: np.ndarray  # int64
+    block_length: np.ndarray  # int64; 0: the slot has no canvas
+    block_start: np.ndarray  # int64, position of the active block; -1: none yet
+    step: np.ndarray  # int64, denoising steps the active block has seen
+    masked: np.ndarray  # bool [slots, MAX_BLOCK_LENGTH], of the active block
+    rule: np.ndarray  # int8
+    parameters: np.ndarray  # float32 [slots, row_length], of the rule, by block and step
+    min_unmask: np.ndarray  # int32 [slots, MAX_BLOCK_LENGTH], positions unmasked at least, by step in the block
+    fallback: np.ndarray  # int8, shape of parameters, where a calibrated parameter comes from
+    num_fallbacks: np.ndarray  # int64 [kinds], denoising steps since the last report
+    temperature: np.ndarray  # float32
+    seed: np.ndarray  # int64
+    end_token_ids: np.ndarray  # int64 [slots, MAX_END_TOKENS], -1 for none
+    is_recorded: np.ndarray  # bool, the request calibrates its task
+    is_watched: np.ndarray  # bool, the guard wants its confidence at block entry
+    reports_confidence: np.ndarray  # bool, its cache mode wants the confidence of every step
+    edit_threshold: np.ndarray  # float32, infinite for none
+    sub_block_length: np.ndarray  # int64, 0: none
+    sub_block_cache: np.ndarray  # bool
+    adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor of the array on the device, without a copy where that is the host, without waiting elsewhere."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else async_tensor_h2d(tensor, device=device)
+
+
+class CanvasStates:
+    """Tables of ``max_num_reqs`` slots, each a row of ``row_length`` positions: the context, and what a block that
+    begins in it would have behind it.
+
+    Invariant: after :meth:`begin_step`, ``host.masked[slot, :block_length]`` are the masks of the slot's active block,
+    which starts at position ``host.block_start[slot]`` and has seen ``host.step[slot]`` denoising steps.
+    """
+
+    def __init__(self, max_num_reqs: int, row_length: int, traits: Traits, device: torch.device) -> None:
+        self.device = device
+        self.mask_token_id = traits.mask_token_id
+        self.logits_shift = traits.logits_shift
+        self.is_block_causal = traits.is_block_causal
+        self._slot_of: dict[str, int] = {}
+
+        # Prompt, decided tokens and mask tokens, by absolute position; the last cell takes writes of padding.
+        self.cells = torch.zeros(max_num_reqs * row_length + 1, dtype=torch.int32, device=device)
+        self.token_ids = self.cells[:-1].view(max_num_reqs, row_length)
+        # Masks of the active block; the last row is for requests that denoise nothing in a step.
+        self.masked = torch.zeros(max_num_reqs + 1, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
+        # Steps that the active block has seen without a mask, where the request edits.
+        self.num_post_steps = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
+        # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
+        self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
+        self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        # The masks that a step left are copied to the host beside the engine's own copies.
+        is_host = device.type == "cpu"
+        self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
+        self._copied = None if is_host else torch.cuda.Event()
+        self._copy_pending: np.ndarray | None = None  # slots
+        self._copy_width = 0
+
+        self.host = HostTables(
+            canvas_start=np.zeros(max_num_reqs, dtype=np.int64),
+            canvas_end=np.zeros(max_num_reqs, dtype=np.int64),
+            max_output_end=np.zeros(max_num_reqs, dtype=np.int64),
+            block_length=np.zeros(max_num_reqs, dtype=np.int64),
+            block_start=np.full(max_num_reqs, -1, dtype=np.int64),
+            step=np.zeros(max_num_reqs, dtype=np.int64),
+            masked=self.masked.numpy() if is_host else np.zeros(tuple(self.masked.shape), dtype=bool),
+            rule=np.zeros(max_num_reqs, dtype=np.int8),
+            parameters=np.zeros((max_num_reqs, row_length), dtype=np.float32),
+            min_unmask=np.zeros((max_num_reqs, MAX_BLOCK_LENGTH), dtype=np.int32),
+            fallback=np.zeros((max_num_reqs, row_length), dtype=np.int8),
+            num_fallbacks=np.zeros(len(Fallback), dtype=np.int64),
+            temperature=np.zeros(max_num_reqs, dtype=np.float32),
+            seed=np.zeros(max_num_reqs, dtype=np.int64),
+            end_token_ids=np.full((max_num_reqs, MAX_END_TOKENS), -1, dtype=np.int64),
+            is_recorded=np.zeros(max_num_reqs, dtype=bool),
+            is_watched=np.zeros(max_num_reqs, dtype=bool),
+            reports_confidence=np.zeros(max_num_reqs, dtype=bool),
+            edit_threshold=np.full(max_num_reqs, np.inf, dtype=np.float32),
+            sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
+            sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
+            adjusts=np.zeros(max_num_reqs, dtype=np.int8),
+        )
+
+    def add(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
+        """Fill a slot for a request that starts or resumes: its block starts again, its schedule is the same."""
+        params, options, canvas, schedule = new.sampling_params, spec.options, spec.canvas, assignment.schedule
+        assert params is not None and new.prefill_token_ids is not None
+        num_prefill, host = len(new.prefill_token_ids), self.host
+        self._slot_of[new.req_id] = slot
+        row = np.full(canvas.end, self.mask_token_id, dtype=np.int32)
+        row[:num_prefill] = new.prefill_token_ids
+        self.token_ids[slot, : canvas.end] = to_device(row, self.device)
+        host.canvas_start[slot] = canvas.start
+        host.canvas_end[slot] = canvas.end
+        host.max_output_end[slot] = canvas.max_output_end
+        host.block_length[slot] = canvas.block_length
+        host.block_start[slot] = -1
+        host.rule[slot] = schedule.rule
+        parameters = schedule.parameters.ravel()
+        host.parameters[slot, : parameters.size] = parameters
+        host.min_unmask[slot] = 0
+        if schedule.min_unmask is not None:
+            host.min_unmask[slot, : canvas.block_length] = schedule.min_unmask
+        host.fallback[slot] = 0
+        if schedule.fallback is not None:
+            host.fallback[slot, : parameters.size] = schedule.fallback.ravel()
+        host.temperature[slot] = params.temperature
+        host.seed[slot] = _seed(new.req_id, params.seed)
+        host.end_token_ids[slot] = _end_token_ids(params)
+        host.is_recorded[slot] = assignment.is_recorded
+        host.is_watched[slot] = assignment.is_watched
+        host.reports_confidence[slot] = options.refresh_confidence > 0
+        host.edit_threshold[slot] = np.inf if options.edit_threshold is None else options.edit_threshold
+        host.sub_block_length[slot] = options.sub_block_length or 0
+        host.sub_block_cache[slot] = options.sub_block_cache
+        host.adjusts[slot] = ADJUSTING.index(options.policy) + 1 if options.policy in ADJUSTING else 0
+        if host.adjusts[slot]:
+            constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
+            constants[: len(schedule.constants)] = schedule.constants
+            self.constants[slot] = to_device(constants, self.device)
+
+    def free_slot(self, req_id: str) -> None:
+        """A request lost its slot: it ended or was preempted."""
+        slot = self._slot_of.pop(req_id, None)
+        if slot is not None:
+            host = self.host
+            host.block_length[slot] = 0
+            host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
+            host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
+            host.adjusts[slot] = 0
+
+    def take_fallbacks(self) -> np.ndarray | None:
+        """Denoising steps by kind of fallback since the last call, None when there were none."""
+        counts = self.host.num_fallbacks
+        if not counts[1:].any():
+            return None
+        taken = counts.copy()
+        counts[:] = 0
+        return taken
+
+    def begin_step(self, slots: np.ndarray, block_start: np.ndarray, num_active: np.ndarray) -> None:
+        """Bring the host's view up to date for the step that is being prepared.
+
+        Args:
+            slots: ``[num_reqs]`` slots scheduled.
+            block_start: ``[num_reqs]`` position of the first uncommitted token, as the scheduler sees it.
+            num_active: ``[num_reqs]`` positions of the active block from there on, or more; 0: the request denoises
+                nothing in this step.
+        """
+        if self._copy_pending is not None:
+            assert self._copied is not None
+            self._copied.synchronize()  # long done: the engine has read the output of that step
+            slots_of_copy, width = self._copy_pending, self._copy_width
+            self.host.masked[slots_of_copy, :width] = self._masked_host[: slots_of_copy.size, :width].numpy()
+            self._copy_pending = None
+        is_new = np.empty(slots.size, dtype=bool)
+        _enter_blocks(self.host, slots, block_start, num_active, is_new)
+        fresh = slots[is_new]
+        if self.device.type != "cpu" and fresh.size:
+            self.masked[to_device(fresh, self.device)] = to_device(self.host.masked[fresh], self.device)
+        if np.isfinite(self.host.edit_threshold[fresh]).any():
+            self.num_post_steps[to_device(fresh, self.device)] = 0
+        if self.host.adjusts[fresh].any():
+            self.policy_state[to_device(fresh, self.device)] = 0.0
+
+    def copy_masks_to_host(self, slots_np: np.ndarray, slots: torch.Tensor, width: int) -> None:
+        """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""
+        if self.device.type == "cpu":
+            return
+        self._masked_host[: slots_np.size].copy_(self.masked[slots], non_blocking=True)
+        assert self._copied is not None
+        self._copied.record()
+        self._copy_pending, self._copy_width = slots_np, width
+
+
+@compiled()
+def _enter_blocks(
+    host: HostTables, slots: np.ndarray, block_start: np.ndarray, num_active: np.ndarray, is_new: np.ndarray
+) -> None:
+    """Count the step of every slot, or mask its block whole where it is another one than before."""
+    for req in range(slots.size):
+        slot = slots[req]
+        is_new[req] = num_active[req] > 0 and host.block_start[slot] != block_start[req]
+        host.step[slot] += num_active[req] > 0
+        if is_new[req]:
+            host.block_start[slot], host.step[slot] = block_start[req], 0
+            for k in range(host.masked.shape[1]):
+                host.masked[slot, k] = k < min(host.block_length[slot], num_active[req])

@@ -1,0 +1,344 @@
+"""The denoising step of one batch: which rows run, which of them are read, and by which rule they are unmasked."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from csrc_triton import Blocks, Rule, Rules
+from csrc_triton.cpu import compiled
+from vllm_osdt.policies import POLICIES, Policy
+from vllm_osdt.worker.slots import ADJUSTING, CanvasStates, HostTables, to_device
+
+TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
+
+
+class AdjustedRows(NamedTuple):
+    """The requests of a policy that adjusts its steps; S of them."""
+
+    policy: Policy
+    rows: torch.Tensor  # int64 [S], which of the batch's requests
+    slots: torch.Tensor  # int64 [S]
+    step_index: torch.Tensor  # int64 [S], denoising steps that the block has seen before
+
+
+@dataclass(frozen=True)
+class DenoiseBatch:
+    """What the sampler needs of a step; R requests, W the longest block among them, M positions with logits.
+
+    Attributes:
+        slots_np: ``[R]`` slots, on the host.
+        is_active: bool ``[R]``, on the host: whether the request denoises in this step.
+        step_np: int64 ``[R]``, on the host: denoising steps that the block has seen before this one.
+        slots: The same as ``slots_np``, on the device.
+        blocks: The active blocks; those that denoise nothing have the last row of ``CanvasStates.masked``.
+        num_rows: M; the logits may have a row more when nothing is masked.
+        position: int64 ``[M]``, index into ``[R, W]`` of each logits row: of masked positions, and of those that may be
+            edited.
+        rules: By which each block is unmasked.
+        temperature: float32 ``[M]``, or None when all are 0.
+        noise_key: int64 ``[M]``, or None likewise.
+        by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
+        edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
+        adjusted: The requests whose policy adjusts the step, by policy.
+    """
+
+    slots_np: np.ndarray
+    is_active: np.ndarray
+    step_np: np.ndarray
+    slots: torch.Tensor
+    blocks: Blocks
+    num_rows: int
+    position: torch.Tensor
+    rules: Rules
+    temperature: torch.Tensor | None
+    noise_key: torch.Tensor | None
+    by_entropy: torch.Tensor | None
+    edit_threshold: torch.Tensor | None
+    adjusted: list[AdjustedRows]
+
+
+class BlockQueries(NamedTuple):
+    """A step's rows cut at block boundaries, S blocks: each sees all positions up to its own end, and nothing else."""
+
+    query_start_loc: np.ndarray  # int32 [S + 1], first row of each block
+    seq_lens: np.ndarray  # int32 [S], position behind each
+    request: np.ndarray  # int64 [S], whose it is
+
+
+@dataclass
+class CanvasInputBatch(InputBatch):
+    """vLLM's input batch with the denoising step it is for, the rows to which the last layer narrows the hidden states,
+    int64 ``[M]`` (with them ``logits_indices`` counts from 0), and a block-causal model's queries."""
+
+    denoise: DenoiseBatch | None = None
+    logit_rows: torch.Tensor | None = None
+    block_queries: BlockQueries | None = None
+
+
+def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """One random key per position and denoising step, so that sampling depends on nothing else.
+
+    Args:
+        seed, position, step: int64 ``[M]``; step counts from the block's first.
+
+    Returns:
+        int64 ``[M]``: two rounds of the splitmix64 finaliser.
+    """
+    with np.errstate(over="ignore"):
+        key = seed.astype(np.uint64)
+        for word in (position, step):
+            key = (key ^ word.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            key ^= key >> np.uint64(31)
+    return key.view(np.int64)
+
+
+class StepPlan(NamedTuple):
+    """What one step computes, on the host; R requests, T rows, M masked positions, W the longest active block."""
+
+    positions: np.ndarray  # int64 [T]
+    source: np.ndarray  # int64 [T], index of each row's token in CanvasStates.cells
+    query_start_loc: np.ndarray  # int32 [R + 1], first row of each request
+    seq_lens: np.ndarray  # int32 [R], positions whose keys and values are seen
+    logit_rows: np.ndarray  # int64 [M], rows whose logits are read
+    logit_slots: np.ndarray  # int32 [M], whose they are
+    cu_num_logits: np.ndarray  # int32 [R + 1]
+    position: np.ndarray  # int64 [M], where in [R, W] each of them is
+    canvas_index: np.ndarray  # int64 [R, W], index in CanvasStates.cells; padding points to the last
+    mask_rows: np.ndarray  # int64 [R], row of CanvasStates.masked, the last one for requests that denoise nothing
+    rule: np.ndarray  # int8 [R]
+    parameter: np.ndarray  # float32 [R]
+    end_token_ids: np.ndarray  # int64 [R, E]
+    num_output_positions: np.ndarray  # int32 [R]
+    min_unmask: np.ndarray  # int32 [R]
+
+
+class StepRows(NamedTuple):
+    """What the scheduler asks of a step, R requests, on the host."""
+
+    slots: np.ndarray  # int64 [R]
+    start: np.ndarray  # int64 [R], position of the first row of each
+    num_rows: np.ndarray  # int64 [R]
+    block_start: np.ndarray  # int64 [R], position of the first uncommitted token
+    num_active: np.ndarray  # int64 [R], positions of the active block from there on; 0: nothing is denoised
+    decides_first: np.ndarray  # bool [R], only that first position is
+
+
+def step_rows(
+    states: CanvasStates,
+    slots: np.ndarray,
+    start: np.ndarray,
+    num_rows: np.ndarray,
+    num_drafts: np.ndarray,
+    decides_first: np.ndarray,
+) -> StepRows:
+    """Bring the tables up to date for a step, and leave out rows that a sub-block's cache spares.
+
+    Args:
+        states: Tables.
+        slots: int64 ``[R]`` scheduled slots.
+        start: int64 ``[R]`` position of the first row of each.
+        num_rows: int64 ``[R]`` rows of each.
+        num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block; 0 without one.
+        decides_first: bool ``[R]``, the step decides the active block's first position alone, by the row before it.
+    """
+    host = states.host
+    block_length = host.block_length[slots]
+    block_start = start + num_rows - num_drafts
+    # Without drafts the active block begins behind the step's rows.
+    num_active = np.where(decides_first & (num_drafts == 0), block_length, np.minimum(block_length, num_drafts))
+    states.begin_step(slots, block_start, num_active)
+    rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first)
+    if host.sub_block_cache[slots].any():
+        rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
+        skip_cached_rows(host, rows)
+    return rows
+
+
+@compiled()
+def skip_cached_rows(host: HostTables, rows: StepRows) -> None:
+    """A step computes the active sub-block alone where that begins with a written token and the block has been computed
+    whole since it was entered."""
+    for req in range(rows.slots.size):
+        slot = rows.slots[req]
+        if not host.sub_block_cache[slot] or rows.num_active[req] == 0 or rows.decides_first[req]:
+            continue
+        block_start = rows.block_start[req]
+        base = block_start + rows.num_active[req] - host.block_length[slot]
+        if host.step[slot] <= (block_start == base):  # the step before gave a first token, from the block before
+            continue
+        first = _sub_block(host, slot, block_start, rows.num_active[req])
+        if first < block_start or not host.masked[slot, first - block_start]:
+            rows.start[req], rows.num_rows[req] = first, host.sub_block_length[slot]
+
+
+@compiled()
+def _sub_block(host: HostTables, slot: int, block_start: int, num_active: int) -> int:
+    """Position of the first sub-block that has a mask."""
+    base = block_start + num_active - host.block_length[slot]
+    first_masked = block_start
+    for k in range(num_active):
+        if host.masked[slot, k]:
+            first_masked = block_start + k
+            break
+    return first_masked - (first_masked - base) % host.sub_block_length[slot]
+
+
+def plan_step(states: CanvasStates, rows: StepRows) -> StepPlan:
+    """Lay out a step."""
+    slots, num_rows = rows.slots, rows.num_rows
+    num_reqs, num_tokens = slots.size, int(num_rows.sum())
+    width = int(states.host.block_length[slots].max(initial=1))
+    plan = StepPlan(
+        positions=np.empty(num_tokens, np.int64),
+        source=np.empty(num_tokens, np.int64),
+        query_start_loc=np.empty(num_reqs + 1, np.int32),
+        seq_lens=np.empty(num_reqs, np.int32),
+        logit_rows=np.empty(num_reqs * width, np.int64),
+        logit_slots=np.empty(num_reqs * width, np.int32),
+        cu_num_logits=np.empty(num_reqs + 1, np.int32),
+        position=np.empty(num_reqs * width, np.int64),
+        canvas_index=np.empty((num_reqs, width), np.int64),
+        mask_rows=np.empty(num_reqs, np.int64),
+        rule=np.empty(num_reqs, np.int8),
+        parameter=np.empty(num_reqs, np.float32),
+        end_token_ids=states.host.end_token_ids[slots],
+        num_output_positions=np.empty(num_reqs, np.int32),
+        min_unmask=np.empty(num_reqs, np.int32),
+    )
+    num_logits = _fill(states.host, rows, states.logits_shift, plan)
+    return plan._replace(
+        logit_rows=plan.logit_rows[:num_logits],
+        logit_slots=plan.logit_slots[:num_logits],
+        position=plan.position[:num_logits],
+    )
+
+
+@compiled()
+def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -> int:
+    """Write a plan, count its fallbacks and return the number of logit rows."""
+    row_length = host.parameters.shape[1]
+    padding_cell = host.parameters.size
+    row = num_logits = 0
+    plan.query_start_loc[0] = plan.cu_num_logits[0] = 0
+    for req in range(rows.slots.size):
+        slot, start, num_rows = rows.slots[req], rows.start[req], rows.num_rows[req]
+        block_start, num_active, decides_first = rows.block_start[req], rows.num_active[req], rows.decides_first[req]
+        first_cell = slot * row_length
+        edits = np.isfinite(host.edit_threshold[slot])
+        first_read, last_read = 0, 1 if decides_first else num_active
+        if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
+            first_read = _sub_block(host, slot, block_start, num_active) - block_start
+            last_read = first_read + host.sub_block_length[slot]
+        for k in range(num_rows):
+            plan.positions[row + k] = start + k
+            plan.source[row + k] = first_cell + start + k
+        for k in range(plan.canvas_index.shape[1]):
+            is_inside = k < num_active
+            plan.canvas_index[req, k] = first_cell + block_start + k if is_inside else padding_cell
+            if is_inside and first_read <= k < last_read and (host.masked[slot, k] or edits):
+                plan.logit_rows[num_logits] = row + block_start - start + k - logits_shift
+                plan.logit_slots[num_logits] = slot
+                plan.position[num_logits] = req * plan.canvas_index.shape[1] + k
+                num_logits += 1
+        row += num_rows
+        plan.query_start_loc[req + 1] = row
+        plan.cu_num_logits[req + 1] = num_logits
+        plan.seq_lens[req] = max(host.canvas_end[slot], start + num_rows)
+        step = step_in_block = 0
+        if num_active > 0:
+            offset = block_start - host.canvas_start[slot]
+            step_in_block = min(host.step[slot], host.block_length[slot] - 1)
+            step = offset - offset % host.block_length[slot] + step_in_block
+            host.num_fallbacks[host.fallback[slot, step]] += 1
+        plan.mask_rows[req] = slot if num_active > 0 else host.block_length.size
+        plan.rule[req] = TOP_K if decides_first else host.rule[slot]
+        plan.parameter[req] = 1.0 if decides_first else host.parameters[slot, step]
+        plan.min_unmask[req] = 0 if decides_first else host.min_unmask[slot, step_in_block]
+        plan.num_output_positions[req] = min(max(host.max_output_end[slot] - block_start, 0), num_active)
+    return num_logits
+
+
+def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries:
+    """The queries of a block-causal model: a step's rows are whole blocks, or a part of one."""
+    block_length = states.host.block_length[rows.slots]
+    block_length = np.where(block_length > 0, block_length, rows.num_rows)  # vLLM's warm-up requests have no canvas
+    num_blocks = -(-rows.num_rows // block_length)
+    request = np.repeat(np.arange(rows.slots.size), num_blocks)
+    index = np.arange(request.size) - (num_blocks.cumsum() - num_blocks)[request]  # of a block in its request
+    length = np.minimum(block_length, rows.num_rows)[request]
+    query_start_loc = np.zeros(request.size + 1, dtype=np.int32)
+    length.cumsum(out=query_start_loc[1:])
+    block = rows.start[request] // block_length[request] + index
+    return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
+
+
+def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoiseBatch:
+    """What the sampler needs of a planned step, on the device.
+
+    Args:
+        states: Tables.
+        slots: int64 ``[R]`` scheduled slots.
+        plan: The step.
+        decides_first: See ``StepRows``; such a step is adjusted by no policy.
+    """
+    host, device = states.host, states.device
+    row_temperature = row_keys = by_entropy = None
+    temperature, step = host.temperature[slots], host.step[slots]
+    if temperature.any():
+        row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
+        positions = host.block_start[slots][row_req] + row_pos
+        row_temperature = to_device(temperature[row_req], device)
+        row_keys = to_device(noise_keys(host.seed[slots][row_req], positions, step[row_req]), device)
+    asks_entropy = host.rule[slots] == ENTROPY_BOUND
+    if asks_entropy.any():
+        by_entropy = to_device(asks_entropy[plan.position // plan.canvas_index.shape[1]], device)
+    edit_threshold = host.edit_threshold[slots]
+    is_active = plan.mask_rows < host.block_length.size
+    blocks = Blocks(
+        cells=states.cells,
+        masked=states.masked,
+        slots=to_device(plan.mask_rows, device),
+        canvas_index=to_device(plan.canvas_index, device),
+        end_token_ids=to_device(plan.end_token_ids, device),
+        num_output_positions=to_device(plan.num_output_positions, device),
+    )
+    rules = Rules(
+        rule=to_device(plan.rule, device),
+        parameter=to_device(plan.parameter, device),
+        min_unmask=to_device(plan.min_unmask, device),
+    )
+    return DenoiseBatch(
+        slots_np=slots,
+        is_active=is_active,
+        step_np=step,
+        slots=to_device(slots, device),
+        blocks=blocks,
+        num_rows=plan.position.size,
+        position=to_device(plan.position, device),
+        rules=rules,
+        temperature=row_temperature,
+        noise_key=row_keys,
+        by_entropy=by_entropy,
+        edit_threshold=to_device(edit_threshold, device) if np.isfinite(edit_threshold).any() else None,
+        adjusted=_adjusted_rows(states, slots, step, is_active & ~decides_first),
+    )
+
+
+def _adjusted_rows(
+    states: CanvasStates, slots: np.ndarray, step: np.ndarray, takes_part: np.ndarray
+) -> list[AdjustedRows]:
+    """The requests whose policy adjusts the step, by policy."""
+    policy_of = np.where(takes_part, states.host.adjusts[slots], 0)
+    if not policy_of.any():
+        return []
+    adjusted = []
+    for number in np.unique(policy_of[policy_of > 0]).tolist():
+        rows = np.flatnonzero(policy_of == number)
+        on_device = (to_device(array, states.device) for array in (rows, slots[rows], step[rows]))
+        adjusted.append(AdjustedRows(POLICIES[ADJUSTING[number - 1]], *on_device))
+    return adjusted
