@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="vllm-osdt-tests-")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-GOLDEN = REPOSITORY.parent / "shared" / "golden"
+GOLDEN = REPOSITORY / "tests" / "golden"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,8 @@ class Golden:
 
 
 def load_golden(name: str) -> Golden:
-    """A recorded checkpoint; skips the test where the recordings are not beside the repository."""
+    """A recorded checkpoint of ``tests/golden``; a recording that is not there is a failure."""
     folder = GOLDEN / name
-    if not (folder / "cases.json").exists():
-        pytest.skip(f"no recorded decisions: {name} is not in the folder shared/golden beside the repository")
     return Golden(folder, json.loads((folder / "cases.json").read_text()))
 
 
