@@ -1,4 +1,4 @@
-"""Decodes held-out problems without vLLM: `python -m vllm_osdt.mini.evaluate`."""
+"""Decodes held-out problems without vLLM: `python -m examples.mini.evaluate`."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vllm_osdt.mini import model_path
-from vllm_osdt.mini.model import MiniLLaDA, beside_stale_cache, block_causal
+from examples.mini.model import MiniLLaDA, beside_stale_cache, block_causal
 from vllm_osdt.mini.tasks import TASKS, check, generate
 from vllm_osdt.mini.tasks.base import Problem
 from vllm_osdt.mini.tokenizer import build_tokenizer
