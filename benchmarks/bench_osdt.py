@@ -102,18 +102,22 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
+        """Share of the problems answered right, in [0, 1]."""
         return float(np.mean(self.right))
 
     @property
     def mean_nfe(self) -> float:
+        """Forward passes per problem."""
         return float(np.mean(self.nfe))
 
     @property
     def tokens_per_forward(self) -> float:
+        """Output tokens per forward pass of a request."""
         return sum(self.num_tokens) / sum(self.nfe)
 
     @property
     def tokens_per_second(self) -> float:
+        """Output tokens of all requests together per second of the run."""
         return sum(self.num_tokens) / self.seconds
 
     def interval(self) -> tuple[float, float]:

@@ -157,8 +157,10 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
 
 
 def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
-    """Draws problems of one prompt length, and for every block from the prompt's last on NUM_BLOCK_STATES masked
-    states."""
+    """Draws problems of one prompt length and masked states of their blocks.
+
+    Every block from the prompt's last one on has NUM_BLOCK_STATES of them.
+    """
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)

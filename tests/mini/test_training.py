@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_osdt.mini import MODELS, model_path
 from examples.mini import train as training
 from examples.mini.evaluate import evaluate, static_rule
 from examples.mini.model import MiniLLaDA
-from vllm_osdt.mini.tasks import TASKS, generate
-from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
 from examples.mini.train import (
     CONFIGS,
     NUM_EOS,
@@ -27,6 +24,9 @@ from examples.mini.train import (
     encode_pool,
     train,
 )
+from vllm_osdt.mini import MODELS, model_path
+from vllm_osdt.mini.tasks import TASKS, generate
+from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
 
 BLOCK_LENGTH = 32
 MAX_CHECKPOINT_BYTES = 9.5e6
