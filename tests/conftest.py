@@ -23,6 +23,9 @@ os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="vllm-osdt-tests-")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
+# Pages of an engine in this process. 64 requests of 512 tokens take 192 MiB in the largest of these models, and vLLM
+# writes to every page at the start.
+KV_CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,15 @@ def start_llm() -> Any:
     def start(model: Path, **arguments: Any) -> Any:
         # Engines of one model would find each other's profiles on disk.
         arguments.setdefault("additional_config", {"osdt": {"profile_dir": ""}})
-        arguments = {"dtype": "float32", "skip_tokenizer_init": "tokenizer" not in arguments, **arguments}
-        engines.append(LLM(model=str(model), **arguments))
+        arguments = {
+            "dtype": "float32",
+            "skip_tokenizer_init": "tokenizer" not in arguments,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            **arguments,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # whole GiB, and stronger than the argument
+            engines.append(LLM(model=str(model), **arguments))
         return engines[-1]
 
     return start

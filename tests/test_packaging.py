@@ -113,44 +113,6 @@ def test_types_are_declared_and_the_marker_exists(installed):
         assert (ROOT / package / "py.typed").exists()
 
 
-STUB = """#!/bin/sh
-for last; do :; done
-echo "$last" >> "$RUNS"
-case "$last" in *{0}*) exit {1};; esac
-exit {2}
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "where", "there", "elsewhere", "status", "num_runs"),
-    [
-        ("", "none", 0, 0, 0, 4),
-        ("", "two", 1, 0, 1, 3),
-        ("", "two", 5, 0, 5, 3),  # a module without tests is a fault of the module
-        ("-k name", "two", 0, 5, 0, 4),
-        ("-k name", "two", 1, 5, 1, 3),
-        ("-k name", "none", 0, 5, 5, 4),  # a name that is nowhere
-    ],
-)
-def test_make_test_goes_on_where_a_name_is_in_some_modules_only(
-    tmp_path, arguments, where, there, elsewhere, status, num_runs
-):
-    stub, runs = tmp_path / "python", tmp_path / "runs"
-    stub.write_text(STUB.format(where, there, elsewhere))
-    stub.chmod(0o755)
-    make = ["make", "-o", "lint", "-o", "types", "test", f"PY={stub}", "ENGINE_TESTS=one two three"]
-    done = subprocess.run(
-        [*make, f"PYTEST_ARGS={arguments}"],
-        cwd=ROOT,
-        env={**os.environ, "RUNS": str(runs)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode != 0) == (status != 0), done.stdout + done.stderr
-    assert status == 0 or f"Error {status}" in done.stderr
-    assert len(runs.read_text().splitlines()) == num_runs
-
-
 def test_the_demo_writes_no_file_that_is_kept():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
