@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # works from a checkout that is not installed
-import csrc_triton  # noqa: E402
-from csrc_triton import Rule, reference  # noqa: E402
+import csrc_triton
+from csrc_triton import Rule, reference
 
 PROBABILITY_RTOL = 1e-5  # fp32 against the fp64 twin: the order of a sum, and exp(x) as 2 ** (x log2 e)
 CPU_SECONDS_PER_CASE = 0.5
@@ -36,6 +36,7 @@ Timing = tuple[float, float, float]  # median, 20th and 80th percentile, in micr
 
 
 def time_us(call: Callable[[], object], device: str) -> Timing:
+    """Times one call, again and again: on a CPU for CPU_SECONDS_PER_CASE and at least five times."""
     if device == "cuda":
         import triton.testing
 
@@ -53,6 +54,7 @@ def time_us(call: Callable[[], object], device: str) -> Timing:
 
 
 def bench_confidence(device: str, sizes: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[dict]:
+    """Compares ``confidence`` with its twin and times both; ``sizes`` are rows and vocabulary."""
     for num_rows, vocabulary in sizes:
         for dtype in dtypes:
             for case in ("greedy", "sampled", "entropy"):
@@ -85,6 +87,7 @@ def bench_confidence(device: str, sizes: list[tuple[int, int]], dtypes: list[tor
 
 
 def bench_unmask(device: str, sizes: list[tuple[int, int]]) -> Iterator[dict]:
+    """Compares ``unmask`` with its twin and times both; ``sizes`` are blocks and positions of a block."""
     for num_blocks, block_length in sizes:
         for case in (*(rule.name.lower() for rule in Rule), "mixed"):
             torch.manual_seed(0)
@@ -127,6 +130,7 @@ def bench_unmask(device: str, sizes: list[tuple[int, int]]) -> Iterator[dict]:
 
 
 def environment(device: str) -> dict:
+    """What a time depends on: versions, device, threads."""
     return {
         "torch": torch.__version__,
         "triton": metadata.version("triton"),
@@ -136,6 +140,7 @@ def environment(device: str) -> dict:
 
 
 def main() -> None:
+    """Parse arguments, run, print a line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line per case")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch threads of the CPU path (default 1)")

@@ -45,12 +45,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import numpy as np
-from common import environment, write_lines
+from common import REPOSITORY, environment, write_lines
 
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.calibration.profile import Setting
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies.osdt import osdt
+
+sys.path.insert(0, str(REPOSITORY))  # examples.mini is in the checkout only
 
 STATIC = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -100,23 +102,27 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
+        """Share of the problems answered right, in [0, 1]."""
         return float(np.mean(self.right))
 
     @property
     def mean_nfe(self) -> float:
+        """Forward passes per problem."""
         return float(np.mean(self.nfe))
 
     @property
     def tokens_per_forward(self) -> float:
+        """Output tokens per forward pass of a request."""
         return sum(self.num_tokens) / sum(self.nfe)
 
     @property
     def tokens_per_second(self) -> float:
+        """Output tokens of all requests together per second of the run."""
         return sum(self.num_tokens) / self.seconds
 
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
-        from vllm_osdt.mini.evaluate import Score
+        from examples.mini.evaluate import Score
 
         return Score(sum(self.right), len(self.right), self.mean_nfe).interval()
 

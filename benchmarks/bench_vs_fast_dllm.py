@@ -114,8 +114,11 @@ class Workload:
     source: str
 
     def requests(self, concurrency: int) -> list[list[int]]:
-        """The prompts, repeated as a whole until there are at least ``concurrency``. Neither side keeps anything from
-        one request to the next, so the baseline's rate on the distinct prompts is its rate on these."""
+        """The prompts, repeated as a whole until there are at least ``concurrency``.
+
+        Neither side keeps anything from one request to the next, so the baseline's rate on the distinct prompts is its
+        rate on these.
+        """
         return self.prompts * -(-concurrency // len(self.prompts))
 
 

@@ -274,7 +274,7 @@ def test_a_canvas_that_a_request_asks_for_fits_whole_or_is_refused():
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers():
-    with pytest.raises(InvalidOptionError, match="prompt has 200 tokens and leaves no room .* 200, which holds"):
+    with pytest.raises(InvalidOptionError, match=r"prompt has 200 tokens and leaves no room .* 200, which holds"):
         canvas(200, None)
     assert canvas(199, None) == (replace(BASE, gen_length=1), 1)
 
@@ -323,7 +323,7 @@ def test_steps_per_block_hold_whatever_the_number_of_blocks():
     for policy in ("fixed_steps", "static_threshold"):
         assert canvas(10, 64, policy=policy, steps_per_block=5)[0].steps == 10
         assert canvas(10, 20, policy=policy, steps_per_block=32)[0].steps == 32
-    with pytest.raises(InvalidOptionError, match="steps_per_block is 33; with 1 block of 32 it must be .* 1 to 32"):
+    with pytest.raises(InvalidOptionError, match=r"steps_per_block is 33; with 1 block of 32 it must be .* 1 to 32"):
         canvas(10, 64, policy="fixed_steps", steps_per_block=33)
     assert canvas(10, 64, policy="osdt", steps_per_block=5)[0].steps is None
 

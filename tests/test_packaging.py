@@ -1,16 +1,20 @@
 """What an installation offers: names, versions, entry points, and a Triton that is usable in every process."""
 
+import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
 from pathlib import Path
 
 import pytest
 
 import vllm_osdt
+from vllm_osdt.mini import MODELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,51 +44,73 @@ def test_requirements_name_a_tested_range_of_vllm(installed):
     assert "vllm<0.34,>=0.32" in requirements or "vllm>=0.32,<0.34" in requirements
 
 
-def test_pyproject_holds_tool_settings_only():
-    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system", "tool"}
+def test_metadata_has_one_source():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(pyproject) == {"build-system", "project", "tool"}
+    assert pyproject["project"]["dynamic"] == ["version"]
+    [call] = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    assert ast.unparse(call) == "setup()"
+
+
+BUILD = """
+import sys
+from setuptools import build_meta
+name = build_meta.build_wheel(sys.argv[1])
+print(name, "vllm_osdt" in sys.modules)
+"""
+NOT_SOURCE = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of a copy of this source tree; its name, as the build says it, and whether that imported the package."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", BUILD, str(folder)]
+    built = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    name, has_imported = built.stdout.split()[-2:]
+    with zipfile.ZipFile(folder / name) as archive:
+        yield archive, name, has_imported == "True"
+
+
+def test_a_build_reads_the_version_without_importing_the_package(wheel):
+    _, name, has_imported = wheel
+    assert name == f"vllm_osdt-{vllm_osdt.__version__}-py3-none-any.whl"
+    assert not has_imported
+
+
+def test_the_wheel_holds_the_two_packages_with_their_checkpoints_and_license(wheel):
+    archive, _, _ = wheel
+    names = archive.namelist()
+    metadata = f"vllm_osdt-{vllm_osdt.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"vllm_osdt", "csrc_triton", metadata}
+    for needed in (
+        "__init__.py",
+        "tokenizer.py",
+        "tasks/code.py",
+        *(f"checkpoints/{name}/model.safetensors" for name in MODELS),
+    ):
+        assert f"vllm_osdt/mini/{needed}" in names
+    assert {"vllm_osdt/py.typed", "csrc_triton/py.typed", f"{metadata}/licenses/LICENSE"} <= set(names)
+
+
+def test_the_wheel_has_neither_trainer_nor_learning_curves_nor_recordings(wheel):
+    archive, _, _ = wheel
+    names = archive.namelist()
+    assert sorted(name for name in names if re.fullmatch(r"vllm_osdt/mini/[^/]*", name)) == [
+        "vllm_osdt/mini/__init__.py",
+        "vllm_osdt/mini/tokenizer.py",
+    ]
+    assert not [name for name in names if re.search(r"(^|/)(tests|examples|golden|benchmarks|learning_curve)", name)]
+    assert not [name for name in names if name.endswith(".py") and b"import examples" in archive.read(name)]
+    assert not [name for name in names if name.endswith(".py") and b"from examples" in archive.read(name)]
 
 
 def test_types_are_declared_and_the_marker_exists(installed):
     for package in ("vllm_osdt", "csrc_triton"):
         assert (ROOT / package / "py.typed").exists()
-
-
-STUB = """#!/bin/sh
-for last; do :; done
-echo "$last" >> "$RUNS"
-case "$last" in *{0}*) exit {1};; esac
-exit {2}
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "where", "there", "elsewhere", "status", "num_runs"),
-    [
-        ("", "none", 0, 0, 0, 4),
-        ("", "two", 1, 0, 1, 3),
-        ("", "two", 5, 0, 5, 3),  # a module without tests is a fault of the module
-        ("-k name", "two", 0, 5, 0, 4),
-        ("-k name", "two", 1, 5, 1, 3),
-        ("-k name", "none", 0, 5, 5, 4),  # a name that is nowhere
-    ],
-)
-def test_make_test_goes_on_where_a_name_is_in_some_modules_only(
-    tmp_path, arguments, where, there, elsewhere, status, num_runs
-):
-    stub, runs = tmp_path / "python", tmp_path / "runs"
-    stub.write_text(STUB.format(where, there, elsewhere))
-    stub.chmod(0o755)
-    make = ["make", "-o", "lint", "-o", "types", "test", f"PY={stub}", "ENGINE_TESTS=one two three"]
-    done = subprocess.run(
-        [*make, f"PYTEST_ARGS={arguments}"],
-        cwd=ROOT,
-        env={**os.environ, "RUNS": str(runs)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode != 0) == (status != 0), done.stdout + done.stderr
-    assert status == 0 or f"Error {status}" in done.stderr
-    assert len(runs.read_text().splitlines()) == num_runs
 
 
 def test_the_demo_writes_no_file_that_is_kept():

@@ -116,5 +116,5 @@ def test_offline_parameters_are_greedy_unless_told_and_take_our_options_by_name(
     assert (params.temperature, params.max_tokens, params.stop) == (0.0, None, ["x"])
     assert params.extra_args == {"other": 1, "osdt_task": "quiz", "osdt_threshold": 0.8}
     assert vllm_osdt.sampling_params(temperature=0.5, max_tokens=7) == SamplingParams(temperature=0.5, max_tokens=7)
-    with pytest.raises(InvalidOptionError, match="'treshold' is neither .*did you mean .threshold.\\?"):
+    with pytest.raises(InvalidOptionError, match=r"'treshold' is neither .*did you mean .threshold.\?"):
         vllm_osdt.sampling_params(treshold=0.5)

@@ -220,8 +220,11 @@ def test_profile_ids_tell_records_and_keys_apart():
 
 
 def hand_made():
-    """Two requests of one block of three positions. The first takes three steps, one position each, the last position
-    first; the second commits two positions in its first step and ends there: the third never got a token."""
+    """Two requests of one block of three positions.
+
+    The first takes three steps, one position each, the last position first; the second commits two positions in its
+    first step and ends there: the third never got a token.
+    """
     confidence = np.full((2, 1, 3, 3), NAN, dtype=np.float32)
     committed = np.zeros(confidence.shape, bool)
     confidence[0, 0] = [[0.3, 0.5, 0.9], [0.6, 0.8, NAN], [0.7, NAN, NAN]]

@@ -157,7 +157,7 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin, ed
 
 
 def test_editing_and_entropies_exclude_each_other(llm):
-    with pytest.raises(ValueError, match="edit_threshold is 0.5, a confidence, but policy 'entropy_bound'"):
+    with pytest.raises(ValueError, match=r"edit_threshold is 0.5, a confidence, but policy 'entropy_bound'"):
         generate(llm, [[5, 6]], sampling(8, policy="entropy_bound", edit_threshold=0.5))
 
 

@@ -1,5 +1,6 @@
-"""OSDT as a service, on the bundled model and its tasks: default options, what a response says, pins, guard, tasks
-without a name.
+"""OSDT as a service, on the bundled model and its tasks.
+
+Default options, what a response says, pins, guard, tasks without a name.
 """
 
 import logging
@@ -152,7 +153,7 @@ def test_a_pinned_profile_decodes_as_it_did_before_it_was_replaced(llm):
 def test_a_pin_that_cannot_hold_is_refused_with_the_reason(llm, calibrated, options, words):
     [profile] = [profile for profile in vllm_osdt.profiles(llm) if profile["task"] == "code"]
     options = {name: profile["id"] if value == "PIN" else value for name, value in options.items()}
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  its words are looked at below
         decode(llm, PROBLEMS["code"][:1], **options)
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert len(decode(llm, PROBLEMS["code"][:1], task="code")) == 1

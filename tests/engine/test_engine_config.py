@@ -83,7 +83,7 @@ def test_block_length_of_the_checkpoint_is_the_default_and_the_operators_wins(ch
     ],
 )
 def test_engine_that_cannot_work_is_refused(checkpoint: str, arguments: dict, words: list[str]) -> None:
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011  its words are looked at below
         configure(checkpoint, **arguments)
     assert all(word in str(refusal.value) for word in words)
 
@@ -324,7 +324,7 @@ def change(folder: Path, **fields) -> None:
 
 
 def read_config(fields: dict):
-    """A checkpoint's config as its family's class reads it. (vLLM tries several times to read what is refused.)"""
+    """A checkpoint's config as its family's class reads it; vLLM tries several times to read what is refused."""
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     return _CONFIG_REGISTRY[fields["model_type"]].from_dict(fields)
@@ -424,9 +424,9 @@ def test_what_an_operator_has_set_is_honored_or_refused(
 def test_a_refusal_of_ours_is_no_validation_error_of_the_whole_config(checkpoint: str) -> None:
     from vllm_osdt.errors import OSDTError
 
-    with pytest.raises(OSDTError, match="^gen_length is 40; it must be a multiple of block_length 32"):
+    with pytest.raises(OSDTError, match=r"^gen_length is 40; it must be a multiple of block_length 32"):
         configure(checkpoint, additional_config={"osdt": {"gen_length": 40}})
-    with pytest.raises(OSDTError, match="gen_length is 256; .* at most 255"):
+    with pytest.raises(OSDTError, match=r"gen_length is 256; .* at most 255"):
         configure(checkpoint, additional_config={"osdt": {"gen_length": 256}})
 
 

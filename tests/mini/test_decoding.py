@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from examples.mini.evaluate import ONE_PER_STEP, Score, block_logits, calibrate, decode, osdt_rule, static_rule
+from examples.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, block_causal
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.decode import static_threshold
-from vllm_osdt.mini.evaluate import ONE_PER_STEP, Score, block_logits, calibrate, decode, osdt_rule, static_rule
-from vllm_osdt.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, block_causal
 from vllm_osdt.mini.tasks import generate
 
 CONFIG = MiniConfig(vocab_size=256, eos_token_id=0, mask_token_id=1, block_length=8, n_layers=1)

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_osdt.mini import MODELS, model_path
-from vllm_osdt.mini import train as training
-from vllm_osdt.mini.evaluate import evaluate, static_rule
-from vllm_osdt.mini.model import MiniLLaDA
-from vllm_osdt.mini.tasks import TASKS, generate
-from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
-from vllm_osdt.mini.train import (
+from examples.mini import train as training
+from examples.mini.evaluate import evaluate, static_rule
+from examples.mini.model import MiniLLaDA
+from examples.mini.train import (
     CONFIGS,
     NUM_EOS,
     NUM_STATES,
@@ -27,6 +24,9 @@ from vllm_osdt.mini.train import (
     encode_pool,
     train,
 )
+from vllm_osdt.mini import MODELS, model_path
+from vllm_osdt.mini.tasks import TASKS, generate
+from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
 
 BLOCK_LENGTH = 32
 MAX_CHECKPOINT_BYTES = 9.5e6

@@ -216,5 +216,5 @@ def test_what_is_not_implemented_is_refused_by_name(change):
 
 def test_a_mask_token_outside_the_vocabulary_is_refused_with_the_remedy(tmp_path, start_llm):
     folder = make_sdar_checkpoint(tmp_path / "model", mask_token_id=100)
-    with pytest.raises(ValueError, match="mask_token_id is 500; it must be a token id in .0, 101.*hf-overrides"):
+    with pytest.raises(ValueError, match=r"mask_token_id is 500; it must be a token id in .0, 101.*hf-overrides"):
         start_llm(folder, max_num_seqs=2, max_model_len=64, hf_overrides={"mask_token_id": 500})

@@ -134,7 +134,7 @@ def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(check
 def test_a_context_beyond_the_scaled_range_is_refused(checkpoints, start_llm):
     """vLLM's tables end there, and what it reads behind them is no angle."""
     write(checkpoints["llada"], {"rope_theta": THETA, "rope_scaling": BY_TYPE})
-    with pytest.raises(ValueError, match="max_model_len is 129, but .* 16 positions by 8, to 128"):
+    with pytest.raises(ValueError, match=r"max_model_len is 129, but .* 16 positions by 8, to 128"):
         start_llm(checkpoints["llada"], max_num_seqs=4, max_model_len=129)
 
 

@@ -157,8 +157,10 @@ class ReferenceLLaDA2(BlockCausalNetwork):
         return self.weights[f"model.layers.{layer}.attention.dense.weight"]
 
     def mix(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """The best groups by the sum of their two best experts, then the best experts in them; a bias chooses but does
-        not weigh."""
+        """The best groups by the sum of their two best experts, then the best experts in them.
+
+        A bias chooses but does not weigh.
+        """
         prefix, config = f"model.layers.{layer}.mlp.", self.config
         if layer < config["first_k_dense_replace"]:
             return _swiglu(x, self.weights, prefix)
@@ -242,7 +244,7 @@ def decode_block_causal(
             for position in chosen + edits:
                 canvas[position], decided[position] = top.indices[position, 0], True
             result.num_edits += len(edits)
-            is_open = edit_threshold is not None and (masked or edits and num_post_steps < MAX_POST_STEPS)
+            is_open = edit_threshold is not None and (masked or (edits and num_post_steps < MAX_POST_STEPS))
             ready = None if is_open else _ready(canvas.tolist(), decided, start, needed, end_token_ids)
             if ready is not None:
                 break

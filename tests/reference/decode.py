@@ -133,8 +133,10 @@ def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
 
 
 def dynamic(tau: float, steps_per_block: int, block_length: int, *, strict: bool = True) -> Rule:
-    """SDAR's and LLaDA2's dynamic rule: all above the threshold, if those are as many as the step's share; else the
-    share."""
+    """SDAR's and LLaDA2's dynamic rule.
+
+    All above the threshold, if those are as many as the step's share; else the share.
+    """
     share = fixed_steps(steps_per_block, block_length)
     passes = ThresholdRule(lambda block, step: tau, strict=strict)
 

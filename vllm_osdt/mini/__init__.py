@@ -1,4 +1,7 @@
-"""The bundled tiny models: their tasks, trainer and checkpoints. Importing it loads no torch."""
+"""The bundled tiny models: their tasks, tokenizer and checkpoints. Importing it loads no torch.
+
+The trainer is in `examples/mini` of the repository.
+"""
 
 from pathlib import Path
 

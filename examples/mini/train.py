@@ -1,4 +1,4 @@
-"""Trains a bundled model from scratch: `python -m vllm_osdt.mini.train --model NAME --out DIR`."""
+"""Trains a bundled model from scratch: `python -m examples.mini.train --model NAME --out DIR`."""
 
 import argparse
 import functools
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_osdt.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
-from vllm_osdt.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, beside_stale_cache
+from examples.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
+from examples.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, beside_stale_cache
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tasks.base import tokenize
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
@@ -157,8 +157,10 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
 
 
 def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
-    """Draws problems of one prompt length, and for every block from the prompt's last on NUM_BLOCK_STATES masked
-    states."""
+    """Draws problems of one prompt length and masked states of their blocks.
+
+    Every block from the prompt's last one on has NUM_BLOCK_STATES of them.
+    """
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)

@@ -166,6 +166,13 @@ class Block(nn.Module):
         self.ff_out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
+        """Maps `[batch, length, d_model]` to the same shape.
+
+        Args:
+            cos: Of the rotary angles, `[length, head_size]` or, by sequence, `[batch, 1, length, head_size]`.
+            sin: As `cos`.
+            bias: Added to the scores, `[batch, 1, length, length]`: 0 or, where a row does not see a column, -inf.
+        """
         normed = self.attn_norm(hidden)
         heads = (hidden.shape[0], hidden.shape[1], self.n_heads, -1)
         query, key, value = (
@@ -196,6 +203,7 @@ class Transformer(nn.Module):
         self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None) -> Tensor:
+        """Maps `[batch, length]` ids to `[batch, length, vocab_size]` logits; the rest is as in `Block.forward`."""
         hidden = self.wte(token_ids)
         for block in self.blocks:
             hidden = block(hidden, cos, sin, bias)
@@ -270,8 +278,14 @@ class MiniLLaDA(nn.Module):
 
 
 def block_causal(block: Tensor) -> Tensor:
-    """Who sees whom among positions of these blocks, `[length]`: `[1, length, length]` bool, as `MiniLLaDA.forward`
-    takes it."""
+    """Who sees whom among positions of these blocks.
+
+    Args:
+        block: Block of each position, `[length]`.
+
+    Returns:
+        `[1, length, length]` bool, as `MiniLLaDA.forward` takes it.
+    """
     return (block[:, None] >= block[None, :]).unsqueeze(0)
 
 

@@ -1,4 +1,4 @@
-"""Decodes held-out problems without vLLM: `python -m vllm_osdt.mini.evaluate`."""
+"""Decodes held-out problems without vLLM: `python -m examples.mini.evaluate`."""
 
 import argparse
 import math
@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from examples.mini.model import MiniLLaDA, beside_stale_cache, block_causal
 from vllm_osdt.mini import model_path
-from vllm_osdt.mini.model import MiniLLaDA, beside_stale_cache, block_causal
 from vllm_osdt.mini.tasks import TASKS, check, generate
 from vllm_osdt.mini.tasks.base import Problem
 from vllm_osdt.mini.tokenizer import build_tokenizer
@@ -40,6 +40,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
+        """Share of the problems answered right, in [0, 1]."""
         return self.num_right / self.num_problems
 
     def interval(self) -> tuple[float, float]:
@@ -114,8 +115,15 @@ def decode(
 
 
 def block_logits(model: MiniLLaDA, token_ids: Tensor, entered: Tensor, active: slice, cache: str) -> Tensor:
-    """Logits of the active block; `entered` is what the sequences were when it became active. A block-causal model has
-    one exact cache, which is the same as none."""
+    """Computes the logits of the active block.
+
+    Args:
+        entered: What the sequences were when the block became active, `[batch, length]`.
+        cache: One of CACHES. A block-causal model has one exact cache, which is the same as none.
+
+    Returns:
+        `[batch, block_length, vocab_size]`.
+    """
     if model.config.is_block_causal:
         block = torch.arange(active.stop, device=token_ids.device) // model.config.block_length
         return model(token_ids[:, : active.stop], visible=block_causal(block))[:, active]
