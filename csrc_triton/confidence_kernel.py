@@ -3,24 +3,34 @@
 Called by ``csrc_triton.ops``, which has checked the arguments.
 """
 
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.reference import ENTROPY_SCALE
+from csrc_triton import noise
+from csrc_triton.types import ENTROPY_SCALE
 
 TILE_V = 4096
 SCALE = tl.constexpr(ENTROPY_SCALE)
+UINT32_MASK = tl.constexpr(noise.UINT32_MASK)
+KEY_INCREMENT = tl.constexpr(noise.KEY_INCREMENT)
+UNIFORM_SHIFT = tl.constexpr(noise.UNIFORM_SHIFT)
+UNIFORM_STEP = tl.constexpr(noise.UNIFORM_STEP)
+Array = tl.tensor  # what the functions of noise are annotated with
 
 
-@triton.jit
-def _mix(bits):
-    # MurmurHash3's 32-bit finaliser on uint32
-    bits ^= bits >> 16
-    bits *= 0x85EBCA6B
-    bits ^= bits >> 13
-    bits *= 0xC2B2AE35
-    return bits ^ (bits >> 16)
+def _for_triton(function: Callable[..., Any]) -> Any:
+    """The function compiled by Triton, with the globals of this module: constants and compiled functions."""
+    return triton.jit(FunctionType(function.__code__, globals()))
+
+
+mix = _for_triton(noise.mix)
+mix_key = _for_triton(noise.mix_key)
+hash_ids = _for_triton(noise.hash_ids)
 
 
 @triton.jit
@@ -32,7 +42,7 @@ def _confidence_kernel(
     token_ptr,
     confidence_ptr,
     vocabulary,
-    banned_token_id,  # -1: none
+    excluded_token_id,  # -1: none
     by_entropy_ptr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -43,9 +53,8 @@ def _confidence_kernel(
     temperature = 0.0
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row)
-        key = tl.load(noise_key_ptr + row)
-        first = _mix((key & 0xFFFFFFFF).to(tl.uint32) + 0x9E3779B9)
-        second = _mix((((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ first) + 0x9E3779B9)
+        first, second = mix_key(tl.load(noise_key_ptr + row))
+        first, second = first.to(tl.uint32), second.to(tl.uint32)
 
     largest = -float("inf")  # over all ids
     total = 0.0  # of exp(logit - largest) over all ids
@@ -71,11 +80,11 @@ def _confidence_kernel(
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logit - shift))
         largest = new_largest
 
-        score = tl.where(ids == banned_token_id, -float("inf"), logit)
+        score = tl.where(ids == excluded_token_id, -float("inf"), logit)
         if HAS_TEMPERATURE:
             if temperature > 0:
-                bits = _mix(_mix(ids.to(tl.uint32) + first) ^ second)
-                u = ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)  # exact, strictly between 0 and 1
+                bits = hash_ids(first, second, ids.to(tl.uint32))
+                u = ((bits >> UNIFORM_SHIFT).to(tl.float32) + 0.5) * UNIFORM_STEP  # exact, strictly between 0 and 1
                 score += temperature * -tl.log(-tl.log(u))
         tile_best, tile_best_id = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
         better = tile_best > best_score  # strictly: the lowest id keeps a tie between tiles
@@ -83,7 +92,7 @@ def _confidence_kernel(
         best_score = tl.where(better, tile_best, best_score)
 
     hopeless = (num_nan > 0) | (best_score == -float("inf"))
-    best_id = tl.where(hopeless, tl.where(banned_token_id == 0, 1, 0), best_id)
+    best_id = tl.where(hopeless, tl.where(excluded_token_id == 0, 1, 0), best_id)
     chosen = best_score
     if HAS_TEMPERATURE:
         chosen = tl.load(row_ptr + best_id).to(tl.float32)  # without the noise
@@ -100,9 +109,9 @@ def _confidence_kernel(
 
 def confidence(
     logits: torch.Tensor,
-    banned_token_id: int | None,
-    temperature: torch.Tensor | None,
-    noise_key: torch.Tensor | None,
+    excluded_token_id: int | None = None,
+    temperature: torch.Tensor | None = None,
+    noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.confidence``; CPU tensors work only in Triton's interpreter."""
@@ -118,7 +127,7 @@ def confidence(
             token,
             probability,
             vocabulary,
-            -1 if banned_token_id is None else banned_token_id,
+            -1 if excluded_token_id is None else excluded_token_id,
             None if by_entropy is None else by_entropy.view(torch.uint8),
             HAS_TEMPERATURE=temperature is not None,
             HAS_ENTROPY=by_entropy is not None,

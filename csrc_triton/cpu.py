@@ -1,7 +1,7 @@
 """The CPU path of every op: loops that Numba compiles, NumPy where it is as fast.
 
-Called by ``csrc_triton.ops``, which has checked the arguments. Integer hashing wraps in uint32 here, so it equals the
-reference bit for bit. A small batch takes about ten NumPy calls' time, so the loops are one call each.
+Called by ``csrc_triton.ops``, which has checked the arguments. A small batch takes about ten NumPy calls' time, so the
+loops are one call each.
 """
 
 import math
@@ -12,12 +12,20 @@ import numba
 import numpy as np
 import torch
 
-from csrc_triton.reference import DOUBT_UNITS, ENTROPY_SCALE, NO_CONFIDENCE, Rule, UnmaskResult
+from csrc_triton.noise import GUMBEL_MAX, gumbel_noise_np, mix_key
+from csrc_triton.types import (
+    ENTROPY_SCALE,
+    NO_CONFIDENCE,
+    UNCERTAINTY_UNITS,
+    Blocks,
+    Proposals,
+    Rule,
+    Rules,
+    UnmaskResult,
+)
 
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: a converted chunk stays in the second-level cache
-GUMBEL_MAX = 16.7  # above the largest noise value, 24 ln 2 = 16.64
 LOG2_E = np.float32(1.4426950408889634)
-UINT32_MASK = 0xFFFFFFFF
 # Taylor series of 2**f; its remainder is below 6e-9 for |f| <= 1/2.
 C0, C1, C2, C3, C4, C5, C6, C7 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
 HALF, ONE = np.float32(0.5), np.float32(1)
@@ -43,17 +51,17 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 def confidence(
     logits: torch.Tensor,
-    banned_token_id: int | None,
-    temperature: torch.Tensor | None,
-    noise_key: torch.Tensor | None,
+    excluded_token_id: int | None = None,
+    temperature: torch.Tensor | None = None,
+    noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``ops.confidence``. NumPy's argmax is vectorised, a compiled loop for it is not."""
+    """See ``ops.confidence``. NumPy's argmax is vectorized, a compiled loop for it is not."""
     num_rows, vocabulary = logits.shape
     token = torch.empty(num_rows, dtype=torch.int64)
     probability = torch.empty(num_rows, dtype=torch.float32)
     token_np, probability_np = token.numpy(), probability.numpy()
-    banned = -1 if banned_token_id is None else banned_token_id
+    excluded = -1 if excluded_token_id is None else excluded_token_id
     logits = logits.detach()
     is_plain = logits.dtype == torch.float32 and logits.is_contiguous()
     chunk_rows = max(1, num_rows if is_plain else min(num_rows, CHUNK_ELEMENTS // vocabulary))
@@ -64,33 +72,33 @@ def confidence(
         chunk = logits if buffer is None else buffer[: stop - start].copy_(logits[start:stop])
         chunk_np, chosen = chunk.numpy(), token_np[start:stop]
         best = chunk_np.argmax(axis=-1)  # NaN counts as the maximum
-        _choose_allowed(chunk_np, best, banned, chosen)
+        _choose_allowed(chunk_np, best, excluded, chosen)
         if temperature is not None and noise_key is not None:
             noise = temperature[start:stop].numpy(), noise_key[start:stop].numpy()
-            chosen[:] = _sample(chunk_np, chosen, *noise, banned_token_id)
-        _choose_probability(chunk_np, best, banned, chosen, probability_np[start:stop])
+            chosen[:] = _sample(chunk_np, chosen, *noise, excluded_token_id)
+        _choose_probability(chunk_np, best, excluded, chosen, probability_np[start:stop])
         if by_entropy is not None:
             _replace_by_entropy(chunk_np, best, by_entropy.numpy()[start:stop], probability_np[start:stop])
     return token, probability
 
 
 @compiled()
-def _choose_allowed(logits: np.ndarray, best: np.ndarray, banned: int, token: np.ndarray) -> None:
-    """The argmax of every row besides the banned id; NaN counts as the maximum."""
+def _choose_allowed(logits: np.ndarray, best: np.ndarray, excluded: int, token: np.ndarray) -> None:
+    """The argmax of every row besides the excluded id; NaN counts as the maximum."""
     for row in range(logits.shape[0]):
         token[row] = best[row]
-        if best[row] == banned:
+        if best[row] == excluded:
             line = logits[row]
-            choice = 1 if banned == 0 else 0
+            choice = 1 if excluded == 0 else 0
             for k in range(choice + 1, line.size):
-                if k != banned and (line[k] > line[choice] or (np.isnan(line[k]) and not np.isnan(line[choice]))):
+                if k != excluded and (line[k] > line[choice] or (np.isnan(line[k]) and not np.isnan(line[choice]))):
                     choice = k
             token[row] = choice
 
 
 @compiled()
 def _choose_probability(
-    logits: np.ndarray, best: np.ndarray, banned: int, token: np.ndarray, probability: np.ndarray
+    logits: np.ndarray, best: np.ndarray, excluded: int, token: np.ndarray, probability: np.ndarray
 ) -> None:
     """The probability of every row's token; rows with NaN and rows without a finite logit get the lowest id, 0."""
     for row in range(logits.shape[0]):
@@ -98,7 +106,7 @@ def _choose_probability(
         largest = line[best[row]]
         share = _exp2((line[token[row]] - largest) * LOG2_E) / _sum_exp(line, largest)
         if np.isnan(share):
-            token[row] = 1 if banned == 0 else 0
+            token[row] = 1 if excluded == 0 else 0
             share = np.float32(0)
         elif line[token[row]] == -np.inf:
             share = np.float32(0)
@@ -118,7 +126,7 @@ def _replace_by_entropy(logits: np.ndarray, best: np.ndarray, by_entropy: np.nda
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sum_x_exp(line: np.ndarray, largest: np.float32) -> np.float32:
-    """Sum of x exp(x), x = line - largest, vectorised."""
+    """Sum of x exp(x), x = line - largest, vectorized."""
     total = np.float32(0)
     for k in range(line.size):
         x = max(line[k] - largest, SMALLEST_DIFFERENCE)
@@ -128,7 +136,7 @@ def _sum_x_exp(line: np.ndarray, largest: np.float32) -> np.float32:
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sum_exp(line: np.ndarray, largest: np.float32) -> np.float32:
-    """Sum of exp(line - largest), vectorised; NaN if one of them is."""
+    """Sum of exp(line - largest), vectorized; NaN if one of them is."""
     total = np.float32(0)
     for k in range(line.size):
         total += _exp2((line[k] - largest) * LOG2_E)
@@ -147,146 +155,62 @@ def _exp2(exponent: np.float32) -> np.float32:
 
 
 def _sample(
-    logits: np.ndarray, best: np.ndarray, temperature: np.ndarray, noise_key: np.ndarray, banned_token_id: int | None
+    logits: np.ndarray, best: np.ndarray, temperature: np.ndarray, noise_key: np.ndarray, excluded_token_id: int | None
 ) -> np.ndarray:
     """Argmax of every row under Gumbel noise; ``best`` is its argmax without, kept where the temperature is 0.
 
     Noise is bounded, so it is computed only for ids that can still overtake the noisy best one.
     """
     top = logits[np.arange(best.size), best].astype(np.float64)
-    first, second = _mix_keys(noise_key)
-    to_beat = top + temperature * _gumbel_noise(first, second, best)
+    first, second = (word.astype(np.uint32) for word in mix_key(noise_key))
+    to_beat = top + temperature * gumbel_noise_np(first, second, best)
     slack = 1e-6 * (1 + np.abs(top))  # rounding of the fp32 scores
     cutoff = (to_beat - temperature * GUMBEL_MAX - slack).astype(np.float32)
     token = best.copy()
     for row in np.flatnonzero((temperature > 0) & np.isfinite(top)):
         ids = np.flatnonzero(logits[row] >= cutoff[row])
-        score = logits[row, ids] + temperature[row] * _gumbel_noise(first[row : row + 1], second[row : row + 1], ids)
-        if banned_token_id is not None:
-            score[ids == banned_token_id] = -np.inf
+        score = logits[row, ids] + temperature[row] * gumbel_noise_np(first[row : row + 1], second[row : row + 1], ids)
+        if excluded_token_id is not None:
+            score[ids == excluded_token_id] = -np.inf
         token[row] = ids[score.argmax()]
     return token
 
 
-def _gumbel_noise(first: np.ndarray, second: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """``reference.gumbel_noise``, with the mixed key of every id or one for all of them."""
-    bits = _mix(_mix(ids.astype(np.uint32) + first) ^ second)
-    u = ((bits >> 9).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
-    return -np.log(-np.log(u))
-
-
-def _mix_keys(noise_key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    first = _mix((noise_key & UINT32_MASK).astype(np.uint32) + np.uint32(0x9E3779B9))
-    second = _mix(((noise_key >> 32 & UINT32_MASK).astype(np.uint32) ^ first) + np.uint32(0x9E3779B9))
-    return first, second
-
-
-def _mix(bits: np.ndarray) -> np.ndarray:
-    """MurmurHash3's 32-bit finaliser on uint32; overwrites its argument."""
-    bits ^= bits >> 16
-    bits *= np.uint32(0x85EBCA6B)
-    bits ^= bits >> 13
-    bits *= np.uint32(0xC2B2AE35)
-    bits ^= bits >> 16
-    return bits
-
-
-def unmask(
-    canvas: torch.Tensor,
-    masked: torch.Tensor,
-    proposal: torch.Tensor,
-    confidence: torch.Tensor,
-    rule: torch.Tensor,
-    parameter: torch.Tensor,
-    end_token_ids: torch.Tensor,
-    num_needed: torch.Tensor,
-    quota: torch.Tensor,
-) -> UnmaskResult:
+def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
     """See ``ops.unmask``."""
+    canvas = torch.empty(blocks.canvas_index.shape, dtype=torch.int32)
+    confidence = torch.empty(blocks.canvas_index.shape, dtype=torch.float32)
     counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
-    arguments = (canvas, masked, proposal, confidence, rule, parameter, end_token_ids, num_needed, quota, counts)
-    _unmask(*(tensor.numpy() for tensor in arguments))
-    return UnmaskResult(*counts)
-
-
-def unmask_in_tables(
-    cells: torch.Tensor,
-    masked: torch.Tensor,
-    slots: torch.Tensor,
-    canvas_index: torch.Tensor,
-    logit_cells: torch.Tensor,
-    token: torch.Tensor,
-    confidence: torch.Tensor,
-    rule: torch.Tensor,
-    parameter: torch.Tensor,
-    end_token_ids: torch.Tensor,
-    num_needed: torch.Tensor,
-    quota: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
-    """See ``tables.unmask_in_tables``."""
-    canvas = torch.empty(canvas_index.shape, dtype=torch.int32)
-    best = torch.full(canvas_index.shape, NO_CONFIDENCE, dtype=torch.float32)
-    counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
-    arguments = (cells, masked, slots, canvas_index, logit_cells, token, confidence, rule, parameter, end_token_ids)
-    _unmask_in_tables(*(tensor.numpy() for tensor in (*arguments, num_needed, quota, canvas, best, counts)))
-    return canvas, best, UnmaskResult(*counts)
-
-
-@compiled()
-def _unmask_in_tables(
-    cells: np.ndarray,
-    masked: np.ndarray,
-    slots: np.ndarray,
-    canvas_index: np.ndarray,
-    logit_cells: np.ndarray,
-    token: np.ndarray,
-    confidence: np.ndarray,
-    rule: np.ndarray,
-    parameter: np.ndarray,
-    end_token_ids: np.ndarray,
-    num_needed: np.ndarray,
-    quota: np.ndarray,
-    canvas: np.ndarray,
-    best: np.ndarray,
-    counts: np.ndarray,
-) -> None:
-    num_blocks, block_length = canvas_index.shape
-    proposal = np.zeros(canvas_index.shape, np.int64)
-    undecided = np.empty(canvas_index.shape, np.bool_)
-    for n in range(logit_cells.size):
-        row, k = divmod(logit_cells[n], block_length)
-        proposal[row, k], best[row, k] = token[n], confidence[n]
-    for row in range(num_blocks):
-        for k in range(block_length):
-            canvas[row, k] = cells[canvas_index[row, k]]
-            undecided[row, k] = masked[slots[row], k]
-    _unmask(canvas, undecided, proposal, best, rule, parameter, end_token_ids, num_needed, quota, counts)
-    for row in range(num_blocks):
-        for k in range(block_length):
-            cells[canvas_index[row, k]] = canvas[row, k]
-            masked[slots[row], k] = undecided[row, k]
+    _unmask(
+        Blocks._make(map(torch.Tensor.numpy, blocks)),
+        Proposals._make(map(torch.Tensor.numpy, proposals)),
+        Rules._make(map(torch.Tensor.numpy, rules)),
+        canvas.numpy(),
+        confidence.numpy(),
+        counts.numpy(),
+    )
+    return canvas, confidence, UnmaskResult(*counts)
 
 
 @compiled()
 def _unmask(
-    canvas: np.ndarray,
-    masked: np.ndarray,
-    proposal: np.ndarray,
-    confidence: np.ndarray,
-    rule: np.ndarray,
-    parameter: np.ndarray,
-    end_token_ids: np.ndarray,
-    num_needed: np.ndarray,
-    quota: np.ndarray,
-    counts: np.ndarray,
+    blocks: Blocks, proposals: Proposals, rules: Rules, canvas: np.ndarray, confidence: np.ndarray, counts: np.ndarray
 ) -> None:
-    block_length = canvas.shape[1]
+    """Fills the last three; the tensors of the others are arrays here."""
+    num_blocks, block_length = canvas.shape
+    token = np.zeros(canvas.shape, np.int64)
+    confidence[:] = WITHOUT_LOGITS
+    for n in range(len(proposals.position)):
+        row, k = divmod(proposals.position[n], block_length)
+        token[row, k], confidence[row, k] = proposals.token[n], proposals.confidence[n]
     order = np.empty(block_length, np.int64)  # masked positions, the most confident first
     score = np.empty(block_length, np.float32)  # of those
-    for row in range(canvas.shape[0]):
+    for row in range(num_blocks):
+        cell, masked = blocks.canvas_index[row], blocks.masked[blocks.slots[row]]
         num_masked = 0
         for k in range(block_length):
-            if not masked[row, k]:
+            canvas[row, k] = blocks.cells[cell[k]]
+            if not masked[k]:
                 continue
             value = -ONE if np.isnan(confidence[row, k]) else confidence[row, k]
             place = num_masked
@@ -295,17 +219,19 @@ def _unmask(
                 place -= 1
             order[place], score[place] = k, value
             num_masked += 1
-        num_unmasked = _count_accepted(score[:num_masked], rule[row], parameter[row], quota[row])
+        num_unmasked = _count_accepted(score[:num_masked], rules.rule[row], rules.parameter[row], rules.min_unmask[row])
         for k in order[:num_unmasked]:
-            canvas[row, k] = proposal[row, k]
-            masked[row, k] = False
-        num_ready = num_needed[row]
-        for k in range(num_needed[row]):
-            if masked[row, k]:
+            canvas[row, k] = token[row, k]
+            blocks.cells[cell[k]] = token[row, k]
+            masked[k] = False
+        num_output_positions = int(blocks.num_output_positions[row])
+        num_ready = num_output_positions
+        for k in range(num_output_positions):
+            if masked[k]:
                 num_ready = 0
                 break
             is_end = False
-            for end in end_token_ids[row]:
+            for end in blocks.end_token_ids[row]:
                 is_end |= end >= 0 and canvas[row, k] == end
             if is_end:
                 num_ready = k + 1
@@ -314,10 +240,10 @@ def _unmask(
 
 
 @compiled()
-def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32, quota: int) -> int:
+def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32, min_unmask: int) -> int:
     """How many of the masked positions to unmask; ``ranked`` has their confidences, descending."""
     num_accepted = min(1, ranked.size)
-    doubts = np.int64(0)
+    total = np.int64(0)
     for n in range(1, ranked.size + 1):
         if ranked[n - 1] <= WITHOUT_LOGITS:
             break
@@ -328,10 +254,10 @@ def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32, quota:
         elif rule == FACTOR:
             passes = np.float32(n + 1) * (ONE - ranked[n - 1]) < parameter
         else:
-            doubt = np.int64(np.float64(ONE - ranked[n - 1]) * DOUBT_UNITS)
-            doubts += doubt
-            bound = doubts + doubt if rule == JOINT_BOUND else doubts
-            passes = bound < np.float64(parameter) * DOUBT_UNITS
-        if passes or n <= quota:
+            uncertainty = np.int64(np.float64(ONE - ranked[n - 1]) * UNCERTAINTY_UNITS)
+            total += uncertainty
+            bound = total + uncertainty if rule == JOINT_BOUND else total
+            passes = bound < np.float64(parameter) * UNCERTAINTY_UNITS
+        if passes or n <= min_unmask:
             num_accepted = n
     return num_accepted

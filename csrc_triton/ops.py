@@ -4,33 +4,30 @@ Arguments are checked here, once for all implementations, by shape, dtype, strid
 because that would make a GPU wait.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from csrc_triton import cpu, tables
-from csrc_triton.reference import UnmaskResult
+from csrc_triton import cpu
+from csrc_triton.types import Blocks, Proposals, Rules, UnmaskResult
 
 MAX_VOCABULARY = 262_144
 MAX_BLOCK_LENGTH = 128
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ID_DTYPES = (torch.int64, torch.int32)
 
 
 class Implementations(NamedTuple):
     """The ops of one device."""
 
     confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    unmask: Callable[..., UnmaskResult]
-    unmask_in_tables: Callable[..., tuple[torch.Tensor, torch.Tensor, UnmaskResult]]
+    unmask: Callable[[Blocks, Proposals, Rules], tuple[torch.Tensor, torch.Tensor, UnmaskResult]]
 
 
 def confidence(
     logits: torch.Tensor,
     *,
-    banned_token_id: int | None = None,
+    excluded_token_id: int | None = None,
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
@@ -47,7 +44,7 @@ def confidence(
     Args:
         logits: [num_rows, vocabulary], fp32, bf16 or fp16, any row stride, not modified; a logit may be -inf
             (probability 0) but not +inf. Vocabulary up to 262,144.
-        banned_token_id: id that is never proposed, usually the mask token; it still counts in the softmax.
+        excluded_token_id: id that is never proposed, usually the mask token; it still counts in the softmax.
         temperature: [num_rows] fp32, >= 0; 0 means greedy. None: all rows are greedy.
         noise_key: [num_rows] int64, any value; required with ``temperature``.
         by_entropy: [num_rows] bool, rows whose confidence is 1 - H / 32, with the entropy H of the plain softmax in
@@ -58,7 +55,7 @@ def confidence(
         fp32 in [0, 1].
 
     Raises:
-        ValueError: on a wrong shape, stride, device or ``banned_token_id``, or a temperature without noise key.
+        ValueError: on a wrong shape, stride, device or ``excluded_token_id``, or a temperature without noise key.
         TypeError: on a wrong dtype.
 
     Source: LLaDA, arXiv 2502.09992, low-confidence remasking; its reference decoder may propose the mask token, we
@@ -71,11 +68,11 @@ def confidence(
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         raise ValueError(f"logits: vocabulary is {vocabulary}, expected 1 to {MAX_VOCABULARY}")
     _check("logits", logits, logits.shape, LOGIT_DTYPES, logits.device)
-    if banned_token_id is not None:
-        if not 0 <= banned_token_id < vocabulary:
-            raise ValueError(f"banned_token_id is {banned_token_id}, expected 0 to {vocabulary - 1} or None")
+    if excluded_token_id is not None:
+        if not 0 <= excluded_token_id < vocabulary:
+            raise ValueError(f"excluded_token_id is {excluded_token_id}, expected 0 to {vocabulary - 1} or None")
         if vocabulary == 1:
-            raise ValueError(f"banned_token_id is {banned_token_id}, but the vocabulary has no other id; use None")
+            raise ValueError(f"excluded_token_id is {excluded_token_id}, but the vocabulary has no other id; use None")
     if (temperature is None) != (noise_key is None):
         given, missing = ("noise_key", "temperature") if temperature is None else ("temperature", "noise_key")
         raise ValueError(f"{given} is given but {missing} is None; pass both or neither")
@@ -86,84 +83,80 @@ def confidence(
     if by_entropy is not None:
         _check("by_entropy", by_entropy, (num_rows,), (torch.bool,), logits.device)
 
-    return implementations(logits.device).confidence(logits, banned_token_id, temperature, noise_key, by_entropy)
+    return implementations(logits.device).confidence(logits, excluded_token_id, temperature, noise_key, by_entropy)
 
 
-def unmask(
-    canvas: torch.Tensor,
-    masked: torch.Tensor,
-    proposal: torch.Tensor,
-    confidence: torch.Tensor,
-    rule: torch.Tensor,
-    parameter: torch.Tensor,
-    *,
-    end_token_ids: torch.Tensor,
-    num_needed: torch.Tensor,
-    quota: torch.Tensor,
-) -> UnmaskResult:
-    """Takes one denoising decision for every active block and writes it into ``canvas`` and ``masked``.
+def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
+    """Takes one denoising decision for every active block and writes it into ``cells`` and ``masked``.
 
     Every rule unmasks at least the most confident masked position of a block, if one is left. Equal confidences rank
-    by position, lowest first; a NaN confidence counts as -1. See ``Rule`` for the rules.
+    by position, lowest first; a NaN confidence counts as -1. See ``Rule`` for the rules. Token ids are never compared
+    with a mask token.
+
+    A masked position without logits ranks last and is not unmasked, unless the block has no other masked position;
+    the first of them then becomes token 0.
 
     Args:
-        canvas: [num_blocks, block_length], int64 or int32, written in place: token ids. Block length 1 to 128.
-        masked: [num_blocks, block_length] bool, written in place: True where undecided. Ids are never compared with
-            a mask token.
-        proposal: [num_blocks, block_length], dtype of ``canvas`` or int64; read only where masked.
-        confidence: [num_blocks, block_length] fp32 in [0, 1] or NaN; read only where masked.
-        rule: [num_blocks] int8, values of ``Rule``.
-        parameter: [num_blocks] fp32, read as the rule says. Equality passes a threshold: for a strict one pass the
-            next larger float.
-        end_token_ids: [num_blocks, num_end_tokens] int64: tokens that end the output, -1 for none.
-        num_needed: [num_blocks] int32, 0 to block_length: leading positions the request still has to output.
-        quota: [num_blocks] int32: so many positions, the most confident ones, are unmasked whatever the rule says; 0
-            and 1 ask for no more than the promise above.
+        blocks: The blocks, rows of tables that are written in place.
+        proposals: Tokens and confidences of the positions with logits; only those of masked positions are read.
+        rules: Rule, parameter and least number of positions of each block.
 
     Returns:
-        Three counts per block, see ``UnmaskResult``.
+        The blocks' tokens after the decision, [num_blocks, block_length] int32; the confidences at their positions,
+        [num_blocks, block_length] fp32, ``NO_CONFIDENCE`` where there are no logits; three counts per block, see
+        ``UnmaskResult``.
 
     Raises:
         ValueError: on a wrong shape, stride or device.
         TypeError: on a wrong dtype.
 
-    Sources: LLaDA, arXiv 2502.09992 (``TOP_K``); SDAR, arXiv 2510.06303 (``quota``); Fast-dLLM++, arXiv 2606.02955
-        (``JOINT_BOUND``); Fast-dLLM, arXiv 2505.22618 (``THRESHOLD`` and ``FACTOR``). Its code takes the last candidate
-        even when the factor test fails there; we apply the test as published.
+    Sources: LLaDA, arXiv 2502.09992 (``TOP_K``); SDAR, arXiv 2510.06303 (``min_unmask``); Fast-dLLM++, arXiv 2606.02955
+        (``JOINT_BOUND``); EB-Sampler, arXiv 2505.24857 (``ENTROPY_BOUND``); Fast-dLLM, arXiv 2505.22618 (``THRESHOLD``
+        and ``FACTOR``). Its code takes the last candidate even when the factor test fails there; we apply the test as
+        published.
     """
-    if canvas.dim() != 2 or not 1 <= canvas.shape[1] <= MAX_BLOCK_LENGTH:
+    shape, device = blocks.canvas_index.shape, blocks.cells.device
+    if len(shape) != 2 or not 1 <= shape[1] <= MAX_BLOCK_LENGTH:
         limit = f"[num_blocks, 1 to {MAX_BLOCK_LENGTH}]"
-        raise ValueError(f"canvas: shape is {tuple(canvas.shape)}, expected {limit}")
-    shape, device = canvas.shape, canvas.device
+        raise ValueError(f"canvas_index: shape is {tuple(shape)}, expected {limit}")
+    _check("canvas_index", blocks.canvas_index, shape, (torch.int64,), device)
     row = shape[:1]
-    _check("canvas", canvas, shape, ID_DTYPES, device)
-    _check("masked", masked, shape, (torch.bool,), device)
-    _check("proposal", proposal, shape, (canvas.dtype, torch.int64), device)
-    _check("confidence", confidence, shape, (torch.float32,), device)
-    _check("rule", rule, row, (torch.int8,), device)
-    _check("parameter", parameter, row, (torch.float32,), device)
-    if end_token_ids.dim() != 2:
-        raise ValueError(f"end_token_ids: shape is {tuple(end_token_ids.shape)}, expected [num_blocks, num_end_tokens]")
-    _check("end_token_ids", end_token_ids, (*row, end_token_ids.shape[1]), (torch.int64,), device)
-    _check("num_needed", num_needed, row, (torch.int32,), device)
-    _check("quota", quota, row, (torch.int32,), device)
+    if blocks.cells.dim() != 1:
+        raise ValueError(f"cells: shape is {tuple(blocks.cells.shape)}, expected [num_cells]")
+    _check("cells", blocks.cells, blocks.cells.shape, (torch.int32,), device)
+    if blocks.masked.dim() != 2 or blocks.masked.shape[1] < shape[1]:
+        raise ValueError(f"masked: shape is {tuple(blocks.masked.shape)}, expected [num_slots, at least {shape[1]}]")
+    _check("masked", blocks.masked, blocks.masked.shape, (torch.bool,), device)
+    _check("slots", blocks.slots, row, (torch.int64,), device)
+    if blocks.end_token_ids.dim() != 2:
+        actual = tuple(blocks.end_token_ids.shape)
+        raise ValueError(f"end_token_ids: shape is {actual}, expected [num_blocks, num_end_tokens]")
+    _check("end_token_ids", blocks.end_token_ids, (*row, blocks.end_token_ids.shape[1]), (torch.int64,), device)
+    _check("num_output_positions", blocks.num_output_positions, row, (torch.int32,), device)
 
-    run = implementations(device).unmask
-    return run(canvas, masked, proposal, confidence, rule, parameter, end_token_ids, num_needed, quota)
+    if proposals.position.dim() != 1:
+        raise ValueError(f"position: shape is {tuple(proposals.position.shape)}, expected [num_proposals]")
+    _check("position", proposals.position, proposals.position.shape, (torch.int64,), device)
+    _check("token", proposals.token, proposals.position.shape, (torch.int64,), device)
+    _check("confidence", proposals.confidence, proposals.position.shape, (torch.float32,), device)
+
+    _check("rule", rules.rule, row, (torch.int8,), device)
+    _check("parameter", rules.parameter, row, (torch.float32,), device)
+    _check("min_unmask", rules.min_unmask, row, (torch.int32,), device)
+
+    return implementations(device).unmask(blocks, proposals, rules)
 
 
 def implementations(device: torch.device) -> Implementations:
     """The ops of a device without argument checks, for a hot path that builds its own arguments.
 
-    ``confidence`` and ``unmask`` take the same arguments in the same order, all positional; ``unmask_in_tables`` those
-    of ``tables.unmask_in_tables`` but the first.
+    They take the arguments of the public ops; those of ``confidence`` may be positional, in the same order.
     """
     if device.type == "cpu":
-        return Implementations(cpu.confidence, cpu.unmask, cpu.unmask_in_tables)
+        return Implementations(cpu.confidence, cpu.unmask)
     from csrc_triton import confidence_kernel, unmask_kernel  # deferred: Triton without a GPU has no driver
 
-    in_tables = functools.partial(tables.unmask_in_tables, unmask_kernel.unmask)
-    return Implementations(confidence_kernel.confidence, unmask_kernel.unmask, in_tables)
+    return Implementations(confidence_kernel.confidence, unmask_kernel.unmask)
 
 
 def _check(

@@ -7,35 +7,39 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.reference import DOUBT_UNITS, NO_CONFIDENCE, Rule, UnmaskResult
+from csrc_triton.types import NO_CONFIDENCE, UNCERTAINTY_UNITS, Blocks, Proposals, Rule, Rules, UnmaskResult
 
 THRESHOLD = tl.constexpr(int(Rule.THRESHOLD))
 TOP_K = tl.constexpr(int(Rule.TOP_K))
 FACTOR = tl.constexpr(int(Rule.FACTOR))
 JOINT_BOUND = tl.constexpr(int(Rule.JOINT_BOUND))
-UNITS = tl.constexpr(float(DOUBT_UNITS))
+UNITS = tl.constexpr(float(UNCERTAINTY_UNITS))
 WITHOUT_LOGITS = tl.constexpr(NO_CONFIDENCE)
 
 
-@triton.jit
+# Numbers that change from step to step must not compile the kernel anew.
+@triton.jit(do_not_specialize=["num_proposals", "num_probes", "block_length"])
 def _unmask_kernel(
-    canvas_ptr,
-    canvas_stride,
+    cells_ptr,
     masked_ptr,
     masked_stride,
-    proposal_ptr,
-    proposal_stride,
-    confidence_ptr,
-    confidence_stride,
-    rule_ptr,
-    parameter_ptr,
+    slots_ptr,
+    canvas_index_ptr,
+    canvas_index_stride,
     end_token_ids_ptr,
     end_token_ids_stride,
-    num_needed_ptr,
-    quota_ptr,
-    num_unmasked_ptr,
-    num_masked_ptr,
-    num_ready_ptr,
+    num_output_positions_ptr,
+    position_ptr,
+    token_ptr,
+    confidence_ptr,
+    num_proposals,
+    num_probes,  # bits of num_proposals
+    rule_ptr,
+    parameter_ptr,
+    min_unmask_ptr,
+    canvas_ptr,
+    grid_ptr,
+    counts_ptr,
     block_length,
     NUM_ENDS: tl.constexpr,
     PADDED_LENGTH: tl.constexpr,
@@ -43,12 +47,25 @@ def _unmask_kernel(
     row = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, PADDED_LENGTH)
     valid = position < block_length
-    masked_row = masked_ptr + row * masked_stride + position
+    masked_row = masked_ptr + tl.load(slots_ptr + row) * masked_stride + position
     masked = tl.load(masked_row, mask=valid, other=0) != 0
-    score = tl.load(confidence_ptr + row * confidence_stride + position, mask=masked, other=-1.0)
-    score = tl.where(score != score, -1.0, score)
     rule = tl.load(rule_ptr + row)
     parameter = tl.load(parameter_ptr + row)
+
+    # proposals ascend by position: each position looks its own up, by bisection
+    flat = row * block_length + position
+    before = tl.zeros_like(flat)  # number of proposals at lower positions
+    for n in range(num_probes):
+        probe = before + (1 << (num_probes - 1 - n))
+        in_range = probe <= num_proposals
+        lower = tl.load(position_ptr + probe - 1, mask=in_range, other=0) < flat
+        before = tl.where(in_range & lower, probe, before)
+    has_logits = valid & (before < num_proposals)
+    has_logits &= tl.load(position_ptr + before, mask=has_logits, other=-1) == flat
+    token = tl.load(token_ptr + before, mask=has_logits, other=0)
+    confidence = tl.load(confidence_ptr + before, mask=has_logits, other=WITHOUT_LOGITS)
+    tl.store(grid_ptr + flat, confidence, mask=valid)
+    score = tl.where(masked & (confidence == confidence), confidence, -1.0)
 
     # rank 1 is the most confident masked position; [position, other]
     others = tl.broadcast_to(score[None, :], (PADDED_LENGTH, PADDED_LENGTH))
@@ -58,80 +75,73 @@ def _unmask_kernel(
 
     factor_passes = (rank + 1).to(tl.float32) * (1.0 - score) < parameter
     top_k_passes = rank.to(tl.float32) <= parameter
-    # doubts are whole numbers of units: their sum does not depend on its order
-    doubt = ((1.0 - score) * UNITS).to(tl.int64)
+    # uncertainties are whole numbers of units: their sum does not depend on its order
+    uncertainty = ((1.0 - score) * UNITS).to(tl.int64)
     ahead_or_self = ahead | (masked[None, :] & (position[None, :] == position[:, None]))
-    doubts = tl.sum(tl.where(ahead_or_self, tl.broadcast_to(doubt[None, :], (PADDED_LENGTH, PADDED_LENGTH)), 0), axis=1)
-    doubts += tl.where(rule == JOINT_BOUND, doubt, 0)
-    bound_passes = doubts < tl.ceil(parameter * UNITS).to(tl.int64)
+    summands = tl.broadcast_to(uncertainty[None, :], (PADDED_LENGTH, PADDED_LENGTH))
+    total = tl.sum(tl.where(ahead_or_self, summands, 0), axis=1)
+    total += tl.where(rule == JOINT_BOUND, uncertainty, 0)
+    bound_passes = total < tl.ceil(parameter * UNITS).to(tl.int64)
     passing = tl.where(rule == FACTOR, factor_passes, bound_passes)
     passing = tl.where(rule == TOP_K, top_k_passes, passing)
     passing = tl.where(rule == THRESHOLD, score >= parameter, passing)
-    passing = (passing | (rank <= tl.load(quota_ptr + row))) & (score > WITHOUT_LOGITS)
+    passing = (passing | (rank <= tl.load(min_unmask_ptr + row))) & (score > WITHOUT_LOGITS)
     num_accepted = tl.max(tl.where(masked & passing, rank, 1))
     accepted = masked & (rank <= num_accepted)
     still_masked = masked & (rank > num_accepted)
 
-    canvas_row = canvas_ptr + row * canvas_stride + position
-    canvas = tl.load(canvas_row, mask=valid, other=0).to(tl.int64)
-    proposal = tl.load(proposal_ptr + row * proposal_stride + position, mask=accepted, other=0).to(tl.int64)
-    canvas = tl.where(accepted, proposal, canvas)
-    tl.store(canvas_row, canvas.to(canvas_ptr.dtype.element_ty), mask=accepted)
+    # padding of many blocks may share a cell, which nothing writes: it is never masked
+    cell = cells_ptr + tl.load(canvas_index_ptr + row * canvas_index_stride + position, mask=valid, other=0)
+    canvas = tl.load(cell, mask=valid, other=0)
+    canvas = tl.where(accepted, token.to(tl.int32), canvas)
+    tl.store(cell, canvas, mask=accepted)
+    tl.store(canvas_ptr + flat, canvas, mask=valid)
     tl.store(masked_row, tl.zeros((PADDED_LENGTH,), tl.uint8), mask=accepted)
 
-    # emission ends at the first end token or undecided position, or with the last needed one
-    num_needed = tl.load(num_needed_ptr + row)
+    # emission ends at the first end token or undecided position, or with the last output position
+    num_output_positions = tl.load(num_output_positions_ptr + row)
     is_end = position < 0
     for n in tl.static_range(NUM_ENDS):
         is_end |= canvas == tl.load(end_token_ids_ptr + row * end_token_ids_stride + n)
     is_end &= (canvas >= 0) & valid
     first_masked = tl.min(tl.where(still_masked, position, PADDED_LENGTH))
     first_end = tl.min(tl.where(is_end, position, PADDED_LENGTH))
-    blocked = (first_masked < num_needed) & (first_masked <= first_end)
-    num_ready = tl.where(blocked, 0, tl.minimum(first_end + 1, num_needed))
+    blocked = (first_masked < num_output_positions) & (first_masked <= first_end)
+    num_ready = tl.where(blocked, 0, tl.minimum(first_end + 1, num_output_positions))
 
-    tl.store(num_unmasked_ptr + row, tl.sum(accepted.to(tl.int32)))
-    tl.store(num_masked_ptr + row, tl.sum(still_masked.to(tl.int32)))
-    tl.store(num_ready_ptr + row, num_ready)
+    num_blocks = tl.num_programs(0)
+    tl.store(counts_ptr + row, tl.sum(accepted.to(tl.int32)))
+    tl.store(counts_ptr + num_blocks + row, tl.sum(still_masked.to(tl.int32)))
+    tl.store(counts_ptr + 2 * num_blocks + row, num_ready)
 
 
-def unmask(
-    canvas: torch.Tensor,
-    masked: torch.Tensor,
-    proposal: torch.Tensor,
-    confidence: torch.Tensor,
-    rule: torch.Tensor,
-    parameter: torch.Tensor,
-    end_token_ids: torch.Tensor,
-    num_needed: torch.Tensor,
-    quota: torch.Tensor,
-) -> UnmaskResult:
+def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
     """See ``ops.unmask``; CPU tensors work only in Triton's interpreter."""
-    num_blocks, block_length = canvas.shape
-    num_unmasked, num_masked, num_ready = (
-        torch.empty(num_blocks, dtype=torch.int32, device=canvas.device) for _ in range(3)
-    )
+    num_blocks, block_length = blocks.canvas_index.shape
+    num_proposals, device = proposals.position.shape[0], blocks.cells.device
+    canvas = torch.empty(blocks.canvas_index.shape, dtype=torch.int32, device=device)
+    confidence = torch.empty(blocks.canvas_index.shape, dtype=torch.float32, device=device)
+    counts = torch.empty(3, num_blocks, dtype=torch.int32, device=device)
     if num_blocks:
         _unmask_kernel[(num_blocks,)](
+            blocks.cells,
+            blocks.masked.view(torch.uint8),
+            blocks.masked.stride(0),
+            blocks.slots,
+            blocks.canvas_index,
+            blocks.canvas_index.stride(0),
+            blocks.end_token_ids,
+            blocks.end_token_ids.stride(0),
+            blocks.num_output_positions,
+            *proposals,
+            num_proposals,
+            num_proposals.bit_length(),
+            *rules,
             canvas,
-            canvas.stride(0),
-            masked.view(torch.uint8),
-            masked.stride(0),
-            proposal,
-            proposal.stride(0),
             confidence,
-            confidence.stride(0),
-            rule,
-            parameter,
-            end_token_ids,
-            end_token_ids.stride(0),
-            num_needed,
-            quota,
-            num_unmasked,
-            num_masked,
-            num_ready,
+            counts,
             block_length,
-            NUM_ENDS=end_token_ids.shape[1],
+            NUM_ENDS=blocks.end_token_ids.shape[1],
             PADDED_LENGTH=triton.next_power_of_2(block_length),
         )
-    return UnmaskResult(num_unmasked, num_masked, num_ready)
+    return canvas, confidence, UnmaskResult(*counts)

@@ -334,7 +334,7 @@ def _kernels() -> tuple[bool, str]:
     import csrc_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    token, probability = csrc_triton.confidence(torch.tensor([[0.0, 3.0, 1.0]], device=device), banned_token_id=1)
+    token, probability = csrc_triton.confidence(torch.tensor([[0.0, 3.0, 1.0]], device=device), excluded_token_id=1)
     right = token.item() == 2 and abs(probability.item() - 0.1141952) < 1e-4
     return right, f"{csrc_triton.implementations(device).confidence.__module__} on {device.type}"
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csrc_triton import Rule as KernelRule
-from csrc_triton import unmask
+import csrc_triton
+from csrc_triton import Blocks, Proposals, Rules, unmask
 from tests.reference import decode as reference
 from vllm_osdt.calibration.calibrate import Fallback, Thresholds
 from vllm_osdt.config import POLICIES as POLICY_NAMES
@@ -61,25 +61,41 @@ def tables(draw, cells=unit):
 gappy_tables = tables(st.one_of(unit, st.just(float("nan"))))
 
 
+def one_after_another(canvas: torch.Tensor, masked: torch.Tensor, end_token_id: int = -1) -> Blocks:
+    """Whole blocks, in the order of their cells."""
+    count, length = masked.shape
+    return Blocks(
+        cells=canvas,
+        masked=masked,
+        slots=torch.arange(count),
+        canvas_index=torch.arange(count * length).view(count, length),
+        end_token_ids=torch.full((count, 1), end_token_id),
+        num_output_positions=torch.full((count,), length, dtype=torch.int32),
+    )
+
+
 def run_block(schedule: Schedule, block: int, rounds: list[list[float]]) -> list[set[int]]:
     """Positions unmasked by each step of a block until it is finished; ``rounds[step]`` are the confidences."""
     length = schedule.parameters.shape[1]
-    canvas = torch.full((1, length), MASK)
+    canvas = torch.full((length,), MASK, dtype=torch.int32)
     masked = torch.ones(1, length, dtype=torch.bool)
+    blocks = one_after_another(canvas, masked)
     quota = np.zeros(length, dtype=np.int32) if schedule.quota is None else schedule.quota
     chosen = []
     while masked.any():
         before = masked.clone()
         step = len(chosen)
-        unmask(
-            canvas, masked, torch.full((1, length), PROPOSED), torch.tensor([rounds[step % len(rounds)]]),
+        proposals = Proposals(
+            torch.arange(length), torch.full((length,), PROPOSED), torch.tensor(rounds[step % len(rounds)])
+        )
+        rules = Rules(
             torch.tensor([schedule.rule], dtype=torch.int8),
             torch.from_numpy(schedule.parameters[block, step : step + 1].copy()),
-            end_token_ids=torch.tensor([[-1]]), num_needed=torch.tensor([length], dtype=torch.int32),
-            quota=torch.from_numpy(quota[step : step + 1].copy()),
-        )  # fmt: skip
+            torch.from_numpy(quota[step : step + 1].copy()),
+        )
+        unmask(blocks, proposals, rules)
         chosen.append(set(torch.nonzero((before & ~masked)[0])[:, 0].tolist()))
-        assert (canvas[~masked] == PROPOSED).all() and (canvas[masked] == MASK).all()
+        assert (canvas[~masked[0]] == PROPOSED).all() and (canvas[masked[0]] == MASK).all()
     return chosen
 
 
@@ -90,7 +106,7 @@ def rounds_for(data, length, count=3):
 
 def test_policies_and_rules_are_those_that_users_and_kernels_know():
     assert tuple(POLICIES) == POLICY_NAMES
-    assert {rule.name: rule.value for rule in Rule} == {rule.name: rule.value for rule in KernelRule}
+    assert Rule is csrc_triton.Rule
 
 
 @settings(deadline=None)
@@ -191,13 +207,11 @@ def test_the_order_of_a_batch_changes_nothing(data):
     order = torch.tensor(data.draw(st.permutations(range(count))))
 
     def run(index):
-        canvas, holes = torch.full((count, length), MASK), masked[index].clone()
-        proposal = (torch.arange(count * length) % 50).view(count, length)[index].contiguous()
-        result = unmask(
-            canvas, holes, proposal, confidence[index].contiguous(), rule[index], parameter[index],
-            end_token_ids=torch.full((count, 1), 3), num_needed=torch.full((count,), length, dtype=torch.int32),
-            quota=quota[index],
-        )  # fmt: skip
+        holes = masked[index].clone()
+        blocks = one_after_another(torch.full((count * length,), MASK, dtype=torch.int32), holes, end_token_id=3)
+        proposal = (torch.arange(count * length) % 50).view(count, length)[index].flatten()
+        proposals = Proposals(torch.arange(count * length), proposal, confidence[index].flatten())
+        canvas, _, result = unmask(blocks, proposals, Rules(rule[index], parameter[index], quota[index]))
         return canvas, holes, result.num_ready
 
     for plain, shuffled in zip(run(torch.arange(count)), run(order), strict=True):

@@ -6,23 +6,13 @@ that is made once, at admission; each step then is one lookup for the whole batc
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
 
+from csrc_triton.types import Rule
 from vllm_osdt.calibration.calibrate import Thresholds
 from vllm_osdt.config import DecodingOptions
-
-
-class Rule(IntEnum):
-    """How ``unmask`` reads a parameter; the values are those of ``csrc_triton.Rule``."""
-
-    THRESHOLD = 0
-    TOP_K = 1
-    FACTOR = 2
-    JOINT_BOUND = 3
-    DOUBT_BOUND = 4
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ gives every position the same entropy: here it is that of the position's distrib
 where the idea comes from, leaves the largest of the entropies out of the sum.
 """
 
-from csrc_triton.reference import ENTROPY_SCALE
+from csrc_triton.types import ENTROPY_SCALE
 from vllm_osdt.calibration.calibrate import Thresholds
 from vllm_osdt.config import DecodingOptions
 from vllm_osdt.policies.base import Rule, Schedule, constant
@@ -14,4 +14,4 @@ from vllm_osdt.policies.base import Rule, Schedule, constant
 def entropy_bound(options: DecodingOptions, thresholds: Thresholds | None = None) -> Schedule:
     """Schedule of ``options.entropy`` everywhere. A position's confidence is 1 - H / 32 under this policy, so that the
     n most certain with H_(1) + ... + H_(n) < entropy are those whose doubts stay below entropy / 32."""
-    return constant(options, Rule.DOUBT_BOUND, options.entropy / ENTROPY_SCALE)
+    return constant(options, Rule.ENTROPY_BOUND, options.entropy / ENTROPY_SCALE)

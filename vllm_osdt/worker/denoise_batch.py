@@ -11,7 +11,7 @@ from csrc_triton.cpu import compiled
 from vllm_osdt.policies import Rule
 from vllm_osdt.worker.request_states import CanvasStates, HostTables, to_device
 
-TOP_K, DOUBT_BOUND = int(Rule.TOP_K), int(Rule.DOUBT_BOUND)
+TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan) -> Den
         positions = host.block_start[slots][row_req] + row_pos
         row_temperature = to_device(temperature[row_req], device)
         row_keys = to_device(noise_keys(host.seed[slots][row_req], positions, host.step[slots][row_req]), device)
-    asks_entropy = host.rule[slots] == DOUBT_BOUND
+    asks_entropy = host.rule[slots] == ENTROPY_BOUND
     if asks_entropy.any():
         by_entropy = to_device(asks_entropy[plan.cells // plan.canvas_index.shape[1]], device)
     edit_threshold = host.edit_threshold[slots]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from csrc_triton import implementations
-from csrc_triton.edit import edit_in_tables
+from csrc_triton import Blocks, Proposals, Rules, implementations
+from csrc_triton.edit import edit
 from vllm_osdt.worker.denoise_batch import DenoiseBatch
 from vllm_osdt.worker.request_states import CanvasStates
 
@@ -30,7 +30,7 @@ class CanvasSampler:
 
     def __init__(self, states: CanvasStates) -> None:
         self.states = states
-        self._confidence, _, self._unmask_in_tables = implementations(states.device)
+        self._confidence, self._unmask = implementations(states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -57,19 +57,18 @@ class CanvasSampler:
         token, row_confidence = self._confidence(
             logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key, batch.by_entropy
         )
+        blocks = Blocks(
+            states.cells,
+            states.masked,
+            batch.mask_rows,
+            batch.canvas_index,
+            batch.end_token_ids,
+            batch.num_needed,
+        )
+        proposals = Proposals(batch.cells, token, row_confidence)
         is_open = is_masked = None
         if batch.edit_threshold is not None:
-            is_open, is_masked = edit_in_tables(
-                states.cells,
-                states.masked,
-                states.num_post_steps,
-                batch.mask_rows,
-                batch.canvas_index,
-                batch.cells,
-                token,
-                row_confidence,
-                batch.edit_threshold,
-            )
+            is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
         states.note_confidence(batch.step_cell, batch.cells, batch.canvas_index.shape[1], row_confidence, is_masked)
         calibrating = np.flatnonzero(states.host.recording[batch.slots_np] & batch.is_active)
         width = batch.canvas_index.shape[1]
@@ -77,20 +76,7 @@ class CanvasSampler:
         if calibrating.size:  # the masked positions whose logits were read
             before = torch.zeros_like(batch.canvas_index, dtype=torch.bool)
             before.view(-1)[batch.cells] = True if is_masked is None else is_masked
-        canvas, best, result = self._unmask_in_tables(
-            states.cells,
-            states.masked,
-            batch.mask_rows,
-            batch.canvas_index,
-            batch.cells,
-            token,
-            row_confidence,
-            batch.rule,
-            batch.parameter,
-            batch.end_token_ids,
-            batch.num_needed,
-            batch.quota,
-        )
+        canvas, best, result = self._unmask(blocks, proposals, Rules(batch.rule, batch.parameter, batch.quota))
         states.copy_masks_to_host(batch.slots_np, batch.slots, width)
         if before is not None:
             after = states.masked[batch.mask_rows, :width]

@@ -1,0 +1,96 @@
+"""What the ops take and return: the rules, the tuples of tensors and their constants."""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+NO_CONFIDENCE = -2.0  # of a position without logits: below every other, and below NaN, which counts as -1
+ENTROPY_SCALE = 32.0  # above the entropy of any vocabulary, in nats
+UNCERTAINTY_UNITS = 1 << 24  # in 1; an uncertainty 1 - c in fp32 is a whole number of them
+
+
+class Rule(IntEnum):
+    """How a block chooses the positions to unmask; each rule has one parameter p.
+
+    With the masked confidences sorted, c_(1) >= c_(2) >= ...; the uncertainty of a position is 1 - c.
+    """
+
+    THRESHOLD = 0
+    """Every position with confidence >= p."""
+    TOP_K = 1
+    """The floor(p) most confident positions."""
+    FACTOR = 2
+    """The n most confident, n the largest with (n + 1) * (1 - c_(n)) < p, evaluated in fp32."""
+    JOINT_BOUND = 3
+    """The n most confident, n the largest with (1 - c_(1)) + ... + (1 - c_(n)) + (1 - c_(n)) < p. Each uncertainty is
+    taken in fp32, where it is a multiple of 2**-24; the sum is exact."""
+    ENTROPY_BOUND = 4
+    """The n most confident, n the largest with (1 - c_(1)) + ... + (1 - c_(n)) < p, summed likewise."""
+
+
+class Blocks(NamedTuple):
+    """The active blocks of a batch, as rows of the tables in which an engine keeps all canvases.
+
+    A block that is shorter than ``block_length`` has padding behind it. Padding is never masked, and its
+    ``canvas_index`` is a cell that belongs to no canvas; all padding may share it, since no op changes its token.
+    """
+
+    cells: torch.Tensor
+    """[num_cells] int32, written in place: the token ids of all canvases."""
+    masked: torch.Tensor
+    """[num_slots, at least block_length] bool, written in place: True where a position is undecided."""
+    slots: torch.Tensor
+    """[num_blocks] int64: the row of ``masked`` of each block. Only blocks without a mask may share a row."""
+    canvas_index: torch.Tensor
+    """[num_blocks, block_length] int64: the place of each position in ``cells``. Block length 1 to 128."""
+    end_token_ids: torch.Tensor
+    """[num_blocks, num_end_tokens] int64: tokens that end the output, -1 for none."""
+    num_output_positions: torch.Tensor
+    """[num_blocks] int32, 0 to block_length: leading positions that the request still has to output."""
+
+
+class Proposals(NamedTuple):
+    """What the model proposes at M positions: those whose logits were computed."""
+
+    position: torch.Tensor
+    """[M] int64, ascending, each at most once: flat index into [num_blocks, block_length]."""
+    token: torch.Tensor
+    """[M] int64: the proposed token."""
+    confidence: torch.Tensor
+    """[M] fp32 in [0, 1] or NaN: how sure the model is of it."""
+
+    def to_grids(self, num_blocks: int, block_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token and confidence of every position: [num_blocks, block_length] int64, 0 without logits, and fp32,
+        ``NO_CONFIDENCE`` without logits."""
+        shape = (num_blocks, block_length)
+        token = torch.zeros(shape, dtype=torch.int64, device=self.token.device)
+        confidence = torch.full(shape, NO_CONFIDENCE, dtype=torch.float32, device=self.token.device)
+        token.view(-1)[self.position] = self.token
+        confidence.view(-1)[self.position] = self.confidence
+        return token, confidence
+
+
+class Rules(NamedTuple):
+    """By which rule each block is unmasked."""
+
+    rule: torch.Tensor
+    """[num_blocks] int8, values of ``Rule``."""
+    parameter: torch.Tensor
+    """[num_blocks] fp32, read as the rule says. Equality passes a threshold: for a strict one pass the next larger
+    float."""
+    min_unmask: torch.Tensor
+    """[num_blocks] int32: so many positions, the most confident ones, are unmasked whatever the rule says; 0 and 1 ask
+    for no more than the one that every rule unmasks."""
+
+
+class UnmaskResult(NamedTuple):
+    """Counts of one ``unmask`` call, all [num_blocks] int32."""
+
+    num_unmasked: torch.Tensor
+    """Positions decided by this call."""
+    num_masked: torch.Tensor
+    """Positions of the block that are still undecided."""
+    num_ready: torch.Tensor
+    """Leading tokens that can be emitted now: through the first end token among the output positions if all before it
+    are decided, else all output positions if those are decided, else 0."""
