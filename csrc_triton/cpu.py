@@ -1,7 +1,7 @@
 """The CPU path of every op: loops that Numba compiles, NumPy where it is as fast.
 
-Called by ``csrc_triton.ops``, which has checked the arguments. Integer hashing wraps in uint32 here, so it equals the
-reference bit for bit. A small batch takes about ten NumPy calls' time, so the loops are one call each.
+Called by ``csrc_triton.ops``, which has checked the arguments. A small batch takes about ten NumPy calls' time, so the
+loops are one call each.
 """
 
 import math
@@ -182,9 +182,9 @@ def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Te
     confidence = torch.empty(blocks.canvas_index.shape, dtype=torch.float32)
     counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
     _unmask(
-        blocks._make(tensor.numpy() for tensor in blocks),
-        proposals._make(tensor.numpy() for tensor in proposals),
-        rules._make(tensor.numpy() for tensor in rules),
+        Blocks._make(map(torch.Tensor.numpy, blocks)),
+        Proposals._make(map(torch.Tensor.numpy, proposals)),
+        Rules._make(map(torch.Tensor.numpy, rules)),
         canvas.numpy(),
         confidence.numpy(),
         counts.numpy(),
@@ -200,7 +200,7 @@ def _unmask(
     num_blocks, block_length = canvas.shape
     token = np.zeros(canvas.shape, np.int64)
     confidence[:] = WITHOUT_LOGITS
-    for n in range(proposals.position.size):
+    for n in range(len(proposals.position)):
         row, k = divmod(proposals.position[n], block_length)
         token[row, k], confidence[row, k] = proposals.token[n], proposals.confidence[n]
     order = np.empty(block_length, np.int64)  # masked positions, the most confident first
@@ -219,15 +219,14 @@ def _unmask(
                 place -= 1
             order[place], score[place] = k, value
             num_masked += 1
-        num_unmasked = _count_accepted(
-            score[:num_masked], rules.rule[row], rules.parameter[row], rules.min_unmask[row]
-        )
+        num_unmasked = _count_accepted(score[:num_masked], rules.rule[row], rules.parameter[row], rules.min_unmask[row])
         for k in order[:num_unmasked]:
             canvas[row, k] = token[row, k]
             blocks.cells[cell[k]] = token[row, k]
             masked[k] = False
-        num_ready = blocks.num_output_positions[row]
-        for k in range(blocks.num_output_positions[row]):
+        num_output_positions = int(blocks.num_output_positions[row])
+        num_ready = num_output_positions
+        for k in range(num_output_positions):
             if masked[k]:
                 num_ready = 0
                 break

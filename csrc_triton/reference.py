@@ -87,9 +87,7 @@ def _num_accepted(ranked: torch.Tensor, rules: Rules, row: int) -> int:
         again = int(rule == Rule.JOINT_BOUND)
         uncertainty = [int((1 - c).double() * UNCERTAINTY_UNITS) for c in ranked]
         limit = parameter.double() * UNCERTAINTY_UNITS
-        passing = [
-            n for n in range(1, num_masked + 1) if sum(uncertainty[:n]) + again * uncertainty[n - 1] < limit
-        ]
+        passing = [n for n in range(1, num_masked + 1) if sum(uncertainty[:n]) + again * uncertainty[n - 1] < limit]
     passing += range(1, min(min_unmask, num_masked) + 1)
     passing = [n for n in passing if ranked[n - 1] > NO_CONFIDENCE]
     return max(passing, default=min(1, num_masked))

@@ -32,7 +32,7 @@ def test_the_warm_up_runs_every_kind_of_step_and_leaves_nothing_behind(llm, monk
 
     before = tokens(generate(llm, PROMPTS, sampling(40, policy="static_threshold")))
     one, kinds, edits = worker(llm), set(), []
-    confidence, edit = one.model_runner.sampler._confidence, "vllm_osdt.worker.sampler.edit_in_tables"
+    confidence, edit = one.model_runner.sampler._confidence, "vllm_osdt.worker.sampler.edit"
 
     def recording(logits, mask, temperature, keys, by_entropy):
         kinds.add((temperature is not None, by_entropy is not None))
@@ -42,7 +42,7 @@ def test_the_warm_up_runs_every_kind_of_step_and_leaves_nothing_behind(llm, monk
     from vllm_osdt.worker import sampler
 
     monkeypatch.setattr(one.model_runner.sampler, "_confidence", recording)
-    monkeypatch.setattr(edit, lambda *args, original=sampler.edit_in_tables: edits.append(1) or original(*args))
+    monkeypatch.setattr(edit, lambda *args, original=sampler.edit: edits.append(1) or original(*args))
     warm_up(one.vllm_config, one.model_runner.kv_cache_config, one.execute_model, one.sample_tokens)
     monkeypatch.undo()
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from selection import HAS_GPU
 
 import csrc_triton
-from csrc_triton import UnmaskResult
-
-HAS_GPU = torch.cuda.is_available()
-IMPLEMENTATIONS = ["cpu", "triton"]
+from csrc_triton import Blocks, Proposals, Rules, UnmaskResult, reference
+from csrc_triton.types import NO_CONFIDENCE
 
 
 def run_confidence(implementation: str, logits: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,22 +16,64 @@ def run_confidence(implementation: str, logits: torch.Tensor, **options) -> tupl
         on_gpu = {name: _to_gpu(value) for name, value in options.items()}
         token, probability = csrc_triton.confidence(_to_gpu(logits), **on_gpu)
         return token.cpu(), probability.cpu()
-    kernel = _interpreted("confidence_kernel")
-    names = ("banned_token_id", "temperature", "noise_key", "by_entropy")
-    return kernel.confidence(logits, *(options.get(name) for name in names))
+    return _interpreted("confidence_kernel").confidence(logits, **options)
+
+
+def run_unmask_in_tables(
+    implementation: str, blocks: Blocks, proposals: Proposals, rules: Rules
+) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
+    """``blocks`` change in place."""
+    if implementation == "reference":
+        return reference.unmask(blocks, proposals, rules)
+    if implementation == "cpu":
+        return csrc_triton.unmask(blocks, proposals, rules)
+    if not HAS_GPU:
+        return _interpreted("unmask_kernel").unmask(blocks, proposals, rules)
+    on_gpu, *others = (some._make(map(_to_gpu, some)) for some in (blocks, proposals, rules))
+    canvas, confidence, result = csrc_triton.unmask(on_gpu, *others)
+    blocks.cells.copy_(on_gpu.cells)
+    blocks.masked.copy_(on_gpu.masked)
+    return canvas.cpu(), confidence.cpu(), UnmaskResult(*(count.cpu() for count in result))
 
 
 def run_unmask(implementation: str, **state: torch.Tensor) -> UnmaskResult:
-    """Arguments by name; ``canvas`` and ``masked`` change in place."""
-    if implementation == "cpu":
-        return csrc_triton.unmask(**state)
-    if HAS_GPU:
-        on_gpu = {name: _to_gpu(value) for name, value in state.items()}
-        result = csrc_triton.unmask(**on_gpu)
-        for name in ("canvas", "masked"):
-            state[name].copy_(on_gpu[name])
-        return UnmaskResult(*(count.cpu() for count in result))
-    return _interpreted("unmask_kernel").unmask(**state)
+    """The direct form: arguments of ``in_tables``; ``canvas`` and ``masked`` change in place."""
+    blocks, proposals, rules = in_tables(**state)
+    canvas, confidence, result = run_unmask_in_tables(implementation, blocks, proposals, rules)
+    assert (canvas.dtype, confidence.dtype) == (torch.int32, torch.float32)
+    assert torch.equal(canvas.flatten(), blocks.cells)
+    expected = state["confidence"].where(state["has_logits"], NO_CONFIDENCE)
+    assert torch.equal(confidence.nan_to_num(nan=99.0), expected.nan_to_num(nan=99.0))
+    state["canvas"].copy_(canvas)
+    return result
+
+
+def in_tables(
+    *,
+    canvas: torch.Tensor,
+    masked: torch.Tensor,
+    proposal: torch.Tensor,
+    confidence: torch.Tensor,
+    has_logits: torch.Tensor,
+    rule: torch.Tensor,
+    parameter: torch.Tensor,
+    end_token_ids: torch.Tensor,
+    num_output_positions: torch.Tensor,
+    min_unmask: torch.Tensor,
+) -> tuple[Blocks, Proposals, Rules]:
+    """The arguments of ``unmask`` for blocks that follow each other in the tables; the first five are
+    [num_blocks, block_length], and only ``masked`` is shared with what is returned."""
+    position = has_logits.flatten().nonzero().flatten()
+    blocks = Blocks(
+        cells=canvas.flatten().int(),
+        masked=masked,
+        slots=torch.arange(canvas.shape[0]),
+        canvas_index=torch.arange(canvas.numel()).view(canvas.shape),
+        end_token_ids=end_token_ids,
+        num_output_positions=num_output_positions,
+    )
+    proposals = Proposals(position, proposal.flatten()[position], confidence.flatten()[position])
+    return blocks, proposals, Rules(rule, parameter, min_unmask)
 
 
 def _to_gpu(value):

@@ -3,12 +3,14 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import HAS_GPU, IMPLEMENTATIONS, run_confidence
+from implementations import run_confidence
+from selection import HAS_GPU, number, per_implementation, per_implementation_and
 
 import csrc_triton
 from csrc_triton import cpu, reference
@@ -17,8 +19,6 @@ from csrc_triton import cpu, reference
 PROBABILITY_RTOL = 1e-5
 TILE_V = 4096
 CHI_SQUARE_4_DF = 18.47  # exceeded by one deterministic key set in a thousand
-
-per_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def random_logits(num_rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -42,23 +42,25 @@ def assert_equals_reference(implementation: str, logits: torch.Tensor, **options
     return token, probability
 
 
-@per_implementation
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", [2, 7, 1023, 1025])
-def test_matches_the_reference(implementation, vocabulary, dtype):
-    logits = random_logits(5, vocabulary, dtype)
-    for banned_token_id in (None, 0, vocabulary - 1):
-        assert_equals_reference(implementation, logits, banned_token_id=banned_token_id)
-        assert_equals_reference(
-            implementation, logits, banned_token_id=banned_token_id, **noise(0.0, 1e-3, 0.5, 1.0, 20.0)
-        )
+@per_implementation_and(
+    vocabulary=[2, 7, 1023, 1025],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    excluded=["none", "first", "last"],
+    rows=["greedy", "sampled", "entropy", "sampled, entropy"],
+)
+def test_matches_the_reference(implementation, vocabulary, dtype, excluded, rows):
+    options = {"excluded_token_id": {"none": None, "first": 0, "last": vocabulary - 1}[excluded]}
+    if "sampled" in rows:
+        options |= noise(0.0, 1e-3, 0.5, 1.0, 20.0)
+    if "entropy" in rows:
+        options["by_entropy"] = torch.tensor([True, False, True, False, True])
+    assert_equals_reference(implementation, random_logits(5, vocabulary, dtype), **options)
 
 
-@per_implementation
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@per_implementation_and(dtype=[torch.float32, torch.bfloat16])
 def test_matches_the_reference_at_a_real_vocabulary(implementation, dtype):
     assert_equals_reference(
-        implementation, random_logits(3, 126464, dtype), banned_token_id=126336, **noise(0.0, 0.7, 3.0)
+        implementation, random_logits(3, 126464, dtype), excluded_token_id=126336, **noise(0.0, 0.7, 3.0)
     )
 
 
@@ -73,17 +75,15 @@ def test_only_id_of_a_vocabulary_of_one_is_certain(implementation):
 def test_more_rows_than_one_piece_of_work(implementation):
     vocabulary = 4097
     num_rows = cpu.CHUNK_ELEMENTS // vocabulary + 3 if implementation == "cpu" else 3
-    assert_equals_reference(implementation, random_logits(num_rows, vocabulary), banned_token_id=1)
+    assert_equals_reference(implementation, random_logits(num_rows, vocabulary), excluded_token_id=1)
 
 
-@per_implementation
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [2, 7, 1025, 2 * TILE_V + 5])
+@per_implementation_and(vocabulary=[2, 7, 1025, 2 * TILE_V + 5], dtype=[torch.float32, torch.bfloat16])
 def test_rows_that_ask_for_it_have_the_entropy_in_place_of_the_probability(implementation, vocabulary, dtype):
     logits = torch.stack([scale * random_logits(1, vocabulary, seed=5)[0] for scale in (1, 1, 0.1, 10, 0)]).to(dtype)
     by_entropy = torch.tensor([False, True, True, True, True])
-    _, value = assert_equals_reference(implementation, logits, banned_token_id=1, by_entropy=by_entropy)
-    _, plain = run_confidence(implementation, logits, banned_token_id=1)
+    _, value = assert_equals_reference(implementation, logits, excluded_token_id=1, by_entropy=by_entropy)
+    _, plain = run_confidence(implementation, logits, excluded_token_id=1)
     assert value[0] == plain[0]
     entropy = -(logits.double().softmax(-1).clamp_min(1e-300).log() * logits.double().softmax(-1)).sum(-1)
     torch.testing.assert_close(value[1:], (1 - entropy[1:] / 32).float(), rtol=0, atol=2e-6)
@@ -96,10 +96,10 @@ def test_entropy_of_rows_of_every_kind(implementation):
     logits[0, TILE_V + 1] = 2.0  # certain
     logits[1, [4, TILE_V]] = 5.0  # one bit
     logits[2, 3] = torch.nan
-    logits[3, 1] = 7.0  # the banned id alone
+    logits[3, 1] = 7.0  # the excluded id alone
     logits[4, :] = -1e4
     logits[5, [0, 9]] = torch.tensor([300.0, -300.0])
-    _, value = run_confidence(implementation, logits, banned_token_id=1, by_entropy=torch.ones(6, dtype=torch.bool))
+    _, value = run_confidence(implementation, logits, excluded_token_id=1, by_entropy=torch.ones(6, dtype=torch.bool))
     expected = [1.0, 1 - math.log(2) / 32, 0.0, 0.0, 1 - math.log(TILE_V + 3) / 32, 1.0]
     assert value.tolist() == pytest.approx(expected, abs=2e-6)
     assert (value <= 1).all()
@@ -109,12 +109,12 @@ def test_entropy_of_rows_of_every_kind(implementation):
 def test_rows_may_have_gaps(implementation):
     logits = random_logits(9, 50)[::2, 3:40]
     assert logits.stride() == (100, 1)
-    assert_equals_reference(implementation, logits, banned_token_id=4, **noise(0.0, 1.0, 0.0, 2.0, 1.0))
+    assert_equals_reference(implementation, logits, excluded_token_id=4, **noise(0.0, 1.0, 0.0, 2.0, 1.0))
 
 
 @per_implementation
 def test_no_rows_give_no_proposals(implementation):
-    token, probability = run_confidence(implementation, torch.zeros(0, 10), banned_token_id=3)
+    token, probability = run_confidence(implementation, torch.zeros(0, 10), excluded_token_id=3)
     assert (token.shape, token.dtype) == ((0,), torch.int64)
     assert (probability.shape, probability.dtype) == ((0,), torch.float32)
 
@@ -126,18 +126,18 @@ def test_lowest_id_wins_a_tie(implementation, vocabulary):
     logits[1, [2, vocabulary - 1]] = 1.0
     logits[2, [5, vocabulary - 2]] = 1.0
     logits[3, 0] = 1.0
-    token, _ = assert_equals_reference(implementation, logits, banned_token_id=0)
+    token, _ = assert_equals_reference(implementation, logits, excluded_token_id=0)
     assert token.tolist() == [1, 2, 5, 1]
 
 
 @per_implementation
-@pytest.mark.parametrize("banned_token_id", [0, 3, 6])
-def test_banned_id_is_passed_over_but_counts_in_the_softmax(implementation, banned_token_id):
+@pytest.mark.parametrize("excluded_token_id", [0, 3, 6])
+def test_excluded_id_is_passed_over_but_counts_in_the_softmax(implementation, excluded_token_id):
     logits = torch.zeros(2, 7)
-    logits[:, banned_token_id] = 10.0
+    logits[:, excluded_token_id] = 10.0
     logits[1, 4] = 5.0
-    token, probability = assert_equals_reference(implementation, logits, banned_token_id=banned_token_id)
-    assert token.tolist() == [1 if banned_token_id == 0 else 0, 4]
+    token, probability = assert_equals_reference(implementation, logits, excluded_token_id=excluded_token_id)
+    assert token.tolist() == [1 if excluded_token_id == 0 else 0, 4]
     assert probability[0].item() == pytest.approx(1 / (math.exp(10) + 6), rel=PROBABILITY_RTOL, abs=0)
     assert (probability < 0.01).all()
 
@@ -147,26 +147,28 @@ def test_impossible_ids_never_win(implementation):
     logits = torch.full((3, 1500), -torch.inf)
     logits[0, 1400] = -200.0
     logits[1, [7, 1200]] = torch.tensor([1.0, 2.0])
-    logits[2, [0, 9]] = torch.tensor([50.0, -50.0])  # 0 is banned
+    logits[2, [0, 9]] = torch.tensor([50.0, -50.0])  # 0 is excluded
     for options in ({}, noise(3.0, 1e-3, 3.0)):
-        token, _ = assert_equals_reference(implementation, logits, banned_token_id=0, **options)
+        token, _ = assert_equals_reference(implementation, logits, excluded_token_id=0, **options)
         assert token.tolist() == [1400, 1200, 9]
 
 
 @per_implementation
-@pytest.mark.parametrize("banned_token_id", [None, 0, 2])
-def test_hopeless_rows_give_the_lowest_allowed_id_at_zero(implementation, banned_token_id):
+@pytest.mark.parametrize("excluded_token_id", [None, 0, 2])
+def test_hopeless_rows_give_the_lowest_allowed_id_at_zero(implementation, excluded_token_id):
     logits = random_logits(6, 1025)
     logits[0] = -torch.inf
     logits[1] = torch.nan
     logits[2, 1024] = torch.nan
     logits[3, 0] = torch.nan
     logits[4] = -torch.inf
-    logits[4, 2] = 1.0  # hopeless only if 2 is banned
+    logits[4, 2] = 1.0  # hopeless only if 2 is excluded
     for options in ({}, noise(*[1.0] * 6)):
-        token, probability = assert_equals_reference(implementation, logits, banned_token_id=banned_token_id, **options)
-        hopeless = [0, 1, 2, 3] + ([4] if banned_token_id == 2 else [])
-        assert token[hopeless].tolist() == [1 if banned_token_id == 0 else 0] * len(hopeless)
+        token, probability = assert_equals_reference(
+            implementation, logits, excluded_token_id=excluded_token_id, **options
+        )
+        hopeless = [0, 1, 2, 3] + ([4] if excluded_token_id == 2 else [])
+        assert token[hopeless].tolist() == [1 if excluded_token_id == 0 else 0] * len(hopeless)
         assert probability[hopeless].tolist() == [0.0] * len(hopeless)
 
 
@@ -180,19 +182,19 @@ def test_large_logits_do_not_overflow(implementation):
 @per_implementation
 def test_temperature_zero_is_greedy(implementation):
     logits = random_logits(3, 100)
-    greedy = run_confidence(implementation, logits, banned_token_id=2)
-    frozen = run_confidence(implementation, logits, banned_token_id=2, **noise(0.0, 0.0, 0.0))
+    greedy = run_confidence(implementation, logits, excluded_token_id=2)
+    frozen = run_confidence(implementation, logits, excluded_token_id=2, **noise(0.0, 0.0, 0.0))
     assert torch.equal(greedy[0], frozen[0])
     assert torch.equal(greedy[1], frozen[1])
 
 
 @per_implementation
 def test_noise_is_the_reference_noise_for_every_key(implementation):
-    num_rows = 200 if implementation == "cpu" else 12
+    num_rows = number(implementation, 200, sample=12)
     keys = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=torch.Generator().manual_seed(1))
     flat = torch.zeros(num_rows, 1025)  # so that the noise alone decides
     token, _ = assert_equals_reference(
-        implementation, flat, temperature=torch.ones(num_rows), noise_key=keys, banned_token_id=5
+        implementation, flat, temperature=torch.ones(num_rows), noise_key=keys, excluded_token_id=5
     )
     assert len(token.unique()) > 0.75 * num_rows
 
@@ -213,10 +215,10 @@ def test_proposal_does_not_depend_on_the_batch(implementation):
 def test_proposals_follow_the_tempered_softmax(temperature, step):
     num_samples = 4000
     logits = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0, 9.0])
-    allowed = 5  # the last id is banned
+    allowed = 5  # the last id is excluded
     token, probability = csrc_triton.confidence(
         logits.expand(num_samples, -1),
-        banned_token_id=5,
+        excluded_token_id=5,
         temperature=torch.full((num_samples,), temperature),
         noise_key=torch.arange(num_samples) * step,
     )
@@ -227,34 +229,27 @@ def test_proposals_follow_the_tempered_softmax(temperature, step):
     torch.testing.assert_close(probability, logits.softmax(-1)[token], rtol=PROBABILITY_RTOL, atol=0)
 
 
-def test_noise_is_finite_and_within_its_bounds():
-    values = reference.gumbel_noise(torch.arange(100), torch.arange(10_000))
-    assert -2.82 < values.min().item() and values.max().item() < 16.64 < cpu.GUMBEL_MAX
-    assert values.mean().item() == pytest.approx(0.5772, abs=0.01)  # Euler's constant
-    assert values.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
-
-
-@pytest.mark.parametrize("implementation", [pytest.param("cpu"), pytest.param("triton")])
-def test_banned_id_is_never_proposed_and_rows_are_independent(implementation):
-    @settings(max_examples=100 if implementation == "cpu" or HAS_GPU else 10, deadline=None)
+@per_implementation
+def test_excluded_id_is_never_proposed_and_rows_are_independent(implementation):
+    @settings(max_examples=number(implementation, 100, sample=10), deadline=None)
     @given(
         values=st.lists(
             st.lists(st.sampled_from([-math.inf, math.nan, -1.0, 0.0, 2.0, 30.0]), min_size=4, max_size=4),
             min_size=1,
             max_size=3,
         ),
-        banned_token_id=st.integers(0, 3),
+        excluded_token_id=st.integers(0, 3),
         temperature=st.sampled_from([0.0, 1.0, 100.0]),
         key=st.integers(-(2**63), 2**63 - 1),
     )
-    def check(values, banned_token_id, temperature, key):
+    def check(values, excluded_token_id, temperature, key):
         logits = torch.tensor(values)
         num_rows = len(values)
         options = {"temperature": torch.full((num_rows,), temperature), "noise_key": torch.full((num_rows,), key)}
-        token, probability = run_confidence(implementation, logits, banned_token_id=banned_token_id, **options)
-        assert (token != banned_token_id).all()
+        token, probability = run_confidence(implementation, logits, excluded_token_id=excluded_token_id, **options)
+        assert (token != excluded_token_id).all()
         assert ((token >= 0) & (token < 4) & (probability >= 0) & (probability <= 1)).all()
-        reverse = run_confidence(implementation, logits.flip(0), banned_token_id=banned_token_id, **options)
+        reverse = run_confidence(implementation, logits.flip(0), excluded_token_id=excluded_token_id, **options)
         assert torch.equal(reverse[0].flip(0), token)
         assert torch.equal(reverse[1].flip(0), probability)
 
@@ -269,9 +264,9 @@ def test_banned_id_is_never_proposed_and_rows_are_independent(implementation):
         (torch.zeros(1, 1).expand(1, 262145), {}, ValueError, "vocabulary is 262145"),
         (torch.zeros(3, 4, dtype=torch.float64), {}, TypeError, "logits: dtype is torch.float64"),
         (torch.zeros(4, 3).t(), {}, ValueError, "logits: last stride is 3, expected 1"),
-        (torch.zeros(3, 4), {"banned_token_id": 4}, ValueError, "banned_token_id is 4, expected 0 to 3"),
-        (torch.zeros(3, 4), {"banned_token_id": -1}, ValueError, "banned_token_id is -1"),
-        (torch.zeros(3, 1), {"banned_token_id": 0}, ValueError, "no other id"),
+        (torch.zeros(3, 4), {"excluded_token_id": 4}, ValueError, "excluded_token_id is 4, expected 0 to 3"),
+        (torch.zeros(3, 4), {"excluded_token_id": -1}, ValueError, "excluded_token_id is -1"),
+        (torch.zeros(3, 1), {"excluded_token_id": 0}, ValueError, "no other id"),
         (torch.zeros(3, 4), {"temperature": torch.ones(3)}, ValueError, "noise_key is None"),
         (torch.zeros(3, 4), {"noise_key": torch.ones(3).long()}, ValueError, "temperature is None"),
         (torch.zeros(3, 4), noise(1.0, 1.0), ValueError, r"temperature: shape is \(2,\), expected \(3,\)"),
@@ -284,9 +279,15 @@ def test_bad_arguments_are_refused_by_name(logits, options, error, message):
 
 
 def test_import_loads_neither_triton_nor_vllm():
-    code = "import sys, csrc_triton; print(sorted({'triton', 'vllm', 'vllm_osdt'} & set(sys.modules)))"
+    modules = "csrc_triton, csrc_triton.edit, csrc_triton.noise, csrc_triton.reference"
+    code = f"import sys, {modules}; print(sorted({{'triton', 'vllm', 'vllm_osdt'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_no_module_hides_an_op():
+    modules = {path.stem for path in Path(csrc_triton.__file__).parent.glob("*.py")}
+    assert not modules & set(csrc_triton.__all__)
 
 
 @pytest.mark.gpu
@@ -295,11 +296,11 @@ def test_import_loads_neither_triton_nor_vllm():
 def test_gpu_batch_of_a_real_size_matches_without_a_sync(dtype):
     logits = random_logits(256, 126464, dtype).cuda()
     options = {"temperature": torch.linspace(0, 2, 256).cuda(), "noise_key": torch.arange(256).cuda()}
-    expected_token, expected_probability = reference.confidence(logits, banned_token_id=126336, **options)
-    csrc_triton.confidence(logits, banned_token_id=126336, **options)  # compiles
+    expected_token, expected_probability = reference.confidence(logits, excluded_token_id=126336, **options)
+    csrc_triton.confidence(logits, excluded_token_id=126336, **options)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        token, probability = csrc_triton.confidence(logits, banned_token_id=126336, **options)
+        token, probability = csrc_triton.confidence(logits, excluded_token_id=126336, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     # logarithms differ in the last bit, so a sampled near-tie may fall the other way

@@ -1,19 +1,20 @@
-"""Token editing on tables, against the rule written out position by position."""
+"""Token editing, against the rule written out position by position."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csrc_triton.edit import MAX_POST_STEPS, edit_in_tables
+from csrc_triton import Blocks, Proposals
+from csrc_triton.edit import MAX_POST_STEPS, edit
 
 VOCABULARY = 4
 
 
-def by_hand(cells, masked, post_steps, slots, index, logit_cells, token, confidence, threshold):
-    """Lists in, lists out; the arguments of ``edit_in_tables``."""
+def by_hand(cells, masked, post_steps, slots, index, position, token, confidence, threshold):
+    """Lists in, lists out; the arguments of ``edit``."""
     width = len(index[0])
-    read = {cell: (t, c) for cell, t, c in zip(logit_cells, token, confidence, strict=True)}
+    read = {cell: (t, c) for cell, t, c in zip(position, token, confidence, strict=True)}
     is_open = []
     for row, slot in enumerate(slots):
         has_mask = any(masked[slot][:width])
@@ -31,6 +32,17 @@ def by_hand(cells, masked, post_steps, slots, index, logit_cells, token, confide
     return is_open
 
 
+def blocks_of(cells, masked, slots, index) -> Blocks:
+    return Blocks(
+        cells=torch.tensor(cells, dtype=torch.int32),
+        masked=torch.tensor(masked),
+        slots=torch.tensor(slots),
+        canvas_index=torch.tensor(index),
+        end_token_ids=torch.full((len(slots), 1), -1),
+        num_output_positions=torch.zeros(len(slots), dtype=torch.int32),
+    )
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_every_block_is_edited_as_by_hand(data):
@@ -41,45 +53,30 @@ def test_every_block_is_edited_as_by_hand(data):
     masked = [data.draw(st.lists(st.booleans(), min_size=width, max_size=width)) for _ in range(num_slots)]
     post_steps = data.draw(st.lists(st.integers(0, MAX_POST_STEPS), min_size=num_slots, max_size=num_slots))
     index = [[slot * width + k for k in range(width)] for slot in slots]
-    logit_cells = sorted(data.draw(st.sets(st.integers(0, len(slots) * width - 1))))
-    token = [data.draw(tokens) for _ in logit_cells]
-    confidence = [data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])) for _ in logit_cells]
+    position = sorted(data.draw(st.sets(st.integers(0, len(slots) * width - 1))))
+    token = [data.draw(tokens) for _ in position]
+    confidence = [data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])) for _ in position]
     threshold = [data.draw(st.sampled_from([0.0, 0.25, 0.5, float("inf")])) for _ in slots]
-    tensors = (
-        torch.tensor(cells, dtype=torch.int32),
-        torch.tensor(masked),
-        torch.tensor(post_steps, dtype=torch.int32),
-    )
-    is_open, is_masked = edit_in_tables(
-        *tensors,
-        torch.tensor(slots),
-        torch.tensor(index),
-        torch.tensor(logit_cells, dtype=torch.int64),
+    blocks = blocks_of(cells, masked, slots, index)
+    post_steps_tensor = torch.tensor(post_steps, dtype=torch.int32)
+    proposals = Proposals(
+        torch.tensor(position, dtype=torch.int64),
         torch.tensor(token, dtype=torch.int64),
         torch.tensor(confidence, dtype=torch.float32),
-        torch.tensor(threshold, dtype=torch.float32),
     )
-    expected_masked = [masked[slots[cell // width]][cell % width] for cell in logit_cells]
-    expected = by_hand(cells, masked, post_steps, slots, index, logit_cells, token, confidence, threshold)
+    is_open, is_masked = edit(blocks, proposals, post_steps_tensor, torch.tensor(threshold, dtype=torch.float32))
+    expected_masked = [masked[slots[cell // width]][cell % width] for cell in position]
+    expected = by_hand(cells, masked, post_steps, slots, index, position, token, confidence, threshold)
     assert is_open.tolist() == expected
     assert is_masked.tolist() == expected_masked
-    assert (tensors[0].tolist(), tensors[2].tolist()) == (cells, post_steps)
+    assert (blocks.cells.tolist(), post_steps_tensor.tolist()) == (cells, post_steps)
 
 
 @pytest.mark.parametrize(("num_post_steps", "is_open"), [(0, True), (14, True), (15, False)])
 def test_a_block_that_never_settles_is_finished_after_some_steps(num_post_steps, is_open):
-    cells = torch.tensor([1, 0], dtype=torch.int32)
+    blocks = blocks_of([1, 0], [[False]], [0], [[0]])
     post_steps = torch.tensor([num_post_steps], dtype=torch.int32)
-    got, _ = edit_in_tables(
-        cells,
-        torch.tensor([[False]]),
-        post_steps,
-        torch.tensor([0]),
-        torch.tensor([[0]]),
-        torch.tensor([0]),
-        torch.tensor([2]),
-        torch.tensor([0.9]),
-        torch.tensor([0.5]),
-    )
+    proposals = Proposals(torch.tensor([0]), torch.tensor([2]), torch.tensor([0.9]))
+    got, _ = edit(blocks, proposals, post_steps, torch.tensor([0.5]))
     assert got.tolist() == [is_open]
-    assert cells.tolist() == [2, 0] and post_steps.tolist() == [num_post_steps + 1]
+    assert blocks.cells.tolist() == [2, 0] and post_steps.tolist() == [num_post_steps + 1]
