@@ -5,7 +5,30 @@ use. ``csrc_triton.reference`` holds a slow, readable twin of every op with the 
 op would replace it as attribute of this package, so the kernels are in ``confidence_kernel`` and ``unmask_kernel``.
 """
 
-from csrc_triton.ops import confidence, implementations, unmask
-from csrc_triton.types import Blocks, Proposals, Rule, Rules, UnmaskResult
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Blocks", "Proposals", "Rule", "Rules", "UnmaskResult", "confidence", "implementations", "unmask"]
+from csrc_triton.types import ENTROPY_SCALE, Blocks, Proposals, Rule, Rules, UnmaskResult
+
+if TYPE_CHECKING:
+    from csrc_triton.ops import confidence, implementations, unmask
+
+__all__ = [
+    "ENTROPY_SCALE",
+    "Blocks",
+    "Proposals",
+    "Rule",
+    "Rules",
+    "UnmaskResult",
+    "confidence",
+    "implementations",
+    "unmask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The ops, which import torch, when they are first asked for: rules and shapes are read without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from csrc_triton import ops
+
+    return getattr(ops, name)

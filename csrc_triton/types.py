@@ -1,9 +1,10 @@
 """What the ops take and return: the rules, the tuples of tensors and their constants."""
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NO_CONFIDENCE = -2.0  # of a position without logits: below every other, and below NaN, which counts as -1
 ENTROPY_SCALE = 32.0  # above the entropy of any vocabulary, in nats
@@ -36,36 +37,35 @@ class Blocks(NamedTuple):
     ``canvas_index`` is a cell that belongs to no canvas; all padding may share it, since no op changes its token.
     """
 
-    cells: torch.Tensor
+    cells: "torch.Tensor"
     """[num_cells] int32, written in place: the token ids of all canvases."""
-    masked: torch.Tensor
+    masked: "torch.Tensor"
     """[num_slots, at least block_length] bool, written in place: True where a position is undecided."""
-    slots: torch.Tensor
+    slots: "torch.Tensor"
     """[num_blocks] int64: the row of ``masked`` of each block. Only blocks without a mask may share a row."""
-    canvas_index: torch.Tensor
+    canvas_index: "torch.Tensor"
     """[num_blocks, block_length] int64: the place of each position in ``cells``. Block length 1 to 128."""
-    end_token_ids: torch.Tensor
+    end_token_ids: "torch.Tensor"
     """[num_blocks, num_end_tokens] int64: tokens that end the output, -1 for none."""
-    num_output_positions: torch.Tensor
+    num_output_positions: "torch.Tensor"
     """[num_blocks] int32, 0 to block_length: leading positions that the request still has to output."""
 
 
 class Proposals(NamedTuple):
     """What the model proposes at M positions: those whose logits were computed."""
 
-    position: torch.Tensor
+    position: "torch.Tensor"
     """[M] int64, ascending, each at most once: flat index into [num_blocks, block_length]."""
-    token: torch.Tensor
+    token: "torch.Tensor"
     """[M] int64: the proposed token."""
-    confidence: torch.Tensor
+    confidence: "torch.Tensor"
     """[M] fp32 in [0, 1] or NaN: how sure the model is of it."""
 
-    def to_grids(self, num_blocks: int, block_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def to_grids(self, num_blocks: int, block_length: int) -> "tuple[torch.Tensor, torch.Tensor]":
         """Token and confidence of every position: [num_blocks, block_length] int64, 0 without logits, and fp32,
         ``NO_CONFIDENCE`` without logits."""
-        shape = (num_blocks, block_length)
-        token = torch.zeros(shape, dtype=torch.int64, device=self.token.device)
-        confidence = torch.full(shape, NO_CONFIDENCE, dtype=torch.float32, device=self.token.device)
+        token = self.token.new_zeros((num_blocks, block_length))
+        confidence = self.confidence.new_full((num_blocks, block_length), NO_CONFIDENCE)
         token.view(-1)[self.position] = self.token
         confidence.view(-1)[self.position] = self.confidence
         return token, confidence
@@ -74,12 +74,12 @@ class Proposals(NamedTuple):
 class Rules(NamedTuple):
     """By which rule each block is unmasked."""
 
-    rule: torch.Tensor
+    rule: "torch.Tensor"
     """[num_blocks] int8, values of ``Rule``."""
-    parameter: torch.Tensor
+    parameter: "torch.Tensor"
     """[num_blocks] fp32, read as the rule says. Equality passes a threshold: for a strict one pass the next larger
     float."""
-    min_unmask: torch.Tensor
+    min_unmask: "torch.Tensor"
     """[num_blocks] int32: so many positions, the most confident ones, are unmasked whatever the rule says; 0 and 1 ask
     for no more than the one that every rule unmasks."""
 
@@ -87,10 +87,10 @@ class Rules(NamedTuple):
 class UnmaskResult(NamedTuple):
     """Counts of one ``unmask`` call, all [num_blocks] int32."""
 
-    num_unmasked: torch.Tensor
+    num_unmasked: "torch.Tensor"
     """Positions decided by this call."""
-    num_masked: torch.Tensor
+    num_masked: "torch.Tensor"
     """Positions of the block that are still undecided."""
-    num_ready: torch.Tensor
+    num_ready: "torch.Tensor"
     """Leading tokens that can be emitted now: through the first end token among the output positions if all before it
     are decided, else all output positions if those are decided, else 0."""

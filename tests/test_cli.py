@@ -291,7 +291,7 @@ def test_calibrate_makes_a_profile_that_a_server_of_the_same_dtype_would_find(tm
 @pytest.mark.e2e
 def test_calibrate_takes_as_many_prompts_as_the_default_options_need(tmp_path, listed):
     prompts = [problem.prompt for problem in generate("multiple_choice", "held_out", 40, 0)]
-    needed = DecodingOptions().calibrations
+    needed = DecodingOptions().num_calibration_requests
     assert not any("\n" in prompt for prompt in prompts) and needed < 40
     made = calibrate(tmp_path, prompts, "--max-tokens", "96")
     assert made.returncode == 0, made.stderr[-3000:]
@@ -309,7 +309,10 @@ def test_calibrate_refuses_fewer_prompts_than_calibrations_before_it_starts_an_e
     for options, calibrations in (({}, 32), ({"num_calibration_requests": 3, "statistic": "q1"}, 3)):
         assert main([*arguments, "--osdt-config", json.dumps(options)]) == 1
         error = capsys.readouterr().err
-        assert f"{file} holds 2 prompts, but calibrations is {calibrations}" in error and "--osdt-config" in error
+        assert (
+            f"{file} holds 2 prompts, but num_calibration_requests is {calibrations}" in error
+            and "--osdt-config" in error
+        )
 
 
 def test_calibrate_refuses_bad_options_and_prompts_before_it_starts_an_engine(tmp_path, capsys):
@@ -320,14 +323,14 @@ def test_calibrate_refuses_bad_options_and_prompts_before_it_starts_an_engine(tm
     empty.write_text('{"question": 1}\n')
     assert main(arguments) == 1
     empty.write_text('{"prompt": "a"}\n')
-    for options in ('{"threshold_cap": 2}', '{"drift_window": 2}', '{"cpa": 0.5}', "cap"):
+    for options in ('{"threshold_cap": 2}', '{"drift_window": 2}', '{"threshold_cpa": 0.5}', "cap"):
         with pytest.raises(SystemExit, match="2"):
             main([*arguments, "--osdt-config", options])
     errors = capsys.readouterr().err
-    assert "did you mean 'cap'?" in errors and "'cap' is no JSON" in errors and "_json" not in errors
+    assert "did you mean 'threshold_cap'?" in errors and "'cap' is no JSON" in errors and "_json" not in errors
     assert (
         "holds no prompt" in errors
         and "field prompt" in errors
-        and "cap is 2" in errors
+        and "threshold_cap is 2" in errors
         and "drift_window is 2" in errors
     )

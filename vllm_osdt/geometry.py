@@ -9,6 +9,9 @@ from vllm_osdt.errors import InvalidOptionError
 
 MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
 BlockLength = count(1, MAX_BLOCK_LENGTH)
+BLOCK_CACHE = "block"  # cache mode of block-causal models, the only one they have
+CANVAS_CACHES = ("none", "prefix", "dual")  # those of models whose positions see the whole canvas
+CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
 DEFAULT_GEN_LENGTH = 256  # canvas of a request without a limit where neither operator nor checkpoint names one
 
 

@@ -19,6 +19,9 @@ from vllm_osdt.calibration.profile import cache_key
 from vllm_osdt.declaration import Declaration, Flag, count, declarations, defaults, did_you_mean, number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import (
+    BLOCK_CACHE,
+    CACHE_MODES,
+    CANVAS_CACHES,
     BlockLength,
     Canvas,
     CanvasRequest,
@@ -37,9 +40,6 @@ logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handle
 PREFIX = "osdt_"
 AUTO_TASK = "auto"
 UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
-BLOCK_CACHE = "block"  # of block-causal models, the only one they have
-CANVAS_CACHES = ("none", "prefix", "dual")  # of models whose positions see the whole canvas
-CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
 
 
 def _is_task(value: str) -> str:

@@ -109,4 +109,4 @@ def test_the_requests_needed_are_the_fewest_that_give_a_threshold():
 
 
 def test_the_default_options_calibrate_on_enough_requests():
-    assert DecodingOptions().calibrations >= num_requests_needed(DecodingOptions().risk)
+    assert DecodingOptions().num_calibration_requests >= num_requests_needed(DecodingOptions().risk)

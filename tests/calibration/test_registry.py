@@ -73,6 +73,7 @@ def test_a_profile_is_published_after_the_last_delivery_whatever_the_order(order
         assert registry.deliver(KEY, req_id, recordings[req_id], 3) is None
         assert registry.find(KEY) is None and store.load(KEY) is None and not registry.claim(KEY, "late", 3)
     profile = registry.deliver(KEY, order[2], recordings[order[2]], 3)
+    registry.flush()
     assert profile is registry.find(KEY, 3) and same(store.load(KEY), profile)
     # Whose records it holds does not depend on the order.
     found = {row.tobytes() for row in profile.record.confidence}

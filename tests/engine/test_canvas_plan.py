@@ -4,7 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_osdt.engine.cache_modes import BASE_MODES, cache_mode_of
 from vllm_osdt.engine.canvas_plan import BlockCausalPlan, FullAttentionPlan, Rows
+from vllm_osdt.geometry import CANVAS_CACHES, Canvas
+from vllm_osdt.messages import Decides
+from vllm_osdt.options import DecodingOptions
 
 P, L, B = 10, 24, 8  # prompt, canvas, block
 
@@ -14,7 +18,7 @@ P, L, B = 10, 24, 8  # prompt, canvas, block
     [("none", Rows(0, P + L, L)), ("prefix", Rows(P, L, L)), ("dual", Rows(P, B, B))],
 )
 def test_a_canvas_is_refreshed_at_every_block_and_then_computed_as_its_cache_mode_says(cache, later):
-    plan = FullAttentionPlan(P + L, B, cache)
+    plan = FullAttentionPlan(Canvas(P, P + L, P + L, B), BASE_MODES[cache])
     plan.admit(0)
     first = plan.next_rows(P, 100)
     assert first == Rows(0, P + L, L) and first.end == plan.pages_needed(first) == P + L
@@ -31,7 +35,7 @@ def test_a_prompt_is_computed_in_whole_blocks_and_its_tail_with_the_first_active
     plan = BlockCausalPlan(8, is_fused=True)
     plan.admit(8)
     rows = plan.next_rows(29, 15)
-    assert rows == Rows(8, 8, 0)
+    assert rows == Rows(8, 8, 0, Decides.NOTHING)
     plan.schedule(29, rows)
     assert plan.num_final == 16
     assert plan.next_rows(29, 7) is None
@@ -46,12 +50,12 @@ def test_a_prompt_is_computed_in_whole_blocks_and_its_tail_with_the_first_active
 def test_a_finished_block_is_computed_once_more_alone_or_with_the_next_one(is_fused):
     plan = BlockCausalPlan(8, is_fused)
     plan.admit(0)
-    plan.schedule(8, Rows(0, 8, 0))
+    plan.schedule(8, Rows(0, 8, 0, Decides.NOTHING))
     assert plan.next_rows(8, 100) == Rows(8, 8, 8)
     plan.schedule(8, Rows(8, 8, 8))
     assert plan.num_final == 8
     rows = plan.next_rows(16, 100)
-    assert rows == (Rows(8, 16, 8) if is_fused else Rows(8, 8, 0))
+    assert rows == (Rows(8, 16, 8) if is_fused else Rows(8, 8, 0, Decides.NOTHING))
     plan.schedule(16, rows)
     assert plan.num_final == 16
     assert plan.next_rows(16, 100) == Rows(16, 8, 8)
@@ -78,3 +82,67 @@ def test_steps_are_whole_blocks_within_budget_and_end_at_the_active_one(block, n
         assert plan.num_final > before
     else:
         raise AssertionError("the prompt never ends")
+
+
+def steps_of(plan, starts, confidences=None):
+    """The rows of three steps of each block, as (start, end); a confidence is heard after each step."""
+    heard = iter(confidences or [])
+    taken = []
+    for start in starts:
+        for _ in range(3):
+            rows = plan.next_rows(start, 100)
+            assert rows.num_drafts == rows.end - start
+            plan.schedule(start, rows)
+            taken.append((rows.start, rows.end))
+            confidence = next(heard, None)
+            if confidence is not None:
+                plan.hear(confidence)
+    return taken
+
+
+def plan_of(cache_mode, decides_first_alone=False, **options):
+    options = DecodingOptions(cache_mode=cache_mode, **options)
+    plan = FullAttentionPlan(Canvas(P, P + L, P + L, B), cache_mode_of(options), decides_first_alone)
+    plan.admit(0)
+    return plan
+
+
+def test_every_mode_of_the_option_has_a_class():
+    assert tuple(BASE_MODES) == CANVAS_CACHES
+
+
+@pytest.mark.parametrize(("cache_mode", "ends"), [("dual", (P + B, P + 2 * B, P + 3 * B)), ("prefix", (P + L,) * 3)])
+def test_between_refreshes_a_block_begins_with_the_finished_one_before_it(cache_mode, ends):
+    starts, whole = (P, P + B, P + 2 * B), (0, P + L)
+    later = [[(start, end)] * 2 for start, end in zip(starts, ends, strict=True)]
+    two = steps_of(plan_of(cache_mode, refresh_interval=2), starts)
+    assert two == [whole, *later[0], (P, ends[1]), *later[1], whole, *later[2]]
+    many = steps_of(plan_of(cache_mode, refresh_interval=9), starts)
+    assert many == [whole, *later[0], (P, ends[1]), *later[1], (P + B, ends[2]), *later[2]]
+    assert steps_of(plan_of(cache_mode, refresh_interval=1), starts) == steps_of(plan_of(cache_mode), starts)
+
+
+def test_a_request_that_was_preempted_begins_with_a_refresh_whatever_the_interval():
+    plan = plan_of("dual", refresh_interval=9)
+    steps_of(plan, (P, P + B))
+    plan.admit(0)
+    assert plan.next_rows(P + B, 100) == Rows(0, P + L, L - B)
+
+
+def test_a_step_that_was_unsure_is_followed_by_a_refresh_and_a_refresh_by_none():
+    whole, block = (0, P + L), (P, P + B)
+    unsure = steps_of(plan_of("dual", refresh_confidence=0.5), (P, P), [0.1, 0.4, 0.3, 0.6, 0.5, 0.49])
+    assert unsure == [whole, block, whole, block, block, block]
+    sure = steps_of(plan_of("dual", refresh_confidence=0.5), (P, P), [0.9] * 6)
+    assert sure == [whole, block, block, block, block, block]
+    assert steps_of(plan_of("dual", refresh_confidence=0.5), (P, P)) == sure  # nothing was reported
+
+
+def test_only_a_blocks_first_step_decides_its_first_position_alone():
+    plan = plan_of("dual", decides_first_alone=True, refresh_interval=2, refresh_confidence=0.5)
+    for start in (P, P + B):
+        for step in range(3):
+            rows = plan.next_rows(start, 100)
+            assert rows.decides == (Decides.FIRST_POSITION if step == 0 else Decides.BLOCK)
+            plan.schedule(start, rows)
+            plan.hear(0.1)

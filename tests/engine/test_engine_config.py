@@ -12,7 +12,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_osdt.calibration.fingerprint import model_fingerprint
-from vllm_osdt.options import default_decoding_options
+from vllm_osdt.calibration.store import open_store
+from vllm_osdt.options import default_decoding_options, server_options
 
 CONFIG = {
     "architectures": ["LLaDAModelLM"],
@@ -482,7 +483,7 @@ def test_an_engine_says_in_one_paragraph_what_was_decided(checkpoint: str, block
     from vllm_osdt.engine.engine_config import describe_engine
 
     text = describe_engine(configure(block_causal, additional_config={"osdt": {"profile_dir": ""}}))
-    assert "block length 24" in text and "cache block" in text and "canvas" not in text.replace("canvas_", "")
+    assert "block length 24" in text and "cache mode block" in text and "canvas" not in text.replace("canvas_", "")
     assert "profiles in memory only" in text and "name no task: static threshold" in text
     (Path(checkpoint) / "config.json").write_text(json.dumps(CONFIG))
     own = {"osdt": {"profile_dir": str(tmp_path / "p"), "task": "chat", "policy": "factor", "gen_length": 64}}
@@ -492,7 +493,7 @@ def test_an_engine_says_in_one_paragraph_what_was_decided(checkpoint: str, block
         "static threshold 0.9",
         "block length 32",
         "canvas without max_tokens 64",
-        "cache dual",
+        "cache mode dual",
     ]
     tasks = ["calibrates on 32 requests", "task 'chat'", str(tmp_path / "p"), ": 0 tasks"]
     assert all(words in text for words in decoding + tasks) and "\n" not in text
@@ -548,7 +549,7 @@ def test_a_profile_folder_that_cannot_be_read_is_told_and_nothing_else(checkpoin
         return listdir(folder)
 
     config = configure(checkpoint)
-    store = engine_config.open_store(config)
+    store = open_store(server_options(config).profile_dir, config)
     monkeypatch.setattr(engine_config.os, "listdir", refuse)
     assert "cannot be read (Permission denied)" in engine_config.describe_engine(config)
 

@@ -16,7 +16,7 @@ from vllm_osdt.frontend import admission
 from vllm_osdt.frontend.admission import FrontEnd, admit
 from vllm_osdt.frontend.auto_task import NUM_REQUESTS, prefix_names
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
-from vllm_osdt.options import UNDECIDED_TASK, default_decoding_options, parse_options
+from vllm_osdt.options import UNDECIDED_TASK, default_decoding_options, parse_options, server_options
 
 KEY = ProfileKey("gsm", 8, "dual", 0.9)
 SYSTEM = list(range(1, 17))
@@ -44,7 +44,7 @@ def vllm_config(checkpoint, folder):
 def profile(vllm_config):
     """The task's profile on disk."""
     made = recorded(KEY)
-    open_store(vllm_config).save(made)
+    open_store(server_options(vllm_config).profile_dir, vllm_config).save(made)
     return made
 
 
@@ -116,12 +116,12 @@ def test_a_refused_pin_is_looked_for_again_and_found_once_it_is_there(vllm_confi
     front_end, late = FrontEnd(vllm_config), recorded(replace(KEY, task="late"))
     pin = {"task": "late", "profile": late.profile_id}
     assert "no such profile" in refusal(front_end, vllm_config, **pin)
-    open_store(vllm_config).save(late)
+    open_store(server_options(vllm_config).profile_dir, vllm_config).save(late)
     assert resolve(front_end, vllm_config, **pin).profile == late.profile_id
 
 
 def test_a_replaced_profile_can_still_be_pinned(vllm_config):
-    store, key = open_store(vllm_config), replace(KEY, task="replaced")
+    store, key = open_store(server_options(vllm_config).profile_dir, vllm_config), replace(KEY, task="replaced")
     for seed in (1, 2):
         store.save(recorded(key, seed))
     assert same(store.load(key), replace(recorded(key, 2), created=store.load(key).created))
@@ -166,12 +166,12 @@ def test_a_task_with_a_profile_on_disk_is_named_at_once_and_the_view_grows_stale
     front_end, prompt = FrontEnd(vllm_config), [*SYSTEM, 5, 6, 7]
     assert resolve(front_end, vllm_config, prompt, task="auto").task == UNDECIDED_TASK
     name = prefix_names(SYSTEM)[-1]
-    open_store(vllm_config).save(recorded(replace(KEY, task=name)))
+    open_store(server_options(vllm_config).profile_dir, vllm_config).save(recorded(replace(KEY, task=name)))
     assert resolve(front_end, vllm_config, prompt, task="auto").task == UNDECIDED_TASK  # the folder is not listed again
     now += FrontEnd.REFRESH_S + 0.1
     assert resolve(front_end, vllm_config, prompt, task="auto").task == name
     assert resolve(FrontEnd(vllm_config), vllm_config, prompt, task="auto").task == name
-    open_store(vllm_config).remove(recorded(replace(KEY, task=name)))
+    open_store(server_options(vllm_config).profile_dir, vllm_config).remove(recorded(replace(KEY, task=name)))
 
 
 def test_auto_needs_no_folder(checkpoint, tmp_path):

@@ -61,7 +61,7 @@ def test_names_are_equal_in_processes_that_saw_other_requests(seed):
 
 def test_names_do_not_depend_on_the_hash_seed():
     code = (
-        "import json; from tests.calibration.test_auto_task import *;"
+        "import json; from tests.frontend.test_auto_task import *;"
         "print(json.dumps(name_all(AutoTasks(256), stream(7, 200), 'lora')))"
     )
     expected = {str(task): names for task, names in name_all(AutoTasks(256), stream(7, 200), "lora").items()}

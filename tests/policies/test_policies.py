@@ -69,7 +69,8 @@ gappy_tables = tables(st.one_of(unit, st.just(float("nan"))))
 
 def unmask_blocks(canvas, masked, proposal, confidence, rules, end=-1):
     """One step of blocks [num_blocks, block_length] all of whose positions have logits; ``canvas`` and ``masked`` change
-    in place."""
+    in place.
+    """
     num_blocks, length = canvas.shape
     blocks = Blocks(
         cells=canvas.view(-1),
@@ -146,7 +147,7 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
     table = data.draw(tables())
     schedule = schedule_of(opts.policy, opts, table)
     num_blocks = opts.gen_length // opts.block_length
-    calibrated = reference.osdt(table.values.tolist(), opts.cap, opts.slack, opts.floor)
+    calibrated = reference.osdt(table.values.tolist(), opts.threshold_cap, opts.slack, opts.floor)
     # The plain rules take the numbers that a float32 schedule can hold.
     threshold, steps = float(np.float32(opts.threshold)), opts.steps and opts.steps // num_blocks
     rule = {
@@ -294,7 +295,7 @@ N, B, S, C = Fallback
     ],
 )
 def test_osdt_says_where_each_threshold_comes_from(mode, kinds, expected):
-    opts = DecodingOptions(policy="osdt", statistic="q1", mode=mode, block_length=4, gen_length=12)
+    opts = DecodingOptions(policy="osdt", statistic="q1", granularity=mode, block_length=4, gen_length=12)
     table = Thresholds(np.full((2, 2), 0.5, np.float32), np.array(kinds, np.int8))
     schedule = schedule_of("osdt", opts, table)
     assert schedule.fallback.tolist() == expected and schedule.fallback.dtype == np.int8

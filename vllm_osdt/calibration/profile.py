@@ -13,10 +13,11 @@ import numpy as np
 
 from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.thresholds import CONFORMAL, DEFAULT_RISK, Thresholds, calibrate
+from vllm_osdt.geometry import CACHE_MODES
 
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
 # confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again.
-CACHE_KEY = r"[a-z_]+(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?"
+CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?"
 
 
 def cache_key(
