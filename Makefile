@@ -34,7 +34,7 @@ check: $(INSTALLED) ## lint, types and the tests that start no engine
 
 install: $(INSTALLED) ## make .venv and install what is missing
 
-lint: $(INSTALLED) ## ruff
+lint: $(INSTALLED) ## ruff, and imports that go one way
 	$(LINT)
 
 types: $(INSTALLED) ## mypy

@@ -92,7 +92,7 @@ def compare_policies(args: argparse.Namespace, conditions: dict[str, Any]) -> No
         "sdar-mini, not fused": start("sdar-mini", concurrency, osdt={"fused_commit": False}),
     }
     for task in TASKS:
-        calibrating = generate(task, "held_out", DecodingOptions().calibrations, CALIBRATION_SEED)
+        calibrating = generate(task, "held_out", DecodingOptions().num_calibration_requests, CALIBRATION_SEED)
         for llm in engines.values():
             decode(llm, calibrating, OSDT, task)
     header = f"{'engine':<22} {'policy':<19} {'right':>7} {'NFE':>7} {'tok/fw':>7} {'tok/s':>7}   20 % - 80 %"

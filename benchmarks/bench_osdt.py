@@ -50,7 +50,8 @@ from common import REPOSITORY, environment, write_lines
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.calibration.profile import Setting
 from vllm_osdt.options import DecodingOptions
-from vllm_osdt.policies.osdt import osdt
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.policies import POLICIES
 
 sys.path.insert(0, str(REPOSITORY))  # examples.mini is in the checkout only
 
@@ -197,11 +198,11 @@ class Bench:
     def calibrate(self, requests: list[Problem], full: DecodingOptions, options: dict[str, Any]) -> None:
         """Have a task's first requests make its profile, where it has none."""
         if self.profile(options["task"]) is None:
-            self.decode(requests[: full.calibrations], **options)
+            self.decode(requests[: full.num_calibration_requests], **options)
 
     def thresholds(self, full: DecodingOptions, options: dict[str, Any], problem: Problem) -> Thresholds:
         """T by block and step; the engine computes it for the first request that asks."""
-        setting = str(Setting(full.mode, full.metric, full.record, full.risk))
+        setting = str(Setting(full.granularity, full.statistic, full.record, full.risk))
         profile = self.profile(options["task"])
         assert profile is not None
         if setting not in profile["thresholds"]:
@@ -264,10 +265,11 @@ def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: li
         decoded: dict[tuple, Outcome] = {}
         for setting in osdt_settings(bench.args.only_defaults):
             full = DecodingOptions(**setting)
-            name = f"{task} #{index} of {full.calibrations}"
+            name = f"{task} #{index} of {full.num_calibration_requests}"
             options = {"policy": "osdt", "task": name, **setting}
             bench.calibrate(requests, full, options)
-            table = osdt(replace(full, gen_length=bench.args.gen_length), bench.thresholds(full, options, problems[0]))
+            shape = DecodeShape(bench.args.gen_length // full.block_length, full.block_length)
+            table = POLICIES["osdt"].schedule(full, shape, bench.thresholds(full, options, problems[0]))
             used = tuple(np.round(table.parameters, 6).ravel())
             if used not in decoded:
                 decoded[used] = bench.run(task, problems, "", **options)
@@ -280,11 +282,11 @@ def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: li
 
 def label(options: DecodingOptions) -> str:
     """A setting in words."""
-    statistic = options.metric
+    statistic = options.statistic
     if statistic == "conformal":
         statistic += f" {options.risk:g} {options.margin:g}"
-    limits = [f"{options.cap:g}", f"{options.slack:g}"]
-    parts = [f"{options.calibrations}x", options.mode, statistic, options.record, *limits]
+    limits = [f"{options.threshold_cap:g}", f"{options.slack:g}"]
+    parts = [f"{options.num_calibration_requests}x", options.granularity, statistic, options.record, *limits]
     return " ".join([*parts, f"floor {options.floor:g}"] if options.floor else parts)
 
 
@@ -395,7 +397,7 @@ def transfer(bench: Bench, tasks: dict[str, list[Problem]]) -> list[dict[str, An
     for task, problems in tasks.items():
         cells = []
         for other in tasks:
-            name = f"{other} #0 of {DecodingOptions().calibrations}"
+            name = f"{other} #0 of {DecodingOptions().num_calibration_requests}"
             moved = bench.run(task, problems, f"profile of {other}", policy="osdt", task=name)
             cells.append(f"{moved.accuracy:.1%} / {moved.mean_nfe:.2f}")
             row = {"task": task, "profile_of": other, "accuracy": moved.accuracy, "nfe": moved.mean_nfe}
@@ -427,7 +429,7 @@ def main() -> None:
         from vllm_osdt.mini import model_path
 
         args.model = model_path("llada-mini")
-    most = max(DecodingOptions(**setting).calibrations for setting in osdt_settings(args.only_defaults))
+    most = max(DecodingOptions(**setting).num_calibration_requests for setting in osdt_settings(args.only_defaults))
     if args.task_file:
         tasks, calibrating = {}, {}
         for task, found in user_problems(args.task_file, args.checker).items():

@@ -61,7 +61,7 @@ def canvas_states(llm: LLM) -> Any:
 
 def registry(llm: LLM) -> Any:
     """The worker's calibration profiles."""
-    return canvas_states(llm).registry
+    return scheduler(llm).calibrator.registry
 
 
 def submit(llm: LLM, prompt: list[int], params: SamplingParams) -> str:
@@ -98,5 +98,5 @@ def assert_idle(llm: LLM) -> None:
     assert not sched.running and not sched.waiting and not sched.requests
     assert manager.block_pool.get_num_free_blocks() == manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
     llm.llm_engine.step()  # the worker hears of a request's end with the next step
-    assert len(states.records) <= 1 and not states._slot_of.keys() - states.records.keys()
-    assert states.registry.num_calibrating == 0
+    assert not states._slot_of and not sched.calibrator._decodings
+    assert sched.calibrator.registry.num_calibrating == 0

@@ -12,6 +12,8 @@ from tests.conftest import REPOSITORY
 from tests.e2e.jobs import MIN_MARGIN, above
 from tests.reference.block_causal import ReferenceLLaDA2, ReferenceSDAR, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_llada2_checkpoint, make_sdar_checkpoint
+from tests.reference.decode import decode, osdt
+from tests.reference.llada import ReferenceLLaDA
 
 pytestmark = pytest.mark.e2e
 
@@ -35,7 +37,13 @@ def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, t
     assert result["decided"] == [case["output_token_ids"] for case in golden_random.cases]
     assert [[profile["task"] for profile in held] for held in result["held"]] == [["shared"], ["other"], ["shared"]]
     assert result["held"][0][0]["id"] == result["held"][2][0]["id"]
-    assert result["ranks"] == [result["held"][2]] * 2
+    [table] = result["held"][2][0]["thresholds"].values()
+    assert result["used"] == [result["held"][2][0]["id"]] * 2
+    twin = ReferenceLLaDA.load(golden_random.folder)
+    rule = osdt(table, cap=0.9, slack=0.0)
+    for case, got in zip(golden_random.cases[:2], result["calibrated"], strict=True):
+        expected = decode(twin, case["prompt_token_ids"], rule, gen_length=64, block_length=32, cache_mode="dual")
+        assert got == expected.tokens
     assert len(list(tmp_path.rglob("*.json"))) == 2
 
 
