@@ -28,9 +28,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from common import environment, percentiles, summary, write_lines
 from vllm import LLM, SamplingParams
 
-from vllm_osdt.options import DecodingOptions
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import TASKS, check, generate
+from vllm_osdt.options import DecodingOptions
 
 MAX_TOKENS = 96
 CALIBRATION_SEED = 1000

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # works from a checkout that is not installed
-import csrc_triton  # noqa: E402
-from csrc_triton import Blocks, Proposals, Rule, Rules, reference  # noqa: E402
+import csrc_triton
+from csrc_triton import Blocks, Proposals, Rule, Rules, reference
 
 # fp32 against the fp64 twin: exp(x) as 2 ** (x log2 e), and a sum that beside one likely token loses part of the others;
 # 1.07e-5 on a CPU without AVX-512

@@ -36,7 +36,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import numpy as np
 from common import REPOSITORY, environment, write_lines
 
-from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.calibration.profile import Setting
-from vllm_osdt.options import DecodingOptions
+from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES
 
 sys.path.insert(0, str(REPOSITORY))  # examples.mini is in the checkout only

@@ -98,7 +98,7 @@ def main() -> None:
     for task in TASKS:
         problems = generate(task, "held_out", args.problems, args.seed)
         # The requests that calibrate are others, and are not in the figures.
-        calibrating = generate(task, "held_out", DecodingOptions().calibrations, CALIBRATION_SEED + args.seed)
+        calibrating = generate(task, "held_out", DecodingOptions().num_calibration_requests, CALIBRATION_SEED + args.seed)
         run_policy(llm, task, "OSDT", calibrating, args.cache)
         for policy in POLICIES:
             row = run_policy(llm, task, policy, problems, args.cache)

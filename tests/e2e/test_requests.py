@@ -17,7 +17,7 @@ from tests.e2e.engine import (
     tokens,
 )
 from tests.reference.decode import decode, dynamic, fixed_steps, static_threshold
-from vllm_osdt.options import RESOLVED_KEY
+from vllm_osdt.messages import RESOLVED_KEY
 
 pytestmark = pytest.mark.e2e
 

@@ -19,7 +19,7 @@ from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions
 
 pytestmark = pytest.mark.e2e
 
-CALIBRATIONS = DecodingOptions().calibrations
+CALIBRATIONS = DecodingOptions().num_calibration_requests
 CALIBRATING = {task: generate(task, "held_out", CALIBRATIONS, seed=1000) for task in TASKS}
 PROBLEMS = {task: generate(task, "held_out", 48, seed=7) for task in TASKS}
 ONE_SHOT = {"num_calibration_requests": 1, "statistic": "q1"}

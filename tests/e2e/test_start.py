@@ -8,7 +8,7 @@ import torch
 from tests.e2e.engine import assert_idle, canvas_states, generate, sampling, tokens
 from tests.reference.block_causal_checkpoints import make_llada2_checkpoint, make_sdar_checkpoint
 from tests.reference.llada import make_checkpoint
-from vllm_osdt.options import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 
 pytestmark = pytest.mark.e2e
 
