@@ -110,8 +110,8 @@ def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Te
         ValueError: on a wrong shape, stride or device.
         TypeError: on a wrong dtype.
 
-    Sources: LLaDA, arXiv 2502.09992 (``TOP_K``); SDAR, arXiv 2510.06303 (``min_unmask``); Fast-dLLM++, arXiv 2606.02955
-        (``JOINT_BOUND``); EB-Sampler, arXiv 2505.24857 (``ENTROPY_BOUND``); Fast-dLLM, arXiv 2505.22618 (``THRESHOLD``
+    Sources: LLaDA, arXiv 2502.09992 (``TOP_K``); SDAR, arXiv 2510.06303 and its code (``min_unmask``,
+        ``ENTROPY_BOUND``); Fast-dLLM++, arXiv 2606.02955 (``JOINT_BOUND``); Fast-dLLM, arXiv 2505.22618 (``THRESHOLD``
         and ``FACTOR``). Its code takes the last candidate even when the factor test fails there; we apply the test as
         published.
     """
