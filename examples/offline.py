@@ -17,9 +17,7 @@ PROMPTS = [f"quiz : pick one tool . A {other} B {tool} C fig . Answer:" for tool
 def main() -> None:
     """Decode the prompts, then some of them again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=model_path("llada-mini"), help="checkpoint (default: the bundled llada-mini)"
-    )
+    parser.add_argument("--model", default=model_path("llada-mini"), help="checkpoint (default: bundled llada-mini)")
     parser.add_argument("--task", default="quiz", help="name of the task")
     args = parser.parse_args()
 

@@ -20,9 +20,7 @@ LONG = [f"quiz : pick one tool . A {other} B cow C {tool} D pig E red . Answer:"
 def main() -> None:
     """Calibrate a task twice, and decode one prompt by the newer and by the older profile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=model_path("llada-mini"), help="checkpoint (default: the bundled llada-mini)"
-    )
+    parser.add_argument("--model", default=model_path("llada-mini"), help="checkpoint (default: bundled llada-mini)")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:  # where the profiles are kept, as --osdt-config says it

@@ -52,9 +52,7 @@ def ask(url: str) -> None:
 def main() -> None:
     """Serve a checkpoint as long as the questions take."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=model_path("llada-mini"), help="checkpoint (default: the bundled llada-mini)"
-    )
+    parser.add_argument("--model", default=model_path("llada-mini"), help="checkpoint (default: bundled llada-mini)")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
 
