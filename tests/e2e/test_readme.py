@@ -1,4 +1,4 @@
-"""The README's examples do what it says, as they are written there."""
+"""The examples of the README and of the quickstart do what they say, as they are written there; links resolve."""
 
 import dataclasses
 import json
@@ -13,11 +13,12 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.e2e.serving import free_port, waiting_for
-from vllm_osdt.options import DecodingOptions, ServerOptions
 
 pytestmark = pytest.mark.e2e
 
-README = (REPOSITORY / "README.md").read_text()
+README, QUICKSTART = REPOSITORY / "README.md", REPOSITORY / "docs" / "index.md"
+MAX_README_LINES = 120
+MAX_PICTURE_BYTES = 150_000
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {
     **os.environ,  # XDG_DATA_HOME among them: profiles do not go to the user's folder
@@ -27,9 +28,9 @@ ENVIRONMENT = {
 }
 
 
-def example(language: str, word: str) -> str:
+def example(page: Path, language: str, word: str) -> str:
     """The one fenced block of a language that contains a word."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
     [block] = [block for block in blocks if word in block]
     return block
 
@@ -43,13 +44,14 @@ def run(command: list[str], **options) -> str:
 
 def test_offline_example_answers_its_prompts(tmp_path):
     script = tmp_path / "offline.py"
-    script.write_text(example("python", "LLM("))
+    script.write_text(example(QUICKSTART, "python", "LLM("))
     assert run([sys.executable, str(script)], cwd=tmp_path).count("answer is") == 2
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the README's example needs curl")
 def test_server_and_client_examples(tmp_path):
-    console = example("console", "vllm serve")
+    console = example(README, "console", "vllm serve")
+    assert console == example(QUICKSTART, "console", "vllm serve")
     serve, curl = (command.removeprefix("$ ") for command in re.split(r"\n(?=\$ )", console))
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -58,16 +60,45 @@ def test_server_and_client_examples(tmp_path):
         completion = json.loads(run(["bash", "-c", curl.replace("http://localhost:8000", url)]))
         assert "answer is" in completion["choices"][0]["text"]
         assert completion["metrics"]["speculative_decoding"]["num_spec_steps"] >= 2
-        client = example("python", "OpenAI(").replace("http://localhost:8000", url)
-        assert "answer is" in run([sys.executable, "-c", client])
+        for page in (README, QUICKSTART):
+            client = example(page, "python", "OpenAI(").replace("http://localhost:8000", url)
+            assert "answer is" in run([sys.executable, "-c", client])
 
 
-def test_options_table_is_complete_and_has_the_defaults():
-    section = README.split("## Options")[1].split("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE))
+def test_options_page_is_complete_and_has_the_defaults():
+    from vllm_osdt.options import DecodingOptions, ServerOptions
+
+    page = (REPOSITORY / "docs" / "options.md").read_text().split("## Renamed options")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page, flags=re.MULTILINE))
     fields = (*dataclasses.fields(DecodingOptions), *dataclasses.fields(ServerOptions))
     defaults = {field.name: field.default for field in fields}
     assert rows.keys() == defaults.keys()
     in_words = {"steps", "block_length", "sub_block_length", "gen_length", "profile_dir"}
     told = {name: json.loads(text.strip("`")) for name, text in rows.items() if name not in in_words}
     assert told == {name: value for name, value in defaults.items() if name not in in_words}
+
+
+def slug(heading: str) -> str:
+    """The anchor that a Markdown heading gets."""
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "examples/README.md"])
+def test_links_between_pages_resolve(name):
+    page = REPOSITORY / name
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_readme_is_short_and_its_picture_is_small():
+    text = README.read_text()
+    assert len(text.splitlines()) <= MAX_README_LINES
+    pictures = re.findall(r"!\[[^\]]*\]\((?!https:)([^)]+)\)", text)
+    assert pictures and all((REPOSITORY / picture).stat().st_size < MAX_PICTURE_BYTES for picture in pictures)
