@@ -41,6 +41,8 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/e2e/test_experts.py",
         "tests/e2e/test_llada_moe.py",
         "tests/e2e/test_llada2.py",
+    ),
+    (
         "tests/e2e/test_start.py",
         "tests/models/test_block_causal.py",
         "tests/models/test_rope.py",
