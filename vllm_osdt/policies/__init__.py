@@ -13,6 +13,7 @@ from vllm_osdt.policies.entropy_bound import EntropyBound
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.joint_bound import JointBound
+from vllm_osdt.policies.local_leap import LocalLeap
 from vllm_osdt.policies.osdt import OSDT
 from vllm_osdt.policies.static_threshold import StaticThreshold
 
@@ -25,6 +26,7 @@ OWN: tuple[type[Policy], ...] = (
     Factor,
     JointBound,
     EntropyBound,
+    LocalLeap,
     FixedSteps,
 )
 
