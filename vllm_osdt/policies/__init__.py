@@ -8,6 +8,7 @@ import logging
 from importlib import metadata
 
 from vllm_osdt.declaration import declarations
+from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, Schedule, Step
 from vllm_osdt.policies.entropy_bound import EntropyBound
 from vllm_osdt.policies.factor import Factor
@@ -27,6 +28,7 @@ OWN: tuple[type[Policy], ...] = (
     JointBound,
     EntropyBound,
     LocalLeap,
+    BACD,
     FixedSteps,
 )
 
