@@ -284,6 +284,7 @@ class ReferenceRow(NamedTuple):
         policies: The policies that it means something to; empty for all.
         of_operator: Whether the operator alone may set it.
         formerly: Its name in the last release; "" for the same.
+        has_words_for_default: Whether ``default`` is words, where it depends on the model or the request; else JSON.
     """
 
     name: str
@@ -294,6 +295,7 @@ class ReferenceRow(NamedTuple):
     policies: tuple[str, ...]
     of_operator: bool
     formerly: str
+    has_words_for_default: bool
 
 
 def reference_rows() -> list[ReferenceRow]:
@@ -304,7 +306,8 @@ def reference_rows() -> list[ReferenceRow]:
         default = defaults(ServerOptions)[name] if of_operator else DEFAULTS[name]
         owners = () if of_operator or name in common else _readers(name)
         text = one.default_text or json.dumps(default)
-        rows.append(ReferenceRow(name, one.expectation, text, one.meaning, one.unit, owners, of_operator, one.formerly))
+        about = (one.expectation, text, one.meaning, one.unit, owners, of_operator, one.formerly)
+        rows.append(ReferenceRow(name, *about, bool(one.default_text)))
     return rows
 
 

@@ -2,7 +2,7 @@
 ``host.compat``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_osdt.messages import KEY
 
@@ -13,6 +13,80 @@ MAX_TASK_LABELS = 64  # further tasks share one
 OTHER_TASKS = "other"
 NFE_BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 TOKENS_PER_FORWARD_BUCKETS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Metric(NamedTuple):
+    """A metric as operators and the documentation know it.
+
+    Attributes:
+        name: Behind ``vllm:osdt_``.
+        label: Beside ``model_name`` and ``engine``.
+        meaning: One sentence.
+        kind: ``counter``, ``histogram`` or ``gauge``.
+        options: Of Prometheus' class.
+    """
+
+    name: str
+    label: str
+    meaning: str
+    kind: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+METRICS = {
+    "requests": Metric(
+        "requests_total",
+        "kind",
+        "Requests of policy osdt: calibrated (with a profile), calibrating, static (neither).",
+        "counter",
+    ),
+    "calibrations": Metric(
+        "calibrations_total",
+        "outcome",
+        "Profiles made and loaded, calibrating requests that failed, profile files rejected.",
+        "counter",
+    ),
+    "fallbacks": Metric(
+        "fallbacks_total",
+        "kind",
+        "Denoising steps whose threshold is of another block, another step or a coarser cell; pinned profiles that were "
+        "gone.",
+        "counter",
+    ),
+    "drift": Metric(
+        "drift_events_total",
+        "action",
+        "Tasks that no longer looked like their profile, by what was done about it.",
+        "counter",
+    ),
+    "forward_passes": Metric(
+        "request_forward_passes",
+        "policy",
+        "Forward passes (NFE) of a request.",
+        "histogram",
+        (("buckets", NFE_BUCKETS),),
+    ),
+    "tokens_per_forward": Metric(
+        "request_tokens_per_forward",
+        "policy",
+        "Output tokens of a request for each of its forward passes.",
+        "histogram",
+        (("buckets", TOKENS_PER_FORWARD_BUCKETS),),
+    ),
+    "threshold": Metric(
+        "threshold",
+        "task",
+        f"Mean calibrated threshold in force, by task (the first {MAX_TASK_LABELS}).",
+        "gauge",
+        (("multiprocess_mode", "mostrecent"),),
+    ),
+}
+LABELS = {
+    "requests": ("calibrated", "calibrating", "static"),
+    "calibrations": ("made", "failed", "rejected", "loaded"),
+    "fallbacks": ("block", "step", "cell", "pin"),
+    "drift": ("recalibrate", "warn"),
+}
 
 
 class PrometheusMetrics:
@@ -37,46 +111,15 @@ class PrometheusMetrics:
         counter, gauge, histogram = (metric_types[kind] for kind in (PrometheusCounter, Gauge, Histogram))
         names = list(label_names)
         self._label_values = {engine: [str(value) for value in values] for engine, values in label_values.items()}
-        self._counters = {
-            "requests": counter(
-                "vllm:osdt_requests",
-                "Requests of policy osdt: calibrated (with a profile), calibrating, static (neither).",
-                labelnames=[*names, "kind"],
-            ),
-            "calibrations": counter(
-                "vllm:osdt_calibrations",
-                "Profiles made and loaded, calibrating requests that failed, profile files rejected.",
-                labelnames=[*names, "outcome"],
-            ),
-            "fallbacks": counter(
-                "vllm:osdt_fallbacks",
-                "Denoising steps whose threshold is of another block, another step or a coarser cell; pinned profiles "
-                "that were gone.",
-                labelnames=[*names, "kind"],
-            ),
-            "drift": counter(
-                "vllm:osdt_drift_events",
-                "Tasks that no longer looked like their profile, by what was done about it.",
-                labelnames=[*names, "action"],
-            ),
-        }
-        self._nfe = histogram(
-            "vllm:osdt_request_forward_passes",
-            "Forward passes (NFE) of a request.",
-            buckets=NFE_BUCKETS,
-            labelnames=[*names, "policy"],
-        )
-        self._tokens_per_forward = histogram(
-            "vllm:osdt_request_tokens_per_forward",
-            "Output tokens of a request for each of its forward passes.",
-            buckets=TOKENS_PER_FORWARD_BUCKETS,
-            labelnames=[*names, "policy"],
-        )
-        self._threshold = gauge(
-            "vllm:osdt_threshold",
-            f"Mean calibrated threshold in force, by task (the first {MAX_TASK_LABELS}).",
-            labelnames=[*names, "task"],
-            multiprocess_mode="mostrecent",
+        made = {}
+        for key, (name, label, meaning, kind, options) in METRICS.items():
+            more = dict(options)
+            made[key] = {"counter": counter, "histogram": histogram, "gauge": gauge}[kind](
+                f"vllm:osdt_{name.removesuffix('_total')}", meaning, labelnames=[*names, label], **more
+            )
+        self._counters = {key: made[key] for key in LABELS}
+        self._nfe, self._tokens_per_forward, self._threshold = (
+            made[key] for key in ("forward_passes", "tokens_per_forward", "threshold")
         )
         self._tasks: set[str] = set()
         for engine in self._label_values.values():  # so that a rate is there from the first event on
@@ -98,11 +141,3 @@ class PrometheusMetrics:
                 task = OTHER_TASKS
             self._tasks.add(task)
             self._threshold.labels(*engine, task).set(threshold)
-
-
-LABELS = {
-    "requests": ("calibrated", "calibrating", "static"),
-    "calibrations": ("made", "failed", "rejected", "loaded"),
-    "fallbacks": ("block", "step", "cell", "pin"),
-    "drift": ("recalibrate", "warn"),
-}
