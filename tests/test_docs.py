@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 from tests.conftest import REPOSITORY
-from vllm_osdt.options import DEFAULTS, OPTION_NAMES, SERVER_OPTION_NAMES, ServerOptions, operator_help
 from vllm_osdt.declaration import defaults
+from vllm_osdt.options import DEFAULTS, OPTION_NAMES, SERVER_OPTION_NAMES, ServerOptions, operator_help
 
 
 def test_the_pages_are_up_to_date():
