@@ -298,7 +298,7 @@ def test_cuda_graphs_are_refused_for_block_causal_models(block_causal: str, mode
         configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": mode})
 
 
-FAMILY_FIELDS = ("LLADA", "DREAM", "LLADA_MOE", "SDAR", "SDAR_MOE", "LLADA2", "FAST_DLLM_V2")
+FAMILY_FIELDS = ("LLADA", "DREAM", "LLADA_MOE", "SDAR", "SDAR_MOE", "LLADA2", "FAST_DLLM_V2", "STABLE_DIFFCODER")
 
 
 @pytest.fixture(params=FAMILY_FIELDS)
@@ -309,7 +309,7 @@ def any_family(request, tmp_path: Path) -> Path:
     names = dict(
         zip(
             FAMILY_FIELDS,
-            ("llada", "dream", "llada_moe", "sdar", "sdar_moe", "llada2_moe", "fast_dllm_v2"),
+            ("llada", "dream", "llada_moe", "sdar", "sdar_moe", "llada2_moe", "fast_dllm_v2", "stable_diffcoder"),
             strict=True,
         )
     )
@@ -324,9 +324,9 @@ def change(folder: Path, **fields) -> None:
 
 def read_config(fields: dict):
     """A checkpoint's config as its family's class reads it. (vLLM tries several times to read what is refused.)"""
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    from vllm_osdt.models.config_parser import CanvasConfigParser
 
-    return _CONFIG_REGISTRY[fields["model_type"]].from_dict(fields)
+    return CanvasConfigParser.classes[fields["architectures"][0]].from_dict(fields)
 
 
 @pytest.mark.parametrize("value", [0, -1, 129, 200, 8.0, "8", True])
@@ -367,6 +367,7 @@ REFUSED_FIELDS = {
         ("router_dtype", "bf16"),
     ],
     "FAST_DLLM_V2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "STABLE_DIFFCODER": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
 }
 
 

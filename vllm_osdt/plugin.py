@@ -25,6 +25,11 @@ _MODELS = {
         "vllm_osdt.models.llada_moe_config:LLaDAMoEConfig",
     ),
     "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
+    "StableDiffcoderForCausalLM": (
+        "vllm_osdt.models.stable_diffcoder:StableDiffcoderForCausalLM",
+        "stable_diffcoder",  # the checkpoints say "llama"; see CanvasConfigParser
+        "vllm_osdt.models.stable_diffcoder_config:StableDiffcoderConfig",
+    ),
 }
 
 ARCHITECTURES = frozenset(_MODELS)
@@ -37,10 +42,11 @@ def register() -> None:
     from transformers import AutoTokenizer
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER, _CONFIG_REGISTRY
 
     from vllm_osdt import compat
     from vllm_osdt.engine_config import CanvasModelConfig
+    from vllm_osdt.models.config_parser import CanvasConfigParser
     from vllm_osdt.models.dream_config import DreamConfig
     from vllm_osdt.models.dream_tokenizer import DreamTokenizer
     from vllm_osdt.models.llada_moe_config import LLaDAMoEConfig
@@ -48,8 +54,9 @@ def register() -> None:
     for architecture, (model, model_type, config) in _MODELS.items():
         ModelRegistry.register_model(architecture, model)
         module, name = config.split(":")
-        _CONFIG_REGISTRY[model_type] = getattr(import_module(module), name)
+        _CONFIG_REGISTRY[model_type] = CanvasConfigParser.classes[architecture] = getattr(import_module(module), name)
         MODELS_CONFIG_MAP[architecture] = CanvasModelConfig
     _CONFIG_REGISTRY["lladamoe"] = LLaDAMoEConfig  # what some copies of LLaDA-MoE say
+    _CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = CanvasConfigParser
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
     compat.apply()

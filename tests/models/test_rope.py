@@ -17,6 +17,7 @@ from tests.reference.dream import ReferenceDream, make_dream_checkpoint
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
 from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
 from tests.reference.rope import frequencies
+from tests.reference.stable_diffcoder import ReferenceStableDiffcoder, make_stable_diffcoder_checkpoint
 from vllm_osdt.plugin import register
 
 THETA = 5000.0
@@ -50,6 +51,7 @@ FAMILIES = {
     "dream": (make_dream_checkpoint, ReferenceDream),
     "sdar": (make_sdar_checkpoint, ReferenceSDAR),
     "fast_dllm_v2": (make_fast_dllm_v2_checkpoint, ReferenceFastDLLMv2),
+    "stable_diffcoder": (make_stable_diffcoder_checkpoint, ReferenceStableDiffcoder),
 }
 
 
