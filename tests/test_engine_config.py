@@ -298,7 +298,17 @@ def test_cuda_graphs_are_refused_for_block_causal_models(block_causal: str, mode
         configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": mode})
 
 
-FAMILY_FIELDS = ("LLADA", "DREAM", "LLADA_MOE", "SDAR", "SDAR_MOE", "LLADA2", "FAST_DLLM_V2", "STABLE_DIFFCODER")
+FAMILY_FIELDS = {
+    "LLADA": "llada",
+    "DREAM": "dream",
+    "LLADA_MOE": "llada_moe",
+    "SDAR": "sdar",
+    "SDAR_MOE": "sdar_moe",
+    "LLADA2": "llada2_moe",
+    "FAST_DLLM_V2": "fast_dllm_v2",
+    "STABLE_DIFFCODER": "stable_diffcoder",
+    "ILLADA": "illada",
+}
 
 
 @pytest.fixture(params=FAMILY_FIELDS)
@@ -306,14 +316,7 @@ def any_family(request, tmp_path: Path) -> Path:
     """A config of every family, and nothing else."""
     from tests.models.test_rope import FAMILIES
 
-    names = dict(
-        zip(
-            FAMILY_FIELDS,
-            ("llada", "dream", "llada_moe", "sdar", "sdar_moe", "llada2_moe", "fast_dllm_v2", "stable_diffcoder"),
-            strict=True,
-        )
-    )
-    return FAMILIES[names[request.param]][0](tmp_path / "model")
+    return FAMILIES[FAMILY_FIELDS[request.param]][0](tmp_path / "model")
 
 
 def change(folder: Path, **fields) -> None:
@@ -368,6 +371,7 @@ REFUSED_FIELDS = {
     ],
     "FAST_DLLM_V2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
     "STABLE_DIFFCODER": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
+    "ILLADA": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True), ("layer_norm_eps", 1e-5)],
 }
 
 

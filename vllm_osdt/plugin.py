@@ -24,6 +24,11 @@ _MODELS = {
         "llada_moe",
         "vllm_osdt.models.llada_moe_config:LLaDAMoEConfig",
     ),
+    "ILLaDAForCausalLM": (
+        "vllm_osdt.models.illada:ILLaDAForCausalLM",
+        "illada",
+        "vllm_osdt.models.illada_config:ILLaDAConfig",
+    ),
     "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
     "StableDiffcoderForCausalLM": (
         "vllm_osdt.models.stable_diffcoder:StableDiffcoderForCausalLM",

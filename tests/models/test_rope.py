@@ -14,6 +14,7 @@ from tests.reference.block_causal_checkpoints import (
     make_sdar_checkpoint,
 )
 from tests.reference.dream import ReferenceDream, make_dream_checkpoint
+from tests.reference.illada import ReferenceILLaDA, make_illada_checkpoint
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
 from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
 from tests.reference.rope import frequencies
@@ -51,6 +52,7 @@ FAMILIES = {
     "dream": (make_dream_checkpoint, ReferenceDream),
     "sdar": (make_sdar_checkpoint, ReferenceSDAR),
     "fast_dllm_v2": (make_fast_dllm_v2_checkpoint, ReferenceFastDLLMv2),
+    "illada": (make_illada_checkpoint, ReferenceILLaDA),
     "stable_diffcoder": (make_stable_diffcoder_checkpoint, ReferenceStableDiffcoder),
 }
 
