@@ -308,6 +308,9 @@ FAMILY_FIELDS = {
     "FAST_DLLM_V2": "fast_dllm_v2",
     "STABLE_DIFFCODER": "stable_diffcoder",
     "ILLADA": "illada",
+    "A2D_QWEN3": "a2d_qwen3",
+    "A2D_QWEN2": "a2d_qwen2",
+    "A2D_LLAMA": "a2d_llama",
 }
 
 
@@ -372,6 +375,9 @@ REFUSED_FIELDS = {
     "FAST_DLLM_V2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
     "STABLE_DIFFCODER": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
     "ILLADA": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True), ("layer_norm_eps", 1e-5)],
+    "A2D_QWEN3": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "A2D_QWEN2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "A2D_LLAMA": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
 }
 
 

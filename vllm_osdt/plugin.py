@@ -29,6 +29,21 @@ _MODELS = {
         "illada",
         "vllm_osdt.models.illada_config:ILLaDAConfig",
     ),
+    "A2DQwen3LMHeadModel": (
+        "vllm_osdt.models.a2d:A2DQwen3LMHeadModel",
+        "a2d-qwen3",
+        "vllm_osdt.models.a2d_config:A2DQwen3Config",
+    ),
+    "A2DQwen2LMHeadModel": (
+        "vllm_osdt.models.a2d:A2DQwen2LMHeadModel",
+        "a2d-qwen2",
+        "vllm_osdt.models.a2d_config:A2DQwen2Config",
+    ),
+    "A2DLlamaLMHeadModel": (
+        "vllm_osdt.models.a2d:A2DLlamaLMHeadModel",
+        "a2d-llama",
+        "vllm_osdt.models.a2d_config:A2DLlamaConfig",
+    ),
     "DreamModel": ("vllm_osdt.models.dream:DreamModel", "Dream", "vllm_osdt.models.dream_config:DreamConfig"),
     "StableDiffcoderForCausalLM": (
         "vllm_osdt.models.stable_diffcoder:StableDiffcoderForCausalLM",
