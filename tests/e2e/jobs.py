@@ -190,6 +190,29 @@ def assert_osdt_equals_a_plain_implementation(
 
 def assert_first_logits_equal(llm: Any, twin: Any, monkeypatch: Any, block_length: int, **options: Any) -> None:
     """Logits of the first denoising step of prompts of odd lengths, against those of the plain network."""
+
+    def expected(prompt: list[int], number: int) -> torch.Tensor:
+        end = -(-(len(prompt) + 1) // block_length) * block_length
+        canvas = torch.tensor(prompt + [twin.mask_token_id] * (end - len(prompt)))
+        return twin.forward(canvas, block_length)[len(prompt) - twin.logits_shift :][:number]
+
+    _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=8, block_length=block_length, **options)
+
+
+def assert_first_canvas_logits_equal(llm: Any, twin: Any, monkeypatch: Any) -> None:
+    """The same where positions see the whole canvas: logits of its first block."""
+
+    def expected(prompt: list[int], number: int) -> torch.Tensor:
+        logits, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 32))
+        return logits[len(prompt) - twin.logits_shift :][:number]
+
+    _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=32, block_length=16, cache_mode="none")
+
+
+def _assert_first_logits_are(
+    llm: Any, monkeypatch: Any, expected: Callable[[list[int], int], torch.Tensor], max_tokens: int, **options: Any
+) -> None:
+    """``expected`` takes a prompt and the number of rows."""
     from vllm_osdt.worker.sampler import CanvasSampler
 
     seen = {}
@@ -205,15 +228,12 @@ def assert_first_logits_equal(llm: Any, twin: Any, monkeypatch: Any, block_lengt
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
     rng = random.Random(4)
     prompts = [[rng.randrange(8, 100) for _ in range(length)] for length in (1, 5, 37, 53)]
-    generate(llm, prompts, sampling(8, policy="static_threshold", block_length=block_length, **options))
+    generate(llm, prompts, sampling(max_tokens, policy="static_threshold", **options))
     assert len(seen) == len(prompts)
     for prompt, logits in zip(prompts, (seen[req_id] for req_id in sorted(seen, key=_number)), strict=True):
-        end = -(-(len(prompt) + 1) // block_length) * block_length
-        canvas = torch.tensor(prompt + [twin.mask_token_id] * (end - len(prompt)))
-        first = len(prompt) - twin.logits_shift
-        expected = twin.forward(canvas, block_length)[first:][: len(logits)]
-        assert expected.std() > 0.5
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=LOGIT_TOLERANCE)
+        plain = expected(prompt, len(logits))
+        assert plain.std() > 0.5
+        torch.testing.assert_close(logits, plain, rtol=1e-5, atol=LOGIT_TOLERANCE)
 
 
 def _number(req_id: str) -> int:

@@ -300,7 +300,20 @@ def test_cuda_graphs_are_refused_for_block_causal_models(block_causal: str, mode
         configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": mode})
 
 
-FAMILY_FIELDS = ("LLADA", "DREAM", "LLADA_MOE", "SDAR", "SDAR_MOE", "LLADA2", "FAST_DLLM_V2")
+FAMILY_FIELDS = {
+    "LLADA": "llada",
+    "DREAM": "dream",
+    "LLADA_MOE": "llada_moe",
+    "SDAR": "sdar",
+    "SDAR_MOE": "sdar_moe",
+    "LLADA2": "llada2_moe",
+    "FAST_DLLM_V2": "fast_dllm_v2",
+    "STABLE_DIFFCODER": "stable_diffcoder",
+    "ILLADA": "illada",
+    "A2D_QWEN3": "a2d_qwen3",
+    "A2D_QWEN2": "a2d_qwen2",
+    "A2D_LLAMA": "a2d_llama",
+}
 
 
 @pytest.fixture(params=FAMILY_FIELDS)
@@ -308,14 +321,7 @@ def any_family(request, tmp_path: Path) -> Path:
     """A config of every family, and nothing else."""
     from tests.models.test_rope import FAMILIES
 
-    names = dict(
-        zip(
-            FAMILY_FIELDS,
-            ("llada", "dream", "llada_moe", "sdar", "sdar_moe", "llada2_moe", "fast_dllm_v2"),
-            strict=True,
-        )
-    )
-    return FAMILIES[names[request.param]][0](tmp_path / "model")
+    return FAMILIES[FAMILY_FIELDS[request.param]][0](tmp_path / "model")
 
 
 def change(folder: Path, **fields) -> None:
@@ -325,10 +331,10 @@ def change(folder: Path, **fields) -> None:
 
 
 def read_config(fields: dict):
-    """A checkpoint's config as its family's class reads it; vLLM tries several times to read what is refused."""
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    """A checkpoint's config as its family's class reads it. (vLLM tries several times to read what is refused.)"""
+    from vllm_osdt.models.configs.parser import CanvasConfigParser
 
-    return _CONFIG_REGISTRY[fields["model_type"]].from_dict(fields)
+    return CanvasConfigParser.classes[fields["architectures"][0]].from_dict(fields)
 
 
 @pytest.mark.parametrize("value", [0, -1, 129, 200, 8.0, "8", True])
@@ -369,6 +375,11 @@ REFUSED_FIELDS = {
         ("router_dtype", "bf16"),
     ],
     "FAST_DLLM_V2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "STABLE_DIFFCODER": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
+    "ILLADA": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True), ("layer_norm_eps", 1e-5)],
+    "A2D_QWEN3": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "A2D_QWEN2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
+    "A2D_LLAMA": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
 }
 
 

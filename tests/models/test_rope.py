@@ -1,12 +1,14 @@
 """RoPE settings reach every family, however a checkpoint or an operator spells them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from tests.e2e.engine import generate, sampling
 from tests.e2e.jobs import LOGIT_TOLERANCE, assert_first_logits_equal
+from tests.reference.a2d import ReferenceA2D, make_a2d_checkpoint
 from tests.reference.block_causal import ReferenceFastDLLMv2, ReferenceLLaDA2, ReferenceSDAR
 from tests.reference.block_causal_checkpoints import (
     make_fast_dllm_v2_checkpoint,
@@ -14,9 +16,11 @@ from tests.reference.block_causal_checkpoints import (
     make_sdar_checkpoint,
 )
 from tests.reference.dream import ReferenceDream, make_dream_checkpoint
+from tests.reference.illada import ReferenceILLaDA, make_illada_checkpoint
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
 from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
 from tests.reference.rope import frequencies
+from tests.reference.stable_diffcoder import ReferenceStableDiffcoder, make_stable_diffcoder_checkpoint
 from vllm_osdt.plugin import register
 
 THETA = 5000.0
@@ -50,6 +54,11 @@ FAMILIES = {
     "dream": (make_dream_checkpoint, ReferenceDream),
     "sdar": (make_sdar_checkpoint, ReferenceSDAR),
     "fast_dllm_v2": (make_fast_dllm_v2_checkpoint, ReferenceFastDLLMv2),
+    "illada": (make_illada_checkpoint, ReferenceILLaDA),
+    "stable_diffcoder": (make_stable_diffcoder_checkpoint, ReferenceStableDiffcoder),
+    "a2d_qwen3": (partial(make_a2d_checkpoint, base="qwen3"), ReferenceA2D),
+    "a2d_qwen2": (partial(make_a2d_checkpoint, base="qwen2"), ReferenceA2D),
+    "a2d_llama": (partial(make_a2d_checkpoint, base="llama"), ReferenceA2D),
 }
 
 
@@ -102,7 +111,7 @@ def test_an_override_of_null_takes_the_scaling_away(checkpoints):
 def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(checkpoints, start_llm, monkeypatch, family):
     folder, reference = checkpoints[family], FAMILIES[family][1]
     index = list(FAMILIES).index(family)
-    fields, overrides = SPELLINGS[list(SPELLINGS)[index]]  # another one for each
+    fields, overrides = SPELLINGS[list(SPELLINGS)[index % len(SPELLINGS)]]  # another one for each of the first
     write(folder, {"rope_theta": THETA, "rope_scaling": BY_TYPE})
     twin = reference.load(folder)
     plain, _ = frequencies(32, {"rope_theta": THETA})

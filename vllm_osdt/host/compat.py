@@ -490,6 +490,19 @@ def patch_page_allocation(kv_cache_manager: Any, allocate: Callable[..., Any]) -
     return original
 
 
+def patch_config_parser() -> None:
+    """An architecture of ours gets its config class whatever its model type (see ``CanvasConfigParser``).
+
+    vLLM lets a plugin register parsers of other formats, and config classes by model type alone. Goes when config
+    classes can be registered by architecture.
+    """
+    from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER
+
+    from vllm_osdt.models.configs.parser import CanvasConfigParser
+
+    _CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = CanvasConfigParser
+
+
 def patch_engine_core() -> None:
     """An engine core answers ``calibration_profiles``, as it answers vLLM's own utility calls.
 
@@ -521,5 +534,6 @@ def apply(admission: ModuleType, prometheus_metrics: Callable[..., Any]) -> None
     patch_command_line()
     patch_engine_arguments()
     patch_engine_core()
+    patch_config_parser()
     patch_runner_choice()
     patch_top_k_top_p()

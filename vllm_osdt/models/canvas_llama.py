@@ -1,7 +1,8 @@
-"""Llama layers under a canvas: what the full-attention families (LLaDA, Dream) have in common.
+"""Llama layers under a canvas: what LLaDA, iLLaDA, Dream and Stable-DiffCoder have in common.
 
-Attention sees the whole canvas because the model state asks for it. The layers are vLLM's: its parallel and quantised
-linear layers apply as they are. The last one computes nothing behind its attention for rows whose logits are not read.
+What attention sees, the whole canvas or blocks, the model state decides. The layers are vLLM's: its parallel and
+quantised linear layers apply as they are. The last one computes nothing behind its attention for rows whose logits are
+not read.
 """
 
 import torch

@@ -21,6 +21,13 @@ FAMILIES: dict[str, Family] = {  # by architecture, as in config.json
     "Fast_dLLM_QwenForCausalLM": Family(
         "fast_dllm_v2:FastDLLMv2ForCausalLM", "Fast_dLLM_Qwen", "fast_dllm_v2:FastDLLMv2Config"
     ),
+    "StableDiffcoderForCausalLM": Family(
+        "stable_diffcoder:StableDiffcoderForCausalLM", "stable_diffcoder", "stable_diffcoder:StableDiffcoderConfig"
+    ),
+    "ILLaDAForCausalLM": Family("illada:ILLaDAForCausalLM", "illada", "illada:ILLaDAConfig"),
+    "A2DQwen3LMHeadModel": Family("a2d:A2DQwen3LMHeadModel", "a2d-qwen3", "a2d:A2DQwen3Config"),
+    "A2DQwen2LMHeadModel": Family("a2d:A2DQwen2LMHeadModel", "a2d-qwen2", "a2d:A2DQwen2Config"),
+    "A2DLlamaLMHeadModel": Family("a2d:A2DLlamaLMHeadModel", "a2d-llama", "a2d:A2DLlamaConfig"),
 }
 # Other model types that checkpoints of a family say.
 ALIASES = {"lladamoe": "LLaDAMoEModelLM"}
