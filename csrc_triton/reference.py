@@ -27,7 +27,7 @@ def confidence(
     by_entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of ``ops.confidence``; its softmax runs in fp64, so that it is the more exact side of a comparison."""
-    num_rows, vocabulary = logits.shape
+    vocabulary = logits.shape[1]
     logits = logits.float()  # [num_rows, vocabulary]
     probability = logits.double().softmax(dim=-1).float()
     ids = torch.arange(vocabulary, device=logits.device)

@@ -62,8 +62,10 @@ class Proposals(NamedTuple):
     """[M] fp32 in [0, 1] or NaN: how sure the model is of it."""
 
     def to_grids(self, num_blocks: int, block_length: int) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Token and confidence of every position: [num_blocks, block_length] int64, 0 without logits, and fp32,
-        ``NO_CONFIDENCE`` without logits."""
+        """Token and confidence of every position.
+
+        [num_blocks, block_length] int64, 0 without logits, and fp32, ``NO_CONFIDENCE`` without logits.
+        """
         token = self.token.new_zeros((num_blocks, block_length))
         confidence = self.confidence.new_full((num_blocks, block_length), NO_CONFIDENCE)
         token.view(-1)[self.position] = self.token

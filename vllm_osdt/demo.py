@@ -1,5 +1,7 @@
-"""``python -m vllm_osdt.demo``: the bundled model on its three tasks, decoded one token per step, with Fast-dLLM's
-static threshold and with One-Shot Dynamic Thresholding, and a picture of what OSDT calibrated.
+"""``python -m vllm_osdt.demo``.
+
+The bundled model on its three tasks, decoded one token per step, with Fast-dLLM's static threshold and with One-Shot
+Dynamic Thresholding, and a picture of what OSDT calibrated.
 """
 
 import argparse
@@ -98,7 +100,9 @@ def main() -> None:
     for task in TASKS:
         problems = generate(task, "held_out", args.problems, args.seed)
         # The requests that calibrate are others, and are not in the figures.
-        calibrating = generate(task, "held_out", DecodingOptions().num_calibration_requests, CALIBRATION_SEED + args.seed)
+        calibrating = generate(
+            task, "held_out", DecodingOptions().num_calibration_requests, CALIBRATION_SEED + args.seed
+        )
         run_policy(llm, task, "OSDT", calibrating, args.cache)
         for policy in POLICIES:
             row = run_policy(llm, task, policy, problems, args.cache)

@@ -250,8 +250,10 @@ def parse_server_options(values: Mapping[str, Any]) -> ServerOptions:
 
 
 def parse_operator_json(text: str) -> dict[str, Any]:
-    """The value of ``--osdt-config``, for argparse. Names and values are checked before anything is loaded; what the
-    model's family allows is checked when that is known.
+    """The value of ``--osdt-config``, for argparse.
+
+    Names and values are checked before anything is loaded; what the model's family allows is checked when that is
+    known.
 
     Args:
         text: A JSON object.
@@ -403,8 +405,11 @@ def _present_name(former: str, prefix: str, values: Mapping[str, Any]) -> str:
 
 
 def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
-    """The defaults, without those that the changes replace in another form, or that mean something else to another
-    policy than the one they were set for."""
+    """The defaults that still hold beside what was asked for.
+
+    Without those that the changes replace in another form, and those that mean something else to another policy than
+    the one they were set for.
+    """
     dropped = {DECLARED[name].excludes for name, value in changes.items() if value is not None} - {""}
     policy = changes.get("policy", base.policy)
     if policy != base.policy:
@@ -420,7 +425,7 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
     """What a request asks for must mean something to its policy, and to a request without a task."""
     if options.task is None and POLICIES[options.policy].calibrates:
         for name, value in asked.items():
-            if name == "policy" or DECLARED[name].needs_task and value != DEFAULTS[name]:
+            if name == "policy" or (DECLARED[name].needs_task and value != DEFAULTS[name]):
                 raise InvalidOptionError(
                     f"{PREFIX}{name} is {value!r}, but the request names no task, so that nothing is calibrated for "
                     f"it and it is decoded with the static threshold. Send {PREFIX}task, or leave {PREFIX}{name} out."

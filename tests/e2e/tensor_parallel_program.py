@@ -25,9 +25,7 @@ def main(folder: Path, outcome: Path) -> None:
     # Both ranks are given the table that the engine core has read; its requests decode as they do on one rank.
     calibrated = generate(llm, prompts[:2], sampling(64, task="shared", num_calibration_requests=2, statistic="q1"))
     used = [vllm_osdt.describe(completion)["profile"] for completion in calibrated]
-    outcome.write_text(
-        json.dumps({"decided": decided, "held": held, "used": used, "calibrated": tokens(calibrated)})
-    )
+    outcome.write_text(json.dumps({"decided": decided, "held": held, "used": used, "calibrated": tokens(calibrated)}))
 
 
 if __name__ == "__main__":

@@ -60,8 +60,10 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
 
 @pytest.mark.parametrize("threshold", [None, 0.3, 0.95])
 def test_one_batch_decodes_as_the_authors_loop_does(llm, twin, threshold):
-    """With the block of the checkpoints, that no request names. Outputs end with a block: the authors leave later
-    positions of the last one out, and here they are masks."""
+    """With the block of the checkpoints, that no request names.
+
+    Outputs end with a block: the authors leave later positions of the last one out, and here they are masks.
+    """
     rng = random.Random(31)
     prompts, params, expected = [], [], []
     for _ in range(60):

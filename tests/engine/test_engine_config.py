@@ -331,7 +331,10 @@ def change(folder: Path, **fields) -> None:
 
 
 def read_config(fields: dict):
-    """A checkpoint's config as its family's class reads it. (vLLM tries several times to read what is refused.)"""
+    """A checkpoint's config as its family's class reads it.
+
+    (vLLM tries several times to read what is refused.)
+    """
     from vllm_osdt.models.configs.parser import CanvasConfigParser
 
     return CanvasConfigParser.classes[fields["architectures"][0]].from_dict(fields)

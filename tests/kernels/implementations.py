@@ -61,8 +61,9 @@ def in_tables(
     num_output_positions: torch.Tensor,
     min_unmask: torch.Tensor,
 ) -> tuple[Blocks, Proposals, Rules]:
-    """The arguments of ``unmask`` for blocks that follow each other in the tables; the first five are
-    [num_blocks, block_length], and only ``masked`` is shared with what is returned.
+    """The arguments of ``unmask`` for blocks that follow each other in the tables.
+
+    The first five are [num_blocks, block_length], and only ``masked`` is shared with what is returned.
     """
     position = has_logits.flatten().nonzero().flatten()
     blocks = Blocks(

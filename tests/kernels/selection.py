@@ -1,6 +1,8 @@
-"""Which cases run. Interpreted Triton takes milliseconds for what a GPU does in microseconds, so by default it gets a
-sample: of a cross product, cases that contain every pair of values of two axes; of random blocks and examples, fewer.
-``TEST_ALL=1`` runs everything.
+"""Which cases run.
+
+Interpreted Triton takes milliseconds for what a GPU does in microseconds, so by default it gets a sample: of a cross
+product, cases that contain every pair of values of two axes; of random blocks and examples, fewer. ``TEST_ALL=1`` runs
+everything.
 
 Two at a time is how a kernel combines what it is asked for: a dtype ends at the load, the excluded id and the noise
 meet in the score, and everything meets the vocabulary in its tiles. What selects another compiled kernel is one axis.

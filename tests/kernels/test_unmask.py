@@ -52,8 +52,9 @@ def random_state(
     logits_at: str = "all",
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Blocks of five kinds in turn, among them full, empty and with one mask; ties, NaN; garbage wherever a position is
-    decided. Logits at all positions, at the masked ones, or at some of those.
+    """Blocks of five kinds in turn, among them full, empty and with one mask.
+
+    Ties, NaN; garbage wherever a position is decided. Logits at all positions, at the masked ones, or at some of those.
     """
     generator = torch.Generator().manual_seed(seed)
 

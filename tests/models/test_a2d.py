@@ -167,7 +167,7 @@ def test_a_llama_without_a_mask_token_is_refused_until_an_operator_names_it(tmp_
     config = json.loads((folder / "config.json").read_text())
     del config["mask_token_id"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="A2D-Llama config field mask_token_id is None; .* --hf-overrides"):
+    with pytest.raises(ValueError, match=r"A2D-Llama config field mask_token_id is None; .* --hf-overrides"):
         EngineArgs(model=str(folder), skip_tokenizer_init=True).create_engine_config()
     named = EngineArgs(model=str(folder), skip_tokenizer_init=True, hf_overrides={"mask_token_id": 100})
     assert named.create_engine_config().model_config.hf_config.mask_token_id == 100

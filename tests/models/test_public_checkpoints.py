@@ -1,5 +1,6 @@
-"""Public checkpoints of other authors that have the architecture of a family: what loads as it is, and what an operator
-has to say.
+"""Public checkpoints of other authors that have the architecture of a family.
+
+What loads as it is, and what an operator has to say.
 
 No config.json of d3LLM's and dParallel's checkpoints was found. Their cards and programs load them with the code of the
 model that they were made of, whose config stands here; d3LLM's generation_config.json are their own.
@@ -8,12 +9,12 @@ model that they were made of, whose config stands here; d3LLM's generation_confi
 import json
 
 import pytest
-from vllm_osdt.models.configs.dream import DreamConfig
-from vllm_osdt.models.configs.llada import LLaDAConfig
 
 from tests.models.test_dream import PUBLISHED as DREAM
 from tests.models.test_llada import PUBLISHED as LLADA
 from tests.reference.dream import ReferenceDream, make_dream_checkpoint
+from vllm_osdt.models.configs.dream import DreamConfig
+from vllm_osdt.models.configs.llada import LLaDAConfig
 from vllm_osdt.plugin import register
 
 # config.json of Dream-org/Dream-Coder-v0-Instruct-7B, of the copy in smoorsmith/Dream-coder-test.
@@ -75,9 +76,9 @@ CHECKPOINTS = {
     "Zigeng/dParallel_Dream_7B_Instruct": (DREAM, {}, DreamConfig, 151666, 1),
 }
 
-# fredzzp/open-dcoder-0.5B says that it is a Qwen2. Its config.json was not found: a test in public code asserts the values
-# that are called stated; the others are those of Qwen/Qwen2.5-Coder-0.5B. Its decoder, pengzhangzhi/Open-dLLM, takes the causal mask away and
-# reads position i from the logits at i - 1, as Dream's does. Mask token: <M> of added_tokens.json.
+# fredzzp/open-dcoder-0.5B says that it is a Qwen2. Its config.json was not found: a test in public code asserts the
+# values that are called stated; the others are those of Qwen/Qwen2.5-Coder-0.5B. Its decoder, pengzhangzhi/Open-dLLM,
+# takes the causal mask away and reads position i from the logits at i - 1, as Dream's does. Mask token: <M> of added_tokens.json.
 OPEN_DCODER = {
     "architectures": ["Qwen2ForCausalLM"],  # stated
     "bos_token_id": 151643,

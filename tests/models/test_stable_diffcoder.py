@@ -1,5 +1,7 @@
-"""Stable-DiffCoder in vLLM against the same network in plain PyTorch; and a config that is Llama's but for its
-architecture, beside ordinary Llama configs, which are none of our business."""
+"""Stable-DiffCoder in vLLM against the same network in plain PyTorch.
+
+And a config that is Llama's but for its architecture, beside ordinary Llama configs, which are none of our business.
+"""
 
 import json
 

@@ -68,8 +68,9 @@ gappy_tables = tables(st.one_of(unit, st.just(float("nan"))))
 
 
 def unmask_blocks(canvas, masked, proposal, confidence, rules, end=-1):
-    """One step of blocks [num_blocks, block_length] all of whose positions have logits; ``canvas`` and ``masked`` change
-    in place.
+    """One step of blocks [num_blocks, block_length] all of whose positions have logits.
+
+    ``canvas`` and ``masked`` change in place.
     """
     num_blocks, length = canvas.shape
     blocks = Blocks(

@@ -85,8 +85,10 @@ def model_fingerprint(vllm_config: "VllmConfig") -> ModelFingerprint:
 
 
 def model_name(model: str) -> str:
-    """What people call a model: its repository, or its folder. (Offline, vLLM puts the folder of a snapshot in the
-    place of the repository.)"""
+    """What people call a model: its repository, or its folder.
+
+    (Offline, vLLM puts the folder of a snapshot in the place of the repository.)
+    """
     snapshot = re.search(r"models--([^/]+)/snapshots/[^/]+/?$", model)
     if snapshot:
         return snapshot[1].replace("--", "/")

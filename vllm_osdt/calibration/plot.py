@@ -19,8 +19,10 @@ def in_words(setting: str) -> str:
 
 
 def draw_signatures(profiles: list[dict[str, Any]], path: Path) -> None:
-    """One heat map per task, mean confidence by block and step, and the thresholds made from it. A block without a
-    calibrated threshold is marked."""
+    """One heat map per task, mean confidence by block and step, and the thresholds made from it.
+
+    A block without a calibrated threshold is marked.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

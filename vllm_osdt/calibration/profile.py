@@ -79,8 +79,10 @@ def installed_versions() -> dict[str, str]:
 
 
 def stack(recordings: Sequence[Recording]) -> Recording:
-    """Recordings of several requests as one, ``[requests, blocks, steps, positions]``, cut to what any of them used;
-    what a request has less than others is NaN and False."""
+    """Recordings of several requests as one, ``[requests, blocks, steps, positions]``, cut to what any of them used.
+
+    What a request has less than others is NaN and False.
+    """
     used = [_used(recording.confidence) for recording in recordings]
     num_blocks, num_steps = (max(sizes) for sizes in zip(*used, strict=True))
     shape = (len(recordings), num_blocks, num_steps, recordings[0].confidence.shape[2])
@@ -160,8 +162,10 @@ class CalibrationProfile:
         return float(taken.mean()), float((first.max(axis=2) + 1).sum(axis=1).mean())
 
     def as_dict(self) -> dict[str, Any]:
-        """Id, key, number of requests, mean confidence by block and step (None where nothing was recorded), thresholds
-        by setting (None where the static threshold holds)."""
+        """Id, key, number of requests, mean confidence by block and step.
+
+        None where nothing was recorded), thresholds by setting (None where the static threshold holds.
+        """
         return {
             "id": self.profile_id,
             **asdict(self.key),
@@ -173,14 +177,18 @@ class CalibrationProfile:
 
     @cached_property
     def entry(self) -> tuple[np.ndarray, np.ndarray]:
-        """What requests saw when they entered a block: mean confidence, float32 ``[blocks]``, NaN where none did, and
-        the number of requests, ``[blocks]``."""
+        """What requests saw when they entered a block.
+
+        Mean confidence, float32 ``[blocks]``, NaN where none did, and the number of requests, ``[blocks]``.
+        """
         return self.mean_confidence[:, 0], (~np.isnan(self.record.confidence[:, :, 0])).any(axis=-1).sum(axis=0)
 
     @cached_property
     def mean_confidence(self) -> np.ndarray:
-        """Mean confidence of masked positions over all requests, float32 ``[blocks, steps]``, NaN where nothing was
-        recorded."""
+        """Mean confidence of masked positions over all requests.
+
+        float32 ``[blocks, steps]``, NaN where nothing was recorded.
+        """
         recorded = ~np.isnan(self.record.confidence)
         count = recorded.sum(axis=(0, 3))
         total = np.where(recorded, self.record.confidence, 0.0).sum(axis=(0, 3))

@@ -38,8 +38,11 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True, config=_STRICT)
 class StoredStep:
-    """One denoising step: confidence of every position, null where it was not masked, positions unmasked, and masked
-    positions with a proposal that was not chosen in the end. Tokens are not kept."""
+    """One denoising step.
+
+    Confidence of every position, null where it was not masked, positions unmasked, and masked positions with a proposal
+    that was not chosen in the end. Tokens are not kept.
+    """
 
     confidence: Annotated[list[float | None], Field(max_length=MAX_BLOCK_LENGTH)]
     committed: list[int]
@@ -61,8 +64,11 @@ class StoredProfile:
 
 @dataclass(frozen=True, config=_STRICT)
 class ProfileFile:
-    """A task's profiles for one model: the last few for each block length, cache mode and calibration threshold, the
-    newest last. The model's name is for people; its fingerprint tells it."""
+    """A task's profiles for one model.
+
+    The last few for each block length, cache mode and calibration threshold, the newest last. The model's name is for
+    people; its fingerprint tells it.
+    """
 
     schema_version: Literal[2, 3]
     fingerprint: ModelFingerprint

@@ -93,6 +93,7 @@ def one_profile(args: argparse.Namespace, name: str) -> Found:
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows under the names of their fields, numbers to the right."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")

@@ -84,8 +84,10 @@ class DualCache:
 
 
 class RefreshInterval:
-    """Refreshes when every ``interval``-th block is entered. The other blocks begin with a step that computes the
-    finished block before them once more, with all of its tokens, and then go on like ``base``.
+    """Refreshes when every ``interval``-th block is entered.
+
+    The other blocks begin with a step that computes the finished block before them once more, with all of its tokens,
+    and then go on like ``base``.
 
     Args:
         base: The mode between refreshes.

@@ -168,8 +168,10 @@ class Calibrator:
                 found.recorder.add(int(recorded.block[row]), int(recorded.step[row]), *grids)
 
     def end(self, req_id: str, *, ended_well: bool) -> None:
-        """A request has ended. A calibration that went well is delivered; an aborted or failed one is not, and another
-        request takes its place."""
+        """A request has ended.
+
+        A calibration that went well is delivered; an aborted or failed one is not, and another request takes its place.
+        """
         found = self._decodings.pop(req_id, None)
         if found is None:
             return
@@ -221,8 +223,10 @@ class Calibrator:
             self.registry.mark_stale(profile)
 
     def profiles(self) -> list[dict[str, Any]]:
-        """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`); all are on disk when
-        this returns, where there is a store."""
+        """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`).
+
+        All are on disk when this returns, where there is a store.
+        """
         self.registry.flush()
         return [profile.as_dict() for profile in self.registry.profiles.values()]
 

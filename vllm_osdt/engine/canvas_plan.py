@@ -134,8 +134,9 @@ class FullAttentionPlan:
 
 @dataclass(slots=True)
 class BlockCausalPlan:
-    """A position sees the blocks up to its own (SDAR, LLaDA2, Fast-dLLM v2), so a finished block's keys and values are
-    exact and stay.
+    """A position sees the blocks up to its own (SDAR, LLaDA2, Fast-dLLM v2, Stable-DiffCoder).
+
+    So a finished block's keys and values are exact and stay.
 
     Blocks lie on a grid from position 0; the prompt's last, incomplete block is part of the first active one, and is
     computed with it. A prompt is computed in whole blocks, as many as fit. With ``is_fused`` the step that writes the
@@ -166,7 +167,7 @@ class BlockCausalPlan:
         start, block = self.num_final, self._block_of(num_tokens)
         end = block + self.block_length
         asks_first = self.is_shifted and num_tokens == block
-        if end - start <= budget and (start == block or self.is_fused and not asks_first):
+        if end - start <= budget and (start == block or (self.is_fused and not asks_first)):
             return Rows(start, end - start, end - num_tokens)
         num_rows = min(budget, block - start) // self.block_length * self.block_length
         if not num_rows:

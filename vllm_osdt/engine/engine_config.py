@@ -147,8 +147,9 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
 
 
 def _set_default_sampling(model: "ModelConfig") -> None:
-    """Sampling parameters of requests that say nothing: greedy unless checkpoint or operator set a temperature; and
-    nothing that every request would be refused for, though the checkpoint's generation_config.json asks for it.
+    """Sampling parameters of requests that say nothing: greedy unless checkpoint or operator set a temperature.
+
+    And nothing that every request would be refused for, though the checkpoint's generation_config.json asks for it.
 
     Raises:
         OSDTError: The operator asks for it.
@@ -178,7 +179,10 @@ def _set_default_sampling(model: "ModelConfig") -> None:
 
 
 def _choose_attention(attention: "AttentionConfig", cache_dtype: str) -> None:
-    """Keep vLLM from choosing such a backend. (The runner looks at what has been chosen in the end.)"""
+    """Keep vLLM from choosing such a backend.
+
+    (The runner looks at what has been chosen in the end.)
+    """
     if attention.backend is not None:
         check_attention(attention.backend.name)
     elif current_platform.is_cuda() and cache_dtype not in UNQUANTIZED_CACHE:
@@ -365,13 +369,13 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         is_half = model_config.dtype in (torch.bfloat16, torch.float16)
         is_free = ASKED.get().get("dtype") == "auto"
         is_quantized = model_config.quantization or getattr(model_config.hf_config, "quantization_config", None)
-        if current_platform.is_cpu() and is_half and is_free and not is_quantized:
-            if not has_fast_bfloat16():
-                logger.warning_once(
-                    "This CPU has neither AVX512-BF16 nor AMX, where %s is slower than float32: vllm-osdt serves in "
-                    "float32. --dtype bfloat16 halves the memory.", str(model_config.dtype).removeprefix("torch.")
-                )  # fmt: skip
-                model_config.dtype = torch.float32
+        is_asked_to_choose = current_platform.is_cpu() and is_half and is_free and not is_quantized
+        if is_asked_to_choose and not has_fast_bfloat16():
+            logger.warning_once(
+                "This CPU has neither AVX512-BF16 nor AMX, where %s is slower than float32: vllm-osdt serves in "
+                "float32. --dtype bfloat16 halves the memory.", str(model_config.dtype).removeprefix("torch.")
+            )  # fmt: skip
+            model_config.dtype = torch.float32
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:

@@ -30,8 +30,11 @@ logger = init_logger("vllm.vllm_osdt.engine.scheduler")
 
 
 def _ended_well(request: Request) -> bool:
-    """Whether a finished request was decoded to its end. A match of a stop string reaches the engine as an abort, so
-    a request that has stop strings counts once it has output."""
+    """Whether a finished request was decoded to its end.
+
+    A match of a stop string reaches the engine as an abort, so a request that has stop strings counts once it has
+    output.
+    """
     if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
         return True
     return (
@@ -66,8 +69,10 @@ class CanvasScheduler(Scheduler):
         self._allocate_slots = patch_page_allocation(self.kv_cache_manager, self._allocate_for_rows)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, with vLLM's per-request speculative metrics on: their steps are the request's NFE. (The
-        engine argument that turns them on is refused without a speculative config.)"""
+        """Queue a request, with vLLM's per-request speculative metrics on: their steps are the request's NFE.
+
+        (The engine argument that turns them on is refused without a speculative config.)
+        """
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._plan(request).block_length)
         super().add_request(request)
 
@@ -211,8 +216,11 @@ class CanvasScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """As vLLM does. Every output, not only an engine's last, says how its request is decoded and how many forwards
-        it has taken so far: the front end may end the request at a stop string."""
+        """As vLLM does.
+
+        Every output, not only an engine's last, says how its request is decoded and how many forwards it has taken so
+        far: the front end may end the request at a stop string.
+        """
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
         if report is not None:
             self.calibrator.hear(report)

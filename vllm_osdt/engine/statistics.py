@@ -64,8 +64,10 @@ class EngineStatistics:
 
 
 def describe(request: "Request", about: About) -> dict[str, Any]:
-    """How a request is decoded: :class:`About`, ``nfe`` (the forward passes it took part in so far) and
-    ``tokens_per_forward``."""
+    """How a request is decoded.
+
+    :class:`About`, ``nfe`` (the forward passes it took part in so far) and ``tokens_per_forward``.
+    """
     nfe = num_forwards(request)
     per_forward = request.num_output_tokens / nfe if nfe else 0.0
     return {**about._asdict(), "nfe": nfe, "tokens_per_forward": per_forward}

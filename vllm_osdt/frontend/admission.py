@@ -281,8 +281,10 @@ class FrontEnd:
 
 
 def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_config: "VllmConfig") -> None:
-    """A page's keys and values depend on the block length, which its hash does not hold; with blocks that pages cut,
-    they also depend on tokens of the next page."""
+    """A page's keys and values depend on the block length, which its hash does not hold.
+
+    With blocks that pages cut, they also depend on tokens of the next page.
+    """
     if vllm_config.cache_config.block_size % block_length:
         assert request.sampling_params is not None
         request.sampling_params.skip_reading_prefix_cache = True

@@ -1,5 +1,7 @@
-"""What operators are told: Prometheus metrics in vLLM's registry, fed by ``engine.statistics`` through
-``host.compat``."""
+"""What operators are told.
+
+Prometheus metrics in vLLM's registry, fed by ``engine.statistics`` through ``host.compat``.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,8 +51,8 @@ METRICS = {
     "fallbacks": Metric(
         "fallbacks_total",
         "kind",
-        "Denoising steps whose threshold is of another block, another step or a coarser cell; pinned profiles that were "
-        "gone.",
+        "Denoising steps whose threshold is of another block, another step or a coarser cell; pinned profiles that "
+        "were gone.",
         "counter",
     ),
     "drift": Metric(

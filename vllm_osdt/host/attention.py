@@ -7,8 +7,9 @@ UNQUANTIZED_CACHE = ("auto", "bfloat16", "float16", "float32")
 
 
 def check_attention(name: str) -> None:
-    """Refuse an attention backend that keeps page tables in buffers of ``max_num_seqs`` requests: it has no room
-    for a block-causal model's blocks, each of which is a request to it.
+    """Refuse an attention backend that keeps page tables in buffers of ``max_num_seqs`` requests.
+
+    It has no room for a block-causal model's blocks, each of which is a request to it.
 
     Raises:
         OSDTError: It is one of those.

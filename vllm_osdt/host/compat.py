@@ -367,8 +367,9 @@ def patch_command_line() -> None:
 
 
 def patch_engine_arguments() -> None:
-    """Our hook for engine settings sees which of them the operator has set, and its refusals are not wrapped in a
-    validation error of the whole config.
+    """Our hook for engine settings sees which of them the operator has set.
+
+    Its refusals are not wrapped in a validation error of the whole config.
 
     vLLM replaces arguments that are None by its own defaults before it asks for ours. Goes when a model can state its
     defaults.
@@ -420,8 +421,9 @@ def patch_runner_choice() -> None:
 
 
 def patch_top_k_top_p() -> None:
-    """vLLM's top-k and top-p of other models use a Triton kernel that the interpreter cannot run; on a CPU without a
-    Triton compiler they take vLLM's PyTorch path, as they would without us.
+    """vLLM's top-k and top-p of other models use a Triton kernel that the interpreter cannot run.
+
+    On a CPU without a Triton compiler they take vLLM's PyTorch path, as they would without us.
 
     Goes when vLLM for CPU ships a Triton compiler.
     """
@@ -434,8 +436,10 @@ def patch_top_k_top_p() -> None:
 
 
 def patch_cpu_lora() -> None:
-    """vLLM's CPU kernels read the adapter index -1, of rows without one, as the last slot, and so give those rows the
-    adapter that is there. Called by our CPU worker, when adapters are enabled.
+    """vLLM's CPU kernels give rows without an adapter none.
+
+    They read the adapter index -1 of such rows as the last slot, and so give them the adapter that is there. Called by
+    our CPU worker, when adapters are enabled.
 
     Goes when vLLM's own kernels pass such rows over.
     """
@@ -479,8 +483,9 @@ def patch_host_kernels() -> None:
 
 
 def patch_page_allocation(kv_cache_manager: Any, allocate: Callable[..., Any]) -> Callable[..., Any]:
-    """The scheduler's request for KV pages goes to ``allocate``, which asks for those of the planned rows; returns
-    vLLM's own function.
+    """The scheduler's request for KV pages goes to ``allocate``, which asks for those of the planned rows.
+
+    Returns vLLM's own function.
 
     vLLM asks with the rows of the prompt, before it knows those of the canvas. Goes when the scheduler lets a subclass
     say how many tokens a waiting request starts with.

@@ -20,6 +20,7 @@ class CanvasAttention(LlamaAttention):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """The output of all rows, or of ``rows`` (int64 ``[M]``)."""
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         query, key = self.rotary_emb(positions, query, key)
@@ -42,6 +43,7 @@ class CanvasDecoderLayer(LlamaDecoderLayer):
         residual: torch.Tensor | None,
         logit_rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and residual of all rows; of ``logit_rows`` (int64 ``[M]``) alone behind the last layer."""
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)

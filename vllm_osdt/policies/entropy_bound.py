@@ -27,8 +27,11 @@ class EntropyBoundOptions:
 
 
 class EntropyBound(Policy):
-    """``options.entropy`` everywhere. A position's confidence is 1 - H / 32 under this policy, so that the n most
-    certain with H_(1) + ... + H_(n) < entropy are those whose uncertainties stay below entropy / 32."""
+    """``options.entropy`` everywhere.
+
+    A position's confidence is 1 - H / 32 under this policy, so that the n most certain with H_(1) + ... + H_(n) <
+    entropy are those whose uncertainties stay below entropy / 32.
+    """
 
     name = "entropy_bound"
     Options = EntropyBoundOptions

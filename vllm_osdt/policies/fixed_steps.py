@@ -88,8 +88,9 @@ def _shares(num_positions: int, num_steps: int, num_alone: int) -> list[int]:
 
 
 def resolve_steps(options: StepsOptions, asked: CanvasRequest, canvas: Canvas) -> int:
-    """Total denoising steps of a canvas. A user counts blocks of new tokens; a prompt's incomplete last block may make
-    one more.
+    """Total denoising steps of a canvas.
+
+    A user counts blocks of new tokens; a prompt's incomplete last block may make one more.
 
     Raises:
         InvalidOptionError: The steps cannot be shared out to the blocks.

@@ -12,8 +12,10 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     """Canvas runner on the GPU."""
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
-        """What vLLM measures before it gives the rest of the memory to KV pages: logits of as many positions as a step
-        can read, where vLLM has one row a request."""
+        """What vLLM measures before it gives the rest of the memory to KV pages.
+
+        Logits of as many positions as a step can read, where vLLM has one row a request.
+        """
         num_rows = min(self.max_num_tokens, self.max_num_reqs * MAX_BLOCK_LENGTH)
         rows = torch.arange(num_rows, device=hidden_states.device) % hidden_states.shape[0]
         logits = self.model.compute_logits(hidden_states[rows])

@@ -34,8 +34,10 @@ def _seed(req_id: str, seed: int | None) -> int:
 
 
 def _end_token_ids(params: SamplingParams) -> list[int]:
-    """The tokens that end a block early, -1 for none: EOS and stop tokens. Where there are more of them than places,
-    the scheduler finds the others when their block is finished."""
+    """The tokens that end a block early, -1 for none: EOS and stop tokens.
+
+    Where there are more of them than places, the scheduler finds the others when their block is finished.
+    """
     eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
     distinct = dict.fromkeys([*eos, *(params.stop_token_ids or [])])
     return [*distinct, *[-1] * MAX_END_TOKENS][:MAX_END_TOKENS]
@@ -75,8 +77,9 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class CanvasStates:
-    """Tables of ``max_num_reqs`` slots, each a row of ``row_length`` positions: the context, and what a block that
-    begins in it would have behind it.
+    """Tables of ``max_num_reqs`` slots, each a row of ``row_length`` positions.
+
+    The context, and what a block that begins in it would have behind it.
 
     Invariant: after :meth:`begin_step`, ``host.masked[slot, :block_length]`` are the masks of the slot's active block,
     which starts at position ``host.block_start[slot]`` and has seen ``host.step[slot]`` denoising steps.

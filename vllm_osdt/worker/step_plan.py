@@ -70,8 +70,14 @@ class BlockQueries(NamedTuple):
 
 @dataclass
 class CanvasInputBatch(InputBatch):
-    """vLLM's input batch with the denoising step it is for, the rows to which the last layer narrows the hidden states,
-    int64 ``[M]`` (with them ``logits_indices`` counts from 0), and a block-causal model's queries."""
+    """vLLM's input batch with what a canvas needs.
+
+    Attributes:
+        denoise: The denoising step that it is for.
+        logit_rows: int64 ``[M]``, rows to which the last layer narrows the hidden states; ``logits_indices`` then
+            counts from 0.
+        block_queries: Of a block-causal model.
+    """
 
     denoise: DenoiseBatch | None = None
     logit_rows: torch.Tensor | None = None
@@ -161,8 +167,11 @@ def step_rows(
 
 @compiled()
 def skip_cached_rows(host: HostTables, rows: StepRows) -> None:
-    """A step computes the active sub-block alone where that begins with a written token and the block has been computed
-    whole since it was entered."""
+    """Leave out the rows that a sub-block's cache spares.
+
+    A step computes the active sub-block alone where that begins with a written token and the block has been computed
+    whole since it was entered.
+    """
     for req in range(rows.slots.size):
         slot = rows.slots[req]
         if not host.sub_block_cache[slot] or rows.num_active[req] == 0 or rows.decides_first[req]:

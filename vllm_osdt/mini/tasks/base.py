@@ -1,5 +1,7 @@
-"""What the three tasks share: the problem, its answers written as templates, and the even splits that need one odd
-part."""
+"""What the three tasks share.
+
+The problem, its answers written as templates, and the even splits that need one odd part.
+"""
 
 import itertools
 import random
@@ -41,9 +43,11 @@ class TemplateProblem(Problem):
         """One template for each choice on which other tokens depend; all are equally likely."""
 
     def sample_answer(self, rng: random.Random) -> str:
+        """A right answer, drawn as in training."""
         return render(rng.choice(self.templates()), rng)
 
     def accepts(self, answer: str) -> bool:
+        """Whether an answer is right."""
         tokens = tokenize(answer)
         return any(matches(template, tokens) for template in self.templates())
 

@@ -42,6 +42,7 @@ class CodeProblem(Problem):
         return value
 
     def sample_answer(self, rng: random.Random) -> str:
+        """See the base class."""
         variable = rng.choices(list(VARIABLES), list(VARIABLES.values()))[0]
         lines = [f"def {self.function} ( x ) :", *(f"x = x + {part}" for part in rng.choice(self.parts.splits()))]
         source = "x"
@@ -55,6 +56,7 @@ class CodeProblem(Problem):
         return render(" \n ".join((*lines, f"return {variable}")), rng)
 
     def accepts(self, answer: str) -> bool:
+        """See the base class."""
         function = compile_function(answer, self.function)
         return function is not None and all(function(value) == self.expected(value) for value in TEST_INPUTS)
 

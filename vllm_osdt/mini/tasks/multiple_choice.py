@@ -25,6 +25,7 @@ class ChoiceProblem(TemplateProblem):
     options: tuple[str, ...]
 
     def templates(self) -> list[str]:
+        """See the base class."""
         return [self._template(letter) for letter, fits in self._fits().items() if fits]
 
     def _fits(self) -> dict[str, bool]:

@@ -27,6 +27,7 @@ class WordProblem(TemplateProblem):
     gifts: Parts
 
     def templates(self) -> list[str]:
+        """See the base class."""
         return [self._template(split) for split in self.gifts.splits()]
 
     def _template(self, split: tuple[int, ...]) -> str:

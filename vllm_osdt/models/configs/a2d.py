@@ -32,7 +32,7 @@ class A2DConfigMixin(CanvasConfigMixin):
     name_or_path: str
 
     @property
-    def is_block_causal(self) -> bool:
+    def is_block_causal(self) -> bool:  # type: ignore[override]
         """See ``block_causal``."""
         if self.block_causal is not None:
             return self.block_causal
