@@ -78,7 +78,8 @@ CHECKPOINTS = {
 
 # fredzzp/open-dcoder-0.5B says that it is a Qwen2. Its config.json was not found: a test in public code asserts the
 # values that are called stated; the others are those of Qwen/Qwen2.5-Coder-0.5B. Its decoder, pengzhangzhi/Open-dLLM,
-# takes the causal mask away and reads position i from the logits at i - 1, as Dream's does. Mask token: <M> of added_tokens.json.
+# takes the causal mask away and reads position i from the logits at i - 1, as Dream's does. Mask token: <M> of
+# added_tokens.json.
 OPEN_DCODER = {
     "architectures": ["Qwen2ForCausalLM"],  # stated
     "bos_token_id": 151643,
