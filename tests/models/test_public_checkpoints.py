@@ -1,6 +1,5 @@
-"""Public checkpoints of other authors that have the architecture of a family.
-
-What loads as it is, and what an operator has to say.
+"""Public checkpoints of other authors that have the architecture of a family: what loads as it is, and what an operator
+has to say.
 
 No config.json of d3LLM's and dParallel's checkpoints was found. Their cards and programs load them with the code of the
 model that they were made of, whose config stands here; d3LLM's generation_config.json are their own.
@@ -77,9 +76,9 @@ CHECKPOINTS = {
 }
 
 # fredzzp/open-dcoder-0.5B says that it is a Qwen2. Its config.json was not found: a test in public code asserts the
-# values that are called stated; the others are those of Qwen/Qwen2.5-Coder-0.5B. Its decoder, pengzhangzhi/Open-dLLM,
-# takes the causal mask away and reads position i from the logits at i - 1, as Dream's does. Mask token: <M> of
-# added_tokens.json.
+# values that are called stated; the others are those of Qwen/Qwen2.5-Coder-0.5B. Its decoder (pengzhangzhi/Open-dLLM)
+# takes the causal mask away and reads position i from the logits at i - 1, as Dream's does. The mask token is <M> of
+# its added_tokens.json.
 OPEN_DCODER = {
     "architectures": ["Qwen2ForCausalLM"],  # stated
     "bos_token_id": 151643,
