@@ -1,5 +1,6 @@
-"""Public checkpoints of other authors that have the architecture of a family: what loads as it is, and what an operator
-has to say.
+"""Public checkpoints of other authors that have the architecture of a family.
+
+Some load as they are; of others the operator has to say something.
 
 No config.json of d3LLM's and dParallel's checkpoints was found. Their cards and programs load them with the code of the
 model that they were made of, whose config stands here; d3LLM's generation_config.json are their own.
