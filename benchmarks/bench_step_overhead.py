@@ -48,7 +48,7 @@ def measure(llm: LLM, clock: Clock, running: int, args: argparse.Namespace) -> d
         max_tokens=args.gen_length,
         ignore_eos=True,
         detokenize=False,
-        extra_args={"osdt_policy": "fixed_steps", "osdt_cache": args.cache},
+        extra_args={"osdt_policy": "fixed_steps", "osdt_cache_mode": args.cache},
     )
     for index in range(running):
         prompt = {"prompt_token_ids": rng.integers(2, vocabulary - 2, args.prompt_length).tolist()}
