@@ -1,6 +1,6 @@
 # make demo and make test work on a fresh machine with Python 3.11 and a C compiler; the rest is for development.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-engine check install lint types docs bench fast-dllm-env clean
+.PHONY: help demo test test-all test-engine check install lint types docs bench fast-dllm-env check-host clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -42,6 +42,10 @@ types: $(INSTALLED) ## mypy
 
 docs: .venv-docs/.installed ## build the documentation into site/, with an environment of its own, .venv-docs
 	.venv-docs/bin/python -m mkdocs build --strict
+
+check-host: $(INSTALLED) ## what changed in the newest vLLM release where we rely on its internals
+	rm -rf build/host && $(PY) -m pip download --quiet --no-deps --dest build/host vllm
+	$(PY) tools/check_host.py build/host/*.whl
 
 bench: $(INSTALLED) ## run every benchmarks/bench_*.py, or one (BENCH=name)
 	@for script in benchmarks/bench_$(or $(BENCH),*).py; do \

@@ -53,6 +53,17 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/e2e/test_osdt.py",
         "tests/e2e/test_context_end.py",
         "tests/test_scheduler.py",
+        "tests/policies/test_local_leap.py",
+        "tests/policies/test_bacd.py",
+    ),
+    (
+        "tests/e2e/test_illada.py",
+        "tests/e2e/test_stable_diffcoder.py",
+        "tests/e2e/test_a2d.py",
+        "tests/models/test_illada.py",
+        "tests/models/test_a2d.py",
+        "tests/models/test_stable_diffcoder.py",
+        "tests/models/test_public_checkpoints.py",
     ),
     (
         "tests/e2e/test_block_causal.py",

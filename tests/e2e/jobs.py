@@ -80,12 +80,12 @@ def make_jobs(
     return jobs
 
 
-def make_canvas_jobs(twin: Any) -> list[Job]:
+def make_canvas_jobs(network: Any) -> list[Job]:
     """Random requests to a model whose positions see the whole canvas, in all cache modes."""
 
     def decode_one(prompt: list[int], rule: Rule, *, max_tokens: int, **canvas: Any) -> Decoded:
         whole = -(-max_tokens // canvas["block_length"]) * canvas["block_length"]
-        return decode(twin, prompt, rule, gen_length=whole, max_tokens=max_tokens, **canvas)
+        return decode(network, prompt, rule, gen_length=whole, max_tokens=max_tokens, **canvas)
 
     jobs = make_jobs(decode_one, CANVAS_VARIANTS, 70)
     assert len(jobs) >= 50
@@ -188,23 +188,23 @@ def assert_osdt_equals_a_plain_implementation(
     assert vllm_osdt.describe(completions[0])["profile"] is not None
 
 
-def assert_first_logits_equal(llm: Any, twin: Any, monkeypatch: Any, block_length: int, **options: Any) -> None:
+def assert_first_logits_equal(llm: Any, network: Any, monkeypatch: Any, block_length: int, **options: Any) -> None:
     """Logits of the first denoising step of prompts of odd lengths, against those of the plain network."""
 
     def expected(prompt: list[int], number: int) -> torch.Tensor:
         end = -(-(len(prompt) + 1) // block_length) * block_length
-        canvas = torch.tensor(prompt + [twin.mask_token_id] * (end - len(prompt)))
-        return twin.forward(canvas, block_length)[len(prompt) - twin.logits_shift :][:number]
+        canvas = torch.tensor(prompt + [network.mask_token_id] * (end - len(prompt)))
+        return network.forward(canvas, block_length)[len(prompt) - network.logits_shift :][:number]
 
     _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=8, block_length=block_length, **options)
 
 
-def assert_first_canvas_logits_equal(llm: Any, twin: Any, monkeypatch: Any) -> None:
+def assert_first_canvas_logits_equal(llm: Any, network: Any, monkeypatch: Any) -> None:
     """The same where positions see the whole canvas: logits of its first block."""
 
     def expected(prompt: list[int], number: int) -> torch.Tensor:
-        logits, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 32))
-        return logits[len(prompt) - twin.logits_shift :][:number]
+        logits, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 32))
+        return logits[len(prompt) - network.logits_shift :][:number]
 
     _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=32, block_length=16, cache_mode="none")
 

@@ -27,8 +27,8 @@ def canvas(request, tmp_path_factory, start_llm):
     """An engine, the network and requests."""
     name = f"{request.param}-diffusion-mdlm-v0.1"
     folder = make_a2d_checkpoint(tmp_path_factory.mktemp("a2d") / name, base=request.param, seed=3)
-    twin = ReferenceA2D.load(folder)
-    return start_llm(folder, max_num_seqs=64, max_model_len=256), twin, make_canvas_jobs(twin)
+    network = ReferenceA2D.load(folder)
+    return start_llm(folder, max_num_seqs=64, max_model_len=256), network, make_canvas_jobs(network)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def blocks(tmp_path_factory, start_llm):
     """The same of a checkpoint that was trained in blocks."""
     folder = tmp_path_factory.mktemp("a2d") / "qwen3-diffusion-bd3lm-v0.1"
     make_a2d_checkpoint(folder, base="qwen3", seed=3)
-    twin = load_block_causal(folder, "qwen3")
-    jobs = make_jobs(partial(decode_block_causal, twin), [{"block_length": length} for length in (4, 8, 32)])
+    network = load_block_causal(folder, "qwen3")
+    jobs = make_jobs(partial(decode_block_causal, network), [{"block_length": length} for length in (4, 8, 32)])
     assert len(jobs) >= 50
-    return start_llm(folder, max_num_seqs=64, max_model_len=256), twin, jobs
+    return start_llm(folder, max_num_seqs=64, max_model_len=256), network, jobs
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(canvas):
@@ -56,11 +56,11 @@ def test_neither_company_nor_preemption_changes_a_token(canvas):
 
 @pytest.mark.parametrize("canvas", ["qwen3"], indirect=True)
 def test_osdt_equals_a_plain_implementation(canvas):
-    llm, twin, _ = canvas
+    llm, network, _ = canvas
     options = {"gen_length": 32, "block_length": 8, "cache_mode": "dual"}
 
     def decode_one(prompt, rule):
-        return decode(twin, prompt, rule, **options)
+        return decode(network, prompt, rule, **options)
 
     assert_osdt_equals_a_plain_implementation(llm, decode_one, "a2d", {**options, "max_tokens": 32})
 
@@ -77,6 +77,6 @@ def test_neither_company_nor_preemption_changes_a_token_in_blocks(blocks):
 
 
 def test_osdt_in_blocks_equals_a_plain_implementation(blocks):
-    llm, twin, _ = blocks
-    decode_one = partial(decode_block_causal, twin, block_length=8, max_tokens=32)
+    llm, network, _ = blocks
+    decode_one = partial(decode_block_causal, network, block_length=8, max_tokens=32)
     assert_osdt_equals_a_plain_implementation(llm, decode_one, "a2d", {"block_length": 8, "max_tokens": 32})

@@ -36,13 +36,13 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(checkpoint):
+def network(checkpoint):
     return ReferenceSDAR.load(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def jobs(twin):
-    found = make_jobs(partial(decode_block_causal, twin), [{"block_length": length} for length in (4, 8, 16)])
+def jobs(network):
+    found = make_jobs(partial(decode_block_causal, network), [{"block_length": length} for length in (4, 8, 16)])
     assert len(found) >= 50
     return found
 
@@ -123,7 +123,7 @@ def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(checkpoi
 
 
 @pytest.mark.parametrize(("adaptive", "most"), [(False, 40), (True, 64)])
-def test_long_prompts_leave_room_for_others(checkpoint, start_llm, twin, adaptive, most):
+def test_long_prompts_leave_room_for_others(checkpoint, start_llm, network, adaptive, most):
     """At most 40 rows a step, or the fourth part of 256, unless a request is alone."""
     arguments = {"long_prefill_token_threshold": 44, "long_prefill_token_threshold_adaptive": adaptive}
     llm = start_llm(checkpoint, **{**ENGINE, "max_num_batched_tokens": 256}, **arguments)
@@ -138,7 +138,7 @@ def test_long_prompts_leave_room_for_others(checkpoint, start_llm, twin, adaptiv
 
     scheduler(llm).schedule = watched
     got = generate(llm, prompts, sampling(20, policy="static_threshold", threshold=0.4, block_length=8))
-    expected = [decode_block_causal(twin, prompt, above(0.4), block_length=8, max_tokens=20) for prompt in prompts]
+    expected = [decode_block_causal(network, prompt, above(0.4), block_length=8, max_tokens=20) for prompt in prompts]
     assert min(min(e.proposal_margin, e.rule_margin) for e in expected) > MIN_MARGIN
     assert tokens(got) == [e.tokens for e in expected]
     assert max(max(step) for step in rows if len(step) > 1) == most
@@ -164,7 +164,7 @@ def num_cached(llm, prompt, params):
     return output.num_cached_tokens, list(output.outputs[0].token_ids)
 
 
-def test_prompts_that_share_an_unaligned_beginning_share_its_whole_pages(llm, twin):
+def test_prompts_that_share_an_unaligned_beginning_share_its_whole_pages(llm, network):
     rng = random.Random(11)
     scheduler(llm).reset_prefix_cache()
     shared = [rng.randrange(3, 100) for _ in range(77)]
@@ -172,7 +172,7 @@ def test_prompts_that_share_an_unaligned_beginning_share_its_whole_pages(llm, tw
     cached = []
     for index in range(4):
         prompt = shared + [rng.randrange(3, 100) for _ in range(index * 7 + 1)]
-        expected = decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=20)
+        expected = decode_block_causal(network, prompt, rule, block_length=8, max_tokens=20)
         assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
         hit, got = num_cached(llm, prompt, sampling(20, **options))
         cached.append(hit)
@@ -180,13 +180,13 @@ def test_prompts_that_share_an_unaligned_beginning_share_its_whole_pages(llm, tw
     assert cached == [0, 64, 64, 64]
 
 
-def test_a_conversation_reuses_the_blocks_that_were_generated(llm, twin):
+def test_a_conversation_reuses_the_blocks_that_were_generated(llm, network):
     rng = random.Random(12)
     scheduler(llm).reset_prefix_cache()
     rule, options = above(0.4), {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
     prompt = [rng.randrange(3, 100) for _ in range(21)]
     for turn in range(3):
-        expected = decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=40)
+        expected = decode_block_causal(network, prompt, rule, block_length=8, max_tokens=40)
         assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
         hit, got = num_cached(llm, prompt, sampling(40, **options))
         assert got == expected.tokens
@@ -230,14 +230,14 @@ def test_pages_of_a_request_are_free_as_soon_as_it_ends(llm, jobs):
     assert manager.block_pool.get_num_free_blocks() == all_free
 
 
-def test_a_mask_token_in_a_prompt_is_a_token_like_any_other(llm, twin):
+def test_a_mask_token_in_a_prompt_is_a_token_like_any_other(llm, network):
     rng = random.Random(22)
-    prompts = [[rng.choice([twin.mask_token_id, 5, 9, 40]) for _ in range(length)] for length in (3, 8, 21, 37)]
-    expected = [decode_block_causal(twin, prompt, above(0.4), block_length=8, max_tokens=20) for prompt in prompts]
+    prompts = [[rng.choice([network.mask_token_id, 5, 9, 40]) for _ in range(length)] for length in (3, 8, 21, 37)]
+    expected = [decode_block_causal(network, prompt, above(0.4), block_length=8, max_tokens=20) for prompt in prompts]
     assert min(min(e.proposal_margin, e.rule_margin) for e in expected) > MIN_MARGIN
     got = tokens(generate(llm, prompts, sampling(20, policy="static_threshold", threshold=0.4, block_length=8)))
     assert got == [e.tokens for e in expected]
-    assert all(twin.mask_token_id not in one for one in got)
+    assert all(network.mask_token_id not in one for one in got)
 
 
 def test_several_completions_of_one_prompt_are_those_of_their_seeds(llm, jobs):
@@ -252,12 +252,12 @@ def test_several_completions_of_one_prompt_are_those_of_their_seeds(llm, jobs):
     assert tokens(generate(llm, [jobs[0].prompt] * 3, again)) == several
 
 
-def test_several_stop_tokens_end_their_block_early(llm, twin, jobs):
+def test_several_stop_tokens_end_their_block_early(llm, network, jobs):
     rule = partial(best, number=1)
     prompts, canvas = [job.prompt for job in jobs[:12]], {"block_length": 16, "max_tokens": 32}
-    whole = [decode_block_causal(twin, prompt, rule, **canvas) for prompt in prompts]
+    whole = [decode_block_causal(network, prompt, rule, **canvas) for prompt in prompts]
     ends = (whole[0].tokens[2], whole[1].tokens[5], whole[2].tokens[9])
-    expected = [decode_block_causal(twin, prompt, rule, end_token_ids=ends, **canvas) for prompt in prompts]
+    expected = [decode_block_causal(network, prompt, rule, end_token_ids=ends, **canvas) for prompt in prompts]
     assert min(e.proposal_margin for e in expected) > MIN_MARGIN
     # One forward a position; of its last block, a request that ends there has taken fewer.
     ends_of_blocks = [-(-(len(prompt) + len(e.tokens)) // 16) * 16 for prompt, e in zip(prompts, expected, strict=True)]
@@ -267,14 +267,14 @@ def test_several_stop_tokens_end_their_block_early(llm, twin, jobs):
     assert [(list(c.token_ids), nfe(c)) for c in got] == [(e.tokens, e.nfe) for e in expected]
 
 
-def test_pages_are_shared_between_equal_block_lengths_only(llm, twin):
+def test_pages_are_shared_between_equal_block_lengths_only(llm, network):
     rng = random.Random(13)
     scheduler(llm).reset_prefix_cache()
     prompt = [rng.randrange(3, 100) for _ in range(70)]
     cached = []
     for block_length in (4, 8, 24, 4, 8, 24):
         options = {"policy": "static_threshold", "threshold": 0.4, "block_length": block_length}
-        expected = decode_block_causal(twin, prompt, above(0.4), block_length=block_length, max_tokens=30)
+        expected = decode_block_causal(network, prompt, above(0.4), block_length=block_length, max_tokens=30)
         assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
         hit, got = num_cached(llm, prompt, sampling(30, **options))
         cached.append(hit)
@@ -282,7 +282,7 @@ def test_pages_are_shared_between_equal_block_lengths_only(llm, twin):
     assert cached == [0, 0, 0, 64, 64, 0]  # pages of 32 cut blocks of 24
 
 
-def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin):
+def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, network):
     rng = random.Random(19)
     prompts, params, expected, num_faster = [], [], [], 0
     for index in range(24):
@@ -290,7 +290,7 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin):
         steps_per_block = rng.choice([1, 2, 3, block_length])  # 3 does not share out evenly
         prompt = [rng.randrange(3, 100) for _ in range(rng.randrange(1, 50))]
         rule = dynamic(tau, steps_per_block, block_length)
-        decoded = decode_block_causal(twin, prompt, rule, block_length=block_length, max_tokens=max_tokens)
+        decoded = decode_block_causal(network, prompt, rule, block_length=block_length, max_tokens=max_tokens)
         if decoded.proposal_margin > MIN_MARGIN:
             options = {"policy": "static_threshold", "threshold": tau, "block_length": block_length}
             total = -(-max_tokens // block_length) * steps_per_block
@@ -298,7 +298,7 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin):
             prompts.append(prompt)
             params.append(sampling(max_tokens, **steps, **options))
             expected.append(decoded)
-            plain = decode_block_causal(twin, prompt, above(tau), block_length=block_length, max_tokens=max_tokens)
+            plain = decode_block_causal(network, prompt, above(tau), block_length=block_length, max_tokens=max_tokens)
             num_faster += decoded.nfe < plain.nfe
     assert len(expected) >= 20 and num_faster >= 10
     completions = generate(llm, prompts, params)
@@ -306,17 +306,17 @@ def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin):
 
 
 @pytest.mark.parametrize("mode", ["block", "step_block"])
-def test_osdt_equals_a_plain_implementation(llm, twin, mode):
+def test_osdt_equals_a_plain_implementation(llm, network, mode):
     rng = random.Random(5)
     first, *later = [[rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
     options = {"task": f"sdar {mode}", "threshold": 0.3, "granularity": mode, "statistic": "q2", "block_length": 8}
     options |= {"num_calibration_requests": 1, "slack": 0.1, "threshold_cap": 1.0}
-    phase_1 = decode_block_causal(twin, first, above(0.3), block_length=8, max_tokens=40)
+    phase_1 = decode_block_causal(network, first, above(0.3), block_length=8, max_tokens=40)
     params = sampling(40, **options)
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
     rule = osdt(calibrate(phase_1.record, mode, "q2", False), 1.0, 0.1)
-    expected = [decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=40) for prompt in later]
+    expected = [decode_block_causal(network, prompt, rule, block_length=8, max_tokens=40) for prompt in later]
     clear = [index for index, e in enumerate(expected) if e.proposal_margin > MIN_MARGIN]
     assert len(clear) >= 6 and rule.margin > MIN_MARGIN
     completions = generate(llm, later, params)
@@ -327,12 +327,12 @@ def test_osdt_equals_a_plain_implementation(llm, twin, mode):
 
 
 @pytest.mark.parametrize(("steps", "num_prompt"), [(32, 8), (16, 11), (8, 3)])
-def test_fixed_steps_share_out_the_positions_of_new_tokens(llm, twin, steps, num_prompt):
+def test_fixed_steps_share_out_the_positions_of_new_tokens(llm, network, steps, num_prompt):
     rng = random.Random(steps)
     prompt = [rng.randrange(3, 100) for _ in range(num_prompt)]
     share = 32 // steps
     expected = decode_block_causal(
-        twin, prompt, lambda block, step, masked: best_first(masked)[:share], block_length=8, max_tokens=32
+        network, prompt, lambda block, step, masked: best_first(masked)[:share], block_length=8, max_tokens=32
     )
     assert expected.proposal_margin > MIN_MARGIN
     [got] = generate(llm, [prompt], sampling(32, policy="fixed_steps", steps=steps, block_length=8))
@@ -378,7 +378,7 @@ def test_an_operators_canvas_length_is_refused_at_start(checkpoint, start_llm):
         start_llm(checkpoint, **ENGINE, additional_config=config)
 
 
-def test_pages_of_a_request_that_is_preempted_before_its_step_are_not_shared(checkpoint, start_llm, twin):
+def test_pages_of_a_request_that_is_preempted_before_its_step_are_not_shared(checkpoint, start_llm, network):
     """By priority, a later request of the same step takes the pages of one that was about to write final ones."""
     llm = start_llm(checkpoint, max_num_seqs=2, max_model_len=96, block_size=32, num_gpu_blocks_override=4,
                     scheduling_policy="priority")  # fmt: skip
@@ -397,7 +397,7 @@ def test_pages_of_a_request_that_is_preempted_before_its_step_are_not_shared(che
     sched._preempt_request = watched
     # One token a step: both enter position 32 in the third step, and there is one page for it.
     prompts = [[rng.randrange(8, 100) for _ in range(length)] for length in (30, 31)]
-    expected = [decode_block_causal(twin, p, above(0.999), block_length=4, max_tokens=30) for p in prompts]
+    expected = [decode_block_causal(network, p, above(0.999), block_length=4, max_tokens=30) for p in prompts]
     params = sampling(30, policy="static_threshold", threshold=0.999, block_length=4)
     finished = {}
 

@@ -43,7 +43,7 @@ RULES = [
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_where_every_position_sees_the_whole_canvas(whole_canvas, cache):
-    llm, twin = whole_canvas
+    llm, network = whole_canvas
     jobs = []
     for index, max_tokens in enumerate(range(CONTEXT - 2 * BLOCK - 14, CONTEXT)):
         prompt, (options, rule) = PROMPTS[index % len(PROMPTS)], RULES[index % len(RULES)]
@@ -55,7 +55,7 @@ def test_where_every_position_sees_the_whole_canvas(whole_canvas, cache):
             continue
         part = {"block_length": BLOCK, "cache_mode": cache}
         canvas = canvas_of(prompt, max_tokens)
-        expected = decode(twin, prompt, rule(), gen_length=canvas, max_tokens=max_tokens, **part)
+        expected = decode(network, prompt, rule(), gen_length=canvas, max_tokens=max_tokens, **part)
         assert len(expected.tokens) == max_tokens
         if min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN:
             jobs.append((prompt, sampling(max_tokens, **part, **options), expected))
@@ -92,9 +92,9 @@ def test_without_a_limit_the_rest_of_the_context_is_served(whole_canvas, left):
 
 def test_where_a_block_sees_no_later_one(start_llm, tmp_path):
     folder = make_sdar_checkpoint(tmp_path / "model", seed=3, block_size=BLOCK)
-    twin = ReferenceSDAR.load(folder)
+    network = ReferenceSDAR.load(folder)
     llm = start_llm(folder, max_num_seqs=64, max_model_len=CONTEXT)
-    plain = partial(decode_block_causal, twin, block_length=BLOCK, end_token_ids=())
+    plain = partial(decode_block_causal, network, block_length=BLOCK, end_token_ids=())
     jobs = []
     for index, max_tokens in enumerate(range(CONTEXT - 2 * BLOCK - 14, CONTEXT)):
         prompt = PROMPTS[index % len(PROMPTS)]

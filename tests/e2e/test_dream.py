@@ -38,7 +38,7 @@ def llm(checkpoint, start_llm):
 
 
 @pytest.fixture(scope="module")
-def twin(checkpoint):
+def network(checkpoint):
     return ReferenceDream.load(checkpoint)
 
 
@@ -87,8 +87,8 @@ def random_prompts(number, seed=0):
 
 
 @pytest.fixture(scope="module")
-def jobs(twin):
-    return make_canvas_jobs(twin)
+def jobs(network):
+    return make_canvas_jobs(network)
 
 
 def test_random_requests_decode_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
@@ -104,7 +104,7 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_osdt_equals_a_plain_implementation(llm, twin, cache):
+def test_osdt_equals_a_plain_implementation(llm, network, cache):
     first, *later = random_prompts(9, seed=6)
     options = {
         "cache_mode": cache,
@@ -114,12 +114,12 @@ def test_osdt_equals_a_plain_implementation(llm, twin, cache):
         "statistic": "q2",
     }
     options |= {"num_calibration_requests": 1, "slack": 0.1, "threshold_cap": 1.0, **CANVAS}
-    phase_1 = decode(twin, first, static_threshold(0.3), cache_mode=cache, **CANVAS)
+    phase_1 = decode(network, first, static_threshold(0.3), cache_mode=cache, **CANVAS)
     rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
     params = sampling(CANVAS["gen_length"], **options)
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
-    expected = [decode(twin, prompt, rule, cache_mode=cache, **CANVAS) for prompt in later]
+    expected = [decode(network, prompt, rule, cache_mode=cache, **CANVAS) for prompt in later]
     clear = [index for index, e in enumerate(expected) if e.proposal_margin > MIN_MARGIN]
     assert len(clear) >= 6 and rule.margin > MIN_MARGIN
     completions = generate(llm, later, params)
@@ -128,7 +128,7 @@ def test_osdt_equals_a_plain_implementation(llm, twin, cache):
 
 
 @pytest.mark.parametrize(("steps", "cache"), [(32, "dual"), (16, "prefix"), (12, "dual"), (8, "none")])
-def test_fixed_steps_take_as_many_forwards_as_asked_for(llm, twin, steps, cache):
+def test_fixed_steps_take_as_many_forwards_as_asked_for(llm, network, steps, cache):
     per_block = steps // 4
     alone = cache != "none"
 
@@ -137,7 +137,7 @@ def test_fixed_steps_take_as_many_forwards_as_asked_for(llm, twin, steps, cache)
         return best_first(masked)[: share + (step - alone < more)]
 
     prompt = random_prompts(1, seed=9)[0]
-    expected = decode(twin, prompt, rule, cache_mode=cache, **CANVAS)
+    expected = decode(network, prompt, rule, cache_mode=cache, **CANVAS)
     [got] = generate(llm, [prompt], sampling(32, policy="fixed_steps", steps=steps, cache_mode=cache, **CANVAS))
     assert nfe(got) == expected.nfe == steps
     assert expected.proposal_margin > MIN_MARGIN and list(got.token_ids) == expected.tokens

@@ -26,9 +26,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jobs(checkpoint):
-    twin = ReferenceSDAR.load(checkpoint)
+    network = ReferenceSDAR.load(checkpoint)
 
-    found = make_jobs(partial(decode_block_causal, twin), [{"block_length": length} for length in (4, 8, 16)])
+    found = make_jobs(partial(decode_block_causal, network), [{"block_length": length} for length in (4, 8, 16)])
     assert len(found) >= 50
     return found
 
@@ -55,10 +55,10 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
 
 
 def test_osdt_equals_a_plain_implementation(llm, checkpoint):
-    twin = ReferenceSDAR.load(checkpoint)
+    network = ReferenceSDAR.load(checkpoint)
 
     def decode(prompt, rule):
-        return decode_block_causal(twin, prompt, rule, block_length=8, max_tokens=40)
+        return decode_block_causal(network, prompt, rule, block_length=8, max_tokens=40)
 
     assert_osdt_equals_a_plain_implementation(llm, decode, "experts", {"block_length": 8, "max_tokens": 40})
 

@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(checkpoint):
+def network(checkpoint):
     return ReferenceFastDLLMv2.load(checkpoint)
 
 
@@ -56,8 +56,8 @@ def golden_llm(golden_fast_dllm_v2, start_llm):
 
 
 @pytest.fixture(scope="module")
-def jobs(twin):
-    found = make_jobs(partial(decode_fast_dllm_v2, twin), VARIANTS)
+def jobs(network):
+    found = make_jobs(partial(decode_fast_dllm_v2, network), VARIANTS)
     assert len(found) >= 50
     return found
 
@@ -80,8 +80,8 @@ def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
     assert_one_batch_is_right(llm, jobs)
 
 
-def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
-    assert_first_logits_equal(llm, twin, monkeypatch, block_length=16, sub_block_length=16)
+def test_logits_equal_those_of_the_plain_network(llm, network, monkeypatch):
+    assert_first_logits_equal(llm, network, monkeypatch, block_length=16, sub_block_length=16)
 
 
 def test_neither_order_nor_company_changes_a_token(llm, jobs):
@@ -99,7 +99,7 @@ def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(checkpoi
     assert [nfe(c) for c in completions] == [job.decoded.nfe for job in jobs]
 
 
-def test_the_sub_block_cache_computes_fewer_rows(llm, twin, monkeypatch):
+def test_the_sub_block_cache_computes_fewer_rows(llm, network, monkeypatch):
     from vllm_osdt.worker.model_runner import CanvasRunnerMixin
 
     rows = []
@@ -123,11 +123,11 @@ def test_the_sub_block_cache_computes_fewer_rows(llm, twin, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["block", "step_block"])
-def test_osdt_equals_a_plain_implementation(llm, twin, mode):
+def test_osdt_equals_a_plain_implementation(llm, network, mode):
     rng = random.Random(5)
     first, *later = [[rng.randrange(3, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
     kwargs = {"block_length": 16, "sub_block_length": 4, "sub_block_cache": True, "max_tokens": 40}
-    phase_1 = decode_fast_dllm_v2(twin, first, above(0.6), **kwargs)
+    phase_1 = decode_fast_dllm_v2(network, first, above(0.6), **kwargs)
     options = {**kwargs, "task": f"v2 {mode}", "threshold": 0.6, "granularity": mode, "statistic": "q2"}
     options |= {"num_calibration_requests": 1, "slack": 0.1, "threshold_cap": 1.0}
     options.pop("max_tokens")
@@ -135,7 +135,7 @@ def test_osdt_equals_a_plain_implementation(llm, twin, mode):
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
     rule = osdt(calibrate(phase_1.record, mode, "q2", False), 1.0, 0.1)
-    expected = [decode_fast_dllm_v2(twin, prompt, rule, **kwargs) for prompt in later]
+    expected = [decode_fast_dllm_v2(network, prompt, rule, **kwargs) for prompt in later]
     clear = [index for index, e in enumerate(expected) if e.proposal_margin > MIN_MARGIN]
     assert len(clear) >= 6 and rule.margin > MIN_MARGIN
     completions = generate(llm, later, params)
@@ -145,7 +145,7 @@ def test_osdt_equals_a_plain_implementation(llm, twin, mode):
 
 @pytest.mark.parametrize(("steps", "taken"), [(48, 48), (24, 24), (12, 12), (6, 9)])
 @pytest.mark.parametrize("sub_block_cache", [False, True])
-def test_fixed_steps_are_shared_out_by_sub_block(llm, twin, steps, taken, sub_block_cache):
+def test_fixed_steps_are_shared_out_by_sub_block(llm, network, steps, taken, sub_block_cache):
     """A sub-block of one step takes two where its first position is decided alone."""
     share = 48 // steps
     part = {"block_length": 16, "sub_block_length": 8, "sub_block_cache": sub_block_cache}
@@ -155,28 +155,28 @@ def test_fixed_steps_are_shared_out_by_sub_block(llm, twin, steps, taken, sub_bl
         return best_first(masked)[: -(-7 // (8 // share - 1)) if alone and share < 8 else share]
 
     prompt = list(range(20, 36))
-    expected = decode_fast_dllm_v2(twin, prompt, rule, max_tokens=48, **part)
+    expected = decode_fast_dllm_v2(network, prompt, rule, max_tokens=48, **part)
     [got] = generate(llm, [prompt], sampling(48, policy="fixed_steps", steps=steps, **part))
-    assert twin.mask_token_id not in got.token_ids
+    assert network.mask_token_id not in got.token_ids
     assert nfe(got) == taken
     assert expected.proposal_margin > MIN_MARGIN and expected.nfe == taken
     assert list(got.token_ids) == expected.tokens
 
 
 @pytest.mark.parametrize("factor", [10.0, 25.0, 300.0])
-def test_no_policy_decides_a_position_that_was_not_computed(llm, twin, factor):
+def test_no_policy_decides_a_position_that_was_not_computed(llm, network, factor):
     """Those of later sub-blocks: a factor that large would let any position pass."""
     options = {"block_length": 16, "sub_block_length": 8, "sub_block_cache": True}
     prompts = [list(range(20, 20 + length)) for length in (6, 7, 13, 16)]
     expected = [
-        decode_fast_dllm_v2(twin, prompt, lambda block, step, masked: list(masked), max_tokens=40, **options)
+        decode_fast_dllm_v2(network, prompt, lambda block, step, masked: list(masked), max_tokens=40, **options)
         for prompt in prompts
     ]
     assert all(e.proposal_margin > MIN_MARGIN for e in expected)
     got = generate(llm, prompts, sampling(40, policy="factor", factor=factor, **options))
     if factor > 100:  # every position of a sub-block at once
         assert tokens(got) == [e.tokens for e in expected]
-    assert all(0 <= token < twin.mask_token_id for one in tokens(got) for token in one)
+    assert all(0 <= token < network.mask_token_id for one in tokens(got) for token in one)
 
 
 @pytest.mark.parametrize(

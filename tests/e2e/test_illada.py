@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(checkpoint):
+def network(checkpoint):
     return ReferenceILLaDA.load(checkpoint)
 
 
@@ -31,8 +31,8 @@ def llm(checkpoint, start_llm):
 
 
 @pytest.fixture(scope="module")
-def jobs(twin):
-    return make_canvas_jobs(twin)
+def jobs(network):
+    return make_canvas_jobs(network)
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
@@ -48,10 +48,10 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
 
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
-def test_osdt_equals_a_plain_implementation(llm, twin, cache):
+def test_osdt_equals_a_plain_implementation(llm, network, cache):
     canvas = {"gen_length": 32, "block_length": 8, "cache_mode": cache}
 
     def decode_one(prompt, rule):
-        return decode(twin, prompt, rule, **canvas)
+        return decode(network, prompt, rule, **canvas)
 
     assert_osdt_equals_a_plain_implementation(llm, decode_one, f"illada {cache}", {**canvas, "max_tokens": 32})

@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(checkpoint):
+def network(checkpoint):
     return ReferenceLLaDA2.load(checkpoint)
 
 
@@ -45,9 +45,9 @@ def llm(checkpoint, start_llm):
     return start_llm(checkpoint, **ENGINE)
 
 
-def decode_case(twin, case):
+def decode_case(network, case):
     return decode_block_causal(
-        twin,
+        network,
         case["prompt_token_ids"],
         above(case["threshold"]),
         block_length=case["block_length"],
@@ -58,8 +58,8 @@ def decode_case(twin, case):
 
 
 def test_the_plain_network_and_loop_take_the_recorded_decisions(golden_llada2):
-    twin = ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255)
-    decoded = [decode_case(twin, case) for case in golden_llada2.cases]
+    network = ReferenceLLaDA2.load(golden_llada2.folder, mask_token_id=255)
+    decoded = [decode_case(network, case) for case in golden_llada2.cases]
     assert len(decoded) == 30
     assert [d.tokens for d in decoded] == [case["output_token_ids"] for case in golden_llada2.cases]
     assert all(d.nfe <= case["nfe"] for d, case in zip(decoded, golden_llada2.cases, strict=True))
@@ -86,7 +86,7 @@ def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_lla
 
 
 @pytest.fixture(scope="module")
-def jobs(twin):
+def jobs(network):
     variants = [
         {"block_length": 8},
         {"block_length": 16, "edit_threshold": 0.4},
@@ -95,7 +95,7 @@ def jobs(twin):
     ]
     rules = [*RULES[:-1], ({"policy": "joint_bound", "delta": 0.4}, lambda: joint_bound(0.4))]
     found = make_jobs(
-        partial(decode_block_causal, twin), variants, rules=rules
+        partial(decode_block_causal, network), variants, rules=rules
     )  # entropies and editing exclude each other
     assert len(found) >= 50
     assert sum(job.decoded.num_edits > 0 for job in found) >= 15
@@ -106,8 +106,8 @@ def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
     assert_one_batch_is_right(llm, jobs)
 
 
-def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
-    assert_first_logits_equal(llm, twin, monkeypatch, block_length=8)
+def test_logits_equal_those_of_the_plain_network(llm, network, monkeypatch):
+    assert_first_logits_equal(llm, network, monkeypatch, block_length=8)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_without_fused_commit_the_tokens_stay(checkpoint, start_llm, jobs):
 
 
 @pytest.mark.parametrize("edit_threshold", [None, 0.3])
-def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, twin, edit_threshold):
+def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, network, edit_threshold):
     rng = random.Random(20)
     prompts = [[rng.randrange(8, 100) for _ in range(rng.randrange(1, 40))] for _ in range(10)]
     kwargs = {"block_length": 8, "max_tokens": 40, "edit_threshold": edit_threshold}
-    expected = [decode_block_causal(twin, prompt, dynamic(0.9, 3, 8), **kwargs) for prompt in prompts]
+    expected = [decode_block_causal(network, prompt, dynamic(0.9, 3, 8), **kwargs) for prompt in prompts]
     clear = [i for i, e in enumerate(expected) if min(e.proposal_margin, e.edit_margin) > MIN_MARGIN]
     assert len(clear) >= 6
     edit = {} if edit_threshold is None else {"edit_threshold": edit_threshold}
@@ -161,11 +161,11 @@ def test_editing_and_entropies_exclude_each_other(llm):
         generate(llm, [[5, 6]], sampling(8, policy="entropy_bound", edit_threshold=0.5))
 
 
-def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, twin):
+def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, network):
     rng = random.Random(18)
     first, *later = [[rng.randrange(8, 100) for _ in range(rng.randrange(1, 40))] for _ in range(9)]
     kwargs = {"block_length": 8, "max_tokens": 40, "edit_threshold": 0.3}
-    phase_1 = decode_block_causal(twin, first, above(0.6), **kwargs)
+    phase_1 = decode_block_causal(network, first, above(0.6), **kwargs)
     assert phase_1.num_edits and phase_1.edit_margin > MIN_MARGIN
     options = {
         "task": "edited",
@@ -179,7 +179,7 @@ def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, twin)
     [got] = generate(llm, [first], params)
     assert (list(got.token_ids), nfe(got)) == (phase_1.tokens, phase_1.nfe)
     rule = osdt(calibrate(phase_1.record, "step_block", "q2", False), 1.0, 0.1)
-    expected = [decode_block_causal(twin, prompt, rule, **kwargs) for prompt in later]
+    expected = [decode_block_causal(network, prompt, rule, **kwargs) for prompt in later]
     clear = [i for i, e in enumerate(expected) if min(e.proposal_margin, e.edit_margin) > MIN_MARGIN]
     assert len(clear) >= 5 and rule.margin > MIN_MARGIN
     completions = generate(llm, later, params)

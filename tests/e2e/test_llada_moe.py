@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(checkpoint):
+def network(checkpoint):
     return ReferenceLLaDAMoE.load(checkpoint)
 
 
@@ -71,7 +71,7 @@ def llm(checkpoint, start_llm):
     return start_llm(checkpoint, max_num_seqs=64, max_model_len=256)
 
 
-def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
+def test_logits_equal_those_of_the_plain_network(llm, network, monkeypatch):
     from vllm_osdt.worker.sampler import CanvasSampler
 
     seen = []
@@ -84,14 +84,14 @@ def test_logits_equal_those_of_the_plain_network(llm, twin, monkeypatch):
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
     prompt = list(range(3, 40))
     generate(llm, [prompt], sampling(16, policy="static_threshold", block_length=16, cache_mode="none"))
-    full, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 16))
+    full, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 16))
     assert full.std() > 0.5
     torch.testing.assert_close(seen[0], full[len(prompt) :], rtol=1e-5, atol=2e-4)
 
 
 @pytest.fixture(scope="module")
-def jobs(twin):
-    return make_canvas_jobs(twin)
+def jobs(network):
+    return make_canvas_jobs(network)
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):
@@ -106,11 +106,11 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
 
 
-def test_osdt_equals_a_plain_implementation(llm, twin):
+def test_osdt_equals_a_plain_implementation(llm, network):
     canvas = {"gen_length": 32, "block_length": 8, "cache_mode": "dual"}
 
     def decode_one(prompt, rule):
-        return decode(twin, prompt, rule, **canvas)
+        return decode(network, prompt, rule, **canvas)
 
     assert_osdt_equals_a_plain_implementation(llm, decode_one, "llada-moe", {**canvas, "max_tokens": 32})
 

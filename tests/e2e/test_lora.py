@@ -22,11 +22,11 @@ pytestmark = pytest.mark.e2e
 RANK, ALPHA = 8, 16
 
 
-def add_adapter(folder: Path, twin, modules: tuple[str, ...], seed: int):
+def add_adapter(folder: Path, network, modules: tuple[str, ...], seed: int):
     """Write a random adapter of a network in PEFT's format, and return the network with it merged."""
     generator = torch.Generator().manual_seed(seed)
-    merged, adapter = type(twin)(twin.config, dict(twin.weights)), {}
-    for name, weight in twin.weights.items():
+    merged, adapter = type(network)(network.config, dict(network.weights)), {}
+    for name, weight in network.weights.items():
         if name.removesuffix(".weight").rsplit(".", 1)[-1] not in modules:
             continue
         a = torch.randn(RANK, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
@@ -45,12 +45,12 @@ def add_adapter(folder: Path, twin, modules: tuple[str, ...], seed: int):
     return merged
 
 
-def block_causal(twin, prompt, threshold):
-    return decode_block_causal(twin, prompt, above(threshold), block_length=8, max_tokens=24)
+def block_causal(network, prompt, threshold):
+    return decode_block_causal(network, prompt, above(threshold), block_length=8, max_tokens=24)
 
 
-def whole_canvas(twin, prompt, threshold):
-    return decode(twin, prompt, static_threshold(threshold), gen_length=24, block_length=8, cache_mode="dual")
+def whole_canvas(network, prompt, threshold):
+    return decode(network, prompt, static_threshold(threshold), gen_length=24, block_length=8, cache_mode="dual")
 
 
 FAMILIES = {
@@ -69,16 +69,16 @@ FAMILIES = {
 def test_adapters_of_a_batch_keep_to_their_requests(tmp_path, start_llm, family):
     make, network, modules, decode_one = FAMILIES[family]
     folder = make(tmp_path / "model", seed=1)
-    twin = network.load(folder)
-    twins = [twin, *(add_adapter(tmp_path / f"adapter{n}", twin, modules, seed=n) for n in (1, 2))]
+    network = network.load(folder)
+    networks = [network, *(add_adapter(tmp_path / f"adapter{n}", network, modules, seed=n) for n in (1, 2))]
     adapters = [None, *(LoRARequest(f"a{n}", n, str(tmp_path / f"adapter{n}")) for n in (1, 2))]
     llm = start_llm(folder, max_num_seqs=32, max_model_len=128, enable_lora=True, max_loras=2, max_lora_rank=RANK)
     rng = random.Random(7)
     prompts = [[rng.randrange(3, 99) for _ in range(rng.randrange(1, 40))] for _ in range(18)]
-    expected = [decode_one(twins[i % 3], prompt, 0.4) for i, prompt in enumerate(prompts)]
+    expected = [decode_one(networks[i % 3], prompt, 0.4) for i, prompt in enumerate(prompts)]
     clear = [i for i, e in enumerate(expected) if min(e.proposal_margin, e.rule_margin) > MIN_MARGIN]
     assert len(clear) >= 15
-    assert sum(decode_one(twin, prompts[i], 0.4).tokens != expected[i].tokens for i in clear if i % 3) >= 8
+    assert sum(decode_one(network, prompts[i], 0.4).tokens != expected[i].tokens for i in clear if i % 3) >= 8
 
     def run(chosen, params):
         requests = [{"prompt_token_ids": prompts[i]} for i in chosen]
@@ -111,8 +111,11 @@ def test_adapters_have_profiles_of_their_own(tmp_path, start_llm):
 def test_an_adapter_waits_while_those_of_postponed_requests_take_its_place(tmp_path, start_llm):
     """Requests that wait for room in a step keep their adapters, though vLLM counts those of the step alone."""
     folder = make_checkpoint(tmp_path / "model", seed=1)
-    twin, paths = ReferenceLLaDA.load(folder), [tmp_path / f"adapter{n}" for n in (1, 2)]
-    twins = [twin, *(add_adapter(path, twin, ("q_proj", "v_proj"), seed=n) for n, path in enumerate(paths, start=1))]
+    network, paths = ReferenceLLaDA.load(folder), [tmp_path / f"adapter{n}" for n in (1, 2)]
+    networks = [
+        network,
+        *(add_adapter(path, network, ("q_proj", "v_proj"), seed=n) for n, path in enumerate(paths, start=1)),
+    ]
     adapters = [None, *(LoRARequest(f"a{n}", n, str(path)) for n, path in enumerate(paths, start=1))]
     llm = start_llm(
         folder, max_num_seqs=8, max_model_len=256, max_num_batched_tokens=256, enable_lora=True, max_lora_rank=RANK
@@ -123,7 +126,7 @@ def test_an_adapter_waits_while_those_of_postponed_requests_take_its_place(tmp_p
     got = llm.generate(requests, params, lora_request=adapters, use_tqdm=False)
     rules = [fixed_steps(steps // 4, 8) for steps in (8, 12, 8)]
     canvas = {"gen_length": 32, "block_length": 8, "cache_mode": "dual"}
-    expected = [decode(*job, **canvas) for job in zip(twins, prompts, rules, strict=True)]
+    expected = [decode(*job, **canvas) for job in zip(networks, prompts, rules, strict=True)]
     assert min(e.proposal_margin for e in expected) > MIN_MARGIN
     assert [list(one.outputs[0].token_ids) for one in got] == [e.tokens for e in expected]
     assert_idle(llm)

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(checkpoint):
+def network(checkpoint):
     return ReferenceStableDiffcoder.load(checkpoint)
 
 
@@ -40,8 +40,8 @@ def llm(checkpoint, start_llm):
 
 
 @pytest.fixture(scope="module")
-def jobs(twin):
-    found = make_jobs(partial(decode_block_causal, twin), [{"block_length": length} for length in (4, 8, 16)])
+def jobs(network):
+    found = make_jobs(partial(decode_block_causal, network), [{"block_length": length} for length in (4, 8, 16)])
     assert len(found) >= 50
     return found
 
@@ -59,7 +59,7 @@ def test_preemption_in_mid_block_changes_no_token(llm, jobs):
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3, 0.95])
-def test_one_batch_decodes_as_the_authors_loop_does(llm, twin, threshold):
+def test_one_batch_decodes_as_the_authors_loop_does(llm, network, threshold):
     """With the block of the checkpoints, that no request names.
 
     Outputs end with a block: the authors leave later positions of the last one out, and here they are masks.
@@ -73,7 +73,7 @@ def test_one_batch_decodes_as_the_authors_loop_does(llm, twin, threshold):
         # Where a step has a share of the block, it is of the block's masks there and of all its positions here.
         steps = 4 if threshold is not None or len(prompt) % 4 else rng.choice([1, 2, 3, 4])
         decoded, margin = decode_as_published(
-            twin,
+            network,
             prompt,
             gen_length=gen_length,
             block_length=4,
@@ -103,6 +103,6 @@ def test_a_confidence_that_equals_the_threshold_passes(tmp_path, start_llm):
     assert [nfe(c) for c in alone] == [12, 12, 12]
 
 
-def test_osdt_equals_a_plain_implementation(llm, twin):
-    decode_one = partial(decode_block_causal, twin, block_length=4, max_tokens=24)
+def test_osdt_equals_a_plain_implementation(llm, network):
+    decode_one = partial(decode_block_causal, network, block_length=4, max_tokens=24)
     assert_osdt_equals_a_plain_implementation(llm, decode_one, "stable-diffcoder", {"max_tokens": 24})

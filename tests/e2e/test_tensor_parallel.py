@@ -39,10 +39,10 @@ def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, t
     assert result["held"][0][0]["id"] == result["held"][2][0]["id"]
     [table] = result["held"][2][0]["thresholds"].values()
     assert result["used"] == [result["held"][2][0]["id"]] * 2
-    twin = ReferenceLLaDA.load(golden_random.folder)
+    network = ReferenceLLaDA.load(golden_random.folder)
     rule = osdt(table, cap=0.9, slack=0.0)
     for case, got in zip(golden_random.cases[:2], result["calibrated"], strict=True):
-        expected = decode(twin, case["prompt_token_ids"], rule, gen_length=64, block_length=32, cache_mode="dual")
+        expected = decode(network, case["prompt_token_ids"], rule, gen_length=64, block_length=32, cache_mode="dual")
         assert got == expected.tokens
     assert len(list(tmp_path.rglob("*.json"))) == 2
 
@@ -65,9 +65,9 @@ def random_requests(number=12, **more):
     return prompts, options
 
 
-def assert_as_expected(got, twin, prompts, options, **more):
+def assert_as_expected(got, network, prompts, options, **more):
     decoded = [
-        decode_block_causal(twin, prompt, above(o["threshold"]), block_length=8, max_tokens=24, **more)
+        decode_block_causal(network, prompt, above(o["threshold"]), block_length=8, max_tokens=24, **more)
         for prompt, o in zip(prompts, options, strict=True)
     ]
     clear = [i for i, d in enumerate(decoded) if min(d.proposal_margin, d.rule_margin, d.edit_margin) > MIN_MARGIN]

@@ -1,4 +1,4 @@
-"""Each native twin against the interpreted kernel that it replaces, over random states with poisoned outputs."""
+"""Each NumPy kernel against the interpreted kernel that it replaces, over random states with poisoned outputs."""
 
 import copy
 import importlib
@@ -81,10 +81,10 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, POISON, dtype=dtype)
 
 
-def assert_same_effect(stock, twin, *args, **kwargs) -> None:
+def assert_same_effect(stock, ours_np, *args, **kwargs) -> None:
     """Both leave every argument in the same state and return the same."""
     theirs, ours = copy.deepcopy((args, kwargs)), copy.deepcopy((args, kwargs))
-    expected, result = stock(*theirs[0], **theirs[1]), twin(*ours[0], **ours[1])
+    expected, result = stock(*theirs[0], **theirs[1]), ours_np(*ours[0], **ours[1])
     torch.testing.assert_close((ours, result), (theirs, expected), rtol=0, atol=0)
 
 

@@ -108,10 +108,10 @@ def block_causal_model():
 
 def test_a_saved_block_causal_model_is_an_sdar_checkpoint(block_causal_model, tmp_path):
     block_causal_model.save(tmp_path)
-    twin = ReferenceSDAR.load(tmp_path)
+    network = ReferenceSDAR.load(tmp_path)
     ids = torch.randint(3, 256, (21,), generator=torch.Generator().manual_seed(2))
     logits = block_causal_model(ids[None], visible=block_causal(torch.arange(21) // CONFIG.block_length))[0]
-    torch.testing.assert_close(logits, twin.forward(ids, CONFIG.block_length), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logits, network.forward(ids, CONFIG.block_length), rtol=1e-5, atol=1e-4)
     again = MiniLLaDA.load(tmp_path)
     assert again.config == block_causal_model.config
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), block_causal_model.parameters(), strict=True))
@@ -131,12 +131,12 @@ def test_noised_blocks_beside_clean_ones_are_computed_as_if_they_were_last(block
 
 def test_block_causal_decoding_equals_a_plain_loop(block_causal_model, prompts, tmp_path):
     block_causal_model.save(tmp_path)
-    twin = ReferenceSDAR.load(tmp_path)
+    network = ReferenceSDAR.load(tmp_path)
     canvases, nfe = decode(block_causal_model, prompts, static_rule(0.05), CANVAS_LENGTH)
     assert canvases.shape[1] == 30  # 10 + 24 in whole blocks, without the prompt
     for row, prompt in enumerate(prompts.tolist()):
         expected = decode_block_causal(
-            twin, prompt, static_threshold(0.05), block_length=CONFIG.block_length, max_tokens=30
+            network, prompt, static_threshold(0.05), block_length=CONFIG.block_length, max_tokens=30
         )
         assert min(expected.proposal_margin, expected.rule_margin) > 1e-5
         assert (canvases[row].tolist(), int(nfe[row])) == (expected.tokens, expected.nfe)

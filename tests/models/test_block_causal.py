@@ -143,8 +143,8 @@ def test_logits_of_fast_dllm_v2_equal_those_of_the_plain_network(tmp_path, monke
 
     folder = make_fast_dllm_v2_checkpoint(tmp_path / "model", seed=4, **fields)
     llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
-    twin = ReferenceFastDLLMv2.load(folder)
-    assert_first_logits_equal(llm, twin, monkeypatch, block_length=16, sub_block_length=16)
+    network = ReferenceFastDLLMv2.load(folder)
+    assert_first_logits_equal(llm, network, monkeypatch, block_length=16, sub_block_length=16)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -60,7 +60,7 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
     from vllm_osdt.worker.sampler import CanvasSampler
 
     folder = make_dream_checkpoint(tmp_path / "model", seed=4, **fields)
-    twin = ReferenceDream.load(folder)
+    network = ReferenceDream.load(folder)
     llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
     seen = []
     sample = CanvasSampler.__call__
@@ -76,13 +76,13 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
     num_lines = [len(prompt) + 32 for prompt in PROMPTS]
     expected = []
     for prompt in (PROMPTS[num_lines.index(count)] for count in num_rows):
-        full, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 32))
+        full, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 32))
         expected.append(full[len(prompt) - 1 : len(prompt) + 15])  # position i is read at i - 1
     plain = torch.cat(expected)
     assert plain.std() > 0.5
     torch.testing.assert_close(logits, plain, rtol=1e-5, atol=LOGIT_TOLERANCE)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        decoded = decode(twin, prompt, static_threshold(0.3), gen_length=32, block_length=16, cache_mode="none")
+        decoded = decode(network, prompt, static_threshold(0.3), gen_length=32, block_length=16, cache_mode="none")
         assert min(decoded.proposal_margin, decoded.rule_margin) > 1e-5
         assert list(completion.token_ids) == decoded.tokens
 

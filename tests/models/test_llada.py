@@ -85,7 +85,7 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
     from vllm_osdt.worker.sampler import CanvasSampler
 
     folder = make_checkpoint(tmp_path / "model", seed=3, mask_scale=4.0, **fields)
-    twin = ReferenceLLaDA.load(folder)
+    network = ReferenceLLaDA.load(folder)
     llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
     seen = []
     sample = CanvasSampler.__call__
@@ -99,22 +99,22 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
     logits, num_rows = seen[0]  # the first step: every prompt with its whole canvas, logits of the first block
 
     num_lines = [len(prompt) + 64 for prompt in PROMPTS]
-    assert sorted(num_rows) == sorted(num_lines) and logits.shape == (3 * 32, twin.config["vocab_size"])
+    assert sorted(num_rows) == sorted(num_lines) and logits.shape == (3 * 32, network.config["vocab_size"])
     order = [num_lines.index(count) for count in num_rows]
     expected = []
     for prompt in (PROMPTS[index] for index in order):
-        full, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 64))
+        full, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 64))
         expected.append(full[len(prompt) : len(prompt) + 32])
     plain = torch.cat(expected)
     assert plain.std() > 0.5
     torch.testing.assert_close(logits, plain, rtol=1e-5, atol=LOGIT_TOLERANCE)
 
-    assert (plain.argmax(dim=-1) == twin.mask_token_id).any()  # the best token, but none to emit
+    assert (plain.argmax(dim=-1) == network.mask_token_id).any()  # the best token, but none to emit
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        decoded = decode(twin, prompt, static_threshold(0.2), gen_length=64, block_length=32, cache_mode="dual")
+        decoded = decode(network, prompt, static_threshold(0.2), gen_length=64, block_length=32, cache_mode="dual")
         assert min(decoded.proposal_margin, decoded.rule_margin) > 1e-5
         assert list(completion.token_ids) == decoded.tokens
-        assert twin.mask_token_id not in completion.token_ids
+        assert network.mask_token_id not in completion.token_ids
 
 
 def test_the_published_config_loads_without_remote_code(tmp_path):

@@ -113,14 +113,14 @@ def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(check
     index = list(FAMILIES).index(family)
     fields, overrides = SPELLINGS[list(SPELLINGS)[index % len(SPELLINGS)]]  # another one for each of the first
     write(folder, {"rope_theta": THETA, "rope_scaling": BY_TYPE})
-    twin = reference.load(folder)
+    network = reference.load(folder)
     plain, _ = frequencies(32, {"rope_theta": THETA})
-    assert not torch.equal(frequencies(32, twin.config)[0], plain)
+    assert not torch.equal(frequencies(32, network.config)[0], plain)
     write(folder, fields)
     llm = start_llm(folder, max_num_seqs=4, max_model_len=128, hf_overrides=overrides)
-    if not isinstance(twin, ReferenceLLaDA):
+    if not isinstance(network, ReferenceLLaDA):
         parts = {"sub_block_length": 16} if family == "fast_dllm_v2" else {}
-        assert_first_logits_equal(llm, twin, monkeypatch, block_length=16, **parts)  # up to position 64
+        assert_first_logits_equal(llm, network, monkeypatch, block_length=16, **parts)  # up to position 64
         return
     from vllm_osdt.worker.sampler import CanvasSampler
 
@@ -134,8 +134,8 @@ def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(check
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
     prompt = list(range(8, 58))
     generate(llm, [prompt], sampling(32, policy="static_threshold", block_length=16, cache_mode="none"))
-    full, _ = twin.forward(torch.tensor(prompt + [twin.mask_token_id] * 32))
-    first = len(prompt) - twin.logits_shift
+    full, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 32))
+    first = len(prompt) - network.logits_shift
     assert full.std() > 0.5
     torch.testing.assert_close(seen[0], full[first : first + 16], rtol=1e-5, atol=LOGIT_TOLERANCE)
 

@@ -62,10 +62,10 @@ def test_bounds_that_leave_no_room_are_refused():
 
 @pytest.mark.e2e
 def test_an_engine_decodes_as_the_plain_loop_also_after_preemption(tasks_llm, golden_tasks):
-    twin = ReferenceLLaDA.load(golden_tasks.folder)
+    network = ReferenceLLaDA.load(golden_tasks.folder)
     prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:32]]
     bounds = {"min_threshold": 0.2, "max_threshold": 0.95}
-    expected = [decode(twin, prompt, PlainBACD(0.2, 0.95), **CANVAS) for prompt in prompts]
+    expected = [decode(network, prompt, PlainBACD(0.2, 0.95), **CANVAS) for prompt in prompts]
     clear = [i for i, one in enumerate(expected) if min(one.rule_margin, one.proposal_margin) > 1e-5]
     assert len(clear) >= 20
     params = sampling(48, policy="bacd", **bounds, **CANVAS)

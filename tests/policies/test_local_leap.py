@@ -40,12 +40,12 @@ def test_scores_pass_as_published(seed, radius):
 
 @pytest.mark.e2e
 def test_an_engine_decodes_as_the_plain_loop(tasks_llm, golden_tasks):
-    twin = ReferenceLLaDA.load(golden_tasks.folder)
+    network = ReferenceLLaDA.load(golden_tasks.folder)
     prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:24]]
     options = {"policy": "local_leap", "anchor_threshold": 0.6, "relaxed_threshold": 0.3, "leap_radius": 2}
     canvas = {"gen_length": 48, "block_length": 16, "cache_mode": "dual"}
     rules = [policy_rule(lambda confidence: passing(confidence, 2, 0.6, 0.3)) for _ in prompts]
-    expected = [decode(twin, prompt, rule, **canvas) for prompt, rule in zip(prompts, rules, strict=True)]
+    expected = [decode(network, prompt, rule, **canvas) for prompt, rule in zip(prompts, rules, strict=True)]
     static = sampling(48, policy="static_threshold", threshold=0.6, **canvas)
     params = [one for _ in prompts for one in (sampling(48, **options, **canvas), static)]
     got = generate(tasks_llm, [prompt for prompt in prompts for _ in range(2)], params)

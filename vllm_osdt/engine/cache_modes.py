@@ -8,13 +8,15 @@ Source: Fast-dLLM (arXiv 2505.22618), section 3, for ``none``, ``prefix`` and ``
 and the refresh of unsure steps are ours.
 """
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from vllm_osdt.geometry import Canvas
 from vllm_osdt.options import DecodingOptions
 
 
-class BlockState(NamedTuple):
+@dataclass(slots=True)
+class BlockState:
     """What a cache mode knows of a request's active block.
 
     Attributes:
@@ -27,11 +29,11 @@ class BlockState(NamedTuple):
     """
 
     canvas: Canvas
-    start: int
-    is_entry: bool
-    refreshed_block: int
-    was_refresh: bool
-    mean_confidence: float
+    start: int = -1
+    is_entry: bool = True
+    refreshed_block: int = -1
+    was_refresh: bool = False
+    mean_confidence: float = 1.0
 
     @property
     def end(self) -> int:
@@ -105,7 +107,7 @@ class RefreshInterval:
         is_due = block.refreshed_block < 0 or index - block.refreshed_block >= self._interval
         if not block.is_entry or is_due:
             return rows
-        later = self._base.next_rows(block._replace(is_entry=False))
+        later = self._base.next_rows(replace(block, is_entry=False))
         return Span(block.start - block.canvas.block_length, later.end)
 
 

@@ -33,12 +33,8 @@ class CanvasPlan(Protocol):
     ``num_tokens`` is always prompt plus committed tokens; the active block begins there.
     """
 
+    block_length: int  # positions denoised together
     pages_end: int  # the position up to which the request has KV pages
-
-    @property
-    def block_length(self) -> int:
-        """Positions denoised together."""
-        ...
 
     def admit(self, num_cached: int) -> None:
         """The request starts, or resumes, with the keys and values of that many positions."""
@@ -60,71 +56,62 @@ class CanvasPlan(Protocol):
         """Positions, from the first, whose keys and values depend on nothing that may still change."""
 
 
-@dataclass(slots=True)
 class FullAttentionPlan:
     """Every position sees the whole canvas (LLaDA, Dream), so keys and values are approximations to be refreshed.
 
     A step is planned whole or not at all.
 
-    Attributes:
+    Args:
         canvas: Prompt end, canvas end and block length.
         mode: When to refresh, and which rows the other steps compute.
         decides_first_alone: Whether a block's first step decides its first position alone: with shifted logits and a
             cache, later steps do not compute the row before the block.
-        block_start: First position of the block of the last step, -1 before the first step.
-        refreshed_block: Index of the block of the last refresh, -1 before the first one.
-        was_refresh: Whether the last step was one.
-        mean_confidence: See ``cache_modes.BlockState``.
+
+    Attributes:
+        block_length: Positions denoised together.
         pages_end: See ``CanvasPlan``.
     """
 
-    canvas: Canvas
-    mode: CacheMode
-    decides_first_alone: bool = False
-    block_start: int = -1
-    refreshed_block: int = -1
-    was_refresh: bool = False
-    mean_confidence: float = 1.0
-    pages_end: int = 0
+    __slots__ = ("_block", "_entry", "_mode", "_planned", "block_length", "pages_end")
 
-    @property
-    def block_length(self) -> int:
-        """Positions denoised together."""
-        return self.canvas.block_length
+    def __init__(self, canvas: Canvas, mode: CacheMode, decides_first_alone: bool = False) -> None:
+        self.block_length = canvas.block_length
+        self.pages_end = 0
+        self._mode = mode
+        self._entry = Decides.FIRST_POSITION if decides_first_alone else Decides.BLOCK
+        self._block = BlockState(canvas)
+        self._planned = -1  # first position of the block that had the last step, -1 before the first step
 
     def admit(self, num_cached: int) -> None:
         """Pages of other requests are of no use."""
         assert num_cached == 0
-        self.block_start = self.refreshed_block = -1
+        self._planned = self._block.refreshed_block = -1
         self.pages_end = 0
 
     def next_rows(self, num_tokens: int, budget: int) -> Rows | None:
         """See ``CanvasPlan``."""
-        is_entry = self.block_start != num_tokens
-        state = BlockState(
-            self.canvas, num_tokens, is_entry, self.refreshed_block, self.was_refresh, self.mean_confidence
-        )
-        start, end = self.mode.next_rows(state)
+        block = self._block
+        block.start, block.is_entry = num_tokens, self._planned != num_tokens
+        start, end = self._mode.next_rows(block)
         if end - start > budget:
             return None
-        decides = Decides.FIRST_POSITION if is_entry and self.decides_first_alone else Decides.BLOCK
-        return Rows(start, end - start, end - num_tokens, decides)
+        return Rows(start, end - start, end - num_tokens, self._entry if block.is_entry else Decides.BLOCK)
 
     def schedule(self, num_tokens: int, rows: Rows) -> None:
         """See ``CanvasPlan``."""
-        self.block_start = num_tokens
-        self.was_refresh = rows.start == 0
-        self.mean_confidence = 1.0
-        if self.was_refresh:
-            self.refreshed_block = self.canvas.block_index(num_tokens)
+        block = self._block
+        self._planned = num_tokens
+        block.was_refresh, block.mean_confidence = rows.start == 0, 1.0
+        if rows.start == 0:
+            block.refreshed_block = block.canvas.block_index(num_tokens)
 
     def pages_needed(self, rows: Rows) -> int:
         """All from the start: the first refresh writes them all."""
-        return self.canvas.end
+        return self._block.canvas.end
 
     def hear(self, mean_confidence: float) -> None:
         """See ``CanvasPlan``."""
-        self.mean_confidence = mean_confidence
+        self._block.mean_confidence = mean_confidence
 
     @property
     def num_final(self) -> int:

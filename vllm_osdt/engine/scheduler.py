@@ -95,6 +95,7 @@ class CanvasScheduler(Scheduler):
             step.assignments[new.req_id] = self.calibrator.assign(
                 new.req_id, self._spec(request), request.sampling_params.max_tokens
             )
+            request.canvas_about = self.calibrator.about(new.req_id)
         if self._traits.logits_shift:
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
@@ -228,7 +229,6 @@ class CanvasScheduler(Scheduler):
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
-        about = {req_id: self.calibrator.about(req_id) for req_id in requests}
         self._count_commits(scheduler_output, requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
@@ -236,7 +236,7 @@ class CanvasScheduler(Scheduler):
                 request = requests.get(output.request_id)
                 if request is not None and request.spec_decode_metrics is not None:
                     output.spec_decode_metrics = request.spec_decode_metrics
-                    output.kv_transfer_params = {KEY: describe(request, about[output.request_id])}
+                    output.kv_transfer_params = {KEY: describe(request, request.canvas_about)}
         return outputs
 
     def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:

@@ -18,6 +18,8 @@ from vllm_osdt.messages import STEP_REPORT, RecordedStep, StepReport
 from vllm_osdt.worker.slots import CanvasStates, to_device
 from vllm_osdt.worker.step_plan import DenoiseBatch
 
+_NONE = np.empty(0, dtype=np.int64)
+
 
 class _Seen(NamedTuple):
     """What one step saw; tensors on the host, complete when the step's output is."""
@@ -38,6 +40,8 @@ class StepRecorder:
 
     def rows_to_record(self, batch: DenoiseBatch) -> np.ndarray:
         """The requests of a batch that calibrate, ``[C]``."""
+        if not self._states.observed:
+            return _NONE
         return np.flatnonzero(self._states.host.is_recorded[batch.slots_np] & batch.is_active)
 
     def see(
@@ -58,6 +62,8 @@ class StepRecorder:
             recorded: Confidence, proposal, masks before and after, and tokens, ``[C, W]`` each; None when no request
                 calibrates.
         """
+        if not self._states.observed:
+            return
         means = None
         if self._wanted(batch).any():
             means = mean_by_request(proposals, is_masked, *batch.blocks.canvas_index.shape)

@@ -91,6 +91,7 @@ class CanvasStates:
         self.logits_shift = traits.logits_shift
         self.is_block_causal = traits.is_block_causal
         self._slot_of: dict[str, int] = {}
+        self.observed: set[str] = set()  # ids of the requests of which the engine core wants more than tokens
 
         # Prompt, decided tokens and mask tokens, by absolute position; the last cell takes writes of padding.
         self.cells = torch.zeros(max_num_reqs * row_length + 1, dtype=torch.int32, device=device)
@@ -166,6 +167,8 @@ class CanvasStates:
         host.edit_threshold[slot] = np.inf if options.edit_threshold is None else options.edit_threshold
         host.sub_block_length[slot] = options.sub_block_length or 0
         host.sub_block_cache[slot] = options.sub_block_cache
+        if assignment.is_recorded or assignment.is_watched or options.refresh_confidence > 0:
+            self.observed.add(new.req_id)
         host.adjusts[slot] = ADJUSTING.index(options.policy) + 1 if options.policy in ADJUSTING else 0
         if host.adjusts[slot]:
             constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
@@ -175,6 +178,7 @@ class CanvasStates:
     def free_slot(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
         slot = self._slot_of.pop(req_id, None)
+        self.observed.discard(req_id)
         if slot is not None:
             host = self.host
             host.block_length[slot] = 0
