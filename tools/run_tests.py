@@ -76,7 +76,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/e2e/test_service.py",
         "tests/models/test_dream.py",
         "tests/models/test_llada.py",
-        "tests/models/test_quantisation.py",
+        "tests/models/test_quantization.py",
     ),
 )
 # How a module says that all or some of its tests start engines.

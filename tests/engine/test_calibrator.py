@@ -54,7 +54,7 @@ def enter_blocks(calibrator, req_id, value):
 
 def end(calibrator, *req_ids, failed=()):
     for req_id in req_ids:
-        calibrator.end(req_id, ended_well=req_id not in failed)
+        calibrator.finish_request(req_id, ended_well=req_id not in failed)
 
 
 def calibrate(calibrator, req_id, value=0.5, **options):

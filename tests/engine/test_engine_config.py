@@ -485,7 +485,7 @@ def test_a_cpu_whose_bfloat16_is_slow_serves_in_float32_unless_told(
 
 
 def test_weights_of_less_precision_keep_their_dtype(checkpoint: str, monkeypatch) -> None:
-    from tests.models.test_quantisation import QUANTIZATION
+    from tests.models.test_quantization import QUANTIZATION
     from vllm_osdt.engine import engine_config
 
     monkeypatch.setattr(engine_config, "has_fast_bfloat16", lambda: False)

@@ -33,7 +33,7 @@ def fill(states, slot, req_id, profile=None, **options):
     new = SimpleNamespace(
         req_id=req_id, sampling_params=SamplingParams(temperature=0.0), prefill_token_ids=PROMPT, prompt_len=len(PROMPT)
     )
-    states.add(slot, new, RequestSpec(options, canvas), Assignment(schedule))
+    states.add_request(slot, new, RequestSpec(options, canvas), Assignment(schedule))
 
 
 def step(states, slot, block=0):
@@ -55,7 +55,7 @@ def test_fallbacks_are_counted_by_denoising_step_and_told_once():
     for block in (0, 0, 0, 1):
         step(states, 0, block)
     assert counted(states) == [1, 1, 2, 0]  # none, block, step, cell
-    states.free_slot("a")  # preempted: its slot is another's before it comes back
+    states.remove_request("a")  # preempted: its slot is another's before it comes back
     fill(states, 0, "b", profile, granularity="block")
     step(states, 0)
     fill(states, 1, "a", profile, granularity="step_block")
@@ -78,6 +78,6 @@ def test_a_slot_holds_prompt_and_masks_and_is_empty_when_it_is_free():
     fill(states, 2, "a", threshold=0.5, policy="static_threshold")
     assert states.token_ids[2, : len(PROMPT) + 2 * LENGTH].tolist() == [*PROMPT, *[99] * 2 * LENGTH]
     assert (states.host.parameters[2, : 2 * LENGTH] == 0.5).all() and states.host.block_length[2] == LENGTH
-    states.free_slot("a")
-    states.free_slot("a")  # ended after it was preempted
+    states.remove_request("a")
+    states.remove_request("a")  # ended after it was preempted
     assert states.host.block_length[2] == states.host.canvas_end[2] == 0

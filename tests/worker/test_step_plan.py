@@ -13,7 +13,7 @@ MASK64 = (1 << 64) - 1
 
 
 def by_hand(seed, position, step):
-    """Two rounds of the splitmix64 finaliser in Python's integers."""
+    """Two rounds of the splitmix64 finalizer in Python's integers."""
     key = seed & MASK64
     for word in (position, step):
         key = ((key ^ word) + 0x9E3779B97F4A7C15) & MASK64
@@ -36,7 +36,7 @@ def test_keys_equal_a_calculation_by_hand_row_by_row(rows):
     assert noise_keys(seed, position, step).tolist() == [by_hand(*row) for row in rows]
 
 
-def test_keys_of_neighbouring_seeds_positions_and_steps_are_distinct():
+def test_keys_of_neighboring_seeds_positions_and_steps_are_distinct():
     seeds = np.array([_seed("any", seed) for seed in range(16)], dtype=np.int64)
     index, position, step = (grid.ravel() for grid in np.meshgrid(np.arange(16), np.arange(64), np.arange(32)))
     keys = noise_keys(seeds[index], position, step)

@@ -21,7 +21,7 @@ class ModelFingerprint:
 
     Attributes:
         weights: Hash of the weight files; of the model's name and revision where there are no local files.
-        quantization: vLLM's name of the weight quantisation, "none" without.
+        quantization: vLLM's name of the weight quantization, "none" without.
         dtype: Activation dtype, such as "bfloat16".
         vocab_size: Rows of the output head.
         mask_token_id: Id of an undecided position.

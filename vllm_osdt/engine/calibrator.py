@@ -167,7 +167,7 @@ class Calibrator:
                 grids = (values[row, :length] for values in recorded[3:])
                 found.recorder.add(int(recorded.block[row]), int(recorded.step[row]), *grids)
 
-    def end(self, req_id: str, *, ended_well: bool) -> None:
+    def finish_request(self, req_id: str, *, ended_well: bool) -> None:
         """A request has ended.
 
         A calibration that went well is delivered; an aborted or failed one is not, and another request takes its place.

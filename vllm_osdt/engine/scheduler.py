@@ -262,7 +262,7 @@ class CanvasScheduler(Scheduler):
         if ended_well:
             about = self.calibrator.about(request.request_id)
             self.calibrator.statistics.ended(about, num_forwards(request), request.num_output_tokens)
-        self.calibrator.end(request.request_id, ended_well=ended_well)
+        self.calibrator.finish_request(request.request_id, ended_well=ended_well)
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:

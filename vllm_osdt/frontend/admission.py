@@ -1,4 +1,4 @@
-"""What happens to a request before it enters the engine: refuse what cannot be honoured, resolve its options.
+"""What happens to a request before it enters the engine: refuse what cannot be honored, resolve its options.
 
 Runs in the front-end process, so a refusal (ValueError offline, HTTP 400) never reaches the engine.
 """

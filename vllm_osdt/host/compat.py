@@ -60,7 +60,7 @@ def _http_400() -> Iterator[None]:
 
 
 def patch_sampling_validation(check_sampling_params: Callable[[Any], None]) -> None:
-    """vLLM answers 400 for a diffusion model when temperature != 1 or a seed is set; ours honour both.
+    """vLLM answers 400 for a diffusion model when temperature != 1 or a seed is set; ours honor both.
 
     Goes when vLLM lets a model declare the sampling parameters it supports.
     """

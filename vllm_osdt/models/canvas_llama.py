@@ -1,7 +1,7 @@
 """Llama layers under a canvas: what LLaDA, iLLaDA, Dream and Stable-DiffCoder have in common.
 
 What attention sees, the whole canvas or blocks, the model state decides. The layers are vLLM's: its parallel and
-quantised linear layers apply as they are. The last one computes nothing behind its attention for rows whose logits are
+quantized linear layers apply as they are. The last one computes nothing behind its attention for rows whose logits are
 not read.
 """
 

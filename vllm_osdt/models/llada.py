@@ -15,7 +15,7 @@ _LAYER = r"^model\.transformer\.blocks\.(\d+)\."
 
 
 class LLaDAModelLM(CanvasForCausalLM):
-    """vLLM's Llama with LLaDA's weight names; its parallel and quantised layers apply as they are."""
+    """vLLM's Llama with LLaDA's weight names; its parallel and quantized layers apply as they are."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_regex={

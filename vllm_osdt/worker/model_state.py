@@ -51,11 +51,11 @@ class CanvasModelState(ModelState):
         """Fill the request's slot; vLLM's own warm-up requests have no canvas and get none."""
         spec = RequestSpec.of(new_req_data.sampling_params)
         if spec is not None:
-            self.canvas_states.add(req_index, new_req_data, spec, self.assignments[new_req_data.req_id])
+            self.canvas_states.add_request(req_index, new_req_data, spec, self.assignments[new_req_data.req_id])
 
     def remove_request(self, req_id: str) -> None:
         """The request loses its slot."""
-        self.canvas_states.free_slot(req_id)
+        self.canvas_states.remove_request(req_id)
 
     def prepare_inputs_embeds(
         self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState

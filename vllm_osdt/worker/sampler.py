@@ -36,7 +36,7 @@ class CanvasSampler:
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
-        """Nothing: ``CanvasStates.add`` has read the parameters."""
+        """Nothing: ``CanvasStates.add_request`` has read the parameters."""
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""

@@ -135,7 +135,7 @@ class CanvasStates:
             adjusts=np.zeros(max_num_reqs, dtype=np.int8),
         )
 
-    def add(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
+    def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
         """Fill a slot for a request that starts or resumes: its block starts again, its schedule is the same."""
         params, options, canvas, schedule = new.sampling_params, spec.options, spec.canvas, assignment.schedule
         assert params is not None and new.prefill_token_ids is not None
@@ -175,7 +175,7 @@ class CanvasStates:
             constants[: len(schedule.constants)] = schedule.constants
             self.constants[slot] = to_device(constants, self.device)
 
-    def free_slot(self, req_id: str) -> None:
+    def remove_request(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
         slot = self._slot_of.pop(req_id, None)
         self.observed.discard(req_id)

@@ -91,7 +91,7 @@ def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.n
         seed, position, step: int64 ``[M]``; step counts from the block's first.
 
     Returns:
-        int64 ``[M]``: two rounds of the splitmix64 finaliser.
+        int64 ``[M]``: two rounds of the splitmix64 finalizer.
     """
     with np.errstate(over="ignore"):
         key = seed.astype(np.uint64)

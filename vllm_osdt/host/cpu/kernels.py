@@ -1,4 +1,4 @@
-"""vLLM's compiled CPU normalisation kernel, as an implementation of its IR op.
+"""vLLM's compiled CPU normalization kernel, as an implementation of its IR op.
 
 vLLM for CPU leaves ``fused_add_rms_norm`` to torch.compile. Our models run eagerly there (a compilation takes longer
 than many jobs), where the native form is several passes; the compiled kernel is in the wheel all the same. Registered

@@ -1,4 +1,4 @@
-"""vLLM's weight quantisation applies to our layers: int8 weights and activations in the compressed-tensors format."""
+"""vLLM's weight quantization applies to our layers: int8 weights and activations in the compressed-tensors format."""
 
 import json
 
