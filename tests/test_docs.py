@@ -4,6 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
+
+from packaging.requirements import Requirement
 
 from tests.conftest import REPOSITORY
 from vllm_osdt.declaration import defaults
@@ -30,3 +33,11 @@ def test_help_names_every_option_and_its_values():
     text = operator_help()
     assert all(f"{name} (" in text for name in (*OPTION_NAMES, *SERVER_OPTION_NAMES))
     assert "threshold (a number in (0, 1])" in text and "drift_window (an integer of at least 8)" in text
+
+
+def test_pages_name_the_range_of_vllm_that_the_package_asks_for():
+    [asked] = [one for one in metadata.requires("vllm-osdt") if Requirement(one).name == "vllm"]
+    bounds = {str(one) for one in Requirement(asked).specifier}
+    for page in ("README.md", "docs/index.md"):
+        [named] = re.findall(r"\(`(>=[^`]*)`\)", (REPOSITORY / page).read_text())
+        assert set(named.split(",")) == bounds

@@ -40,6 +40,7 @@ def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: s
     """Decode every problem of a task with one policy."""
     from vllm import SamplingParams
 
+    from vllm_osdt.engine.statistics import num_forwards
     from vllm_osdt.mini.tasks import check
 
     options = {**POLICIES[policy], "osdt_task": task, **({"osdt_cache_mode": cache} if cache else {})}
@@ -49,14 +50,14 @@ def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: s
     seconds = time.perf_counter() - start
     completions = [output.outputs[0] for output in outputs]
     num_tokens = sum(len(completion.token_ids) for completion in completions)
-    num_forwards = sum(sum(completion.spec_decode_metrics.histogram) for completion in completions)
+    nfe = sum(map(num_forwards, completions))
     right = sum(check(problem, completion.text) for problem, completion in zip(problems, completions, strict=True))
     return Row(
         task,
         policy,
         accuracy=right / len(problems),
-        nfe=num_forwards / len(problems),
-        tokens_per_forward=num_tokens / num_forwards,
+        nfe=nfe / len(problems),
+        tokens_per_forward=num_tokens / nfe,
         tokens_per_second=num_tokens / seconds,
     )
 

@@ -46,7 +46,7 @@ def test_the_warm_up_runs_every_kind_of_step_and_leaves_nothing_behind(llm, monk
     warm_up(one.vllm_config, one.model_runner.kv_cache_config, one.execute_model, one.sample_tokens)
     monkeypatch.undo()
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}
-    assert bool(edits) == getattr(one.vllm_config.model_config.hf_config, "can_edit", False)
+    assert bool(edits) == one.vllm_config.model_config.hf_config.traits.can_edit
     assert not any("warm_up" in req_id for req_id in canvas_states(llm)._slot_of)
     assert tokens(generate(llm, PROMPTS, sampling(40, policy="static_threshold"))) == before
     assert_idle(llm)

@@ -25,6 +25,7 @@ def calibrate(args: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     from vllm_osdt import profiles
+    from vllm_osdt.engine.statistics import num_forwards
 
     operator = {**args.osdt_config, "profile_dir": str(args.dir)}
     llm = LLM(
@@ -34,20 +35,18 @@ def calibrate(args: argparse.Namespace) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, extra_args=extra)
     args.dir.mkdir(parents=True, exist_ok=True)
     before = {(one.profile.profile_id, one.profile.created) for one in find_profiles(args.dir)}
-    num_tokens = num_forwards = num_decoded = 0
+    num_tokens = nfe = num_decoded = 0
     while len(prompts) - num_decoded > 0:  # more than needed where some do not count
         batch = prompts[num_decoded : num_decoded + needed]
         num_decoded += len(batch)
         for output in llm.generate(batch, params, use_tqdm=False):
             num_tokens += len(output.outputs[0].token_ids)
-            num_forwards += sum(output.outputs[0].spec_decode_metrics.histogram)
+            nfe += num_forwards(output.outputs[0])
         found = [profile for profile in profiles(llm) if profile["task"] == args.task]
         made = [profile for profile in found if (profile["id"], profile["created"]) not in before]
         if made:
             number = made[0]["num_requests"]
-            print(
-                f"{made[0]['id']}  task {args.task}: {number} requests, {num_tokens} tokens in {num_forwards} forwards"
-            )
+            print(f"{made[0]['id']}  task {args.task}: {number} requests, {num_tokens} tokens in {nfe} forwards")
             if number < DEFAULTS["num_calibration_requests"]:
                 print(f"a server uses it for requests with osdt_num_calibration_requests = {number} or fewer")
             return

@@ -73,6 +73,10 @@ def describe(request: "Request", about: About) -> dict[str, Any]:
     return {**about._asdict(), "nfe": nfe, "tokens_per_forward": per_forward}
 
 
-def num_forwards(request: "Request") -> int:
-    """Forward passes that a request took part in (NFE), a prompt-only one is never among them."""
+def num_forwards(request: Any) -> int:
+    """Forward passes that a request took part in (NFE); a prompt-only one is never among them.
+
+    Args:
+        request: vLLM's ``Request``, or the ``CompletionOutput`` made of it.
+    """
     return sum(request.spec_decode_metrics.histogram) if request.spec_decode_metrics is not None else 0
