@@ -119,3 +119,14 @@ def test_offline_parameters_are_greedy_unless_told_and_take_our_options_by_name(
     assert vllm_osdt.sampling_params(temperature=0.5, max_tokens=7) == SamplingParams(temperature=0.5, max_tokens=7)
     with pytest.raises(InvalidOptionError, match=r"'treshold' is neither .*did you mean .threshold.\?"):
         vllm_osdt.sampling_params(treshold=0.5)
+
+
+def test_a_checkout_newer_than_its_metadata_still_lets_triton_be_imported(tmp_path):
+    """An editable install keeps the entry points of the release that it was made of."""
+    info = tmp_path / "vllm_osdt_before-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-osdt-before\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[triton.backends]\nformer = vllm_osdt.cpu.triton_backend\n")
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    code = "from triton.backends import backends; print(sorted(backends), backends['former'].driver.__name__)"
+    assert python(code, PYTHONPATH=path).split("]")[1].strip() == "InterpreterDriver"
