@@ -126,7 +126,10 @@ def test_a_checkout_newer_than_its_metadata_still_lets_triton_be_imported(tmp_pa
     info = tmp_path / "vllm_osdt_before-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-osdt-before\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[triton.backends]\nformer = vllm_osdt.cpu.triton_backend\n")
+    (info / "entry_points.txt").write_text("[triton.backends]\ncpu = vllm_osdt.cpu.triton_backend\n")
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    code = "from triton.backends import backends; print(sorted(backends), backends['former'].driver.__name__)"
-    assert python(code, PYTHONPATH=path).split("]")[1].strip() == "InterpreterDriver"
+    code = (
+        "import sys; from triton.backends import backends; "
+        "print(backends['cpu'].driver.__name__, 'vllm_osdt.cpu' in sys.modules)"
+    )
+    assert python(code, PYTHONPATH=path).strip() == "InterpreterDriver True"

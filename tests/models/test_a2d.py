@@ -131,7 +131,7 @@ def test_a_config_loads_without_remote_code(tmp_path, own, fields, mask_token_id
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
     assert {name: getattr(config, name) for name in names} == {name: fields[name] for name in names}
     assert config.sliding_window is None if own is not A2DLlamaConfig else config.head_dim == 64
-    assert not hasattr(config, "logits_shift") and not hasattr(config, "is_threshold_strict")
+    assert config.logits_shift == 0 and not config.is_threshold_strict
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,12 @@ def test_the_name_says_what_was_trained_in_blocks_unless_the_config_does(tmp_pat
 @pytest.mark.parametrize(("is_block_causal", "cache"), [(True, "block"), (False, "dual")])
 def test_an_engine_has_the_cache_of_what_attention_sees(tmp_path, is_block_causal, cache):
     from vllm.engine.arg_utils import EngineArgs
-    from vllm_osdt.engine_config import server_defaults
+
+    from vllm_osdt.options import default_decoding_options
 
     folder = make_a2d_checkpoint(tmp_path / "model", base="qwen3", block_causal=is_block_causal)
     config = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_engine_config()
-    assert (server_defaults(config).cache, server_defaults(config).block_length) == (cache, 32)
+    assert (default_decoding_options(config).cache_mode, default_decoding_options(config).block_length) == (cache, 32)
 
 
 def test_a_llama_without_a_mask_token_is_refused_until_an_operator_names_it(tmp_path):

@@ -72,7 +72,7 @@ def test_what_is_public_of_its_config_loads_without_remote_code(tmp_path):
     assert (config.mask_token_id, config.block_length, config.canvas_length) == (5, 32, 32)
     assert (config.tie_word_embeddings, config.max_position_embeddings, config.eos_token_id) == (True, 8192, 2)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 123456.0}
-    assert not hasattr(config, "logits_shift") and not hasattr(config, "is_block_causal")
+    assert config.logits_shift == 0 and not config.is_block_causal
 
 
 def test_sizes_of_the_paper_are_the_defaults():

@@ -123,7 +123,7 @@ def test_its_config_is_that_of_a_family(tmp_path, name):
     write(tmp_path, fields)
     config = read(tmp_path)
     assert type(config) is own and config.architectures == fields["architectures"]
-    assert (config.mask_token_id, getattr(config, "logits_shift", 0)) == (mask_token_id, shift)
+    assert (config.mask_token_id, config.logits_shift) == (mask_token_id, shift)
     assert (config.block_length, getattr(config, "is_block_causal", False)) == (32, False)
 
 

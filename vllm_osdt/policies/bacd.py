@@ -7,8 +7,7 @@ wrong when requests move; here it belongs to the request.
 """
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
@@ -16,6 +15,9 @@ from vllm_osdt.declaration import number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.policies.base import Policy, Schedule, Step, constant
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,15 @@ class BACD(Policy):
 
     def adjust(self, step: Step) -> None:
         """The threshold of a step; ``step.state`` has the sum and the number of committed confidences."""
+        import torch  # late: options are read without it
+
         total, number_committed = step.state[:, 0], step.state[:, 1]
         mean = total / number_committed.clamp(min=1)
         threshold = torch.where(number_committed > 0, mean, step.score.amax(dim=-1))
         step.parameter.copy_(threshold.clamp(step.constants[:, 0], step.constants[:, 1]))
 
-    def observe(self, step: Step, unmasked: torch.Tensor) -> None:
+    def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Count the confidences of what the step committed."""
         is_counted = unmasked & (step.score >= 0)  # a position without logits has none
-        step.state[:, 0] += torch.where(is_counted, step.score, 0.0).sum(dim=-1)
+        step.state[:, 0] += step.score.masked_fill(~is_counted, 0.0).sum(dim=-1)
         step.state[:, 1] += is_counted.sum(dim=-1)

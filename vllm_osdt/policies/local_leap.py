@@ -7,8 +7,6 @@ Without an anchor the most confident position is unmasked alone.
 
 from dataclasses import dataclass
 
-import torch
-
 from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
@@ -45,6 +43,8 @@ class LocalLeap(Policy):
 
     def adjust(self, step: Step) -> None:
         """Lift the score of relaxed positions near an anchor to the anchor threshold."""
+        import torch  # late: options are read without it
+
         score, threshold = step.score, step.parameter.unsqueeze(-1)  # [R, W], [R, 1]
         place = torch.arange(score.shape[1], device=score.device)
         is_near = (place - place.unsqueeze(-1)).abs() <= step.constants[:, 1, None, None]  # [R, W, W]
