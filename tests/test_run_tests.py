@@ -171,7 +171,8 @@ def test_processes_run_at_the_same_time_and_their_output_is_not_mixed(tmp_path, 
 INTERRUPTED = """
 import signal, sys
 from run_tests import Job, Runner
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGINT):  # a process in the background was started to ignore the second
+    signal.signal(number, signal.default_int_handler)
 waiting = (sys.executable, "-c", sys.argv[1])
 sys.exit(Runner(1, is_partial=False).run([Job("first", waiting, 2.0, "unit"), Job("second", waiting, 1.0, "unit")]))
 """
