@@ -55,6 +55,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/test_scheduler.py",
         "tests/policies/test_local_leap.py",
         "tests/policies/test_bacd.py",
+        "tests/e2e/test_cache_modes.py",
     ),
     (
         "tests/e2e/test_illada.py",

@@ -38,6 +38,8 @@ class Decoded:
     rule_margin: float = float("inf")
     edit_margin: float = float("inf")
     num_edits: int = 0
+    refresh_margin: float = float("inf")
+    num_refreshes: int = 0
 
 
 class ThresholdRule:
@@ -172,6 +174,8 @@ def decode(
     cache_mode: str,
     max_tokens: int | None = None,
     end_token_ids: tuple[int, ...] = (),
+    refresh_interval: int = 1,
+    refresh_confidence: float = 0.0,
 ) -> Decoded:
     """Decode a request.
 
@@ -184,8 +188,13 @@ def decode(
         cache_mode: ``none``, ``prefix`` or ``dual``.
         max_tokens: Output tokens wanted, the whole canvas when None.
         end_token_ids: Where output ends.
+        refresh_interval: With a cache, blocks between two refreshes. A block without one begins with a forward of the
+            finished block before it and its own.
+        refresh_confidence: With a cache, a step whose masked positions have a lower mean confidence is followed by a
+            refresh, unless it was one.
     """
     end, shift = len(prompt) + gen_length, model.logits_shift
+    kept, refreshed, is_unsure = None, -1, False
     wanted = gen_length if max_tokens is None else min(max_tokens, gen_length)
     ids = torch.tensor(prompt + [model.mask_token_id] * gen_length)
     decided = [True] * len(prompt) + [False] * gen_length
@@ -196,13 +205,24 @@ def decode(
         length = last - first
         num_needed = min(length, wanted - block * block_length)
         result.record.append([])
-        kept = None
         for step in range(length):
-            if step == 0 or cache_mode == "none":
+            is_due = step == 0 and (refreshed < 0 or block - refreshed >= refresh_interval)
+            is_refresh = is_due or cache_mode == "none" or (step > 0 and is_unsure)
+            if is_refresh:
                 logits, computed = model.forward(ids)
                 logits = logits[first - shift : last - shift]
-                if step == 0 and cache_mode != "none":
-                    kept = computed
+                if cache_mode != "none":
+                    kept, refreshed = computed, block
+            elif step == 0:
+                assert kept is not None
+                start, stop = first - block_length, end if cache_mode == "prefix" else last
+                rest = [(torch.cat([k[:start], k[stop:]]), torch.cat([v[:start], v[stop:]])) for k, v in kept]
+                logits, computed = model.forward(ids[start:stop], torch.arange(start, stop), rest)
+                logits = logits[block_length - shift : block_length - shift + length]
+                kept = [
+                    tuple(torch.cat([old[:start], new, old[stop:]]) for old, new in zip(before, now, strict=True))
+                    for before, now in zip(kept, computed, strict=True)
+                ]
             elif cache_mode == "prefix":
                 assert kept is not None
                 before = [(k[:first], v[:first]) for k, v in kept]
@@ -227,6 +247,10 @@ def decode(
                     masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))
                     margin = (top[offset, 0] - top[offset, 1]).item()
                     result.proposal_margin = min(result.proposal_margin, margin)
+            mean = sum(masked.values()) / len(masked)
+            result.refresh_margin = min(result.refresh_margin, abs(mean - refresh_confidence))
+            is_unsure = mean < refresh_confidence and not is_refresh
+            result.num_refreshes += is_refresh
             chosen = [0] if is_alone else rule(block, step, masked)
             result.record[block].append([(c, offset in chosen) for offset, c in masked.items()])
             for offset in chosen:
