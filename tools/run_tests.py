@@ -76,7 +76,7 @@ START_S = 13.0
 # What a module takes that was never recorded.
 UNKNOWN_S = {"unit": 2.0, "engine": 60.0}
 # Memory that a process with engines may take.
-GIB_PER_PROCESS = 6
+GIB_PER_PROCESS = 7
 # pytest's exit status where no test is left after selection.
 NOTHING_SELECTED = 5
 
