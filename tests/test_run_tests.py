@@ -169,9 +169,9 @@ def test_processes_run_at_the_same_time_and_their_output_is_not_mixed(tmp_path, 
 
 
 INTERRUPTED = """
-import signal, sys
-from run_tests import Job, Runner
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+import sys
+from run_tests import Job, Runner, heed_interrupts
+heed_interrupts()
 waiting = (sys.executable, "-c", sys.argv[1])
 sys.exit(Runner(1, is_partial=False).run([Job("first", waiting, 2.0, "unit"), Job("second", waiting, 1.0, "unit")]))
 """
@@ -186,10 +186,12 @@ finally:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupt_lets_running_tests_clean_up_and_starts_no_others(number):
+@pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])  # in the foreground, in the background
+def test_an_interrupt_lets_running_tests_clean_up_and_starts_no_others(number, disposition):
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, WAITING.format(signal=int(number))],
         cwd=run_tests.ROOT, env={**os.environ, "PYTHONPATH": str(TOOLS)}, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
     )  # fmt: skip
     assert done.returncode == 130
     assert done.stdout.count("\ncleaned up\n") == 1 and "-- second" not in done.stdout
