@@ -123,7 +123,8 @@ def test_a_run_goes_on_where_a_name_is_in_some_modules_only(is_partial, where, t
 
 def test_make_hands_the_arguments_of_pytest_on():
     make = ["make", "-n", "test", "PYTEST_ARGS=-k 'one or two'", "JOBS=3", "KEEP_GOING=1"]
-    done = subprocess.run(make, cwd=run_tests.ROOT, capture_output=True, text=True, check=True)
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    done = subprocess.run(make, cwd=run_tests.ROOT, env=outside, capture_output=True, text=True, check=True)
     assert "tools/run_tests.py --jobs 3 --keep-going unit engine" in done.stdout
     assert done.stdout.rstrip().endswith("-- -k 'one or two'")
 
