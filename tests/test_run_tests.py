@@ -123,7 +123,8 @@ def test_a_run_goes_on_where_a_name_is_in_some_modules_only(is_partial, where, t
 
 def test_make_hands_the_arguments_of_pytest_on():
     make = ["make", "-n", "test", "PYTEST_ARGS=-k 'one or two'", "JOBS=3", "KEEP_GOING=1"]
-    done = subprocess.run(make, cwd=run_tests.ROOT, capture_output=True, text=True, check=True)
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    done = subprocess.run(make, cwd=run_tests.ROOT, env=outside, capture_output=True, text=True, check=True)
     assert "tools/run_tests.py --jobs 3 --keep-going unit engine" in done.stdout
     assert done.stdout.rstrip().endswith("-- -k 'one or two'")
 
@@ -169,10 +170,9 @@ def test_processes_run_at_the_same_time_and_their_output_is_not_mixed(tmp_path, 
 
 
 INTERRUPTED = """
-import signal, sys
-from run_tests import Job, Runner
-for number in (signal.SIGTERM, signal.SIGINT):  # a process in the background was started to ignore the second
-    signal.signal(number, signal.default_int_handler)
+import sys
+from run_tests import Job, Runner, heed_interrupts
+heed_interrupts()
 waiting = (sys.executable, "-c", sys.argv[1])
 sys.exit(Runner(1, is_partial=False).run([Job("first", waiting, 2.0, "unit"), Job("second", waiting, 1.0, "unit")]))
 """
@@ -187,10 +187,12 @@ finally:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupt_lets_running_tests_clean_up_and_starts_no_others(number):
+@pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])  # in the foreground, in the background
+def test_an_interrupt_lets_running_tests_clean_up_and_starts_no_others(number, disposition):
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, WAITING.format(signal=int(number))],
         cwd=run_tests.ROOT, env={**os.environ, "PYTHONPATH": str(TOOLS)}, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
     )  # fmt: skip
     assert done.returncode == 130
     assert done.stdout.count("\ncleaned up\n") == 1 and "-- second" not in done.stdout

@@ -88,7 +88,7 @@ START_S = 13.0
 # What a module takes that was never recorded.
 UNKNOWN_S = {"unit": 2.0, "engine": 60.0}
 # Memory that a process with engines may take.
-GIB_PER_PROCESS = 6
+GIB_PER_PROCESS = 7
 # pytest's exit status where no test is left after selection.
 NOTHING_SELECTED = 5
 
@@ -321,6 +321,12 @@ class Runner:
         return "\n".join([*lines, f"{len(self.results)} processes, {cpu_seconds:.0f} CPU s"])
 
 
+def heed_interrupts() -> None:
+    """Lets SIGINT and SIGTERM interrupt this process and those it starts; a shell's background jobs ignore SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """Reads ``i/n``."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -345,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     options = parser.parse_args(own)
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heed_interrupts()
     num_places = options.jobs or default_places()
     jobs = [Job(command, tuple(shlex.split(command)), float("inf")) for command in options.beside]
     jobs += make_jobs(
