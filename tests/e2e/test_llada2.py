@@ -21,6 +21,9 @@ from tests.e2e.jobs import (
     run,
     wrong,
 )
+from tests.policies.adjusted import policy_rule
+from tests.policies.test_bacd import PlainBACD
+from tests.policies.test_local_leap import passing
 from tests.reference.block_causal import ReferenceLLaDA2, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_llada2_checkpoint
 from tests.reference.decode import calibrate, dynamic, joint_bound, osdt
@@ -185,3 +188,28 @@ def test_editing_composes_with_osdt_and_records_only_what_is_unmasked(llm, netwo
     completions = generate(llm, later, params)
     assert [tokens(completions)[i] for i in clear] == [expected[i].tokens for i in clear]
     assert vllm_osdt.describe(completions[0])["profile"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"policy": "bacd", "min_threshold": 0.05, "max_threshold": 0.9}, lambda: PlainBACD(0.05, 0.9)),
+        (
+            {"policy": "local_leap", "anchor_threshold": 0.3, "relaxed_threshold": 0.1, "leap_radius": 2},
+            lambda: policy_rule(lambda confidence: passing(confidence, 2, 0.3, 0.1)),
+        ),
+    ],
+)
+def test_policies_that_adjust_a_step_look_at_masked_positions_alone_where_others_are_edited(
+    llm, network, options, rule
+):
+    rng = random.Random(5)
+    prompts = [[rng.randrange(8, 100) for _ in range(rng.randrange(1, 30))] for _ in range(24)]
+    canvas = {"block_length": 8, "edit_threshold": 0.3}
+    expected = [decode_block_causal(network, prompt, rule(), max_tokens=24, **canvas) for prompt in prompts]
+    assert sum(one.num_edits for one in expected)
+    margins = [min(one.proposal_margin, one.rule_margin, one.edit_margin) for one in expected]
+    clear = [index for index, margin in enumerate(margins) if margin > MIN_MARGIN]
+    assert len(clear) >= 16
+    got = generate(llm, prompts, sampling(24, **options, **canvas))
+    assert [list(got[index].token_ids) for index in clear] == [expected[index].tokens for index in clear]

@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from csrc_triton import Proposals, implementations
 from csrc_triton.edit import edit
+from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
 from vllm_osdt.worker.recorder import StepRecorder, grids_to_record
 from vllm_osdt.worker.slots import CanvasStates
@@ -93,6 +94,7 @@ class CanvasSampler:
         _, score = proposals.to_grids(*batch.blocks.canvas_index.shape)
         parameter = batch.rules.parameter.clone()
         masked = self.states.masked[batch.blocks.slots, :width]
+        score.masked_fill_(~masked, NO_CONFIDENCE)  # a request that edits has logits of written positions too
         steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
         for adjusted in batch.adjusted:
             rows, slots = adjusted.rows, adjusted.slots
