@@ -151,13 +151,14 @@ def test_logits_of_fast_dllm_v2_equal_those_of_the_plain_network(tmp_path, monke
 def test_the_published_config_loads_without_remote_code(tmp_path, name):
     from vllm.transformers_utils.config import get_config
 
-    from vllm_osdt.plugin import ARCHITECTURES, register
+    from vllm_osdt.models.registry import FAMILIES
+    from vllm_osdt.plugin import register
 
     register()
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
     config = get_config(str(tmp_path), trust_remote_code=False)
     assert type(config).__module__.startswith("vllm_osdt.models.")
-    assert config.architectures[0] in ARCHITECTURES
+    assert config.architectures[0] in FAMILIES
     assert config.is_block_causal and config.is_threshold_strict
     got = (config.mask_token_id, config.block_length, config.logits_shift, config.can_edit, config.sub_block_length)
     assert (*got, config.rope_parameters["rope_theta"]) == EXPECTED[name]
