@@ -99,6 +99,11 @@ class Twice(Policy):
     Options = FactorOptions
 
 
+class WithoutSchedule(Policy):
+    name = "mine"
+    Options = FactorOptions
+
+
 class OtherName(Policy):
     name = "another"
     Options = FactorOptions
@@ -109,6 +114,7 @@ class OtherName(Policy):
     [
         ("factor", Twice, "a policy of that name is there already"),
         ("mine", OtherName, "its class is named 'another'"),
+        ("mine", WithoutSchedule, "schedule"),
         ("mine", 7, "no subclass of vllm_osdt.policies.Policy"),
     ],
 )

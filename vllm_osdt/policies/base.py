@@ -6,6 +6,7 @@ also has :meth:`Policy.adjust`, which runs on the batch's requests of that polic
 :meth:`Policy.observe`, which runs after it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -65,7 +66,7 @@ class Step(NamedTuple):
     step_index: "torch.Tensor"
 
 
-class Policy:
+class Policy(ABC):
     """Turns a request's options into its schedule. One instance serves all requests, so it holds no state of theirs.
 
     Attributes:
@@ -98,6 +99,7 @@ class Policy:
         """
         return {}
 
+    @abstractmethod
     def schedule(self, options: Any, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """The schedule of a request.
 
@@ -106,7 +108,6 @@ class Policy:
             shape: The request's blocks and how its model decides.
             thresholds: Calibrated T, where a profile applies; else None.
         """
-        raise NotImplementedError
 
     def adjust(self, step: Step) -> None:
         """Change scores and parameters of a step before the rule decides."""
