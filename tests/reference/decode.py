@@ -249,7 +249,7 @@ def decode(
                     result.proposal_margin = min(result.proposal_margin, margin)
             mean = sum(masked.values()) / len(masked)
             result.refresh_margin = min(result.refresh_margin, abs(mean - refresh_confidence))
-            is_unsure = 0 < refresh_confidence and mean < refresh_confidence and not is_refresh
+            is_unsure = refresh_confidence > 0 and mean < refresh_confidence and not is_refresh
             result.num_refreshes += is_refresh
             chosen = [0] if is_alone else rule(block, step, masked)
             result.record[block].append([(c, offset in chosen) for offset, c in masked.items()])
