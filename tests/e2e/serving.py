@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-START_LIMIT_S = 240
+START_LIMIT_S = 480  # two engines and two API servers on a busy machine take minutes
 
 
 @dataclass
