@@ -10,6 +10,9 @@ Angelopoulos and Bates, arXiv 2107.07511, section 1). A request's score in a blo
 requests that reached the block, T is the ceil((k + 1)(1 - risk))-th smallest score. The score of one more exchangeable
 request exceeds T with probability at most ``risk``, so at most that share of requests would see a wrong proposal pass
 in the block, judged along the calibration's own steps.
+
+Also ours: thresholds while a task still calibrates (:func:`early`). Fewer requests than ``conformal`` needs promise
+nothing, so their highest score is shrunk towards the static threshold.
 """
 
 import math
@@ -64,13 +67,35 @@ def conformal(scores: np.ndarray, risk: float) -> float:
     return float(np.sort(scores)[rank - 1]) if 1 <= rank <= scores.size else math.nan
 
 
+def early(scores: np.ndarray, risk: float, static: float) -> float:
+    """A threshold from fewer scores than :func:`conformal` needs: max(highest score, static (1 - (k + 1) risk)).
+
+    The posterior predictive chance that the next score exceeds t is (1 - t / static) / (k + 1) where t is above all k
+    scores, if one request's worth of prior says that scores are uniform up to the static threshold (a Dirichlet
+    process, Ferguson 1973). T is where that chance is ``risk``, but not below any score. At (k + 1) risk >= 1 it is the
+    highest score, as ``conformal``'s is.
+
+    Args:
+        scores: ``[k]``, k >= 1.
+        risk: In (0, 1).
+        static: The static threshold, in (0, 1].
+    """
+    exact = conformal(scores, risk)
+    return max(float(scores.max()), static * (1 - (scores.size + 1) * risk)) if math.isnan(exact) else exact
+
+
 def num_requests_needed(risk: float) -> int:
     """The fewest requests k from which ``conformal`` gives a threshold: ceil((k + 1)(1 - risk)) <= k."""
     return math.ceil(1 / risk - 1e-9) - 1
 
 
 def calibrate(
-    confidence: np.ndarray, wrong: np.ndarray | None, granularity: str, statistic: str, risk: float = DEFAULT_RISK
+    confidence: np.ndarray,
+    wrong: np.ndarray | None,
+    granularity: str,
+    statistic: str,
+    risk: float = DEFAULT_RISK,
+    static: float | None = None,
 ) -> Thresholds:
     """Thresholds T of recorded sequences.
 
@@ -82,6 +107,8 @@ def calibrate(
         statistic: Name in :data:`STATISTICS`, or ``conformal``. Samples of all requests are pooled; ``conformal`` has
             one score for each request.
         risk: Of ``conformal``, in (0, 1).
+        static: The static threshold, in (0, 1], where a block that too few requests reached is to have an
+            :func:`early` threshold.
 
     Returns:
         ``[recorded blocks, steps]``. With ``step_block``, steps beyond the last recorded one of a block repeat it,
@@ -98,7 +125,7 @@ def calibrate(
         if not recorded.any():
             break
         bad = None if wrong is None else wrong[:, block]
-        value = _threshold(seen, bad, statistic, risk)
+        value = _threshold(seen, bad, statistic, risk, static)
         row = np.full(num_steps, value, dtype=np.float32)
         kinds = np.full(num_steps, Fallback.CELL if math.isnan(value) else Fallback.NONE, dtype=np.int8)
         if granularity == "step_block":
@@ -115,7 +142,9 @@ def calibrate(
     return Thresholds(np.stack(values), np.stack(fallbacks))
 
 
-def _threshold(confidence: np.ndarray, wrong: np.ndarray | None, statistic: str, risk: float) -> float:
+def _threshold(
+    confidence: np.ndarray, wrong: np.ndarray | None, statistic: str, risk: float, static: float | None = None
+) -> float:
     """The statistic of ``[requests, steps, positions]``; NaN where there are no samples, or too few requests."""
     recorded = ~np.isnan(confidence)
     if statistic != CONFORMAL:
@@ -123,4 +152,5 @@ def _threshold(confidence: np.ndarray, wrong: np.ndarray | None, statistic: str,
         return STATISTICS[statistic](samples) if samples.size else math.nan
     assert wrong is not None
     scores = np.where(wrong & recorded, confidence, 0.0).max(axis=(1, 2))
-    return conformal(scores[recorded.any(axis=(1, 2))], risk)
+    scores = scores[recorded.any(axis=(1, 2))]
+    return conformal(scores, risk) if static is None or not scores.size else early(scores, risk, static)
