@@ -4,7 +4,6 @@ import argparse
 import json
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,22 +18,17 @@ ADAPTER_RANK = 32  # of the file; 19.6 MB
 SAMPLING_SHARE, TRAINING_SHARE = 0.25, 0.5  # of the time; evaluation takes what it needs
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much of everything; sampling and training end earlier where their time is up."""
-
-    num_prompts: int
-    max_prompt_tokens: int
-    max_tokens: int
-    sampling_batch: int
-    training_batch: int
-    max_steps: int
-    num_held_out: int
-    evaluated_tokens: int
-
-
-FULL = Size(60_000, 192, 192, 512, 32, 100_000, 64, 128)
-SMALL = Size(24, 64, 24, 24, 2, 16, 4, 16)  # shows that every stage runs, and nothing else
+FULL = {
+    "num_prompts": 20_000,
+    "max_prompt_tokens": 192,
+    "max_tokens": 192,
+    "sampling_batch": 512,
+    "training_batch": 32,
+    "max_steps": 100_000,
+    "num_held_out": 64,
+    "evaluated_tokens": 128,
+}
+SMALL = dict(zip(FULL, (24, 64, 24, 24, 2, 16, 4, 16), strict=True))  # shows that every stage runs, and nothing else
 
 
 def main() -> None:
@@ -67,48 +61,35 @@ def main() -> None:
 
     (teacher, tokenizer), (adapted, _) = (base.load(options.cache, options.device) for _ in range(2))
     say("base model loaded")
-    if not (out / "held_out.json").exists():
-        texts = collect(size.num_prompts + size.num_held_out, options.seed, options.prompts)
-        encoded = [one.ids for one in tokenizer.encode_batch(texts) if len(one.ids) <= size.max_prompt_tokens]
-        held_out, prompts = encoded[: size.num_held_out], encoded[size.num_held_out :]
-        (out / "prompts.json").write_text(json.dumps(prompts))
-        (out / "held_out.json").write_text(json.dumps(held_out))
-    held_out, prompts = (json.loads((out / f"{name}.json").read_text()) for name in ("held_out", "prompts"))
+    if not (out / "prompts.json").exists():
+        texts = collect(size["num_prompts"] + size["num_held_out"], options.seed, options.prompts)
+        encoded = [one.ids for one in tokenizer.encode_batch(texts)]
+        fitting = [ids for ids in encoded if len(ids) <= size["max_prompt_tokens"]]
+        (out / "prompts.json").write_text(json.dumps(fitting))
+    prompts = json.loads((out / "prompts.json").read_text())
+    held_out, prompts = prompts[: size["num_held_out"]], prompts[size["num_held_out"] :]
     say(f"{len(prompts)} prompts, {len(held_out)} more held out")
 
     seconds = 60 * options.minutes
     if options.adapter is not None:
         apply_adapter(adapted, options.adapter)
     else:
-        if not (out / "samples.json").exists():
-            pairs = sample(
-                teacher,
-                prompts,
-                max_tokens=size.max_tokens,
-                batch=size.sampling_batch,
-                seconds=SAMPLING_SHARE * seconds,
-            )
-            (out / "samples.json").write_text(json.dumps(pairs))
-        pairs = json.loads((out / "samples.json").read_text())
+        path, length, batch = out / "samples.json", size["max_tokens"], size["sampling_batch"]
+        if not path.exists():
+            pairs = sample(teacher, prompts, max_tokens=length, batch=batch, seconds=SAMPLING_SHARE * seconds)
+            path.write_text(json.dumps(pairs))
+        pairs = json.loads(path.read_text())
         say(f"{len(pairs)} samples of {sum(len(output) for _, output in pairs)} tokens")
-        adapt(
-            adapted,
-            pairs,
-            out,
-            rank=rank,
-            learning_rate=options.learning_rate or (1e-3 if rank else 2e-4),
-            batch=size.training_batch,
-            max_steps=size.max_steps,
-            seconds=TRAINING_SHARE * seconds,
-            seed=options.seed,
-        )
+        steps = {"batch": size["training_batch"], "max_steps": size["max_steps"], "seconds": TRAINING_SHARE * seconds}
+        rate = options.learning_rate or (1e-3 if rank else 2e-4)
+        adapt(adapted, pairs, out, rank=rank, learning_rate=rate, seed=options.seed, **steps)
         say("trained")
-        left_out = save_adapter(teacher, adapted, out / "adapter.safetensors", ADAPTER_RANK)
-        num_bytes = (out / "adapter.safetensors").stat().st_size
-        say(f"adapter of rank {ADAPTER_RANK}: {num_bytes / 1e6:.1f} MB, leaves out {left_out:.1%} of the change")
+        path = out / "adapter.safetensors"
+        left_out = save_adapter(teacher, adapted, path, ADAPTER_RANK)
+        say(f"adapter: {path.stat().st_size / 1e6:.1f} MB, leaves out {left_out:.1%} of the change")
     export(adapted, tokenizer, out / "model")
     say(f"exported to {out / 'model'}")
-    lines = evaluate(teacher, adapted, held_out, size.evaluated_tokens)
+    lines = evaluate(teacher, adapted, held_out, size["evaluated_tokens"])
     (out / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report(lines)
     say("done")

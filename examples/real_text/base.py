@@ -5,7 +5,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,45 +64,34 @@ def published_name(name: str) -> str:
 
 
 def read(path: Path) -> tuple[Llama, Tokenizer]:
-    """Dequantizes a GGUF to float32.
-
-    Raises:
-        ValueError: If its shape or tensors are not those of the model expected here.
-    """
+    """Dequantizes the GGUF to float32."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     reader, config = GGUFReader(path), Config()
-    fields = {name.rsplit(".", 1)[-1]: field.contents() for name, field in reader.fields.items()}
-    found = [fields[name] for name in ("embedding_length", "block_count", "head_count", "head_count_kv", "freq_base")]
-    expected = [
-        *(config.hidden_size, config.num_hidden_layers),
-        *(config.num_attention_heads, config.num_key_value_heads, config.rope_theta),
-    ]
-    if found != expected:
-        raise ValueError(f"{path}: width, layers, heads, KV heads, rotary base are {found}, expected {expected}")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     weights = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        part = tensor.name.split(".")[-2]
+        weight, part = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()), tensor.name.split(".")[-2]
         weights[published_name(tensor.name)] = unpermute(weight, heads[part]) if part in heads else weight
     model = Llama(config)
     model.load_state_dict(weights)
-    return model.eval().requires_grad_(False), make_tokenizer(fields)
+    names = ("tokens", "token_type", "merges")
+    return model.eval(), make_tokenizer(*(reader.fields[f"tokenizer.ggml.{name}"].contents() for name in names))
 
 
-def make_tokenizer(fields: dict[str, Any]) -> Tokenizer:
+def make_tokenizer(tokens: list[str], kinds: list[int], merges: list[str]) -> Tokenizer:
     """Byte-level BPE with single digits, from a GGUF's vocabulary and merges."""
-    tokens = fields["tokens"]
-    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
-    tokenizer = Tokenizer(models.BPE({token: token_id for token_id, token in enumerate(tokens)}, merges))
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [(left, right) for left, right in (merge.split(" ") for merge in merges)])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, fields["token_type"], strict=True)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == CONTROL])
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return tokenizer
 
 

@@ -75,23 +75,27 @@ def report(lines: list[dict[str, Any]]) -> None:
     print(f"gate {'met' if passes_gate(lines) else 'NOT met'}: {asked}")
 
 
-def decode_with_vllm(folder: Path, prompts: list[list[int]], max_tokens: int) -> dict[str, list[Decoded]]:
-    """The same requests through this plugin, with static thresholds and with OSDT."""
+def decode_with_vllm(
+    folder: Path, prompts: list[list[int]], others: list[list[int]], max_tokens: int
+) -> dict[str, list[Decoded]]:
+    """The same requests through this plugin, with static thresholds and with OSDT that `others` have calibrated."""
     from vllm import LLM
 
     import vllm_osdt
 
     llm = LLM(str(folder), max_model_len=1024, additional_config={"osdt": {"profile_dir": ""}})
     rules: dict[str, dict[str, Any]] = {
-        f"static {threshold}": {"policy": "static_threshold", "threshold": threshold} for threshold in THRESHOLDS
+        f"static {t}": {"policy": "static_threshold", "threshold": t} for t in THRESHOLDS
     }
-    rules |= {rule: {"policy": "osdt", "task": rule, **options} for rule, options in OSDT.items()}
+    rules |= {rule: {"task": rule, **options} for rule, options in OSDT.items()}
     found = {}
     for rule, options in rules.items():
         params = vllm_osdt.sampling_params(max_tokens=max_tokens, **options)
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = [one.outputs[0] for one in llm.generate(requests, params, use_tqdm=False)]
-        found[f"vLLM, {rule}"] = [Decoded(list(o.token_ids), vllm_osdt.describe(o)["nfe"]) for o in outputs]
+        for some in (others[: options.get("num_calibration_requests", 32)] if "task" in options else [], prompts):
+            requests = [{"prompt_token_ids": prompt} for prompt in some]
+            completions = [output.outputs[0] for output in llm.generate(requests, params, use_tqdm=False)]
+        told = [vllm_osdt.describe(one) or {} for one in completions]
+        found[f"vLLM, {rule}"] = [Decoded(list(c.token_ids), t["nfe"]) for c, t in zip(completions, told, strict=True)]
     return found
 
 
@@ -100,12 +104,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--cache", type=Path, default=base.CACHE, help="folder of the base model")
-    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--num-prompts", type=int, default=64, help="as many as the run held out, or fewer")
     parser.add_argument("--max-tokens", type=int, default=128)
     options = parser.parse_args()
     teacher, _ = base.load(options.cache)
-    prompts = json.loads((options.out / "held_out.json").read_text())[: options.num_prompts]
-    for rule, decoded in decode_with_vllm(options.out / "model", prompts, options.max_tokens).items():
+    prompts = json.loads((options.out / "prompts.json").read_text())
+    prompts, others = prompts[: options.num_prompts], prompts[options.num_prompts :]
+    for rule, decoded in decode_with_vllm(options.out / "model", prompts, others, options.max_tokens).items():
         print(json.dumps(line_of(teacher, prompts, rule, decoded)), flush=True)
 
 

@@ -37,17 +37,18 @@ class Cache:
     def __init__(self, config: Config, num_sequences: int, length: int, device: torch.device) -> None:
         shape = (config.num_hidden_layers, num_sequences, length, config.num_key_value_heads, config.head_size)
         self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-        self.rows = torch.arange(num_sequences, device=device)[:, None]
+        self.sequences = torch.arange(num_sequences, device=device)[:, None]
+        self.positions: Tensor  # of the rows of the forward pass under way
 
-    def update(self, layer: int, positions: Tensor, key: Tensor, value: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Writes rows `[batch, length, heads, head_size]` at their positions; returns what is before `end`."""
-        self.keys[layer][self.rows, positions] = key
-        self.values[layer][self.rows, positions] = value
+    def update(self, layer: int, key: Tensor, value: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Keeps rows `[batch, length, heads, head_size]`; returns what is before position `end`."""
+        for kept, rows in ((self.keys[layer], key), (self.values[layer], value)):
+            kept[self.sequences, self.positions] = rows
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
 
 class Attention(nn.Module):
-    """Attention of grouped heads; which row sees which is the caller's."""
+    """Attention of grouped heads; who sees whom is the caller's."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -58,51 +59,51 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(
-        self, normed: Tensor, positions: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor, cache: Cache | None
-    ) -> Tensor:
-        """Maps `[batch, length, width]` to the same shape; arguments as in `Llama.forward`."""
-        query, key, value = (
-            projection(normed).unflatten(-1, (-1, self.head_size))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = rotate(query, *angles), rotate(key, *angles)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache: Cache | None) -> Tensor:
+        """Maps `[batch, length, width]` to the same shape; `visible` and `cache` as in `Llama.forward`."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (projection(x).unflatten(-1, (-1, self.head_size)) for projection in projections)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
-            key, value = cache.update(self.layer, positions, key, value, visible.shape[-1])
+            key, value = cache.update(self.layer, key, value, visible.shape[-1])
         # The heads of a group are more rows of one head, so that keys and values need not be repeated.
         group = query.shape[2] // self.num_kv_heads
         query = (
             query.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         )  # [batch, kv, group * length, size]
-        mixed = F.scaled_dot_product_attention(
-            query, key.transpose(1, 2), value.transpose(1, 2), visible.repeat(1, group, 1)[:, None]
-        )
-        mixed = mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2)
-        return self.o_proj(mixed)
+        visible = visible.repeat(1, group, 1)[:, None]
+        mixed = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2), visible)
+        return self.o_proj(mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[..., width]` to the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """Pre-norm attention, then SwiGLU."""
+    """Attention, then SwiGLU, each behind its norm."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.input_layernorm = nn.RMSNorm(width, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(width, config.rms_norm_eps)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(width, inner, bias=False),
-                "up_proj": nn.Linear(width, inner, bias=False),
-                "down_proj": nn.Linear(inner, width, bias=False),
-            }
-        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, *attention: tuple[Tensor, Tensor] | Tensor | Cache | None) -> Tensor:
-        """Maps `[batch, length, width]` to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
-        normed = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache: Cache | None) -> Tensor:
+        """As `Attention.forward`."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Layers(nn.Module):
@@ -140,10 +141,13 @@ class Llama(nn.Module):
                 and rows otherwise.
             cache: Takes the rows' keys and values and gives those of all positions.
         """
+        if cache is not None:
+            cache.positions = positions
         angle = positions[:, :, None, None] * self.frequencies  # [batch, length, 1, head_size]
+        cos, sin = angle.cos(), angle.sin()
         x = F.embedding(ids, self.model.embed_tokens.weight)
         for layer in self.model.layers:
-            x = layer(x, positions, (angle.cos(), angle.sin()), visible, cache)
+            x = layer(x, cos, sin, visible, cache)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 QUESTIONS = (
@@ -61,16 +62,15 @@ def collect(number: int, seed: int, file: Path | None = None) -> list[str]:
     found: dict[str, None] = {}
     if file is not None:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        found |= dict.fromkeys(row["prompt"] if "prompt" in row else row["question"] for row in rows)
-    paths = sysconfig.get_paths()
+        found = dict.fromkeys(row["prompt"] if "prompt" in row else row["question"] for row in rows)
     seen: set[str] = set()
-    for folder in (paths["purelib"], paths["stdlib"]):  # the second often holds the first
-        for passage in passages(Path(folder), rng):
-            if len(found) >= 2 * number:
-                break
-            if passage not in seen:
-                seen.add(passage)
-                found[rng.choice(QUESTIONS).format(passage)] = None
+    paths = sysconfig.get_paths()
+    for passage in chain.from_iterable(passages(Path(paths[name]), rng) for name in ("purelib", "stdlib")):
+        if len(found) >= number:
+            break
+        if passage not in seen:
+            seen.add(passage)
+            found[rng.choice(QUESTIONS).format(passage)] = None
     prompts = list(found)
     rng.shuffle(prompts)
     return [TEMPLATE.format(prompt) for prompt in prompts[:number]]

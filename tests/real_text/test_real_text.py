@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from examples.real_text.adapt import CLEAN, LowRank, adapt, loss_of, make_trainable, merge, noise, sees
-from examples.real_text.base import nll, unpermute
+from examples.real_text.adapt import LowRank, adapt, make_trainable, merge
+from examples.real_text.base import make_tokenizer, nll, published_name, unpermute
 from examples.real_text.decode import ONE_PER_STEP, decode
 from examples.real_text.evaluate import AUTOREGRESSIVE, ONE, distinct, evaluate, passes_gate
 from examples.real_text.export import apply_adapter, export, save_adapter
 from examples.real_text.model import Config, Llama
+from examples.real_text.prompts import TEMPLATE, collect
+from examples.real_text.rows import CLEAN, loss_of, noise, sees
 from tests.reference.block_causal import ReferenceFastDLLMv2, decode_fast_dllm_v2
+from tests.reference.decode import ThresholdRule
 
 MIN_MARGIN = 1e-4  # of choices that rounding does not turn
 CONFIG = Config(
@@ -54,6 +57,12 @@ def reference_of(model, folder):
     return ReferenceFastDLLMv2.load(folder)
 
 
+def plain(network, prompt, threshold, max_tokens=21):
+    rule = ThresholdRule(lambda block, step: threshold, strict=True)
+    blocks = {"block_length": BLOCK, "sub_block_length": BLOCK, "sub_block_cache": False}
+    return decode_fast_dllm_v2(network, prompt, rule, max_tokens=max_tokens, end_token_ids=(EOS,), **blocks)
+
+
 def test_unpermute_turns_neighbouring_pairs_of_a_head_into_its_halves():
     num_heads, head_size = 3, 8
     weight = torch.randn(num_heads * head_size, 5)
@@ -61,6 +70,30 @@ def test_unpermute_turns_neighbouring_pairs_of_a_head_into_its_halves():
     permuted = weight[halves.transpose(1, 2).flatten()]  # as a GGUF has it
     assert torch.equal(permuted[:2], weight[[0, head_size // 2]])
     assert torch.equal(unpermute(permuted, num_heads), weight)
+
+
+def test_tensors_and_tokens_of_a_gguf_get_their_names():
+    assert published_name("blk.12.attn_q.weight") == "model.layers.12.self_attn.q_proj.weight"
+    assert published_name("output_norm.weight") == "model.norm.weight"
+    tokens = ["<|end|>", *"ab123", "\u0120", "ab", "\u0120ab"]
+    tokenizer = make_tokenizer(tokens, [3] + [1] * 8, ["a b", "\u0120 ab"])
+    encoded = tokenizer.encode("ab ab12<|end|>")
+    assert encoded.tokens == ["ab", "\u0120ab", "1", "2", "<|end|>"]
+    assert tokenizer.decode(encoded.ids) == "ab ab12"
+
+
+def test_prompts_are_of_the_users_file_and_of_docstrings_each_once(tmp_path, monkeypatch):
+    text = "A sentence about nothing at all that is as long as a docstring has to be here."
+    (tmp_path / "one.py").write_text(f'def f():\n    """{text}\n\n    More."""\n')
+    (tmp_path / "two.py").write_text(f'"""{text}"""\nx = (')
+    (tmp_path / "three.py").write_text(f'"""{text}"""\n')
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"purelib": str(tmp_path), "stdlib": str(tmp_path)})
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"question": "Who?"}\n{"prompt": "Where?"}\n{"prompt": "Where?"}\n')
+    prompts = collect(10, 0, file)
+    assert len(prompts) == 3 and TEMPLATE.format("Who?") in prompts and TEMPLATE.format("Where?") in prompts
+    assert sum(text in prompt and "More" not in prompt for prompt in prompts) == 1
+    assert prompts == collect(10, 0, file) and len(collect(2, 0, file)) == 2
 
 
 @pytest.mark.parametrize("num_prompt", [1, 5, 8, 15, 16])
@@ -136,14 +169,6 @@ def test_a_batch_decodes_as_a_plain_loop_does(llama, prompts, tmp_path, threshol
             num_clear += 1
             assert (got.tokens, got.nfe) == (expected.tokens, expected.nfe)
     assert num_clear >= 7
-
-
-def plain(network, prompt, threshold, max_tokens=21):
-    from tests.reference.decode import ThresholdRule
-
-    rule = ThresholdRule(lambda block, step: threshold, strict=True)
-    blocks = {"block_length": BLOCK, "sub_block_length": BLOCK, "sub_block_cache": False}
-    return decode_fast_dllm_v2(network, prompt, rule, max_tokens=max_tokens, end_token_ids=(EOS,), **blocks)
 
 
 def test_blocks_of_one_token_are_autoregressive_and_nll_is_that_of_their_choices(llama, prompts):
