@@ -14,10 +14,8 @@ from examples.real_text.evaluate import evaluate, report
 from examples.real_text.export import apply_adapter, export, save_adapter
 from examples.real_text.prompts import collect
 
-ADAPTER_RANK = 32  # of the file; 19.6 MB
+ADAPTER_RANK = 32  # of the file; 19.7 MB
 SAMPLING_SHARE, TRAINING_SHARE = 0.25, 0.5  # of the time; evaluation takes what it needs
-
-
 FULL = {
     "num_prompts": 20_000,
     "max_prompt_tokens": 192,

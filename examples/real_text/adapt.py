@@ -19,7 +19,7 @@ TEMPERATURES = (0.7, 1.0)  # greedy text runs into loops
 FINAL_LEARNING_RATE = 0.1  # of the peak
 WARMUP = 0.03  # of the training
 BETAS, MAX_GRADIENT_NORM = (0.9, 0.95), 1.0
-SAVE_INTERVAL_S, LOG_INTERVAL = 60.0, 10
+SAVE_INTERVAL_S, LOG_INTERVAL = 120.0, 10
 POOL = 16  # batches among which a batch is chosen by length
 Pair = tuple[list[int], list[int]]  # prompt, output
 

@@ -11,8 +11,9 @@ from examples.real_text.decode import ONE_PER_STEP, Decoded, decode
 from examples.real_text.model import Llama
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
-AUTOREGRESSIVE, ONE = "autoregressive, before", "one token per step"
+AUTOREGRESSIVE, ONE = "autoregressive base", "one token per step"
 MIN_PROMPTS, MIN_TOKENS_PER_FORWARD, MAX_NLL_RATIO = 50, 1.5, 1.2  # the gate
+NUM_CALIBRATION_REQUESTS = 32  # the plugin's default
 OSDT = {  # the plugin's default, and the paper's setting
     "osdt": {},
     "osdt, paper": {"num_calibration_requests": 1, "statistic": "q1", "threshold_cap": 0.8, "slack": 0.2},
@@ -91,9 +92,10 @@ def decode_with_vllm(
     found = {}
     for rule, options in rules.items():
         params = vllm_osdt.sampling_params(max_tokens=max_tokens, **options)
-        for some in (others[: options.get("num_calibration_requests", 32)] if "task" in options else [], prompts):
-            requests = [{"prompt_token_ids": prompt} for prompt in some]
-            completions = [output.outputs[0] for output in llm.generate(requests, params, use_tqdm=False)]
+        asked, num_before = [{"prompt_token_ids": prompt} for prompt in others + prompts], len(others)
+        if "task" in options:
+            llm.generate(asked[: options.get("num_calibration_requests", num_before)], params, use_tqdm=False)
+        completions = [output.outputs[0] for output in llm.generate(asked[num_before:], params, use_tqdm=False)]
         told = [vllm_osdt.describe(one) or {} for one in completions]
         found[f"vLLM, {rule}"] = [Decoded(list(c.token_ids), t["nfe"]) for c, t in zip(completions, told, strict=True)]
     return found
@@ -109,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     teacher, _ = base.load(options.cache)
     prompts = json.loads((options.out / "prompts.json").read_text())
-    prompts, others = prompts[: options.num_prompts], prompts[options.num_prompts :]
+    prompts, others = prompts[: options.num_prompts], prompts[options.num_prompts :][:NUM_CALIBRATION_REQUESTS]
     for rule, decoded in decode_with_vllm(options.out / "model", prompts, others, options.max_tokens).items():
         print(json.dumps(line_of(teacher, prompts, rule, decoded)), flush=True)
 
