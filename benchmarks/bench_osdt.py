@@ -168,21 +168,31 @@ class Bench:
 
     def decode(self, problems: list[Problem], **options: Any) -> tuple[list[bool], list[int], list[int], float]:
         """Right or not, forwards and tokens of every problem, and the seconds they took together."""
-        from vllm import SamplingParams
-
-        args = self.args
-        extra = {"osdt_" + name: value for name, value in {"cache_mode": args.cache, **options}.items()}
-        params = SamplingParams(temperature=0.0, max_tokens=args.gen_length, extra_args=extra)
         start = time.perf_counter()
-        outputs = self.llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
+        completions = self.generate(problems, [options] * len(problems))
         seconds = time.perf_counter() - start
-        completions = [output.outputs[0] for output in outputs]
         return (
             [problem.is_right(completion.text) for problem, completion in zip(problems, completions, strict=True)],
             [sum(completion.spec_decode_metrics.histogram) for completion in completions],
             [len(completion.token_ids) for completion in completions],
             seconds,
         )
+
+    def generate(self, problems: list[Problem], options: list[dict[str, Any]]) -> list[Any]:
+        """The completion of every problem, each with options of its own."""
+        from vllm import SamplingParams
+
+        args = self.args
+        params = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=args.gen_length,
+                extra_args={"osdt_" + name: value for name, value in {"cache_mode": args.cache, **own}.items()},
+            )
+            for own in options
+        ]
+        outputs = self.llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
 
     def run(self, problems_of: str, problems: list[Problem], name: str, **options: Any) -> Outcome:
         """One configuration on one task."""
