@@ -17,7 +17,8 @@ from torch import Tensor
 
 from examples.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
 from examples.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, beside_stale_cache
-from vllm_osdt.mini.tasks import TASKS, generate
+from vllm_osdt.mini import tasks_of
+from vllm_osdt.mini.tasks import TEXT_TASKS, generate, tasks_beside
 from vllm_osdt.mini.tasks.base import tokenize
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_vocabulary, save_tokenizer
@@ -39,11 +40,12 @@ NUM_STATES = 2
 # Masked states of each block that a block-causal model sees at once.
 NUM_BLOCK_STATES = 1
 # Share of each task in a step.
-TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2}
+TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stories": 1.0}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
 CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
+TEXT_CANVAS_LENGTHS = {96: 0.15}
 EMA_DECAY = 0.99
 # Of the learning rate, for each of make_optimizers.
 LEARNING_RATE_SHARES = (1.0, 0.5)
@@ -56,7 +58,7 @@ Group = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompts [n, P], answers [n,
 
 def encode_pool(task: str, count: int, seed: int) -> list[Group]:
     """Draws training problems with one answer each and groups them by prompt length."""
-    vocabulary = build_vocabulary()
+    vocabulary = build_vocabulary(tasks_beside(task))
     rng = random.Random(seed)
     encoded = defaultdict(list)
     for problem in generate(task, "train", count, seed):
@@ -97,33 +99,39 @@ class Batch:
         return Batch(**{name: part.to(device) for name, part in vars(self).items() if part is not None})
 
 
-def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray:
-    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens."""
+def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray, is_text: bool) -> np.ndarray:
+    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens, which no text has."""
     masked = rng.random(is_dependent.shape) < 1.0 - rng.random((len(is_dependent), 1))
-    return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
+    share = 0.0 if is_text else DEPENDENT_SHARE
+    return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= share))
 
 
-def weights_of(canvas: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
+def weights_of(canvas: np.ndarray, lengths: np.ndarray, is_text: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Loss weight of every position of answers with these lengths, and which tokens are dependent: none of a text."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
+    if is_text:
+        return weights, np.zeros(canvas.shape, dtype=bool)
     is_dependent = np.isin(canvas, dependent_ids())
     weights = np.where(is_dependent, DEPENDENT_WEIGHT, weights)
     weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
     return weights, is_dependent
 
 
-def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
+def draw_batch(
+    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
+) -> Batch:
     """Draws problems of one prompt length and a view of them."""
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)
     prompts, answers, lengths = prompts[rows], answers[rows], lengths[rows]
     fitting = -(-int(lengths.max()) // block_length) * block_length
-    wanted = rng.choice([fitting, *CANVAS_LENGTHS], p=[1 - sum(CANVAS_LENGTHS.values()), *CANVAS_LENGTHS.values()])
+    longer = TEXT_CANVAS_LENGTHS if is_text else CANVAS_LENGTHS
+    wanted = rng.choice([fitting, *longer], p=[1 - sum(longer.values()), *longer.values()])
     canvas_length = max(fitting, int(wanted))
     canvas = np.full((size, canvas_length), EOS_ID, dtype=np.int64)
     canvas[:, : answers.shape[1]] = answers[:, :canvas_length]
-    weights, is_dependent = weights_of(canvas, lengths)
+    weights, is_dependent = weights_of(canvas, lengths, is_text)
     view = rng.choice(list(VIEWS), p=list(VIEWS.values()))
     blocks = np.arange(canvas_length) // block_length
     active = rng.integers(lengths // block_length + 1)
@@ -131,7 +139,7 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
         masked = rng.random(canvas.shape) < 1.0 - rng.random((size, 1))
     else:
         weights = weights * np.where(blocks > active[:, None], LATER_WEIGHT, 1.0)
-        masked = draw_masks(rng, is_dependent) if view == "exact" else np.ones(canvas.shape, dtype=bool)
+        masked = draw_masks(rng, is_dependent, is_text) if view == "exact" else np.ones(canvas.shape, dtype=bool)
         masked = (blocks == active[:, None]) & masked | (blocks > active[:, None])
 
     prompt_length = prompts.shape[1]
@@ -142,7 +150,7 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
         return Batch(token_ids, targets, asked)
     inside = np.where(blocks == active[:, None])[1].reshape(size, 1, block_length).repeat(NUM_STATES, axis=1)
     state_is_dependent = np.take_along_axis(is_dependent[:, None], inside, axis=2).reshape(-1, block_length)
-    state_masks = torch.from_numpy(draw_masks(rng, state_is_dependent).reshape(inside.shape))
+    state_masks = torch.from_numpy(draw_masks(rng, state_is_dependent, is_text).reshape(inside.shape))
     states = torch.from_numpy(np.take_along_axis(canvas[:, None], inside, axis=2))
     starts = torch.from_numpy(prompt_length + active * block_length)
     token_ids, positions, visible = beside_stale_cache(token_ids, starts, states.masked_fill(state_masks, MASK_ID))
@@ -156,7 +164,9 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
     )
 
 
-def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
+def draw_block_causal_batch(
+    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
+) -> Batch:
     """Draws problems of one prompt length and masked states of their blocks.
 
     Every block from the prompt's last one on has NUM_BLOCK_STATES of them.
@@ -172,11 +182,13 @@ def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size:
     canvas[:, :prompt_length] = prompts
     canvas[:, prompt_length:][:, : answers.shape[1]] = answers[:, : length - prompt_length]
     weights, is_dependent = np.zeros(canvas.shape), np.zeros(canvas.shape, dtype=bool)
-    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(canvas[:, prompt_length:], lengths)
+    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(
+        canvas[:, prompt_length:], lengths, is_text
+    )
 
     shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
-    masked = torch.from_numpy(draw_masks(rng, of_blocks).reshape(shape))
+    masked = torch.from_numpy(draw_masks(rng, of_blocks, is_text).reshape(shape))
     masked[..., : prompt_length - start] = False
     clean = torch.from_numpy(canvas)
     targets = clean[:, None, start:].expand(shape)
@@ -196,6 +208,7 @@ DRAW = {"llada": draw_batch, "sdar": draw_block_causal_batch}
 CONFIGS = {
     "llada-mini": functools.partial(MiniConfig),
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
+    "text-mini": functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352),
 }
 
 
@@ -229,12 +242,12 @@ def make_optimizers(model: MiniLLaDA) -> tuple[torch.optim.Optimizer, ...]:
     )
 
 
-def export(model: MiniLLaDA, averages: dict[str, Tensor], folder: Path) -> MiniLLaDA:
-    """Writes a loadable checkpoint of the averaged weights."""
+def export(model: MiniLLaDA, averages: dict[str, Tensor], folder: Path, name: str) -> MiniLLaDA:
+    """Writes a loadable checkpoint of the averaged weights of the model of this name."""
     averaged = MiniLLaDA(model.config)
     averaged.load_state_dict(averages)
     averaged.save(folder)
-    save_tokenizer(build_tokenizer(), folder, model.config.max_sequence_length)
+    save_tokenizer(build_tokenizer(tasks_of(name)), folder, model.config.max_sequence_length)
     generation = {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return averaged.eval()
@@ -252,7 +265,8 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     device, folder = torch.device(options.device), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary()), EOS_ID, MASK_ID))
+    tasks = tasks_of(options.model)
+    model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary(tasks)), EOS_ID, MASK_ID))
     draw = DRAW[model.config.family]
     model.initialize()
     model.to(device)
@@ -265,7 +279,7 @@ def train(options: argparse.Namespace) -> None:
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         averages, first_step, rng.bit_generator.state = state["averages"], state["step"], state["rng"]
-    pools = {task: encode_pool(task, options.pool, options.seed) for task in TASKS}
+    pools = {task: encode_pool(task, options.pool, options.seed) for task in tasks}
     for step in range(first_step, options.steps):
         started = time.perf_counter()
         for optimizer, share in zip(optimizers, LEARNING_RATE_SHARES, strict=True):
@@ -273,7 +287,9 @@ def train(options: argparse.Namespace) -> None:
                 group["lr"] = share * options.learning_rate * learning_rate_factor(step, options.steps)
         total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
-            batch = draw(rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length)
+            batch = draw(
+                rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length, task in TEXT_TASKS
+            )
             loss, share = loss_of(model, batch.to(device))
             token_accuracy[task] = round(share, 4)
             (loss * TASK_SHARES[task]).backward()
@@ -288,8 +304,10 @@ def train(options: argparse.Namespace) -> None:
         entry: dict[str, float | dict[str, float]] = {"step": step + 1, "loss": round(total_loss, 4)}
         entry |= {"seconds": round(time.perf_counter() - started, 3), "token_accuracy": token_accuracy}
         if (step + 1) % options.evaluate_every == 0 or is_last:
-            averaged = export(model, averages, folder).to(device)
-            held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in TASKS}
+            averaged = export(model, averages, folder, options.model).to(device)
+            if options.snapshots:
+                export(model, averages, folder / "snapshots" / f"{step + 1:05d}", options.model)
+            held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in tasks}
             entry["decoded_accuracy"] = {
                 task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD)).accuracy
                 for task, problems in held_out.items()
@@ -315,6 +333,7 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=20, help="steps between lines of the learning curve")
     parser.add_argument("--evaluate-every", type=int, default=300, help="steps between checkpoints and evaluations")
     parser.add_argument("--evaluate-problems", type=int, default=40, help="held-out problems per task and evaluation")
+    parser.add_argument("--snapshots", action="store_true", help="keep the checkpoint of every evaluation")
     train(parser.parse_args())
 
 
