@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,8 +320,8 @@ def train(options: argparse.Namespace) -> None:
             log_curve(folder, entry)
 
 
-def main() -> None:
-    """Reads the options and trains."""
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a training, by default those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=CONFIGS, default="llada-mini")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; a run in it is continued")
@@ -334,8 +335,8 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=300, help="steps between checkpoints and evaluations")
     parser.add_argument("--evaluate-problems", type=int, default=40, help="held-out problems per task and evaluation")
     parser.add_argument("--snapshots", action="store_true", help="keep the checkpoint of every evaluation")
-    train(parser.parse_args())
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    train(read_options())

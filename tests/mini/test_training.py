@@ -105,7 +105,7 @@ def test_a_block_causal_batch_asks_for_masked_tokens_of_blocks_that_see_finished
 def test_training_writes_a_checkpoint_and_continues_it(tmp_path, model):
     options = argparse.Namespace(
         model=model, out=tmp_path, steps=2, seed=0, device="cpu", batch=6, learning_rate=2e-3, pool=30, log_every=1,
-        evaluate_every=2, evaluate_problems=1,
+        evaluate_every=2, evaluate_problems=1, snapshots=True,
     )  # fmt: skip
     train(options)
     first = MiniLLaDA.load(tmp_path)
@@ -115,6 +115,7 @@ def test_training_writes_a_checkpoint_and_continues_it(tmp_path, model):
     assert not torch.equal(*(model.state_dict()["model.transformer.wte.weight"] for model in (first, continued)))
     curve = [json.loads(line) for line in (tmp_path / "learning_curve.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in curve] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["00002", "00004"]
 
 
 @pytest.mark.parametrize("name", MODELS)
