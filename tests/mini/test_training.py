@@ -24,7 +24,7 @@ from examples.mini.train import (
     encode_pool,
     train,
 )
-from vllm_osdt.mini import MODELS, model_path
+from vllm_osdt.mini import MODELS, model_path, tasks_of
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
 
@@ -40,7 +40,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_model_path_names_the_known_models():
     assert Path(model_path("llada-mini")).name == "llada-mini"
-    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini"):
+    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini, text-mini"):
         model_path("llada-maxi")
 
 
@@ -123,6 +123,6 @@ def test_bundled_checkpoint_is_small_and_solves_its_tasks(name):
     folder = Path(model_path(name))
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_CHECKPOINT_BYTES
     model = MiniLLaDA.load(folder)
-    for task in TASKS:
+    for task in tasks_of(name):
         score = evaluate(model, generate(task, "held_out", NUM_PROBLEMS, 11), static_rule(0.9))
         assert score.num_right >= NUM_PROBLEMS - 1, task

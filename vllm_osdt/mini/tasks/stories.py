@@ -1,6 +1,6 @@
 """Short stories with the statistics of text: synonyms, free word order, agreement, references over a distance.
 
-How likely the words of a story are follows from its prompt alone, so `Story.posterior` is what a perfect model says.
+How likely each text is follows from the prompt, and so does what a perfect model says of a text with masked words.
 """
 
 import itertools
