@@ -122,7 +122,7 @@ def climb(name: str, run: Path, out: Path, levels: tuple[int, ...], num_problems
 
 def table(out: Path) -> str:
     """The models of a ladder with their accuracy."""
-    rows = []
+    rows: list[str] = []
     for record in sorted(out.glob(f"*/{RECORD}")):
         entry = json.loads(record.read_text())
         accuracies = entry["accuracy"]

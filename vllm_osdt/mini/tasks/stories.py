@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vllm_osdt.mini.tasks.base import Problem, tokenize
 
@@ -96,8 +96,7 @@ class Story(Problem):
             chance = 1.0
             for _, share in combination:
                 chance *= share
-            time_first, names, animal, colour, odd = (value for value, _ in combination)
-            yield chance, self._template(Choices(time_first, names, animal, colour, odd))
+            yield chance, self._template(Choices(*(value for value, _ in combination)))
 
     def sample_answer(self, rng: random.Random) -> str:
         """See the base class."""
@@ -113,16 +112,17 @@ class Story(Problem):
             for _, template in self.templates()
         )
 
-    def _choices(self) -> list[list[tuple]]:
+    def _choices(self) -> list[list[tuple[Any, float]]]:
+        """By field of `Choices`, its values and the chance of each."""
         first, second = self.names
         shift = STYLES.index(self.style)
-        places = enumerate(self.kind.chances) if self.has_odd else [(None, 1.0)]
+        odd: list[tuple[Any, float]] = list(enumerate(self.kind.chances)) if self.has_odd else [(None, 1.0)]
         return [
             [(True, TIME_FIRST), (False, 1 - TIME_FIRST)],
             [((first, second), PROMPT_ORDER), ((second, first), 1 - PROMPT_ORDER)],
             list(zip(turned(list(ANIMALS), PLACES.index(self.place)), ANIMAL_CHANCES, strict=True)),
             list(zip(turned(COLOURS, shift), COLOUR_CHANCES, strict=True)),
-            list(places),
+            odd,
         ]
 
     def _template(self, choices: Choices) -> Template:
@@ -156,10 +156,10 @@ def turned(words: Sequence[str], places: int) -> list[str]:
 
 def draw(rng: random.Random, free: bool) -> Story:
     """Draws a story; `free` ones leave open which of the things is the odd one."""
-    names = tuple(rng.sample(NAMES, 2))
+    first, second = rng.sample(NAMES, 2)
     place, style = rng.choice(PLACES), rng.choice(STYLES)
     kind = rng.choices(KINDS, KIND_CHANCES)[0]
     items = tuple(rng.sample(ITEMS, len(kind.chances) if free else rng.choice((3, 4))))
     which = f"one {kind.odd}" if free else f"all {kind.usual}"
-    prompt = f"story : {style} , {' and '.join(names)} , {place} , {which} {kind.usual} : {' '.join(items)} . Answer:"
-    return Story(prompt, names, place, style, items, kind, free)
+    prompt = f"story : {style} , {first} and {second} , {place} , {which} {kind.usual} : {' '.join(items)} . Answer:"
+    return Story(prompt, (first, second), place, style, items, kind, free)
