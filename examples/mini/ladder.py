@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from examples.mini.evaluate import ONE_PER_STEP, evaluate, static_rule
 from examples.mini.model import MiniLLaDA
 from examples.mini.train import read_options, train
@@ -70,12 +72,15 @@ def choose(screened: Mapping[int, float], level: float, measure: Callable[[int],
 
 
 def screen(run: Path) -> dict[int, float]:
-    """What the learning curve says of the snapshots of a run: step -> accuracy in percent."""
+    """What the learning curve says of the snapshots of a run, or lets expect: step -> accuracy in percent."""
     curve = run / "learning_curve.jsonl"
     entries = [json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else []
     # Of a run that was begun anew, the last entry of a step counts.
-    accuracies = {entry["step"]: entry["decoded_accuracy"] for entry in entries if "decoded_accuracy" in entry}
-    return {step: mean_percent(by_task) for step, by_task in accuracies.items() if snapshot(run, step).exists()}
+    logged = {entry["step"]: entry["decoded_accuracy"] for entry in entries if "decoded_accuracy" in entry}
+    accuracies = {0: 0.0} | {step: mean_percent(by_task) for step, by_task in sorted(logged.items())}
+    # A snapshot that is being written lacks the last of its files.
+    steps = sorted(int(path.parent.name) for path in run.glob("snapshots/*/generation_config.json"))
+    return {step: float(np.interp(step, list(accuracies), list(accuracies.values()))) for step in steps}
 
 
 def snapshot(run: Path, step: int) -> Path:

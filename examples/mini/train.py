@@ -316,7 +316,7 @@ def train(options: argparse.Namespace) -> None:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             state |= {"averages": averages, "step": step + 1, "rng": rng.bit_generator.state}
             torch.save(state, folder / "state.pt")
-        if (step + 1) % options.log_every == 0 or is_last:
+        if (step + 1) % options.log_every == 0 or "decoded_accuracy" in entry:
             log_curve(folder, entry)
 
 

@@ -44,6 +44,7 @@ def run(tmp_path, monkeypatch):
     lines = []
     for step, accuracy in TRUE.items():
         snapshot(folder, step).mkdir(parents=True)
+        (snapshot(folder, step) / "generation_config.json").touch()
         lines += [{"step": step - 5}, {"step": step, "decoded_accuracy": {"code": accuracy / 100}}]
     (folder / "learning_curve.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
@@ -58,9 +59,15 @@ def run(tmp_path, monkeypatch):
 
 def test_the_learning_curve_screens_the_snapshots_that_exist(run):
     assert screen(run) == pytest.approx(TRUE)
-    snapshot(run, 25).rmdir()
+    (snapshot(run, 25) / "generation_config.json").unlink()
     assert sorted(screen(run)) == [*STEPS][1:]
     assert screen(run / "nowhere") == {}
+
+
+def test_snapshots_that_were_not_evaluated_are_expected_between_their_neighbours(run):
+    curve = run / "learning_curve.jsonl"
+    curve.write_text("\n".join(line for line in curve.read_text().splitlines() if json.loads(line)["step"] % 100 == 0))
+    assert screen(run) == pytest.approx(TRUE, abs=2.0)
 
 
 def test_a_ladder_holds_a_checkpoint_by_level_and_makes_none_again(run, tmp_path):
