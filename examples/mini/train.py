@@ -22,13 +22,15 @@ from vllm_osdt.mini import tasks_of
 from vllm_osdt.mini.tasks import TEXT_TASKS, generate, tasks_beside
 from vllm_osdt.mini.tasks.base import tokenize
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
+from vllm_osdt.mini.tasks.stories import KINDS
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_vocabulary, save_tokenizer
 
 # Padding tokens right after the answer that count fully, and the weight of those behind them.
 NUM_EOS = 4
 PADDING_WEIGHT = 0.1
-# Weight of numbers, verdicts and letters, which depend on other tokens, and of the parts of a split, which follow one
-# of two words. Only such a token can stand in such a place, so the weights leave the confidences calibrated.
+# Weight of numbers, verdicts, letters and kinds of things, which depend on other tokens, and of the parts of a split,
+# which follow one of two words. Only such a token can stand in such a place, so the weights leave the confidences
+# calibrated.
 DEPENDENT_WEIGHT, PART_WEIGHT = 3.0, 6.0
 DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 BEFORE_PARTS = ("gets", "+")
@@ -79,8 +81,11 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
 
 
 @functools.cache
-def dependent_ids() -> np.ndarray:
+def dependent_ids(is_text: bool) -> np.ndarray:
     """Ids of the tokens that weigh DEPENDENT_WEIGHT."""
+    if is_text:
+        vocabulary = build_vocabulary(tuple(TEXT_TASKS))
+        return np.array([vocabulary[word] for kind in KINDS for word in (kind.usual, kind.odd)])
     numbers = [token for token in build_vocabulary() if token.isdigit()]
     return np.array([build_vocabulary()[token] for token in (*numbers, *DEPENDENT_WORDS)])
 
@@ -100,20 +105,19 @@ class Batch:
         return Batch(**{name: part.to(device) for name, part in vars(self).items() if part is not None})
 
 
-def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray, is_text: bool) -> np.ndarray:
-    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens, which no text has."""
+def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray:
+    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens."""
     masked = rng.random(is_dependent.shape) < 1.0 - rng.random((len(is_dependent), 1))
-    share = 0.0 if is_text else DEPENDENT_SHARE
-    return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= share))
+    return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
 
 
 def weights_of(canvas: np.ndarray, lengths: np.ndarray, is_text: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Loss weight of every position of answers with these lengths, and which tokens are dependent: none of a text."""
+    """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
-    if is_text:
-        return weights, np.zeros(canvas.shape, dtype=bool)
-    is_dependent = np.isin(canvas, dependent_ids())
+    is_dependent = np.isin(canvas, dependent_ids(is_text))
     weights = np.where(is_dependent, DEPENDENT_WEIGHT, weights)
+    if is_text:
+        return weights, is_dependent
     weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
     return weights, is_dependent
 
@@ -140,7 +144,7 @@ def draw_batch(
         masked = rng.random(canvas.shape) < 1.0 - rng.random((size, 1))
     else:
         weights = weights * np.where(blocks > active[:, None], LATER_WEIGHT, 1.0)
-        masked = draw_masks(rng, is_dependent, is_text) if view == "exact" else np.ones(canvas.shape, dtype=bool)
+        masked = draw_masks(rng, is_dependent) if view == "exact" else np.ones(canvas.shape, dtype=bool)
         masked = (blocks == active[:, None]) & masked | (blocks > active[:, None])
 
     prompt_length = prompts.shape[1]
@@ -151,7 +155,7 @@ def draw_batch(
         return Batch(token_ids, targets, asked)
     inside = np.where(blocks == active[:, None])[1].reshape(size, 1, block_length).repeat(NUM_STATES, axis=1)
     state_is_dependent = np.take_along_axis(is_dependent[:, None], inside, axis=2).reshape(-1, block_length)
-    state_masks = torch.from_numpy(draw_masks(rng, state_is_dependent, is_text).reshape(inside.shape))
+    state_masks = torch.from_numpy(draw_masks(rng, state_is_dependent).reshape(inside.shape))
     states = torch.from_numpy(np.take_along_axis(canvas[:, None], inside, axis=2))
     starts = torch.from_numpy(prompt_length + active * block_length)
     token_ids, positions, visible = beside_stale_cache(token_ids, starts, states.masked_fill(state_masks, MASK_ID))
@@ -189,7 +193,7 @@ def draw_block_causal_batch(
 
     shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
-    masked = torch.from_numpy(draw_masks(rng, of_blocks, is_text).reshape(shape))
+    masked = torch.from_numpy(draw_masks(rng, of_blocks).reshape(shape))
     masked[..., : prompt_length - start] = False
     clean = torch.from_numpy(canvas)
     targets = clean[:, None, start:].expand(shape)

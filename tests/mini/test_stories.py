@@ -1,17 +1,23 @@
 """The task with the statistics of text: its checker, and what a perfect model would do with it."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from examples.mini.evaluate import evaluate, static_rule
+from examples.mini.model import MiniLLaDA
 from tests.mini.story_curve import LOST_VALIDITY, TOKENS_PER_FORWARD
+from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import check, generate
 from vllm_osdt.mini.tasks.base import tokenize
 from vllm_osdt.mini.tasks.stories import ANIMALS, COLOURS, KINDS, STYLES, SYNONYMS
 
 BLOCK_LENGTH, CANVAS_LENGTH = 32, 64
 COUNT = 80
+# Stories that the bundled model decodes, and the percent points of validity that so few may be off by.
+NUM_DECODED, SAMPLING = 200, 2.0
 
 
 def answered(count=60, seed=3):
@@ -125,3 +131,25 @@ def test_lower_thresholds_lose_a_little_validity():
     for threshold, (least, most) in LOST_VALIDITY.items():
         lost = [p.has_odd and min(1 - chance for chance in p.kind.chances) >= threshold for p in problems]
         assert least <= 100 * np.mean(lost) <= most
+
+
+@pytest.fixture(scope="module")
+def scores():
+    """By threshold, what the bundled model does with the same stories."""
+    model = MiniLLaDA.load(Path(model_path("text-mini")))
+    problems = generate("stories", "held_out", NUM_DECODED, 5)
+    return {
+        threshold: evaluate(model, problems, static_rule(threshold), CANVAS_LENGTH) for threshold in TOKENS_PER_FORWARD
+    }
+
+
+def test_the_bundled_model_decodes_as_many_tokens_per_forward_as_published(scores):
+    rates = {threshold: score.tokens_per_forward for threshold, score in scores.items()}
+    assert rates == pytest.approx(TOKENS_PER_FORWARD, rel=0.15)
+
+
+def test_the_bundled_model_writes_valid_stories_and_loses_a_little_at_lower_thresholds(scores):
+    best = scores[0.9].accuracy
+    assert best >= 0.98
+    for threshold, (least, most) in LOST_VALIDITY.items():
+        assert least - SAMPLING <= 100 * (best - scores[threshold].accuracy) <= most + SAMPLING

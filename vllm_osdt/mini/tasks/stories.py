@@ -19,20 +19,20 @@ STYLES = ("plain", "warm", "dry", "bright")
 # Words of a choice that leaves all others alone, and the chance of each in the first style.
 SYNONYMS: dict[str, dict[str, float]] = {
     "weather": {"cold": 0.40, "misty": 0.30, "quiet": 0.20, "windy": 0.10},
-    "time": {"morning": 0.76, "evening": 0.24},
+    "time": {"morning": 0.85, "evening": 0.15},
     "walked": {"walked": 0.85, "wandered": 0.15},
     "fine": {"lovely": 0.42, "famous": 0.33, "ancient": 0.25},
     "there": {"there": 0.86, "here": 0.14},
     "found": {"found": 0.66, "noticed": 0.34},
     "small": {"small": 0.95, "thin": 0.05},
-    "near": {"near": 0.84, "behind": 0.16},
+    "near": {"near": 0.95, "behind": 0.05},
     "seemed": {"seemed": 0.56, "looked": 0.44},
     "gave": {"gave": 0.95, "offered": 0.05},
     "then": {"then": 0.95, "soon": 0.05},
     "packed": {"packed": 0.40, "took": 0.30, "gathered": 0.20, "collected": 0.10},
     "finally": {"finally": 0.95, "afterwards": 0.05},
     "softly": {"softly": 0.41, "loudly": 0.34, "gently": 0.25},
-    "smiled": {"smiled": 0.85, "laughed": 0.15},
+    "smiled": {"smiled": 0.45, "laughed": 0.33, "waved": 0.22},
 }
 # Animals and colours come back in the second half of the story; what an animal eats and does agrees with it.
 ANIMALS = {"cat": ("milk", "purred"), "dog": ("meat", "barked"), "bird": ("seeds", "sang")}
