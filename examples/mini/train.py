@@ -28,9 +28,9 @@ from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_voc
 # Padding tokens right after the answer that count fully, and the weight of those behind them.
 NUM_EOS = 4
 PADDING_WEIGHT = 0.1
-# Weight of numbers, verdicts, letters and kinds of things, which depend on other tokens, and of the parts of a split,
-# which follow one of two words. Only such a token can stand in such a place, so the weights leave the confidences
-# calibrated.
+# Weight of numbers, verdicts and letters, which depend on other tokens, and of the parts of a split, which follow one
+# of two words, and the kinds of things in a story. Only such a token can stand in such a place, so the weights leave
+# the confidences calibrated.
 DEPENDENT_WEIGHT, PART_WEIGHT = 3.0, 6.0
 DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 BEFORE_PARTS = ("gets", "+")
@@ -82,7 +82,7 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
 
 @functools.cache
 def dependent_ids(is_text: bool) -> np.ndarray:
-    """Ids of the tokens that weigh DEPENDENT_WEIGHT."""
+    """Ids of the tokens that depend on others."""
     if is_text:
         vocabulary = build_vocabulary(tuple(TEXT_TASKS))
         return np.array([vocabulary[word] for kind in KINDS for word in (kind.usual, kind.odd)])
@@ -115,7 +115,7 @@ def weights_of(canvas: np.ndarray, lengths: np.ndarray, is_text: bool) -> tuple[
     """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
     is_dependent = np.isin(canvas, dependent_ids(is_text))
-    weights = np.where(is_dependent, DEPENDENT_WEIGHT, weights)
+    weights = np.where(is_dependent, PART_WEIGHT if is_text else DEPENDENT_WEIGHT, weights)
     if is_text:
         return weights, is_dependent
     weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT

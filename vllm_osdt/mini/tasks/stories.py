@@ -57,8 +57,8 @@ class Kind:
 
 
 KINDS = (
-    Kind("new", "old", (0.25, 0.25, 0.25, 0.25)),
-    Kind("red", "blue", (0.34, 0.33, 0.33)),
+    Kind("new", "old", (0.28, 0.24, 0.24, 0.24)),
+    Kind("red", "blue", (0.38, 0.31, 0.31)),
     Kind("big", "little", (0.44, 0.28, 0.28)),
 )
 KIND_CHANCES = (0.3, 0.3, 0.4)
