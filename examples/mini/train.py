@@ -31,7 +31,7 @@ PADDING_WEIGHT = 0.1
 # Weight of numbers, verdicts and letters, which depend on other tokens, and of the parts of a split, which follow one
 # of two words, and the kinds of things in a story. Only such a token can stand in such a place, so the weights leave
 # the confidences calibrated.
-DEPENDENT_WEIGHT, PART_WEIGHT = 3.0, 6.0
+DEPENDENT_WEIGHT, PART_WEIGHT, KIND_WEIGHT = 3.0, 6.0, 12.0
 DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 BEFORE_PARTS = ("gets", "+")
 # Share of masked blocks in which only dependent tokens are masked: decoding leaves them for last.
@@ -115,7 +115,7 @@ def weights_of(canvas: np.ndarray, lengths: np.ndarray, is_text: bool) -> tuple[
     """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
     is_dependent = np.isin(canvas, dependent_ids(is_text))
-    weights = np.where(is_dependent, PART_WEIGHT if is_text else DEPENDENT_WEIGHT, weights)
+    weights = np.where(is_dependent, KIND_WEIGHT if is_text else DEPENDENT_WEIGHT, weights)
     if is_text:
         return weights, is_dependent
     weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT

@@ -13,7 +13,7 @@ TEXT_TASKS = {"stories": stories.draw}
 ALL_TASKS = TASKS | TEXT_TASKS
 # Share of problems with a free choice that ties several tokens together; training sees more of them.
 FREE_SHARE = {"train": 0.5, "held_out": 0.2}
-TEXT_FREE_SHARE = {"train": 0.6, "held_out": 0.06}
+TEXT_FREE_SHARE = {"train": 0.8, "held_out": 0.06}
 # One prompt in so many is held out.
 HELD_OUT_MODULUS = 10
 
