@@ -61,7 +61,7 @@ KINDS = (
     Kind("red", "blue", (0.38, 0.31, 0.31)),
     Kind("big", "little", (0.44, 0.28, 0.28)),
 )
-KIND_CHANCES = (0.3, 0.3, 0.4)
+KIND_CHANCES = (0.25, 0.35, 0.4)
 
 # By position, the words that can stand there and the chance of each.
 Template = list[dict[str, float]]
