@@ -420,6 +420,7 @@ def main() -> None:
     """Parse arguments, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the bundled llada-mini")
+    parser.add_argument("--task", action="append", help="bundled tasks; default: the three of llada-mini")
     parser.add_argument("--task-file", help="problems of your own instead of the bundled tasks")
     parser.add_argument("--checker", metavar="MODULE:FUNCTION", help="how to check a completion of --task-file")
     parser.add_argument("--problems", type=int, default=200, help="per task")
@@ -451,9 +452,10 @@ def main() -> None:
     else:
         from vllm_osdt.mini.tasks import TASKS
 
-        tasks = {task: own_problems(task, args.problems, args.seed) for task in TASKS}
+        names = args.task or list(TASKS)
+        tasks = {task: own_problems(task, args.problems, args.seed) for task in names}
         seeds = [CALIBRATION_SEED + args.seed + choice for choice in range(args.calibrations)]
-        calibrating = {task: [own_problems(task, most, seed) for seed in seeds] for task in TASKS}
+        calibrating = {task: [own_problems(task, most, seed) for seed in seeds] for task in names}
 
     bench = Bench(args)
     record = environment(dtype=args.dtype, cache_mode=args.cache, model=os.path.basename(args.model.rstrip("/")))
