@@ -4,6 +4,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from vllm_osdt.calibration.profile import setting_in_words
+
 _GRANULARITY = {"block": "by block", "step_block": "by block and step (the first step's)"}
 _METRIC = {
     "mean": "mean", "q1": "lower quartile", "q2": "median", "q3": "upper quartile", "min_whisker": "lower whisker",
@@ -87,10 +89,11 @@ def draw_candidates(report: dict[str, Any], path: Path) -> None:
                 axes.plot([x[place]] * 2, [y[place], row["upper_bound"]], color=color, alpha=0.4)
     axes.axhline(report["risk"], color="gray", linestyle=":", label="risk")
     chosen = report["choice"]
-    title = f"{report['task']}: {chosen['policy']} {chosen['options']}, risk {chosen['risk']:g}"
+    setting = setting_in_words({"policy": chosen["policy"], **chosen["options"]})
+    title = f"{report['task']}: {setting} chosen, confidence {report['confidence']:g}"
     axes.set(xlabel="forward passes a request", ylabel="share of requests that lose", ylim=(-0.005, None))
     axes.set_title("\n".join(textwrap.wrap(title, 80)), fontsize=10)
-    axes.legend(fontsize=8, title="filled: accepted; line: upper bound", title_fontsize=8)
+    axes.legend(fontsize=8, loc="upper right", title="filled: accepted; line: upper bound", title_fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

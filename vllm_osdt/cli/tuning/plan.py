@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,9 +67,14 @@ class Plan:
             raise CommandError(
                 f"there are {number} prompts, but a risk of {self.risk:g} with confidence {self.confidence:g} over "
                 f"{len(self.policies)} policies needs {needed}, where no request loses; the smallest risk that "
-                f"{number} prompts can certify is {smallest_risk(number, self.level):.4f}. Give more prompts, a larger "
-                "--risk, or fewer --policies."
+                f"{number} prompts can certify is {rounded_up(smallest_risk(number, self.level))}. Give more prompts, "
+                "a larger --risk, or fewer --policies."
             )
+
+
+def rounded_up(risk: float) -> float:
+    """A risk to four digits that is no smaller."""
+    return math.ceil(risk * 1e4) / 1e4
 
 
 def name_run(model: str, weights: str | None, plan: Plan) -> str:

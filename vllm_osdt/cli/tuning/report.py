@@ -7,7 +7,7 @@ from typing import Any
 from vllm_osdt.calibration.profile import CalibrationProfile, Choice, setting_in_words
 from vllm_osdt.calibration.selection import num_needed, smallest_risk
 from vllm_osdt.cli.common import print_table
-from vllm_osdt.cli.tuning.plan import Plan
+from vllm_osdt.cli.tuning.plan import Plan, rounded_up
 from vllm_osdt.cli.tuning.run import SKIPPED, Row
 
 
@@ -74,7 +74,7 @@ def print_report(found: dict[str, Any], rows: list[Row]) -> None:
     print_table(f"task {found['task']}, risk {found['risk']:g}, confidence {found['confidence']:g}", table)
     print(
         f"{found['num_prompts']} prompts; risk {found['risk']:g} needs {found['num_prompts_needed']} where no request "
-        f"loses, and the smallest risk that these can certify is {found['smallest_risk']:.4f}"
+        f"loses, and the smallest risk that these can certify is {rounded_up(found['smallest_risk'])}"
     )
     if found["reference_accuracy"] is not None:
         print(f"the reference is right in {found['reference_accuracy']:.1%}")
