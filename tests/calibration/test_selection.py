@@ -107,7 +107,7 @@ def run_once(rng, shares, num_tested, risk, confidence):
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
 def test_too_bold_a_setting_is_accepted_no_more_often_than_the_confidence_allows(confidence):
-    risk, num_tested, num_runs = 0.05, 200, 3000
+    risk, num_tested, num_runs = 0.05, 200, 1500
     # At the boundary, where errors are most frequent: each policy has a setting that loses a little more than the risk.
     shares = [(0.0, 0.0501, 0.06), (0.0501, 0.07), (0.01, 0.02, 0.0501)]
     rng = np.random.default_rng(0)

@@ -36,7 +36,9 @@ def show(args: argparse.Namespace) -> None:
     settings = [Setting(granularity, *rest) for granularity in GRANULARITIES for rest in STATISTICS]
     tables = {str(setting): as_lists(found.profile.thresholds(setting).values) for setting in settings}
     if args.json:
-        print(json.dumps({**found.profile.as_dict(), **found.summary(), "thresholds": tables}, indent=2))
+        about = found.profile.as_dict()
+        about |= {**found.summary(), "promised": about["choice"], "thresholds": tables}
+        print(json.dumps(about, indent=2))
         return
     for name, value in found.summary().items():
         print(f"{name:<14}{value}")
