@@ -316,6 +316,32 @@ def test_calibrate_takes_as_many_prompts_as_the_default_options_need(tmp_path, l
     assert 0 <= conformal[0][0] <= 1
 
 
+@pytest.mark.e2e
+def test_tune_writes_the_choice_that_it_reports_and_goes_on_from_what_was_decoded(tmp_path, listed):
+    file = tmp_path / "prompts.jsonl"
+    problems = generate("multiple_choice", "held_out", 40, 0)
+    file.write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in problems))
+    arguments = [
+        "tune", "llada-mini", "--task", "quiz", "--prompts", str(file), "--dir", str(tmp_path / "p"),
+        "--max-tokens", "96", "--dtype", "float32", "--policies", "static_threshold",
+        "--answer-pattern", r"answer is (\w)", "--json",
+    ]  # fmt: skip
+    picture = tmp_path / "picture.png"
+    made = command(*arguments, "--risk", "0.1", "--picture", str(picture))
+    assert made.returncode == 0, made.stderr[-3000:]
+    report = json.loads(made.stdout)
+    chosen = report["choice"]
+    assert chosen["policy"] == "static_threshold" and chosen["options"]["threshold"] < 0.9
+    assert "another answer than the reference" in report["promise"] and picture.stat().st_size > 1000
+    [row] = listed()
+    assert (row["id"], row["task"], row["requests"]) == (report["profile"], "quiz", 32)
+    assert listed("show", "quiz")["promised"] == chosen
+    [state] = (tmp_path / "tuning").glob("*.jsonl")
+    num_lines = len(state.read_text().splitlines())
+    again = command(*arguments, "--risk", "0.08")
+    assert json.loads(again.stdout)["risk"] == 0.08 and len(state.read_text().splitlines()) == num_lines
+
+
 def test_calibrate_refuses_fewer_prompts_than_calibrations_before_it_starts_an_engine(tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("a\n\nb\n")

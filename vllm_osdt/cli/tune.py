@@ -168,6 +168,7 @@ def make_decoder(args: argparse.Namespace, folder: Path) -> Decoder:
     if args.server:
         return ServerDecoder(args.server, args.model, args.dir)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is the report's
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 

@@ -39,7 +39,7 @@ METRICS = {
     "requests": Metric(
         "requests_total",
         "kind",
-        "Requests of policy osdt: calibrated (with a profile), calibrating, static (neither).",
+        "Requests of policy osdt or of a task's choice: calibrated (with a profile), calibrating, static (neither).",
         "counter",
     ),
     "calibrations": Metric(
