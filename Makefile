@@ -1,6 +1,6 @@
 # make demo and make test work on a fresh machine with Python 3.11 and a C compiler; the rest is for development.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-engine check install lint types docs bench fast-dllm-env check-host clean
+.PHONY: help demo ladder test test-all test-engine check install lint types docs bench fast-dllm-env check-host clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,9 @@ help: ## list the targets
 
 demo: $(INSTALLED) ## decode with OSDT and its rivals, print and draw the comparison (MODEL=name)
 	$(PY) -m vllm_osdt.demo --model $(or $(MODEL),llada-mini)
+
+ladder: $(INSTALLED) ## train models of 50, 70, 85 and 95 % accuracy into build/ladder, about two hours (LADDER_ARGS=...)
+	OMP_NUM_THREADS=1 $(PY) -m examples.mini.ladder $(LADDER_ARGS)
 
 test: $(INSTALLED) ## lint, types and all tests (PYTEST_ARGS="-k name", JOBS=n, KEEP_GOING=1)
 	@$(RUN_TESTS) unit engine --beside "$(LINT)" --beside "$(TYPES)" -- $(PYTEST_ARGS)

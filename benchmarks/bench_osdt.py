@@ -168,21 +168,31 @@ class Bench:
 
     def decode(self, problems: list[Problem], **options: Any) -> tuple[list[bool], list[int], list[int], float]:
         """Right or not, forwards and tokens of every problem, and the seconds they took together."""
-        from vllm import SamplingParams
-
-        args = self.args
-        extra = {"osdt_" + name: value for name, value in {"cache_mode": args.cache, **options}.items()}
-        params = SamplingParams(temperature=0.0, max_tokens=args.gen_length, extra_args=extra)
         start = time.perf_counter()
-        outputs = self.llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
+        completions = self.generate(problems, [options] * len(problems))
         seconds = time.perf_counter() - start
-        completions = [output.outputs[0] for output in outputs]
         return (
             [problem.is_right(completion.text) for problem, completion in zip(problems, completions, strict=True)],
             [sum(completion.spec_decode_metrics.histogram) for completion in completions],
             [len(completion.token_ids) for completion in completions],
             seconds,
         )
+
+    def generate(self, problems: list[Problem], options: list[dict[str, Any]]) -> list[Any]:
+        """The completion of every problem, each with options of its own."""
+        from vllm import SamplingParams
+
+        args = self.args
+        params = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=args.gen_length,
+                extra_args={"osdt_" + name: value for name, value in {"cache_mode": args.cache, **own}.items()},
+            )
+            for own in options
+        ]
+        outputs = self.llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
 
     def run(self, problems_of: str, problems: list[Problem], name: str, **options: Any) -> Outcome:
         """One configuration on one task."""
@@ -410,6 +420,7 @@ def main() -> None:
     """Parse arguments, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the bundled llada-mini")
+    parser.add_argument("--task", action="append", help="bundled tasks; default: the three of llada-mini")
     parser.add_argument("--task-file", help="problems of your own instead of the bundled tasks")
     parser.add_argument("--checker", metavar="MODULE:FUNCTION", help="how to check a completion of --task-file")
     parser.add_argument("--problems", type=int, default=200, help="per task")
@@ -441,9 +452,10 @@ def main() -> None:
     else:
         from vllm_osdt.mini.tasks import TASKS
 
-        tasks = {task: own_problems(task, args.problems, args.seed) for task in TASKS}
+        names = args.task or list(TASKS)
+        tasks = {task: own_problems(task, args.problems, args.seed) for task in names}
         seeds = [CALIBRATION_SEED + args.seed + choice for choice in range(args.calibrations)]
-        calibrating = {task: [own_problems(task, most, seed) for seed in seeds] for task in TASKS}
+        calibrating = {task: [own_problems(task, most, seed) for seed in seeds] for task in names}
 
     bench = Bench(args)
     record = environment(dtype=args.dtype, cache_mode=args.cache, model=os.path.basename(args.model.rstrip("/")))

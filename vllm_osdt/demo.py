@@ -1,6 +1,6 @@
 """``python -m vllm_osdt.demo``.
 
-The bundled model on its three tasks, decoded one token per step, with Fast-dLLM's static threshold and with One-Shot
+A bundled model on its tasks, decoded one token per step, with Fast-dLLM's static threshold and with One-Shot
 Dynamic Thresholding, and a picture of what OSDT calibrated.
 """
 
@@ -83,8 +83,8 @@ def main() -> None:
 
     from vllm_osdt import profiles
     from vllm_osdt.calibration.plot import draw_signatures
-    from vllm_osdt.mini import model_path
-    from vllm_osdt.mini.tasks import TASKS, generate
+    from vllm_osdt.mini import model_path, tasks_of
+    from vllm_osdt.mini.tasks import generate
     from vllm_osdt.options import DecodingOptions
 
     start = time.perf_counter()
@@ -98,7 +98,7 @@ def main() -> None:
     print(f"engine started in {time.perf_counter() - start:.1f} s; {args.problems} held-out problems per task")
     header = f"{'task':<16} {'policy':<20} {'accuracy':>9} {'NFE':>7} {'tokens/forward':>15} {'tokens/s':>9}"
     print(f"{header}\n{'-' * len(header)}")
-    for task in TASKS:
+    for task in tasks_of(args.model):
         problems = generate(task, "held_out", args.problems, args.seed)
         # The requests that calibrate are others, and are not in the figures.
         calibrating = generate(

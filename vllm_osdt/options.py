@@ -232,7 +232,7 @@ DEFAULTS = defaults(DecodingOptions)
 FORMER_NAMES = {one.formerly: name for name, one in DECLARED.items() if one.formerly}
 # Options that say how positions are chosen; whoever names one of them does not leave it to the task's profile.
 CHOOSING = {"policy", *OPTION_NAMES} - (set(declarations(CommonOptions)) - {"policy"})
-CHOOSING -= {"num_calibration_requests", "recalibrate", "profile"}
+CHOOSING -= {"num_calibration_requests", "early", "recalibrate", "profile"}
 _warned: set[str] = set()
 
 

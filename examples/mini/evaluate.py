@@ -13,8 +13,8 @@ from torch import Tensor
 
 from examples.mini.model import MiniLLaDA, beside_stale_cache, block_causal
 from vllm_osdt.mini import model_path
-from vllm_osdt.mini.tasks import TASKS, check, generate
-from vllm_osdt.mini.tasks.base import Problem
+from vllm_osdt.mini.tasks import ALL_TASKS, TASKS, check, generate, tasks_beside
+from vllm_osdt.mini.tasks.base import Problem, tokenize
 from vllm_osdt.mini.tokenizer import build_tokenizer
 
 # No confidence reaches it, so every denoising step unmasks the single best position.
@@ -36,12 +36,18 @@ class Score:
 
     num_right: int
     num_problems: int
-    nfe: float
+    nfe: float  # mean of a problem, as num_tokens
+    num_tokens: float = 0.0  # up to the end of the answer
 
     @property
     def accuracy(self) -> float:
         """Share of the problems answered right, in [0, 1]."""
         return self.num_right / self.num_problems
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens up to the end of the answer by forward pass."""
+        return self.num_tokens / self.nfe
 
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
@@ -143,13 +149,13 @@ def evaluate(
     cache: str = "dual",
 ) -> Score:
     """Decodes problems in batches of equal prompt length and checks the answers."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(tasks_beside(problems[0].task))
     device = next(model.parameters()).device
     by_length = defaultdict(list)
     for problem in problems:
         prompt = tokenizer.encode(problem.prompt).ids
         by_length[len(prompt)].append((problem, prompt))
-    num_right, total_nfe = 0, 0
+    num_right, total_nfe, num_tokens = 0, 0, 0
     for group in by_length.values():
         for first in range(0, len(group), MAX_BATCH):
             batch = group[first : first + MAX_BATCH]
@@ -157,8 +163,10 @@ def evaluate(
             canvases, nfe = decode(model, prompts, rule, canvas_length, cache=cache)
             total_nfe += int(nfe.sum())
             for (problem, _), canvas in zip(batch, canvases.tolist(), strict=True):
-                num_right += check(problem, answer_text(tokenizer, canvas, model.config.eos_token_id))
-    return Score(num_right, len(problems), total_nfe / len(problems))
+                answer = answer_text(tokenizer, canvas, model.config.eos_token_id)
+                num_right += check(problem, answer)
+                num_tokens += len(tokenize(answer))
+    return Score(num_right, len(problems), total_nfe / len(problems), num_tokens / len(problems))
 
 
 def answer_text(tokenizer: Tokenizer, canvas: list[int], eos_token_id: int) -> str:
@@ -181,7 +189,7 @@ def main() -> None:
     """Prints accuracy and forward passes for every task and threshold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(model_path("llada-mini")), help="folder of a checkpoint")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="*", choices=ALL_TASKS, default=TASKS)
     parser.add_argument("--problems", type=int, default=300, help="held-out problems per task")
     parser.add_argument("--seed", type=int, default=7, help="seed of the held-out problems")
     parser.add_argument("--canvas-length", type=int, default=CANVAS_LENGTH)
@@ -191,7 +199,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     model = MiniLLaDA.load(options.model).to(options.device)
-    print(f"{'task':<16}{'rule':<22}{'accuracy':>9}  {'95 % interval':<16}{'n':>5}{'forwards':>10}")
+    print(
+        f"{'task':<16}{'rule':<22}{'accuracy':>9}  {'95 % interval':<16}{'n':>5}{'forwards':>10}{'tokens/forward':>16}"
+    )
     for task in options.tasks:
         problems = generate(task, "held_out", options.problems, options.seed)
         rules = {
@@ -206,7 +216,7 @@ def main() -> None:
             low, high = score.interval()
             print(
                 f"{task:<16}{name:<22}{score.accuracy:>9.1%}  {f'{low:.1%} - {high:.1%}':<16}"
-                f"{score.num_problems:>5}{score.nfe:>10.2f}",
+                f"{score.num_problems:>5}{score.nfe:>10.2f}{score.tokens_per_forward:>16.2f}",
                 flush=True,
             )
 

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +18,20 @@ from torch import Tensor
 
 from examples.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
 from examples.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, beside_stale_cache
-from vllm_osdt.mini.tasks import TASKS, generate
+from vllm_osdt.mini import tasks_of
+from vllm_osdt.mini.tasks import TEXT_TASKS, generate, tasks_beside
 from vllm_osdt.mini.tasks.base import tokenize
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
+from vllm_osdt.mini.tasks.stories import KINDS
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_vocabulary, save_tokenizer
 
 # Padding tokens right after the answer that count fully, and the weight of those behind them.
 NUM_EOS = 4
 PADDING_WEIGHT = 0.1
 # Weight of numbers, verdicts and letters, which depend on other tokens, and of the parts of a split, which follow one
-# of two words. Only such a token can stand in such a place, so the weights leave the confidences calibrated.
-DEPENDENT_WEIGHT, PART_WEIGHT = 3.0, 6.0
+# of two words, and the kinds of things in a story. Only such a token can stand in such a place, so the weights leave
+# the confidences calibrated.
+DEPENDENT_WEIGHT, PART_WEIGHT, KIND_WEIGHT = 3.0, 6.0, 12.0
 DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 BEFORE_PARTS = ("gets", "+")
 # Share of masked blocks in which only dependent tokens are masked: decoding leaves them for last.
@@ -39,11 +43,12 @@ NUM_STATES = 2
 # Masked states of each block that a block-causal model sees at once.
 NUM_BLOCK_STATES = 1
 # Share of each task in a step.
-TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2}
+TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stories": 1.0}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
 CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
+TEXT_CANVAS_LENGTHS = {96: 0.15}
 EMA_DECAY = 0.99
 # Of the learning rate, for each of make_optimizers.
 LEARNING_RATE_SHARES = (1.0, 0.5)
@@ -56,7 +61,7 @@ Group = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompts [n, P], answers [n,
 
 def encode_pool(task: str, count: int, seed: int) -> list[Group]:
     """Draws training problems with one answer each and groups them by prompt length."""
-    vocabulary = build_vocabulary()
+    vocabulary = build_vocabulary(tasks_beside(task))
     rng = random.Random(seed)
     encoded = defaultdict(list)
     for problem in generate(task, "train", count, seed):
@@ -76,8 +81,11 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
 
 
 @functools.cache
-def dependent_ids() -> np.ndarray:
-    """Ids of the tokens that weigh DEPENDENT_WEIGHT."""
+def dependent_ids(is_text: bool) -> np.ndarray:
+    """Ids of the tokens that depend on others."""
+    if is_text:
+        vocabulary = build_vocabulary(tuple(TEXT_TASKS))
+        return np.array([vocabulary[word] for kind in KINDS for word in (kind.usual, kind.odd)])
     numbers = [token for token in build_vocabulary() if token.isdigit()]
     return np.array([build_vocabulary()[token] for token in (*numbers, *DEPENDENT_WORDS)])
 
@@ -103,27 +111,32 @@ def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray
     return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
 
 
-def weights_of(canvas: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def weights_of(canvas: np.ndarray, lengths: np.ndarray, is_text: bool) -> tuple[np.ndarray, np.ndarray]:
     """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
-    is_dependent = np.isin(canvas, dependent_ids())
-    weights = np.where(is_dependent, DEPENDENT_WEIGHT, weights)
+    is_dependent = np.isin(canvas, dependent_ids(is_text))
+    weights = np.where(is_dependent, KIND_WEIGHT if is_text else DEPENDENT_WEIGHT, weights)
+    if is_text:
+        return weights, is_dependent
     weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
     return weights, is_dependent
 
 
-def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
+def draw_batch(
+    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
+) -> Batch:
     """Draws problems of one prompt length and a view of them."""
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)
     prompts, answers, lengths = prompts[rows], answers[rows], lengths[rows]
     fitting = -(-int(lengths.max()) // block_length) * block_length
-    wanted = rng.choice([fitting, *CANVAS_LENGTHS], p=[1 - sum(CANVAS_LENGTHS.values()), *CANVAS_LENGTHS.values()])
+    longer = TEXT_CANVAS_LENGTHS if is_text else CANVAS_LENGTHS
+    wanted = rng.choice([fitting, *longer], p=[1 - sum(longer.values()), *longer.values()])
     canvas_length = max(fitting, int(wanted))
     canvas = np.full((size, canvas_length), EOS_ID, dtype=np.int64)
     canvas[:, : answers.shape[1]] = answers[:, :canvas_length]
-    weights, is_dependent = weights_of(canvas, lengths)
+    weights, is_dependent = weights_of(canvas, lengths, is_text)
     view = rng.choice(list(VIEWS), p=list(VIEWS.values()))
     blocks = np.arange(canvas_length) // block_length
     active = rng.integers(lengths // block_length + 1)
@@ -156,7 +169,9 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
     )
 
 
-def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int) -> Batch:
+def draw_block_causal_batch(
+    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
+) -> Batch:
     """Draws problems of one prompt length and masked states of their blocks.
 
     Every block from the prompt's last one on has NUM_BLOCK_STATES of them.
@@ -172,7 +187,9 @@ def draw_block_causal_batch(rng: np.random.Generator, groups: list[Group], size:
     canvas[:, :prompt_length] = prompts
     canvas[:, prompt_length:][:, : answers.shape[1]] = answers[:, : length - prompt_length]
     weights, is_dependent = np.zeros(canvas.shape), np.zeros(canvas.shape, dtype=bool)
-    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(canvas[:, prompt_length:], lengths)
+    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(
+        canvas[:, prompt_length:], lengths, is_text
+    )
 
     shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
@@ -196,6 +213,7 @@ DRAW = {"llada": draw_batch, "sdar": draw_block_causal_batch}
 CONFIGS = {
     "llada-mini": functools.partial(MiniConfig),
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
+    "text-mini": functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352),
 }
 
 
@@ -229,12 +247,12 @@ def make_optimizers(model: MiniLLaDA) -> tuple[torch.optim.Optimizer, ...]:
     )
 
 
-def export(model: MiniLLaDA, averages: dict[str, Tensor], folder: Path) -> MiniLLaDA:
-    """Writes a loadable checkpoint of the averaged weights."""
+def export(model: MiniLLaDA, averages: dict[str, Tensor], folder: Path, name: str) -> MiniLLaDA:
+    """Writes a loadable checkpoint of the averaged weights of the model of this name."""
     averaged = MiniLLaDA(model.config)
     averaged.load_state_dict(averages)
     averaged.save(folder)
-    save_tokenizer(build_tokenizer(), folder, model.config.max_sequence_length)
+    save_tokenizer(build_tokenizer(tasks_of(name)), folder, model.config.max_sequence_length)
     generation = {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return averaged.eval()
@@ -252,7 +270,8 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     device, folder = torch.device(options.device), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary()), EOS_ID, MASK_ID))
+    tasks = tasks_of(options.model)
+    model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary(tasks)), EOS_ID, MASK_ID))
     draw = DRAW[model.config.family]
     model.initialize()
     model.to(device)
@@ -265,7 +284,7 @@ def train(options: argparse.Namespace) -> None:
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         averages, first_step, rng.bit_generator.state = state["averages"], state["step"], state["rng"]
-    pools = {task: encode_pool(task, options.pool, options.seed) for task in TASKS}
+    pools = {task: encode_pool(task, options.pool, options.seed) for task in tasks}
     for step in range(first_step, options.steps):
         started = time.perf_counter()
         for optimizer, share in zip(optimizers, LEARNING_RATE_SHARES, strict=True):
@@ -273,7 +292,9 @@ def train(options: argparse.Namespace) -> None:
                 group["lr"] = share * options.learning_rate * learning_rate_factor(step, options.steps)
         total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
-            batch = draw(rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length)
+            batch = draw(
+                rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length, task in TEXT_TASKS
+            )
             loss, share = loss_of(model, batch.to(device))
             token_accuracy[task] = round(share, 4)
             (loss * TASK_SHARES[task]).backward()
@@ -288,8 +309,10 @@ def train(options: argparse.Namespace) -> None:
         entry: dict[str, float | dict[str, float]] = {"step": step + 1, "loss": round(total_loss, 4)}
         entry |= {"seconds": round(time.perf_counter() - started, 3), "token_accuracy": token_accuracy}
         if (step + 1) % options.evaluate_every == 0 or is_last:
-            averaged = export(model, averages, folder).to(device)
-            held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in TASKS}
+            averaged = export(model, averages, folder, options.model).to(device)
+            if options.snapshots:
+                export(model, averages, folder / "snapshots" / f"{step + 1:05d}", options.model)
+            held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in tasks}
             entry["decoded_accuracy"] = {
                 task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD)).accuracy
                 for task, problems in held_out.items()
@@ -297,12 +320,12 @@ def train(options: argparse.Namespace) -> None:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             state |= {"averages": averages, "step": step + 1, "rng": rng.bit_generator.state}
             torch.save(state, folder / "state.pt")
-        if (step + 1) % options.log_every == 0 or is_last:
+        if (step + 1) % options.log_every == 0 or "decoded_accuracy" in entry:
             log_curve(folder, entry)
 
 
-def main() -> None:
-    """Reads the options and trains."""
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a training, by default those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=CONFIGS, default="llada-mini")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; a run in it is continued")
@@ -315,8 +338,9 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=20, help="steps between lines of the learning curve")
     parser.add_argument("--evaluate-every", type=int, default=300, help="steps between checkpoints and evaluations")
     parser.add_argument("--evaluate-problems", type=int, default=40, help="held-out problems per task and evaluation")
-    train(parser.parse_args())
+    parser.add_argument("--snapshots", action="store_true", help="keep the checkpoint of every evaluation")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    train(read_options())

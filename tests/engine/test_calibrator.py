@@ -106,6 +106,35 @@ def test_a_task_is_calibrated_by_as_many_requests_as_it_needs():
     assert calibrator.take_statistics() == {}
 
 
+EARLY = {"statistic": "conformal", "num_calibration_requests": 24}
+
+
+def test_while_a_task_calibrates_every_other_request_has_early_thresholds():
+    calibrator = make_calibrator()
+    used = []
+    for number in range(8):
+        record = start(calibrator, f"{number}", **EARLY)
+        if record.recorder is not None:
+            see_step(calibrator, f"{number}", 0.5)
+        else:
+            assert record.profile is not None and not record.assignment.is_watched
+            used.append((record.profile.num_requests, float(record.assignment.schedule.parameters.max())))
+            assert record.about.profile == record.profile.profile_id
+        end(calibrator, f"{number}")
+    assert counts(calibrator, "requests") == {"calibrating": 4, "early": 4}
+    assert [number for number, _ in used] == [1, 2, 3, 4]
+    assert KEY.threshold > used[0][1] > used[1][1] > used[2][1] > used[3][1]
+    assert calibrator.profiles() == []  # nothing is published before the round ends
+
+
+@pytest.mark.parametrize("options", [EARLY | {"early": False}, {"num_calibration_requests": 2}])
+def test_without_early_thresholds_all_requests_record_until_the_round_ends(options):
+    calibrator = make_calibrator()
+    calibrate(calibrator, "a", **options)
+    record = start(calibrator, "b", **options)
+    assert record.recorder is not None and np.array_equal(record.assignment.schedule.parameters, static(record))
+
+
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "osdt"])
 def test_other_policies_take_no_part_in_calibration(policy):
     calibrator = make_calibrator()

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from vllm_osdt.mini.tasks import TASKS, check, generate, split_of
+from vllm_osdt.mini.tasks import ALL_TASKS, check, generate, split_of
 from vllm_osdt.mini.tasks.base import Parts, draw_parts, tokenize
 from vllm_osdt.mini.tasks.code import compile_function
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
@@ -40,30 +40,30 @@ def answered(task, split="held_out", seed=3):
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_sampled_answers_are_valid(task, split):
     assert all(check(problem, answer) for problem, answer in answered(task, split))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_answers_have_20_to_100_tokens_of_varied_number(task):
     lengths = {len(tokenize(answer)) for _, answer in answered(task)}
     assert MIN_TOKENS <= min(lengths) < max(lengths) <= MAX_TOKENS
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_splits_are_disjoint(task):
     train, held_out = ({p.prompt for p in generate(task, split, 2000, 5)} for split in ("train", "held_out"))
     assert not train & held_out
     assert {split_of(prompt) for prompt in train} == {"train"}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_same_seed_gives_the_same_problems(task):
     assert generate(task, "train", 20, 1) == generate(task, "train", 20, 1) != generate(task, "train", 20, 2)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_another_problems_answer_is_rejected(task):
     (first, answer), *others = answered(task)
     different = [problem for problem, _ in others if problem.prompt != first.prompt]
@@ -95,7 +95,7 @@ def test_any_changed_verdict_or_final_letter_is_rejected():
                 assert not check(problem, " ".join([*tokens[:index], other, *tokens[index + 1 :]]))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_an_answer_that_stops_early_or_repeats_is_rejected(task):
     for problem, answer in answered(task)[:60]:
         tokens = tokenize(answer)

@@ -5,19 +5,30 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_osdt.mini.tasks import TASKS, generate
+from vllm_osdt.mini.tasks import ALL_TASKS, TASKS, TEXT_TASKS, generate, tasks_beside
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, UNKNOWN_ID, build_tokenizer, build_vocabulary, save_tokenizer
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(build_tokenizer(), folder, 512)
-    return AutoTokenizer.from_pretrained(folder)
+def load(tmp_path_factory):
+    """Saves and loads the tokenizer of a set of tasks."""
+
+    def load(tasks):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        save_tokenizer(build_tokenizer(tasks), folder, 512)
+        return AutoTokenizer.from_pretrained(folder)
+
+    return load
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_generated_texts_round_trip_without_unknown_words(task, loaded):
+@pytest.fixture(scope="module")
+def loaded(load):
+    return load(tuple(TASKS))
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_generated_texts_round_trip_without_unknown_words(task, load):
+    loaded = load(tasks_beside(task))
     rng = random.Random(0)
     for problem in generate(task, "held_out", 200, 2):
         for text in (problem.prompt, problem.sample_answer(rng)):
@@ -26,8 +37,9 @@ def test_generated_texts_round_trip_without_unknown_words(task, loaded):
             assert loaded.decode(ids) == text
 
 
-def test_vocabulary_has_the_specials_first_and_is_small():
-    vocabulary = build_vocabulary()
+@pytest.mark.parametrize("tasks", [TASKS, TEXT_TASKS])
+def test_vocabulary_has_the_specials_first_and_is_small(tasks):
+    vocabulary = build_vocabulary(tuple(tasks))
     assert list(vocabulary.values()) == list(range(len(vocabulary)))
     assert len(vocabulary) <= 256
     assert list(vocabulary)[:3] == ["<eos>", "<mask>", "<unk>"]

@@ -24,7 +24,7 @@ from examples.mini.train import (
     encode_pool,
     train,
 )
-from vllm_osdt.mini import MODELS, model_path
+from vllm_osdt.mini import MODELS, model_path, tasks_of
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
 
@@ -40,7 +40,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_model_path_names_the_known_models():
     assert Path(model_path("llada-mini")).name == "llada-mini"
-    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini"):
+    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini, text-mini"):
         model_path("llada-maxi")
 
 
@@ -105,7 +105,7 @@ def test_a_block_causal_batch_asks_for_masked_tokens_of_blocks_that_see_finished
 def test_training_writes_a_checkpoint_and_continues_it(tmp_path, model):
     options = argparse.Namespace(
         model=model, out=tmp_path, steps=2, seed=0, device="cpu", batch=6, learning_rate=2e-3, pool=30, log_every=1,
-        evaluate_every=2, evaluate_problems=1,
+        evaluate_every=2, evaluate_problems=1, snapshots=True,
     )  # fmt: skip
     train(options)
     first = MiniLLaDA.load(tmp_path)
@@ -115,6 +115,7 @@ def test_training_writes_a_checkpoint_and_continues_it(tmp_path, model):
     assert not torch.equal(*(model.state_dict()["model.transformer.wte.weight"] for model in (first, continued)))
     curve = [json.loads(line) for line in (tmp_path / "learning_curve.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in curve] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["00002", "00004"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -122,6 +123,6 @@ def test_bundled_checkpoint_is_small_and_solves_its_tasks(name):
     folder = Path(model_path(name))
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_CHECKPOINT_BYTES
     model = MiniLLaDA.load(folder)
-    for task in TASKS:
+    for task in tasks_of(name):
         score = evaluate(model, generate(task, "held_out", NUM_PROBLEMS, 11), static_rule(0.9))
         assert score.num_right >= NUM_PROBLEMS - 1, task

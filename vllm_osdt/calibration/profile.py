@@ -61,16 +61,21 @@ class ProfileKey:
 
 @dataclass(frozen=True)
 class Setting:
-    """How thresholds are made from a record: options of the same names."""
+    """How thresholds are made from a record: options of the same names.
+
+    Attributes:
+        is_early: Whether the task still calibrates, so that few requests have to do (``thresholds.early``).
+    """
 
     granularity: str = "block"
     statistic: str = CONFORMAL
     record: str = "masked"
     risk: float = DEFAULT_RISK
+    is_early: bool = False
 
     def __str__(self) -> str:
         risk = f"/{self.risk:g}" if self.statistic == CONFORMAL else ""
-        return f"{self.granularity}/{self.statistic}/{self.record}{risk}"
+        return f"{self.granularity}/{self.statistic}/{self.record}{risk}{'/early' if self.is_early else ''}"
 
 
 OptionValue = bool | int | float | str
@@ -172,7 +177,12 @@ class CalibrationProfile:
             if setting.record == "committed":
                 confidence = np.where(self.record.committed, confidence, np.nan)
             self._thresholds[setting] = calibrate(
-                confidence, self.record.wrong, setting.granularity, setting.statistic, setting.risk
+                confidence,
+                self.record.wrong,
+                setting.granularity,
+                setting.statistic,
+                setting.risk,
+                self.key.threshold if setting.is_early else None,
             )
         return self._thresholds[setting]
 

@@ -17,6 +17,8 @@ class _Round:
     recordings: list[Recording] = field(default_factory=list)
     req_ids: set[str] = field(default_factory=set)
     num_at_last_look: int = -1  # recordings there were when the store was last asked
+    early: CalibrationProfile | None = None  # of the recordings so far
+    is_turn: bool = False  # whether the next request is to record, where others use the early profile
 
 
 class ProfileRegistry:
@@ -80,10 +82,35 @@ class ProfileRegistry:
                 _shrink(self._pinned, self._max_profiles)
         return self._pinned.get(profile_id)
 
-    def claim(self, key: ProfileKey, req_id: str, num_requests: int = 1) -> bool:
-        """Whether ``req_id`` is to calibrate ``key``: fewer than ``num_requests`` have done so or do."""
+    def early(self, key: ProfileKey) -> CalibrationProfile | None:
+        """What the round of a key has recorded so far, as a profile; None before the first recording.
+
+        It is neither stored nor found by its id.
+        """
+        ongoing = self._rounds.get(key)
+        if ongoing is None or not ongoing.recordings:
+            return None
+        if ongoing.early is None or ongoing.early.num_requests != len(ongoing.recordings):
+            ongoing.early = CalibrationProfile(key, stack(ongoing.recordings))
+        return ongoing.early
+
+    def claim(self, key: ProfileKey, req_id: str, num_requests: int = 1, *, is_shared: bool = False) -> bool:
+        """Whether ``req_id`` is to calibrate ``key``: fewer than ``num_requests`` have done so or do.
+
+        Args:
+            key: The profile's.
+            req_id: The request's id.
+            num_requests: How many calibrate.
+            is_shared: Whether, from the first recording on, only every other request does, and the rest use
+                :meth:`early`. A request under lowered thresholds cannot calibrate: what passes them becomes final, so
+                that no record shows whether it was wrong.
+        """
         ongoing = self._rounds.setdefault(key, _Round())
         self._rounds.move_to_end(key)
+        if is_shared and ongoing.recordings and req_id not in ongoing.req_ids:
+            ongoing.is_turn = not ongoing.is_turn
+            if ongoing.is_turn:  # the first one after a recording profits
+                return False
         if len(ongoing.recordings) + len(ongoing.req_ids) >= num_requests:
             return req_id in ongoing.req_ids
         ongoing.req_ids.add(req_id)

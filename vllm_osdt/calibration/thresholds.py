@@ -10,6 +10,9 @@ Angelopoulos and Bates, arXiv 2107.07511, section 1). A request's score in a blo
 requests that reached the block, T is the ceil((k + 1)(1 - risk))-th smallest score. The score of one more exchangeable
 request exceeds T with probability at most ``risk``, so at most that share of requests would see a wrong proposal pass
 in the block, judged along the calibration's own steps.
+
+Also ours: thresholds while a task still calibrates (:func:`early`). Fewer requests than ``conformal`` needs promise
+nothing, so their highest score is shrunk towards the static threshold.
 """
 
 import math
@@ -64,13 +67,41 @@ def conformal(scores: np.ndarray, risk: float) -> float:
     return float(np.sort(scores)[rank - 1]) if 1 <= rank <= scores.size else math.nan
 
 
+def early(scores: np.ndarray, risk: float, static: float) -> float:
+    """A threshold from fewer scores than :func:`conformal` needs: the least that is cautious enough for k requests.
+
+    The posterior predictive chance that the next request's score exceeds t, where t is above all k scores, is S(t) /
+    (k + 1), with one request's worth of prior S(t) = P(score > t) (a Dirichlet process, Ferguson 1973). T is where that
+    chance is ``risk``, but not below any score; at (k + 1) risk >= 1 it is the highest score, as ``conformal``'s is.
+
+    The prior is S(t) = (2 (1 - t))^3, and 1 below a half: proposals that are right one by one can be wrong together
+    only if their chances to be wrong add up to one, which takes 1 / (1 - t) of them, and that many tokens seldom hang
+    on one another. So thresholds fall to about 0.8 after a few requests, and further only with much evidence.
+
+    Args:
+        scores: ``[k]``, k >= 1.
+        risk: In (0, 1).
+        static: The static threshold, in (0, 1], which is not exceeded.
+    """
+    exact = conformal(scores, risk)
+    if not math.isnan(exact):
+        return exact
+    prior = 1 - 0.5 * ((scores.size + 1) * risk) ** (1 / 3)
+    return min(max(float(scores.max()), prior), static)
+
+
 def num_requests_needed(risk: float) -> int:
     """The fewest requests k from which ``conformal`` gives a threshold: ceil((k + 1)(1 - risk)) <= k."""
     return math.ceil(1 / risk - 1e-9) - 1
 
 
 def calibrate(
-    confidence: np.ndarray, wrong: np.ndarray | None, granularity: str, statistic: str, risk: float = DEFAULT_RISK
+    confidence: np.ndarray,
+    wrong: np.ndarray | None,
+    granularity: str,
+    statistic: str,
+    risk: float = DEFAULT_RISK,
+    static: float | None = None,
 ) -> Thresholds:
     """Thresholds T of recorded sequences.
 
@@ -82,6 +113,8 @@ def calibrate(
         statistic: Name in :data:`STATISTICS`, or ``conformal``. Samples of all requests are pooled; ``conformal`` has
             one score for each request.
         risk: Of ``conformal``, in (0, 1).
+        static: The static threshold, in (0, 1], where a block that too few requests reached is to have an
+            :func:`early` threshold.
 
     Returns:
         ``[recorded blocks, steps]``. With ``step_block``, steps beyond the last recorded one of a block repeat it,
@@ -98,7 +131,7 @@ def calibrate(
         if not recorded.any():
             break
         bad = None if wrong is None else wrong[:, block]
-        value = _threshold(seen, bad, statistic, risk)
+        value = _threshold(seen, bad, statistic, risk, static)
         row = np.full(num_steps, value, dtype=np.float32)
         kinds = np.full(num_steps, Fallback.CELL if math.isnan(value) else Fallback.NONE, dtype=np.int8)
         if granularity == "step_block":
@@ -115,7 +148,9 @@ def calibrate(
     return Thresholds(np.stack(values), np.stack(fallbacks))
 
 
-def _threshold(confidence: np.ndarray, wrong: np.ndarray | None, statistic: str, risk: float) -> float:
+def _threshold(
+    confidence: np.ndarray, wrong: np.ndarray | None, statistic: str, risk: float, static: float | None = None
+) -> float:
     """The statistic of ``[requests, steps, positions]``; NaN where there are no samples, or too few requests."""
     recorded = ~np.isnan(confidence)
     if statistic != CONFORMAL:
@@ -123,4 +158,5 @@ def _threshold(confidence: np.ndarray, wrong: np.ndarray | None, statistic: str,
         return STATISTICS[statistic](samples) if samples.size else math.nan
     assert wrong is not None
     scores = np.where(wrong & recorded, confidence, 0.0).max(axis=(1, 2))
-    return conformal(scores[recorded.any(axis=(1, 2))], risk)
+    scores = scores[recorded.any(axis=(1, 2))]
+    return conformal(scores, risk) if static is None or not scores.size else early(scores, risk, static)

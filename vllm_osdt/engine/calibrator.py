@@ -6,7 +6,7 @@ request ended. Everything here is NumPy on the engine core's host; workers fill 
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Settin
 from vllm_osdt.calibration.recording import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.calibration.store import open_store
-from vllm_osdt.calibration.thresholds import Fallback
+from vllm_osdt.calibration.thresholds import CONFORMAL, Fallback
 from vllm_osdt.engine.canvas_plan import decides_first_alone
 from vllm_osdt.engine.statistics import About, EngineStatistics
 from vllm_osdt.errors import InvalidOptionError
@@ -52,6 +52,11 @@ class _Decoding:
 def setting_of(options: DecodingOptions) -> Setting:
     """How a request's thresholds are made from a profile."""
     return Setting(options.granularity, options.statistic, options.record, options.risk)
+
+
+def _has_early_thresholds(options: DecodingOptions) -> bool:
+    """Whether a request may profit from a calibration that is not finished."""
+    return options.early and options.statistic == CONFORMAL
 
 
 class Calibrator:
@@ -108,7 +113,7 @@ class Calibrator:
             self._traits.is_threshold_strict,
         )
         key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
-        profile, recorder = None, None
+        profile, recorder, is_early = None, None, False
         if policy.calibrates:
             profile = self._find_profile(options, key)
             if spec.follows_choice and profile is not None and not options.recalibrate:
@@ -117,23 +122,23 @@ class Calibrator:
             is_own = options.profile is None and options.task is not None
             if is_own and self._calibrates(req_id, options, key, max_tokens, profile):
                 profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
-            kind = "calibrated" if profile else "calibrating" if recorder else "static"
+            elif is_own and profile is None and _has_early_thresholds(options):
+                profile, is_early = self.registry.early(key), True
+            kind = "calibrating" if recorder else "static" if profile is None else "early" if is_early else "calibrated"
             self.statistics.counts["requests", kind] += 1
         thresholds = None
         if profile is not None and policy.calibrates:
-            thresholds = profile.thresholds(setting_of(options))
+            thresholds = profile.thresholds(replace(setting_of(options), is_early=is_early))
         schedule = policy.schedule(options, shape, thresholds)
         if profile is not None and schedule.rule == Rule.THRESHOLD:
             self.statistics.uses(key.task, profile.profile_id, float(schedule.parameters.mean()))
         about = About(
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
-        is_watched = self.guard is not None and profile is not None and options.profile is None
+        is_own_profile = profile is not None and options.profile is None and not is_early
+        is_watched = self.guard is not None and is_own_profile and not policy.ranks_by_entropy  # it has probabilities
         assignment = Assignment(
-            schedule,
-            is_recorded=recorder is not None,
-            is_watched=is_watched and not policy.ranks_by_entropy,  # profiles hold probabilities
-            policy=options.policy,
+            schedule, is_recorded=recorder is not None, is_watched=is_watched, policy=options.policy
         )
         return _Decoding(options, key, shape, about, assignment, profile, recorder)
 
@@ -171,7 +176,8 @@ class Calibrator:
             return False
         if profile is not None and not options.recalibrate:
             return False
-        return self.registry.claim(key, req_id, options.num_calibration_requests)
+        is_shared = _has_early_thresholds(options) and not options.recalibrate
+        return self.registry.claim(key, req_id, options.num_calibration_requests, is_shared=is_shared)
 
     def about(self, req_id: str) -> About:
         """How a request is decoded."""

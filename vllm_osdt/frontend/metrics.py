@@ -39,7 +39,8 @@ METRICS = {
     "requests": Metric(
         "requests_total",
         "kind",
-        "Requests of policy osdt or of a task's choice: calibrated (with a profile), calibrating, static (neither).",
+        "Requests of policy osdt or of a task's choice: calibrated (with a profile), early (with one that is being "
+        "made), calibrating, static (neither).",
         "counter",
     ),
     "calibrations": Metric(
@@ -84,7 +85,7 @@ METRICS = {
     ),
 }
 LABELS = {
-    "requests": ("calibrated", "calibrating", "static"),
+    "requests": ("calibrated", "early", "calibrating", "static"),
     "calibrations": ("made", "failed", "rejected", "loaded"),
     "fallbacks": ("block", "step", "cell", "pin"),
     "drift": ("recalibrate", "warn"),

@@ -1,4 +1,7 @@
-"""The word-level tokenizer of the bundled models: one token per word, number or line break."""
+"""The word-level tokenizer of the bundled models: one token per word, number or line break.
+
+A vocabulary is that of a set of tasks, by default the three of `TASKS`.
+"""
 
 import functools
 import json
@@ -21,21 +24,22 @@ CHAT_TEMPLATE = (
 
 
 @functools.cache
-def build_vocabulary() -> dict[str, int]:
-    """Specials, numbers, then the words of all tasks in alphabetical order."""
+def build_vocabulary(tasks: tuple[str, ...] = tuple(TASKS)) -> dict[str, int]:
+    """Specials, numbers if the tasks have any, then the words of the tasks in alphabetical order."""
     rng = random.Random(0)
     words: set[str] = set()
-    for task in TASKS:
+    for task in tasks:
         for problem in generate(task, "train", VOCABULARY_DRAWS, seed=0):
             words.update(tokenize(f"{problem.prompt} {problem.sample_answer(rng)}"))
-    numbers = [str(number) for number in range(MAX_NUMBER + 1)]
+    has_numbers = any(word.isdigit() for word in words)
+    numbers = [str(number) for number in range(MAX_NUMBER + 1)] if has_numbers else []
     tokens = [EOS, MASK, UNKNOWN, *numbers, *sorted(words.difference(numbers))]
     return {token: index for index, token in enumerate(tokens)}
 
 
-def build_tokenizer() -> Tokenizer:
+def build_tokenizer(tasks: tuple[str, ...] = tuple(TASKS)) -> Tokenizer:
     """Splits at spaces, keeps line breaks as tokens, joins with single spaces."""
-    tokenizer = Tokenizer(models.WordLevel(build_vocabulary(), unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.WordLevel(build_vocabulary(tasks), unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Replace(Regex(r" *\n *"), " \n ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" +"), "removed")
     tokenizer.add_special_tokens([EOS, MASK, UNKNOWN])

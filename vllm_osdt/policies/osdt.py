@@ -63,6 +63,13 @@ class OSDTOptions(ThresholdOptions):
         formerly="calibrations",
         **_OF_A_TASK,
     )
+    early: bool = option(
+        True,
+        Flag,
+        "Of `conformal`: while a task calibrates, every other request is decoded with thresholds from what is recorded "
+        "so far, which start near `threshold` and fall with every recording; the others calibrate.",
+        **_OF_A_TASK,
+    )
     threshold_cap: float = option(
         0.9,
         number(gt=0, le=1),

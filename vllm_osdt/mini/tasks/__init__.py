@@ -1,15 +1,19 @@
-"""Three synthetic tasks with exact checkers, and their problems by split."""
+"""Synthetic tasks with exact checkers, and their problems by split."""
 
 import random
 import zlib
 
-from vllm_osdt.mini.tasks import code, multiple_choice, word_problems
+from vllm_osdt.mini.tasks import code, multiple_choice, stories, word_problems
 from vllm_osdt.mini.tasks.base import Problem
 
 # Task name -> draw(rng, free).
 TASKS = {"word_problems": word_problems.draw, "code": code.draw, "multiple_choice": multiple_choice.draw}
+# The task with the statistics of text, which has a vocabulary and a model of its own.
+TEXT_TASKS = {"stories": stories.draw}
+ALL_TASKS = TASKS | TEXT_TASKS
 # Share of problems with a free choice that ties several tokens together; training sees more of them.
 FREE_SHARE = {"train": 0.5, "held_out": 0.2}
+TEXT_FREE_SHARE = {"train": 0.8, "held_out": 0.06}
 # One prompt in so many is held out.
 HELD_OUT_MODULUS = 10
 
@@ -19,20 +23,26 @@ def split_of(prompt: str) -> str:
     return "train" if zlib.crc32(prompt.encode()) % HELD_OUT_MODULUS else "held_out"
 
 
+def tasks_beside(task: str) -> tuple[str, ...]:
+    """The tasks that share a vocabulary, and a model, with this one."""
+    return tuple(TEXT_TASKS if task in TEXT_TASKS else TASKS)
+
+
 def generate(task: str, split: str, count: int, seed: int) -> list[Problem]:
     """Draws problems of one task; a prompt may repeat within a split and never occurs in both.
 
     Raises:
         ValueError: The task or split is unknown.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}")
+    if task not in ALL_TASKS:
+        raise ValueError(f"unknown task {task!r}; known tasks: {', '.join(ALL_TASKS)}")
     if split not in FREE_SHARE:
         raise ValueError(f"unknown split {split!r}; known splits: {', '.join(FREE_SHARE)}")
+    free_share = (TEXT_FREE_SHARE if task in TEXT_TASKS else FREE_SHARE)[split]
     rng = random.Random(f"{task} {split} {seed}")
     problems: list[Problem] = []
     while len(problems) < count:
-        problem = TASKS[task](rng, rng.random() < FREE_SHARE[split])
+        problem = ALL_TASKS[task](rng, rng.random() < free_share)
         if split_of(problem.prompt) == split:
             problems.append(problem)
     return problems

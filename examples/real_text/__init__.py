@@ -1,0 +1,1 @@
+"""A pretrained small language model becomes a block diffusion model that vLLM serves through this plugin."""
