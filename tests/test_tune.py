@@ -61,6 +61,18 @@ class TableDecoder:
         pass
 
 
+class HoldingDecoder(TableDecoder):
+    """Has a profile of the task in memory, or finds the newest on disk."""
+
+    held = "0" * 16
+
+    def decode(self, prompts, max_tokens, options):
+        if options.get("task") != "quiz":
+            return super().decode(prompts, max_tokens, options)
+        assert options == {"task": "quiz"} and len(prompts) == 1
+        return [Decoded("so", 2, 1, self.held)]
+
+
 def plan(policies=("static_threshold",), risk=0.1, prompts=PROMPTS, judge=None, **changes):
     judge = judge or Judge(prompts)
     values = {"num_calibrating": NUM_CALIBRATING, "max_tokens": 8, "options": {}, "risk": risk, **changes}
@@ -116,6 +128,18 @@ def test_a_policy_that_calibrates_is_tested_on_other_prompts_than_it_calibrated_
     _, rows, _ = tune(few, "few.jsonl")
     assert {row.status for row in rows if row.policy == "osdt"} == {"not tested"}
     assert "18 prompts beside those that calibrate" in next(row.reason for row in rows if row.policy == "osdt")
+
+
+def test_whether_a_server_follows_the_choice_is_asked(tmp_path):
+    asked = plan()
+    decoder = HoldingDecoder(tmp_path)
+    tuning = Tuning(asked, decoder, State(tmp_path / "state.jsonl", "run"))
+    _, profile = tuning.write(tuning.run(), tmp_path)
+    tuning.clean_up()
+    assert [path.name.split(".")[0] for path in tmp_path.rglob("*.json")] == ["quiz"]
+    assert not tuning.is_followed(profile)
+    decoder.held = profile.profile_id
+    assert tuning.is_followed(profile)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tune):

@@ -353,6 +353,18 @@ def test_a_request_that_says_how_positions_are_chosen_does_not_follow_the_choice
     assert start(calibrator, "c", follows_choice=True).about.policy == "osdt"
 
 
+def test_a_pinned_profile_is_followed_with_its_choice(tmp_path):
+    store = ProfileStore(tmp_path, MODEL)
+    calibrator = make_calibrator(ProfileRegistry(store=store))
+    calibrate(calibrator, "a", 0.2)
+    tuned = replace(flat(0.5), choice=chosen("factor", factor=1.5))
+    store.save(tuned)  # by another process: the memory has the old one
+    assert start(calibrator, "b", follows_choice=True).about.policy == "osdt"
+    pinned = start(calibrator, "c", follows_choice=True, profile=tuned.profile_id)
+    assert (pinned.about.policy, pinned.about.profile) == ("factor", tuned.profile_id)
+    assert not pinned.assignment.is_watched
+
+
 def test_requests_without_a_choice_to_follow_are_decoded_as_ever():
     calibrator = make_calibrator()
     calibrate(calibrator, "a", 0.2)

@@ -118,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = make_parser().parse_args(arguments)
-    if getattr(args, "model", None) is not None:
+    if getattr(args, "model", None) is not None and not getattr(args, "server", None):
         from vllm_osdt.mini import MODELS, model_path
 
         args.model = model_path(args.model) if args.model in MODELS else args.model

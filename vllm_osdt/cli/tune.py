@@ -101,6 +101,12 @@ def tune(args: argparse.Namespace) -> None:
     row, profile = tuning.write(rows, args.dir)
     if args.server:
         tuning.clean_up()
+        if not tuning.is_followed(profile):
+            say(
+                f"The server does not follow the choice yet: it holds another profile of task {plan.task!r} in memory, "
+                "or its --osdt-config names a policy or an option of one. In the first case it follows it after its "
+                f"next start, and at once for requests with osdt_profile = {profile.profile_id!r}."
+            )
     found = report(plan, rows, row, profile, tuning.accuracy())
     if args.picture:
         from vllm_osdt.calibration.plot import draw_candidates

@@ -155,6 +155,12 @@ class Tuning:
         ProfileStore(folder, found.fingerprint, found.model).write(profile)
         return row, profile
 
+    def is_followed(self, profile: CalibrationProfile) -> bool:
+        """Whether the decoder uses the profile for a request that names the task alone."""
+        options = {**self.plan.options, "task": self.plan.task}
+        [decoded] = self._decoder.decode(self.plan.prompts[:1], self.plan.max_tokens, options)
+        return decoded.profile == profile.profile_id
+
     def clean_up(self) -> None:
         """Remove the run's own profile from the decoder's folder."""
         if self.calibrated is not None:
