@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.calibration.records import KEY, MODEL, of_task, recorded
+from tests.calibration.records import KEY, MODEL, chosen, of_task, recorded
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
 from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.store import ProfileStore
@@ -96,6 +96,18 @@ def test_show_names_a_profile_by_task_or_id(run):
     expected = profile.thresholds(Setting("step_block", "q1", "masked")).values
     assert shown["thresholds"]["step_block/q1/masked"] == expected.tolist()
     assert len(shown["thresholds"]) == 2 * (1 + 5 * 2)  # conformal looks at masked positions alone
+
+
+def test_show_and_list_say_what_was_chosen_and_what_is_promised(run, folder):
+    tuned = replace(recorded(of_task("tuned"), 3), choice=chosen(factor=1.5))
+    ProfileStore(folder, MODEL).save(tuned)
+    shown = run("profiles", "show", "tuned").out
+    assert "factor factor=1.5" in shown and "at most 0.01 of requests lose, with confidence 0.95" in shown
+    assert "of 500 prompts 1 had another text" in shown and "max_tokens 96" in shown
+    assert json.loads(run("profiles", "show", "tuned", "--json").out)["promised"]["num_prompts"] == 500
+    rows = {row["task"]: row["choice"] for row in json.loads(run("profiles", "list", "--json").out)}
+    assert rows == {"gsm": "", "code": "", "tuned": "factor factor=1.5"}
+    assert "promised" not in run("profiles", "show", "gsm").out
 
 
 def test_show_says_static_where_requests_are_too_few_for_the_risk(run, folder):
@@ -223,7 +235,9 @@ def test_diff_compares_the_cells_that_both_have(run):
     assert "cosine" in run("profiles", "diff", "gsm", "code").out
 
 
-@pytest.mark.parametrize("arguments", [[], ["profiles"], ["profiles", "show"], ["unknown"], ["calibrate", "m"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["profiles"], ["profiles", "show"], ["unknown"], ["calibrate", "m"], ["tune", "m"]]
+)
 def test_wrong_arguments_end_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -300,6 +314,32 @@ def test_calibrate_takes_as_many_prompts_as_the_default_options_need(tmp_path, l
     tables = listed("show", "quiz")["thresholds"]
     conformal = next(table for name, table in tables.items() if name.startswith("block/conformal"))
     assert 0 <= conformal[0][0] <= 1
+
+
+@pytest.mark.e2e
+def test_tune_writes_the_choice_that_it_reports_and_goes_on_from_what_was_decoded(tmp_path, listed):
+    file = tmp_path / "prompts.jsonl"
+    problems = generate("multiple_choice", "held_out", 40, 0)
+    file.write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in problems))
+    arguments = [
+        "tune", "llada-mini", "--task", "quiz", "--prompts", str(file), "--dir", str(tmp_path / "p"),
+        "--max-tokens", "96", "--dtype", "float32", "--policies", "static_threshold",
+        "--answer-pattern", r"answer is (\w)", "--json",
+    ]  # fmt: skip
+    picture = tmp_path / "picture.png"
+    made = command(*arguments, "--risk", "0.1", "--picture", str(picture))
+    assert made.returncode == 0, made.stderr[-3000:]
+    report = json.loads(made.stdout)
+    chosen = report["choice"]
+    assert chosen["policy"] == "static_threshold" and chosen["options"]["threshold"] < 0.9
+    assert "another answer than the reference" in report["promise"] and picture.stat().st_size > 1000
+    [row] = listed()
+    assert (row["id"], row["task"], row["requests"]) == (report["profile"], "quiz", 32)
+    assert listed("show", "quiz")["promised"] == chosen
+    [state] = (tmp_path / "tuning").glob("*.jsonl")
+    num_lines = len(state.read_text().splitlines())
+    again = command(*arguments, "--risk", "0.08")
+    assert json.loads(again.stdout)["risk"] == 0.08 and len(state.read_text().splitlines()) == num_lines
 
 
 def test_calibrate_refuses_fewer_prompts_than_calibrations_before_it_starts_an_engine(tmp_path, capsys):

@@ -73,7 +73,8 @@ def profiles(llm: "LLM") -> list[dict[str, Any]]:
 
     Returns:
         One dict per profile: ``id``, ``created``, ``task``, ``block_length``, ``cache``, ``threshold``,
-        ``num_requests``, ``mean_confidence`` (by block and denoising step, None where nothing was recorded) and
+        ``num_requests``, ``choice`` (how requests that leave it open are decoded, None for the policy ``osdt``),
+        ``mean_confidence`` (by block and denoising step, None where nothing was recorded) and
         ``thresholds`` (T by block and step, for each ``granularity/statistic/record`` that a request has asked for;
         None where the static threshold holds).
     """

@@ -28,14 +28,18 @@ class RequestSpec:
     Attributes:
         options: Every option, resolved: ``gen_length`` is set.
         canvas: Its positions.
+        follows_choice: Whether neither the request nor the operator says how positions are chosen, so that the task's
+            profile may.
     """
 
     options: DecodingOptions
     canvas: Canvas
+    follows_choice: bool = False
 
     def as_extra_args(self) -> dict[str, Any]:
         """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
-        return {RESOLVED_KEY: {"options": self.options.as_dict(), "canvas": list(self.canvas)}}
+        values = {"options": self.options.as_dict(), "canvas": list(self.canvas), "follows": self.follows_choice}
+        return {RESOLVED_KEY: values}
 
     @classmethod
     def of(cls, sampling_params: Any) -> "RequestSpec | None":
@@ -43,7 +47,7 @@ class RequestSpec:
         found = (getattr(sampling_params, "extra_args", None) or {}).get(RESOLVED_KEY)
         if found is None:
             return None
-        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]))
+        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]), found["follows"])
 
 
 class Decides(IntEnum):
@@ -64,11 +68,13 @@ class Assignment(NamedTuple):
         schedule: Its rule and parameters.
         is_recorded: Whether its steps are recorded for a calibration.
         is_watched: Whether the guard wants its confidence at block entry.
+        policy: Name of its policy, where the task's profile has chosen it; None for that of its options.
     """
 
     schedule: Schedule
     is_recorded: bool = False
     is_watched: bool = False
+    policy: str | None = None
 
 
 @dataclass

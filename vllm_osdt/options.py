@@ -9,13 +9,13 @@ admission everything is resolved into one :class:`DecodingOptions`.
 import argparse
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator
 
-from vllm_osdt.calibration.profile import cache_key
+from vllm_osdt.calibration.profile import Choice, cache_key
 from vllm_osdt.declaration import Declaration, Flag, count, declarations, defaults, did_you_mean, number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import (
@@ -230,7 +230,25 @@ OPTION_NAMES = tuple(DECLARED)
 SERVER_OPTION_NAMES = tuple(SERVER_DECLARED)
 DEFAULTS = defaults(DecodingOptions)
 FORMER_NAMES = {one.formerly: name for name, one in DECLARED.items() if one.formerly}
+# Options that say how positions are chosen; whoever names one of them does not leave it to the task's profile.
+CHOOSING = {"policy", *OPTION_NAMES} - (set(declarations(CommonOptions)) - {"policy"})
+CHOOSING -= {"num_calibration_requests", "early", "recalibrate", "profile"}
 _warned: set[str] = set()
+
+
+def choosing(names: Iterable[str], prefix: str = "") -> list[str]:
+    """Those of a request's or an operator's names (each with ``prefix``) that say how positions are chosen."""
+    own = {name: name.removeprefix(prefix) for name in names}
+    return [name for name, option in own.items() if FORMER_NAMES.get(option, option) in CHOOSING]
+
+
+def with_choice(options: DecodingOptions, choice: Choice) -> DecodingOptions:
+    """The options of a request that leaves it to its task's profile how positions are chosen.
+
+    Raises:
+        InvalidOptionError: The policy or one of its options is not known here, or they do not go with the request's.
+    """
+    return parse_options({"policy": choice.policy, **choice.options}, base=options)
 
 
 def policies_of(name: str) -> tuple[str, ...]:

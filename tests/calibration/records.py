@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
-from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, stack
+from vllm_osdt.calibration.profile import CalibrationProfile, Choice, ProfileKey, stack
 from vllm_osdt.calibration.recording import Recording
 
 MODEL = ModelFingerprint("abc", "none", "float32", 100, 99)
@@ -46,6 +46,12 @@ def flat(value, key=KEY, num_requests=1, num_blocks=1):
     return CalibrationProfile(key, record)
 
 
+def chosen(policy="factor", **options):
+    """A choice that promises something."""
+    reference = {"policy": "static_threshold", "threshold": 0.9}
+    return Choice(policy, options, reference, "another text", 0.01, 0.95, 500, 1, {"max_tokens": 96})
+
+
 def of_task(task):
     """The key of another task."""
     return replace(KEY, task=task)
@@ -54,8 +60,8 @@ def of_task(task):
 def same(left, right):
     """Whether two profiles hold the same."""
     return (
-        (left.key, left.created, left.versions, left.profile_id)
-        == (right.key, right.created, right.versions, right.profile_id)
+        (left.key, left.created, left.versions, left.choice, left.profile_id)
+        == (right.key, right.created, right.versions, right.choice, right.profile_id)
         and np.array_equal(left.record.confidence, right.record.confidence, equal_nan=True)
         and np.array_equal(left.record.committed, right.record.committed)
         and np.array_equal(left.record.wrong, right.record.wrong)

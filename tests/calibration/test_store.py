@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.calibration.records import KEY, MODEL, of_task, recorded, same
+from tests.calibration.records import KEY, MODEL, chosen, of_task, recorded, same
 from vllm_osdt.calibration.fingerprint import PIECE_BYTES, hash_weights
 from vllm_osdt.calibration.store import MAX_VERSIONS, ProfileStore, default_folder, from_stored, read_file, to_stored
 
@@ -302,3 +302,33 @@ def test_the_models_name_is_kept_and_files_without_one_still_load(tmp_path):
     assert read_file(store.path("gsm")).model == "" and store.load(KEY).profile_id == recorded(KEY, 1).profile_id
     store.save(recorded(KEY, 2))
     assert read_file(store.path("gsm")).model == "org/LLaDA-8B"
+
+
+def test_a_choice_is_kept_and_is_part_of_the_profiles_id(store):
+    plain = recorded()
+    profile = replace(plain, choice=chosen(factor=1.5))
+    others = [replace(plain, choice=chosen(factor=2.0)), replace(plain, choice=chosen("bacd")), plain]
+    assert len({one.profile_id for one in (profile, *others)}) == 4
+    store.save(profile)
+    assert same(store.load(KEY), profile)
+    content = json.loads(store.path("gsm").read_text())
+    content["profiles"][0]["choice"]["options"]["factor"] = 9.0
+    store.path("gsm").write_text(json.dumps(content))
+    assert store.load(KEY) is None and store.num_set_aside == 1
+
+
+def test_a_profile_without_a_choice_is_stored_as_it_was_before_there_were_any(store):
+    profile = recorded()
+    store.save(profile)
+    [stored] = json.loads(store.path("gsm").read_text())["profiles"]
+    assert "choice" not in stored and None in stored["requests"][0][0][-1]["confidence"]
+    assert store.load(KEY).choice is None
+
+
+@pytest.mark.parametrize("change", [{"policy": 3}, {"options": {"factor": None}}, {"risk": "low"}, {"num_lost": 0.5}])
+def test_a_damaged_choice_is_set_aside(store, change):
+    store.save(replace(recorded(), choice=chosen(factor=1.5)))
+    content = json.loads(store.path("gsm").read_text())
+    content["profiles"][0]["choice"] |= change
+    store.path("gsm").write_text(json.dumps(content))
+    assert store.load(KEY) is None and store.num_set_aside == 1

@@ -13,6 +13,11 @@ import pytest
 import vllm_osdt
 from tests.e2e.engine import drive, nfe, registry, sampling, submit, tokens
 from vllm_osdt.calibration.profile import Setting
+from vllm_osdt.cli.tuning.decoders import EngineDecoder
+from vllm_osdt.cli.tuning.judge import Judge
+from vllm_osdt.cli.tuning.plan import Plan, name_run
+from vllm_osdt.cli.tuning.run import Tuning
+from vllm_osdt.cli.tuning.state import State
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import TASKS, check, generate
 from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions
@@ -225,6 +230,30 @@ def test_tasks_without_a_name_are_told_apart_and_gain_as_much(llm, calibrated):
     gain = {"auto": mean_nfe(static) / mean_nfe(auto) - 1, "named": mean_nfe(static) / named_nfe - 1}
     assert gain["auto"] >= 0.95 * gain["named"], gain
     assert share_right([problem for _, problem in mixed], auto) >= 0.96
+
+
+def test_a_tuned_task_is_decoded_by_its_choice_without_naming_it(llm, folder, tmp_path):
+    tuned = generate("multiple_choice", "held_out", 64, seed=31)
+    by_prompt = {problem.prompt: problem for problem in tuned}
+    judge = Judge(list(by_prompt), checker=lambda prompt, text: check(by_prompt[prompt], text))
+    policies = ("static_threshold", "bacd")
+    plan = Plan("tuned", "llada-mini", list(by_prompt), judge, policies, CALIBRATIONS, 96, {}, risk=0.1)
+    plan.check()
+    tuning = Tuning(plan, EngineDecoder(llm, folder), State(tmp_path / "state.jsonl", name_run("mini", None, plan)))
+    row, profile = tuning.write(tuning.run(), folder)
+    tuning.clean_up()
+    assert row.status == "accepted" and row.nfe < 0.7 * row.reference_nfe
+    problems = PROBLEMS["multiple_choice"]
+    static = decode(llm, problems, policy="static_threshold")
+    open_ = decode(llm, problems, task="tuned")
+    about = [vllm_osdt.describe(completion) for completion in open_]
+    assert {(one["policy"], one["profile"]) for one in about} == {(row.policy, profile.profile_id)}
+    named = decode(llm, problems, policy=row.policy, **profile.choice.options)
+    assert tokens(open_) == tokens(named) and [nfe(one) for one in open_] == [nfe(one) for one in named]
+    assert mean_nfe(open_) < 0.7 * mean_nfe(static)
+    assert share_right(problems, open_) >= 0.9  # the risk; the seed's prompts are fixed
+    own = decode(llm, problems, task="tuned", policy="static_threshold")
+    assert tokens(own) == tokens(static)
 
 
 def test_events_reach_the_engines_stats(llm):

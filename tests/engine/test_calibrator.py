@@ -1,11 +1,12 @@
 """What the calibrator decides about a request's profile, and what it reports; without an engine."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tests.calibration.records import KEY, MODEL, same
+from tests.calibration.records import KEY, MODEL, chosen, flat, same
 from vllm_osdt.calibration.guard import DriftGuard
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.calibration.store import ProfileStore
@@ -26,12 +27,12 @@ def make_calibrator(registry=None, guard=None, is_strict=False):
     return Calibrator(registry or ProfileRegistry(), guard, traits)
 
 
-def start(calibrator, req_id, max_tokens=2 * LENGTH, **options):
+def start(calibrator, req_id, max_tokens=2 * LENGTH, follows_choice=False, **options):
     """Plan a request of two blocks for the first time; returns what is decided."""
     canvas = Canvas(PROMPT_LENGTH, PROMPT_LENGTH + 2 * LENGTH, PROMPT_LENGTH + max_tokens, LENGTH)
     defaults = {"task": "gsm", "statistic": "q1", "num_calibration_requests": 1}
     options = DecodingOptions(**defaults | {"block_length": LENGTH, "gen_length": 2 * LENGTH} | options)
-    assignment = calibrator.assign(req_id, RequestSpec(options, canvas), max_tokens)
+    assignment = calibrator.assign(req_id, RequestSpec(options, canvas, follows_choice), max_tokens)
     decided = calibrator._decodings[req_id]
     assert assignment is decided.assignment and assignment.is_recorded == (decided.recorder is not None)
     return decided
@@ -312,3 +313,92 @@ def test_what_equals_a_strict_threshold_does_not_pass(policy):
     assert strict.key.threshold == loose.key.threshold == 0.9
     assert (loose.assignment.schedule.parameters == np.float32(0.9)).all()
     assert (strict.assignment.schedule.parameters == np.nextafter(np.float32(0.9), np.float32(1))).all()
+
+
+def choosing(choice, guard=None):
+    """A calibrator whose task has a profile with a choice."""
+    calibrator = make_calibrator(guard=guard)
+    calibrator.registry.publish(replace(flat(0.5), choice=choice))
+    calibrator.take_statistics()
+    return calibrator
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [chosen("static_threshold", threshold=0.6), chosen("factor", factor=1.5), chosen("bacd", max_threshold=0.7),
+     chosen("osdt", threshold_cap=0.3)],
+)  # fmt: skip
+def test_a_request_that_leaves_it_open_is_decoded_by_its_tasks_choice(choice):
+    calibrator = choosing(choice)
+    decided = start(calibrator, "a", follows_choice=True)
+    asked = start(calibrator, "b", policy=choice.policy, task=None, **choice.options)
+    assert decided.options.policy == decided.assignment.policy == decided.about.policy == choice.policy
+    assert decided.about.profile == calibrator.registry.find(KEY).profile_id and decided.recorder is None
+    assert decided.assignment.schedule.rule == asked.assignment.schedule.rule
+    if choice.policy != "osdt":
+        assert np.array_equal(decided.assignment.schedule.parameters, asked.assignment.schedule.parameters)
+    else:
+        assert decided.assignment.schedule.parameters == pytest.approx(0.3, abs=1e-6)
+    assert decided.key == KEY  # the calibration's threshold, not the choice's
+
+
+def test_a_request_that_says_how_positions_are_chosen_does_not_follow_the_choice():
+    calibrator = choosing(chosen("static_threshold", threshold=0.6))
+    assert start(calibrator, "a").about.policy == "osdt"
+    again = start(calibrator, "b", follows_choice=True, recalibrate=True)
+    assert again.about.policy == "osdt" and again.recorder is not None
+    see_step(calibrator, "b", 0.5)
+    end(calibrator, "b")
+    assert calibrator.registry.find(KEY).choice is None  # what was promised was for the profile that is replaced
+    assert start(calibrator, "c", follows_choice=True).about.policy == "osdt"
+
+
+def test_a_pinned_profile_is_followed_with_its_choice(tmp_path):
+    store = ProfileStore(tmp_path, MODEL)
+    calibrator = make_calibrator(ProfileRegistry(store=store))
+    calibrate(calibrator, "a", 0.2)
+    tuned = replace(flat(0.5), choice=chosen("factor", factor=1.5))
+    store.save(tuned)  # by another process: the memory has the old one
+    assert start(calibrator, "b", follows_choice=True).about.policy == "osdt"
+    pinned = start(calibrator, "c", follows_choice=True, profile=tuned.profile_id)
+    assert (pinned.about.policy, pinned.about.profile) == ("factor", tuned.profile_id)
+    assert not pinned.assignment.is_watched
+
+
+def test_requests_without_a_choice_to_follow_are_decoded_as_ever():
+    calibrator = make_calibrator()
+    calibrate(calibrator, "a", 0.2)
+    for follows in (False, True):
+        decided = start(calibrator, f"follows {follows}", follows_choice=follows)
+        assert decided.assignment.schedule.parameters[0, 0] == pytest.approx(0.2, abs=1e-6)
+    other = start(calibrator, "other", follows_choice=True, task="other")
+    assert other.recorder is not None and start(calibrator, "none", follows_choice=True, task=None).profile is None
+
+
+@pytest.mark.parametrize(
+    "choice", [chosen("of_another_package"), chosen("factor", gone=1), chosen("factor", factor=-1.0)]
+)
+def test_a_choice_that_cannot_be_used_here_is_named_once_and_passed_over(choice, caplog):
+    calibrator = choosing(choice)
+    for req_id in "ab":
+        assert start(calibrator, req_id, follows_choice=True).about.policy == "osdt"
+    assert caplog.text.count("cannot be used here") == 1
+
+
+def test_a_task_with_a_choice_drifts_as_others_do_but_entropies_are_not_compared_with_probabilities():
+    guard = DriftGuard("recalibrate", WINDOW, 0.03, 0.95)
+    calibrator = choosing(chosen("static_threshold", threshold=0.6), guard)
+    see(calibrator, WINDOW, 0.1, follows_choice=True)
+    assert counts(calibrator, "drift") == {"recalibrate": 1}
+    assert start(calibrator, "next", follows_choice=True).recorder is not None
+    calibrator = choosing(chosen("entropy_bound", entropy=0.5), guard)
+    assert not start(calibrator, "a", follows_choice=True).assignment.is_watched
+
+
+def test_only_thresholds_are_told_as_thresholds():
+    calibrator = choosing(chosen("factor", factor=1.5))
+    start(calibrator, "a", follows_choice=True)
+    assert take(calibrator) == ([["requests", "calibrated", 1]], {})
+    calibrator = choosing(chosen("static_threshold", threshold=0.6))
+    start(calibrator, "a", follows_choice=True)
+    assert take(calibrator)[1] == {"gsm": pytest.approx(0.6, abs=1e-6)}

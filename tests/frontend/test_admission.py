@@ -197,6 +197,49 @@ def test_admission_leaves_the_resolved_options_in_the_request(vllm_config, profi
     assert spec.options.gen_length == spec.canvas.length == one.sampling_params.max_tokens == 16
 
 
+@pytest.mark.parametrize(
+    ("asked", "follows"),
+    [
+        ({}, True),
+        ({"task": "gsm"}, True),
+        ({"task": "gsm", "block_length": 8, "cache_mode": "none", "gen_length": 16}, True),
+        ({"task": "gsm", "num_calibration_requests": 64}, True),
+        ({"task": "gsm", "calibrations": 64}, True),
+        ({"task": "gsm", "policy": "osdt"}, False),
+        ({"task": "gsm", "threshold": 0.9}, False),
+        ({"task": "gsm", "cap": 0.8}, False),
+        ({"task": "gsm", "risk": 0.04}, False),
+    ],
+)
+def test_a_request_that_names_no_policy_and_no_option_of_one_follows_its_tasks_choice(vllm_config, asked, follows):
+    one = request(**asked)
+    admit(one, vllm_config)
+    assert RequestSpec.of(one.sampling_params).follows_choice is follows
+
+
+@pytest.mark.parametrize(
+    ("options", "follows"),
+    [
+        ({"task": "chat", "cache_mode": "none", "drift": "warn"}, True),
+        ({"policy": "osdt"}, False),
+        ({"slack": 0.1}, False),
+    ],
+)
+def test_an_operator_that_names_a_policy_or_an_option_of_one_decides_for_all_requests(checkpoint, options, follows):
+    vllm_config = configure(checkpoint, additional_config={"osdt": {"profile_dir": "", **options}})
+    one = request(task="gsm")
+    admit(one, vllm_config)
+    assert RequestSpec.of(one.sampling_params).follows_choice is follows
+
+
+def test_options_at_the_top_of_a_body_are_the_requests_own(vllm_config):
+    one = request(task="gsm")
+    asked = one.sampling_params.clone()
+    setattr(asked, admission.SENT, admission.Sent(16, options={"osdt_threshold": 0.8}))
+    admit(one, vllm_config, asked)
+    assert RequestSpec.of(one.sampling_params).follows_choice is False
+
+
 def test_a_refused_request_keeps_its_options(vllm_config):
     one = request(task="gsm", profile="0" * 16)
     before = dict(one.sampling_params.extra_args)

@@ -13,7 +13,7 @@ from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES
-from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.slots import ADJUSTING, CanvasStates
 from vllm_osdt.worker.step_plan import plan_step, step_rows
 
 LENGTH, PROMPT = 4, [5, 6, 7]
@@ -23,7 +23,7 @@ def make_states():
     return CanvasStates(4, 32, Traits(LENGTH, 99), torch.device("cpu"))
 
 
-def fill(states, slot, req_id, profile=None, **options):
+def fill(states, slot, req_id, profile=None, chosen=None, **options):
     """Give a slot to a request of two blocks."""
     options = DecodingOptions(**{"block_length": LENGTH, "gen_length": 2 * LENGTH, "statistic": "q1"} | options)
     canvas = Canvas(len(PROMPT), len(PROMPT) + 2 * LENGTH, len(PROMPT) + 2 * LENGTH, LENGTH)
@@ -33,7 +33,7 @@ def fill(states, slot, req_id, profile=None, **options):
     new = SimpleNamespace(
         req_id=req_id, sampling_params=SamplingParams(temperature=0.0), prefill_token_ids=PROMPT, prompt_len=len(PROMPT)
     )
-    states.add_request(slot, new, RequestSpec(options, canvas), Assignment(schedule))
+    states.add_request(slot, new, RequestSpec(options, canvas), Assignment(schedule, policy=chosen))
 
 
 def step(states, slot, block=0):
@@ -81,3 +81,10 @@ def test_a_slot_holds_prompt_and_masks_and_is_empty_when_it_is_free():
     states.remove_request("a")
     states.remove_request("a")  # ended after it was preempted
     assert states.host.block_length[2] == states.host.canvas_end[2] == 0
+
+
+def test_a_policy_that_the_profile_has_chosen_adjusts_the_steps():
+    states = make_states()
+    for slot, (chosen, place) in enumerate(((None, 0), ("bacd", 1 + ADJUSTING.index("bacd")), ("factor", 0))):
+        fill(states, slot, str(slot), chosen=chosen)
+        assert states.host.adjusts[slot] == place

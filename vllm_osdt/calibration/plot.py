@@ -4,6 +4,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from vllm_osdt.calibration.profile import setting_in_words
+
 _GRANULARITY = {"block": "by block", "step_block": "by block and step (the first step's)"}
 _METRIC = {
     "mean": "mean", "q1": "lower quartile", "q2": "median", "q3": "upper quartile", "min_whisker": "lower whisker",
@@ -54,6 +56,44 @@ def draw_signatures(profiles: list[dict[str, Any]], path: Path) -> None:
         bottom.legend(fontsize=7, loc="lower left")
     about = "Mean confidence of the calibrating requests, and the thresholds made from it"
     figure.suptitle("\n".join(textwrap.wrap(about, int(11 * width))))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_candidates(report: dict[str, Any], path: Path) -> None:
+    """What ``vllm-osdt tune`` tried: forward passes, and the share of requests that lost, with its upper bound.
+
+    Args:
+        report: As the command makes it.
+        path: Of the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tested = [row for row in report["candidates"] if row["nfe"] is not None]
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    colors = {policy: f"C{place % 10}" for place, policy in enumerate(dict.fromkeys(row["policy"] for row in tested))}
+    for policy, color in colors.items():
+        rows = [row for row in tested if row["policy"] == policy]
+        x = [row["nfe"] for row in rows]
+        y = [row["lost"] / row["prompts"] for row in rows]
+        axes.plot(x, y, color=color, linewidth=0.8, label=policy.replace("_", " "))
+        for place, row in enumerate(rows):
+            is_accepted = row["status"] in ("reference", "accepted")
+            axes.plot(x[place], y[place], "o", color=color, markerfacecolor=color if is_accepted else "white")
+            if row["upper_bound"]:
+                axes.plot([x[place]] * 2, [y[place], row["upper_bound"]], color=color, alpha=0.4)
+    axes.axhline(report["risk"], color="gray", linestyle=":", label="risk")
+    chosen = report["choice"]
+    setting = setting_in_words({"policy": chosen["policy"], **chosen["options"]})
+    title = f"{report['task']}: {setting} chosen, confidence {report['confidence']:g}"
+    axes.set(xlabel="forward passes a request", ylabel="share of requests that lose", ylim=(-0.005, None))
+    axes.set_title("\n".join(textwrap.wrap(title, 80)), fontsize=10)
+    axes.legend(fontsize=8, loc="upper right", title="filled: accepted; line: upper bound", title_fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

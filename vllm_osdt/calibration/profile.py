@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -78,6 +78,47 @@ class Setting:
         return f"{self.granularity}/{self.statistic}/{self.record}{risk}{'/early' if self.is_early else ''}"
 
 
+OptionValue = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a task's requests are decoded that leave it open, as ``vllm-osdt tune`` found it.
+
+    Attributes:
+        policy: Name of the policy.
+        options: Its options, by name.
+        reference: Policy and options that it was compared with.
+        loss: In words, what a request has that loses by the choice.
+        risk: At most this share of requests loses; 0 where the choice is the reference itself.
+        confidence: With this probability, over the draw of the prompts.
+        num_prompts: Prompts that it was tested on.
+        num_lost: Those of them that lost.
+        decoding: What else the prompts were decoded with, such as ``max_tokens``.
+    """
+
+    policy: str
+    options: dict[str, OptionValue]
+    reference: dict[str, OptionValue]
+    loss: str
+    risk: float
+    confidence: float
+    num_prompts: int
+    num_lost: int
+    decoding: dict[str, OptionValue] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return setting_in_words({"policy": self.policy, **self.options})
+
+
+def setting_in_words(setting: Mapping[str, Any]) -> str:
+    """A policy and its options, such as ``static_threshold threshold=0.8``."""
+    options = [
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in setting.items()
+    ]
+    return " ".join(option.removeprefix("policy=") for option in options)
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of vLLM and of this package."""
     return {name: metadata.version(name) for name in ("vllm", "vllm-osdt")}
@@ -114,12 +155,14 @@ class CalibrationProfile:
         record: As :func:`stack` makes it, ``[requests, blocks, steps, positions]``.
         created: When it was made, UTC, ISO 8601.
         versions: Of the packages that made it.
+        choice: How requests that leave it open are decoded; None for the policy ``osdt``.
     """
 
     key: ProfileKey
     record: Recording
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=installed_versions)
+    choice: Choice | None = None
     _thresholds: dict[Setting, Thresholds] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -145,11 +188,13 @@ class CalibrationProfile:
 
     @cached_property
     def profile_id(self) -> str:
-        """16 hexadecimal digits made from the key and the record: equal ids decode alike."""
+        """16 hexadecimal digits made from the key, the record and the choice: equal ids decode alike."""
         digest = hashlib.sha256(repr((sorted(asdict(self.key).items()), self.record.confidence.shape)).encode())
         digest.update(np.nan_to_num(self.record.confidence, nan=-1.0).tobytes())
         for flags in (self.record.committed, self.record.wrong):
             digest.update(np.packbits(flags).tobytes())
+        if self.choice is not None:
+            digest.update(repr((self.choice.policy, sorted(self.choice.options.items()))).encode())
         return digest.hexdigest()[:16]
 
     def expected_forwards(self, parameters: np.ndarray) -> tuple[float, float]:
@@ -172,7 +217,7 @@ class CalibrationProfile:
         return float(taken.mean()), float((first.max(axis=2) + 1).sum(axis=1).mean())
 
     def as_dict(self) -> dict[str, Any]:
-        """Id, key, number of requests, mean confidence by block and step.
+        """Id, key, number of requests, choice, mean confidence by block and step.
 
         None where nothing was recorded), thresholds by setting (None where the static threshold holds.
         """
@@ -181,6 +226,7 @@ class CalibrationProfile:
             **asdict(self.key),
             "created": self.created,
             "num_requests": self.num_requests,
+            "choice": None if self.choice is None else asdict(self.choice),
             "mean_confidence": as_lists(self.mean_confidence),
             "thresholds": {str(setting): as_lists(table.values) for setting, table in self._thresholds.items()},
         }

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint, model_fingerprint, model_name
-from vllm_osdt.calibration.profile import CACHE_KEY, CalibrationProfile, ProfileKey
+from vllm_osdt.calibration.profile import CACHE_KEY, CalibrationProfile, Choice, ProfileKey
 from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 
@@ -51,7 +51,7 @@ class StoredStep:
 
 @dataclass(frozen=True, config=_STRICT)
 class StoredProfile:
-    """What one calibration recorded: the steps of every block of every request."""
+    """What one calibration recorded: the steps of every block of every request; and the task's choice."""
 
     id: str
     block_length: Annotated[int, Field(ge=1, le=MAX_BLOCK_LENGTH)]
@@ -60,6 +60,7 @@ class StoredProfile:
     created: str
     versions: dict[str, str]
     requests: Annotated[list[list[list[StoredStep]]], Field(min_length=1)]
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -233,7 +234,8 @@ def write_file(path: Path, content: ProfileFile) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(_FILE.dump_json(content) + b"\n")
+            # A choice that is not there is left out, as in files of earlier releases.
+            file.write(_FILE.dump_json(content, exclude_none=True) + b"\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -309,6 +311,7 @@ def to_stored(profile: CalibrationProfile) -> StoredProfile:
         created=profile.created,
         versions=profile.versions,
         requests=[_stored_blocks(Recording(*request)) for request in zip(*profile.record, strict=True)],
+        choice=profile.choice,
     )
 
 
@@ -351,7 +354,7 @@ def from_stored(task: str, stored: StoredProfile) -> CalibrationProfile:
         for block, steps in enumerate(request):
             for step, found in enumerate(steps):
                 _fill_step(record, (index, block, step), found)
-    profile = CalibrationProfile(_key(task, stored), record, stored.created, stored.versions)
+    profile = CalibrationProfile(_key(task, stored), record, stored.created, stored.versions, stored.choice)
     if not record.confidence.size or np.isnan(record.confidence[:, 0]).all():
         raise UnusableFileError("requests: nothing is recorded in the first block")
     return profile

@@ -1,4 +1,4 @@
-"""The ``vllm-osdt`` command: look after calibration profiles, make one ahead of time, and check an installation.
+"""The ``vllm-osdt`` command: look after calibration profiles, make or tune one ahead of time, check an installation.
 
 Exit status: 0 when all went well, 1 when something asked for is not there or does not hold, 2 for wrong arguments.
 """
@@ -15,6 +15,8 @@ from vllm_osdt.cli.calibrate import calibrate
 from vllm_osdt.cli.doctor import doctor
 from vllm_osdt.cli.options import options
 from vllm_osdt.cli.profiles import diff, export, import_profiles, list_profiles, plot, remove, show
+from vllm_osdt.cli.tune import add_arguments as add_tune_arguments
+from vllm_osdt.cli.tune import tune
 from vllm_osdt.errors import OSDTError
 from vllm_osdt.options import parse_operator_json
 
@@ -26,19 +28,28 @@ def make_parser() -> argparse.ArgumentParser:
         prog="vllm-osdt",
         description="Calibration profiles of One-Shot Dynamic Thresholding.",
         epilog="examples:\n  vllm-osdt doctor\n  vllm-osdt profiles list\n  vllm-osdt profiles show gsm8k\n"
-        "  vllm-osdt calibrate llada-mini --task quiz --prompts prompts.txt --max-tokens 96",
+        "  vllm-osdt calibrate llada-mini --task quiz --prompts prompts.txt --max-tokens 96\n"
+        "  vllm-osdt tune llada-mini --task quiz --prompts prompts.txt --max-tokens 96",
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"vllm-osdt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     folder = argparse.ArgumentParser(add_help=False)
     folder.add_argument(
-        "--dir", type=Path, default=default_folder(), help="folder of the profiles (default: %(default)s)"
+        "--dir",
+        "--profile-dir",
+        type=Path,
+        default=default_folder(),
+        help="folder of the profiles (default: %(default)s)",
     )
     one_model = argparse.ArgumentParser(add_help=False)
     one_model.add_argument(
         "--model", dest="model_name", help="only this model's: its name, or the beginning of its fingerprint"
     )
+    engine = argparse.ArgumentParser(add_help=False)
+    engine.add_argument("--dtype", default="auto", help="as the server's: a profile is for one dtype")
+    engine.add_argument("--max-model-len", type=int, help="as vLLM's")
+    engine.add_argument("--osdt-config", type=parse_operator_json, default={}, help="options of the server, as JSON")
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="machine-readable output")
 
@@ -71,17 +82,27 @@ def make_parser() -> argparse.ArgumentParser:
         help="make a task's profile ahead of time",
         description=calibrate.__doc__,
         epilog="example:\n  vllm-osdt calibrate GSAI-ML/LLaDA-8B-Instruct --task gsm8k --prompts gsm8k.jsonl",
-        parents=[folder],
+        parents=[folder, engine],
         formatter_class=raw,
     )
     command.add_argument("model", help="checkpoint, or the name of a bundled model")
     command.add_argument("--task", required=True, help="name that requests will give as osdt_task")
     command.add_argument("--prompts", type=Path, required=True, help="a prompt a line, or .jsonl with the field prompt")
     command.add_argument("--max-tokens", type=int, default=256, help="canvas of the calibrating requests")
-    command.add_argument("--dtype", default="auto", help="as the server's: a profile is for one dtype")
-    command.add_argument("--max-model-len", type=int, help="as vLLM's")
-    command.add_argument("--osdt-config", type=parse_operator_json, default={}, help="options of the server, as JSON")
     command.set_defaults(function=calibrate)
+
+    command = commands.add_parser(
+        "tune",
+        help="choose how a task is decoded, with a bound on what is lost",
+        description=tune.__doc__,
+        epilog="example:\n  vllm-osdt tune GSAI-ML/LLaDA-8B-Instruct --task gsm8k --prompts gsm8k.jsonl "
+        "--answers gsm8k.jsonl \\\n    --answer-pattern '#### (.*)' --risk 0.02",
+        parents=[folder, engine, as_json],
+        formatter_class=raw,
+    )
+    command.add_argument("model", help="checkpoint, name of a bundled model, or of a model that the server has")
+    add_tune_arguments(command)
+    command.set_defaults(function=tune)
 
     command = commands.add_parser(
         "options", help="explain every option", description=options.__doc__, parents=[as_json]
@@ -97,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = make_parser().parse_args(arguments)
-    if getattr(args, "model", None) is not None:
+    if getattr(args, "model", None) is not None and not getattr(args, "server", None):
         from vllm_osdt.mini import MODELS, model_path
 
         args.model = model_path(args.model) if args.model in MODELS else args.model

@@ -1,17 +1,15 @@
 """``vllm-osdt calibrate``: make a task's profile ahead of time."""
 
 import argparse
-import json
 import os
-from pathlib import Path
 
-from vllm_osdt.cli.common import CommandError, find_profiles
+from vllm_osdt.cli.common import CommandError, find_profiles, read_lines
 from vllm_osdt.options import DEFAULTS, check_operator_values
 
 
 def calibrate(args: argparse.Namespace) -> None:
     """Decode prompts until they have made the task's profile, and keep it."""
-    prompts = _prompts(args.prompts)
+    prompts = read_lines(args.prompts, "prompt")
     options = check_operator_values(args.osdt_config)
     needed = options.num_calibration_requests
     if len(prompts) < needed:
@@ -51,19 +49,3 @@ def calibrate(args: argparse.Namespace) -> None:
                 print(f"a server uses it for requests with osdt_num_calibration_requests = {number} or fewer")
             return
     raise CommandError(f"none of the {len(prompts)} prompts made a profile; --max-tokens must be at least one block")
-
-
-def _prompts(path: Path) -> list[str]:
-    """One prompt a line, or JSON lines with ``prompt``."""
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise CommandError(f"the prompts cannot be read: {error}") from None
-    if path.suffix == ".jsonl":
-        try:
-            lines = [json.loads(line)["prompt"] for line in lines]
-        except (ValueError, KeyError, TypeError):
-            raise CommandError(f"{path}: every line must be a JSON object with the field prompt") from None
-    if not lines:
-        raise CommandError(f"{path} holds no prompt")
-    return lines

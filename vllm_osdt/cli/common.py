@@ -1,6 +1,7 @@
 """What the commands share: profiles on disk by name, tables, and how a command fails."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Found:
             "block_length": key.block_length,
             "cache": key.cache,
             "threshold": key.threshold,
+            "choice": "" if self.profile.choice is None else str(self.profile.choice),
             "requests": self.profile.num_requests,
             "blocks": used.shape[1],
             "forwards": int(used.any(axis=3).sum()),
@@ -101,3 +103,23 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     width = None if sys.stdout.isatty() else 160
     Console(width=width).print(table)
+
+
+def read_lines(path: Path, field: str) -> list[str]:
+    """One prompt or answer a line, or the field of that name in JSON lines.
+
+    Raises:
+        CommandError: The file cannot be read, holds nothing, or a line of it has no such field.
+    """
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"the {field}s cannot be read: {error}") from None
+    if path.suffix == ".jsonl":
+        try:
+            lines = [str(json.loads(line)[field]) for line in lines]
+        except (ValueError, KeyError, TypeError):
+            raise CommandError(f"{path}: every line must be a JSON object with the field {field}") from None
+    if not lines:
+        raise CommandError(f"{path} holds no {field}")
+    return lines

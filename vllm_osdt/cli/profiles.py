@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
+from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists, setting_in_words
 from vllm_osdt.calibration.store import ProfileStore, UnusableFileError, read_file
 from vllm_osdt.cli.common import CommandError, find_profiles, one_profile, print_table
 from vllm_osdt.policies.osdt import Granularity, Record, Statistic
@@ -24,7 +24,7 @@ def list_profiles(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
     elif rows:
-        shown = ("id", "task", "model", "block_length", "cache", "requests", "blocks", "replaced", "created")
+        shown = ("id", "task", "model", "block_length", "cache", "choice", "requests", "blocks", "replaced", "created")
         print_table(f"profiles in {args.dir}", [{name: row[name] for name in shown} for row in rows])
     else:
         print(f"no profiles in {args.dir}")
@@ -36,10 +36,20 @@ def show(args: argparse.Namespace) -> None:
     settings = [Setting(granularity, *rest) for granularity in GRANULARITIES for rest in STATISTICS]
     tables = {str(setting): as_lists(found.profile.thresholds(setting).values) for setting in settings}
     if args.json:
-        print(json.dumps({**found.profile.as_dict(), **found.summary(), "thresholds": tables}, indent=2))
+        about = found.profile.as_dict()
+        about |= {**found.summary(), "promised": about["choice"], "thresholds": tables}
+        print(json.dumps(about, indent=2))
         return
     for name, value in found.summary().items():
         print(f"{name:<14}{value}")
+    choice = found.profile.choice
+    if choice is not None:
+        decoding = ", ".join(f"{name} {value}" for name, value in choice.decoding.items())
+        print(
+            f"promised      at most {choice.risk:g} of requests lose, with confidence {choice.confidence:g}: of "
+            f"{choice.num_prompts} prompts {choice.num_lost} had {choice.loss} "
+            f"({setting_in_words(choice.reference)}; {decoding})"
+        )
     rows = []
     for setting in settings:
         if setting.granularity == "block":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from csrc_triton.types import Rule
 from vllm_osdt.calibration.guard import DriftGuard
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Setting
 from vllm_osdt.calibration.recording import Recorder
@@ -19,10 +20,11 @@ from vllm_osdt.calibration.store import open_store
 from vllm_osdt.calibration.thresholds import CONFORMAL, Fallback
 from vllm_osdt.engine.canvas_plan import decides_first_alone
 from vllm_osdt.engine.statistics import About, EngineStatistics
+from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, server_options
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, server_options, with_choice
 from vllm_osdt.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Calibrator:
         self.statistics = EngineStatistics()
         self._traits = traits
         self._decodings: dict[str, _Decoding] = {}
+        self._refused: set[str] = set()  # ids of profiles whose choice cannot be used here
 
     @classmethod
     def of_engine(cls, vllm_config: "VllmConfig") -> "Calibrator":
@@ -113,6 +116,9 @@ class Calibrator:
         profile, recorder, is_early = None, None, False
         if policy.calibrates:
             profile = self._find_profile(options, key)
+            if spec.follows_choice and profile is not None and not options.recalibrate:
+                options = self._choose(options, profile)
+                policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
             if is_own and self._calibrates(req_id, options, key, max_tokens, profile):
                 profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
@@ -121,18 +127,38 @@ class Calibrator:
             kind = "calibrating" if recorder else "static" if profile is None else "early" if is_early else "calibrated"
             self.statistics.counts["requests", kind] += 1
         thresholds = None
-        if profile is not None:
+        if profile is not None and policy.calibrates:
             thresholds = profile.thresholds(replace(setting_of(options), is_early=is_early))
         schedule = policy.schedule(options, shape, thresholds)
-        if profile is not None:
+        if profile is not None and schedule.rule == Rule.THRESHOLD:
             self.statistics.uses(key.task, profile.profile_id, float(schedule.parameters.mean()))
         about = About(
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
         is_own_profile = profile is not None and options.profile is None and not is_early
-        is_watched = self.guard is not None and is_own_profile
-        assignment = Assignment(schedule, is_recorded=recorder is not None, is_watched=is_watched)
+        is_watched = self.guard is not None and is_own_profile and not policy.ranks_by_entropy  # it has probabilities
+        assignment = Assignment(
+            schedule, is_recorded=recorder is not None, is_watched=is_watched, policy=options.policy
+        )
         return _Decoding(options, key, shape, about, assignment, profile, recorder)
+
+    def _choose(self, options: DecodingOptions, profile: CalibrationProfile) -> DecodingOptions:
+        """The options of a request that leaves it to its profile how positions are chosen."""
+        if profile.choice is None:
+            return options
+        try:
+            return with_choice(options, profile.choice)
+        except InvalidOptionError as error:
+            if profile.profile_id not in self._refused:
+                self._refused.add(profile.profile_id)
+                logger.warning(
+                    "Task %r has the choice %s, which cannot be used here, so policy %r decodes it. %s",
+                    profile.key.task,
+                    profile.choice,
+                    options.policy,
+                    error,
+                )
+            return options
 
     def _find_profile(self, options: DecodingOptions, key: ProfileKey) -> CalibrationProfile | None:
         if options.profile is not None:

@@ -25,7 +25,9 @@ from vllm_osdt.options import (
     PREFIX,
     DecodingOptions,
     canvas_limits,
+    choosing,
     default_decoding_options,
+    operator_values,
     parse_options,
     resolve_canvas,
     server_options,
@@ -165,6 +167,10 @@ class FrontEnd:
         return default_decoding_options(self._config)
 
     @cached_property
+    def _operator_names(self) -> tuple[str, ...]:
+        return tuple(operator_values(self._config))
+
+    @cached_property
     def _limits(self) -> Limits:
         return canvas_limits(self._config, self._defaults.gen_length)
 
@@ -213,6 +219,12 @@ class FrontEnd:
             limits=self._limits,
             max_tokens_name=sent.max_tokens_name,
         )
+
+    def follows_choice(self, params: "SamplingParams", asked: "SamplingParams") -> bool:
+        """Whether a request leaves it to its task's profile how positions are chosen; arguments of :meth:`check`."""
+        sent: Sent | None = getattr(asked, SENT, None)
+        own = {**(params.extra_args or {}), **(sent.options if sent is not None else {})}
+        return not (choosing(own, PREFIX) or choosing(self._operator_names))
 
     def name_task(self, options: DecodingOptions, token_ids: Sequence[int], adapter: str) -> DecodingOptions:
         """Find the task of a request that leaves it to us."""
@@ -361,10 +373,12 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "Sampl
         raise InvalidOptionError("Streaming input sessions are not implemented for this diffusion model.")
     front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
-    options, canvas = front_end.check(params, params if asked is None else asked, len(token_ids), adapter)
+    asked = params if asked is None else asked
+    options, canvas = front_end.check(params, asked, len(token_ids), adapter)
     options = front_end.name_task(options, token_ids, adapter)
     if vllm_config.cache_config.enable_prefix_caching:
         _keep_pages_apart(request, options.block_length, vllm_config)
     assert canvas is not None
     params.max_tokens = canvas.max_output_end - len(token_ids)
-    params.extra_args = RequestSpec(options, canvas).as_extra_args()
+    spec = RequestSpec(options, canvas, follows_choice=front_end.follows_choice(params, asked))
+    params.extra_args = spec.as_extra_args()

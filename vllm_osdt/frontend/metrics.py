@@ -39,8 +39,8 @@ METRICS = {
     "requests": Metric(
         "requests_total",
         "kind",
-        "Requests of policy osdt: calibrated (with a profile), early (with one that is being made), calibrating, "
-        "static (neither).",
+        "Requests of policy osdt or of a task's choice: calibrated (with a profile), early (with one that is being "
+        "made), calibrating, static (neither).",
         "counter",
     ),
     "calibrations": Metric(

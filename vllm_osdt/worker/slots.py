@@ -169,7 +169,8 @@ class CanvasStates:
         host.sub_block_cache[slot] = options.sub_block_cache
         if assignment.is_recorded or assignment.is_watched or options.refresh_confidence > 0:
             self.observed.add(new.req_id)
-        host.adjusts[slot] = ADJUSTING.index(options.policy) + 1 if options.policy in ADJUSTING else 0
+        policy = assignment.policy or options.policy
+        host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
         if host.adjusts[slot]:
             constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
             constants[: len(schedule.constants)] = schedule.constants

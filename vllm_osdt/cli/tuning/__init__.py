@@ -1,0 +1,1 @@
+"""What ``vllm-osdt tune`` is made of."""
