@@ -77,7 +77,8 @@ def early(scores: np.ndarray, risk: float, static: float) -> float:
     The prior is S(t) = (3 (1 - t))^5, and 1 below 2 / 3: proposals that are right one by one can be wrong together
     only if their chances to be wrong add up to one, which takes 1 / (1 - t) of them. Five tokens and more seldom hang
     on one another, three or fewer often do. So thresholds fall to about 0.8 after a few requests, to 2 / 3 with many,
-    and below only once ``conformal`` has enough. The numbers are chosen by measurement (``benchmarks/bench_anytime.py``).
+    and below only once ``conformal`` has enough. The numbers are chosen by measurement
+    (``benchmarks/bench_anytime.py``).
 
     Args:
         scores: ``[k]``, k >= 1.
