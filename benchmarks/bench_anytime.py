@@ -23,7 +23,7 @@ import numpy as np
 from bench_osdt import CALIBRATION_SEED, Bench, Problem, mcnemar, own_problems, user_problems
 from common import environment, write_lines
 
-MARKS = (1, 2, 4, 8, 16, 24)
+MARKS = (1, 2, 4, 8, 16, 32, 48)
 
 
 def run_orders(bench: Bench, task: str, orders: list[list[Problem]]) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--task-file", help="problems of your own, as bench_osdt.py takes them")
     parser.add_argument("--checker", metavar="MODULE:FUNCTION")
     parser.add_argument("--orders", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=84, help="of each order")
+    parser.add_argument("--requests", type=int, default=150, help="of each order")
     parser.add_argument("--after", type=int, default=20, help="of them, how many come after the calibration")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))

@@ -346,7 +346,7 @@ def test_calibrate_refuses_fewer_prompts_than_calibrations_before_it_starts_an_e
     file = tmp_path / "prompts.txt"
     file.write_text("a\n\nb\n")
     arguments = ["calibrate", "llada-mini", "--task", "t", "--prompts", str(file)]
-    for options, calibrations in (({}, 32), ({"num_calibration_requests": 3, "statistic": "q1"}, 3)):
+    for options, calibrations in (({}, 64), ({"num_calibration_requests": 3, "statistic": "q1"}, 3)):
         assert main([*arguments, "--osdt-config", json.dumps(options)]) == 1
         error = capsys.readouterr().err
         assert (

@@ -56,7 +56,7 @@ class OSDTOptions(ThresholdOptions):
         **_OF_A_TASK,
     )
     num_calibration_requests: int = option(
-        32,
+        64,
         count(1, 1024),
         "Requests that calibrate a task. `conformal` needs at least 1 / `risk` − 1.",
         unit="requests",
