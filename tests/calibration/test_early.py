@@ -32,8 +32,8 @@ def test_the_predictive_chance_of_a_higher_score_is_the_risk(num_scores, risk):
     if num_scores >= num_requests_needed(risk):
         assert threshold == 0.0
     else:
-        assert ((1 - threshold) / 0.3) ** 5 / (num_scores + 1) == pytest.approx(risk)
-        assert threshold > 0.7
+        assert (3 * (1 - threshold)) ** 5 / (num_scores + 1) == pytest.approx(risk)
+        assert threshold > 2 / 3
 
 
 @pytest.mark.parametrize("risk", [0.01, 0.04, 0.1])

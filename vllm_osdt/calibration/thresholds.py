@@ -74,10 +74,11 @@ def early(scores: np.ndarray, risk: float, static: float) -> float:
     (k + 1), with one request's worth of prior S(t) = P(score > t) (a Dirichlet process, Ferguson 1973). T is where that
     chance is ``risk``, but not below any score; at (k + 1) risk >= 1 it is the highest score, as ``conformal``'s is.
 
-    The prior is S(t) = ((1 - t) / 0.3)^5, and 1 below 0.7: proposals that are right one by one can be wrong together
+    The prior is S(t) = (3 (1 - t))^5, and 1 below 2 / 3: proposals that are right one by one can be wrong together
     only if their chances to be wrong add up to one, which takes 1 / (1 - t) of them. Five tokens and more seldom hang
-    on one another, three or fewer often do. So thresholds fall to about 0.8 after a few requests, to 0.7 with many, and
-    below only once ``conformal`` has enough. The numbers are chosen by measurement (``benchmarks/bench_anytime.py``).
+    on one another, three or fewer often do. So thresholds fall to about 0.8 after a few requests, to 2 / 3 with many,
+    and below only once ``conformal`` has enough. The numbers are chosen by measurement
+    (``benchmarks/bench_anytime.py``).
 
     Args:
         scores: ``[k]``, k >= 1.
@@ -87,7 +88,7 @@ def early(scores: np.ndarray, risk: float, static: float) -> float:
     exact = conformal(scores, risk)
     if not math.isnan(exact):
         return exact
-    prior = 1 - 0.3 * ((scores.size + 1) * risk) ** 0.2
+    prior = 1 - ((scores.size + 1) * risk) ** 0.2 / 3
     return min(max(float(scores.max()), prior), static)
 
 
