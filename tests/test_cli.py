@@ -304,9 +304,9 @@ def test_calibrate_makes_a_profile_that_a_server_of_the_same_dtype_would_find(tm
 
 @pytest.mark.e2e
 def test_calibrate_takes_as_many_prompts_as_the_default_options_need(tmp_path, listed):
-    prompts = [problem.prompt for problem in generate("multiple_choice", "held_out", 40, 0)]
     needed = DecodingOptions().num_calibration_requests
-    assert not any("\n" in prompt for prompt in prompts) and needed < 40
+    prompts = [problem.prompt for problem in generate("multiple_choice", "held_out", needed + 8, 0)]
+    assert not any("\n" in prompt for prompt in prompts)
     made = calibrate(tmp_path, prompts, "--max-tokens", "96")
     assert made.returncode == 0, made.stderr[-3000:]
     [row] = listed()
