@@ -304,9 +304,9 @@ def test_calibrate_makes_a_profile_that_a_server_of_the_same_dtype_would_find(tm
 
 @pytest.mark.e2e
 def test_calibrate_takes_as_many_prompts_as_the_default_options_need(tmp_path, listed):
-    prompts = [problem.prompt for problem in generate("multiple_choice", "held_out", 40, 0)]
     needed = DecodingOptions().num_calibration_requests
-    assert not any("\n" in prompt for prompt in prompts) and needed < 40
+    prompts = [problem.prompt for problem in generate("multiple_choice", "held_out", needed + 8, 0)]
+    assert not any("\n" in prompt for prompt in prompts)
     made = calibrate(tmp_path, prompts, "--max-tokens", "96")
     assert made.returncode == 0, made.stderr[-3000:]
     [row] = listed()
@@ -319,7 +319,7 @@ def test_calibrate_takes_as_many_prompts_as_the_default_options_need(tmp_path, l
 @pytest.mark.e2e
 def test_tune_writes_the_choice_that_it_reports_and_goes_on_from_what_was_decoded(tmp_path, listed):
     file = tmp_path / "prompts.jsonl"
-    problems = generate("multiple_choice", "held_out", 40, 0)
+    problems = generate("multiple_choice", "held_out", 80, 0)
     file.write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in problems))
     arguments = [
         "tune", "llada-mini", "--task", "quiz", "--prompts", str(file), "--dir", str(tmp_path / "p"),
@@ -327,19 +327,23 @@ def test_tune_writes_the_choice_that_it_reports_and_goes_on_from_what_was_decode
         "--answer-pattern", r"answer is (\w)", "--json",
     ]  # fmt: skip
     picture = tmp_path / "picture.png"
-    made = command(*arguments, "--risk", "0.1", "--picture", str(picture))
+    made = command(*arguments, "--risk", "0.08", "--picture", str(picture))
     assert made.returncode == 0, made.stderr[-3000:]
     report = json.loads(made.stdout)
     chosen = report["choice"]
     assert chosen["policy"] == "static_threshold" and chosen["options"]["threshold"] < 0.9
     assert "another answer than the reference" in report["promise"] and picture.stat().st_size > 1000
     [row] = listed()
-    assert (row["id"], row["task"], row["requests"]) == (report["profile"], "quiz", 32)
+    assert (row["id"], row["task"], row["requests"]) == (
+        report["profile"],
+        "quiz",
+        DecodingOptions().num_calibration_requests,
+    )
     assert listed("show", "quiz")["promised"] == chosen
     [state] = (tmp_path / "tuning").glob("*.jsonl")
     num_lines = len(state.read_text().splitlines())
-    again = command(*arguments, "--risk", "0.08")
-    assert json.loads(again.stdout)["risk"] == 0.08 and len(state.read_text().splitlines()) == num_lines
+    again = command(*arguments, "--risk", "0.07")
+    assert json.loads(again.stdout)["risk"] == 0.07 and len(state.read_text().splitlines()) == num_lines
 
 
 def test_calibrate_refuses_fewer_prompts_than_calibrations_before_it_starts_an_engine(tmp_path, capsys):

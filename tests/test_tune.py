@@ -22,6 +22,7 @@ from vllm_osdt.options import DecodingOptions, check_operator_values, with_choic
 from vllm_osdt.policies import POLICIES
 
 NUM_CALIBRATING = 32
+CALIBRATIONS = DecodingOptions().num_calibration_requests
 PROMPTS = [f"prompt {index}" for index in range(120)]
 
 
@@ -285,7 +286,7 @@ def test_input_that_does_not_fit_is_refused_before_an_engine_starts(arguments, t
     files["bad.jsonl"].write_text('{"text": 1}\n')
     for more, words in (
         ([], "needs 492, where no request loses; the smallest risk that 120 prompts can certify is 0.0404"),
-        (["--limit", "5"], "there are 5 prompts, but num_calibration_requests is 32"),
+        (["--limit", "5"], f"there are 5 prompts, but num_calibration_requests is {CALIBRATIONS}; give more prompts"),
         (["--prompts", str(files["empty.txt"])], "empty.txt holds no prompt"),
         (["--prompts", str(tmp_path / "gone")], "the prompts cannot be read"),
         (["--prompts", str(files["bad.jsonl"])], "field prompt"),

@@ -233,7 +233,7 @@ def test_tasks_without_a_name_are_told_apart_and_gain_as_much(llm, calibrated):
 
 
 def test_a_tuned_task_is_decoded_by_its_choice_without_naming_it(llm, folder, tmp_path):
-    tuned = generate("multiple_choice", "held_out", 64, seed=31)
+    tuned = generate("multiple_choice", "held_out", 96, seed=31)
     by_prompt = {problem.prompt: problem for problem in tuned}
     judge = Judge(list(by_prompt), checker=lambda prompt, text: check(by_prompt[prompt], text))
     policies = ("static_threshold", "bacd")

@@ -10,7 +10,8 @@ Setting = dict[str, OptionValue]
 REFERENCE: Setting = {"policy": "static_threshold", "threshold": DEFAULTS["threshold"]}
 CANDIDATES: dict[str, tuple[Setting, ...]] = {
     "osdt": (
-        {"risk": 0.04, "margin": 0.3},
+        {"risk": 0.02, "margin": 0.3},
+        {"risk": 0.02, "margin": 0.1},
         {"risk": 0.04, "margin": 0.1},
         {"risk": 0.04, "margin": 0.0},
         {"risk": 0.1, "margin": 0.0},

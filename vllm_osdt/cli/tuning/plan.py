@@ -60,8 +60,7 @@ class Plan:
         number, needed = len(self.prompts), num_needed(self.risk, self.level)
         if number < self.num_calibrating:
             raise CommandError(
-                f"there are {number} prompts, but num_calibration_requests is {self.num_calibrating}; give more "
-                "prompts, or ask for fewer with --osdt-config"
+                f"there are {number} prompts, but num_calibration_requests is {self.num_calibrating}; give more prompts"
             )
         if number < needed:
             raise CommandError(
