@@ -114,7 +114,7 @@ def test_show_says_static_where_requests_are_too_few_for_the_risk(run, folder):
     assert "static" in run("profiles", "show", "gsm").out
     [name] = [name for name in thresholds(run, "gsm") if name.startswith("block/conformal/masked/")]
     assert thresholds(run, "gsm")[name] == as_lists(np.full_like(recorded(KEY, 1).mean_confidence, np.nan))
-    many = recorded(of_task("many"), 3, num_requests=40)
+    many = recorded(of_task("many"), 3, num_requests=80)
     ProfileStore(folder, MODEL).save(many)
     assert all(value is not None for value in thresholds(run, "many")[name][0])
 
@@ -171,7 +171,7 @@ def test_a_picture_has_its_titles_whole_its_legend_in_words_and_says_where_there
         assert box.x0 <= extent.x0 and extent.x1 <= box.x1 and extent.y1 <= box.y1
     assert " ".join(top.title.get_text().split()) == f"{name} of org/LLaDA-8B"
     legend = [text.get_text() for text in bottom.get_legend().get_texts()]
-    assert legend == ["calibrated by block: conformal, risk 0.04", "static threshold"]
+    assert legend == ["calibrated by block: conformal, risk 0.02", "static threshold"]
     assert [text.get_text() for text in bottom.texts] == ["static"] * len(profile.mean_confidence)
 
 

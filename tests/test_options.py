@@ -377,16 +377,16 @@ def test_the_conformal_statistic_cannot_use_committed_positions_alone(prefix):
 @pytest.mark.parametrize(
     ("values", "given", "needed"),
     [
-        ({"num_calibration_requests": 23}, 23, 24),
-        ({"num_calibration_requests": 1}, 1, 24),
-        ({"risk": 0.01}, 32, 99),
+        ({"num_calibration_requests": 48}, 48, 49),
+        ({"num_calibration_requests": 1}, 1, 49),
+        ({"risk": 0.01}, 64, 99),
         ({"risk": 0.1, "num_calibration_requests": 8}, 8, 9),
         ({"risk": 0.0001, "num_calibration_requests": 1024}, 1024, 9999),
     ],
 )
 def test_too_few_calibrations_for_the_risk_are_refused_with_how_many_it_takes(values, given, needed):
     words = (
-        rf"num_calibration_requests is {given}; .*risk {values.get('risk', 0.04):g} needs at least {needed}\. .*\"q1\""
+        rf"num_calibration_requests is {given}; .*risk {values.get('risk', 0.02):g} needs at least {needed}\. .*\"q1\""
     )
     with pytest.raises(InvalidOptionError, match=words):
         parse_options(values, base=BASE)
@@ -525,7 +525,7 @@ def test_profiles_tell_sub_blocks_and_editing_apart():
     [
         ("mode", "granularity", "step_block"),
         ("metric", "statistic", "q1"),
-        ("calibrations", "num_calibration_requests", 40),
+        ("calibrations", "num_calibration_requests", 80),
         ("cap", "threshold_cap", 0.5),
         ("cache", "cache_mode", "none"),
     ],

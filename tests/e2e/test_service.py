@@ -211,7 +211,7 @@ def named(llm, task):
 
 def test_tasks_without_a_name_are_told_apart_and_gain_as_much(llm, calibrated):
     rng = random.Random(0)
-    stream = [(task, problem) for task in TASKS for problem in generate(task, "held_out", 240, seed=21)]
+    stream = [(task, problem) for task in TASKS for problem in generate(task, "held_out", 400, seed=21)]
     rng.shuffle(stream)
     names = []
     for first in range(0, len(stream), 48):

@@ -509,7 +509,7 @@ def test_an_engine_says_in_one_paragraph_what_was_decided(checkpoint: str, block
         "canvas without max_tokens 64",
         "cache mode dual",
     ]
-    tasks = ["calibrates on 32 requests", "task 'chat'", str(tmp_path / "p"), ": 0 tasks"]
+    tasks = ["calibrates on 64 requests", "task 'chat'", str(tmp_path / "p"), ": 0 tasks"]
     assert all(words in text for words in decoding + tasks) and "\n" not in text
 
 
