@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=150, help="of each order")
     parser.add_argument("--after", type=int, default=20, help="of them, how many come after the calibration")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
+    parser.add_argument("--cache", choices=("none", "prefix", "dual", "block"), help="default: the model's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--gen-length", type=int, default=96)
     parser.add_argument("--concurrency", type=int, default=64)

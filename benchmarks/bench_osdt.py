@@ -183,11 +183,12 @@ class Bench:
         from vllm import SamplingParams
 
         args = self.args
+        cache = {} if args.cache is None else {"cache_mode": args.cache}
         params = [
             SamplingParams(
                 temperature=0.0,
                 max_tokens=args.gen_length,
-                extra_args={"osdt_" + name: value for name, value in {"cache_mode": args.cache, **own}.items()},
+                extra_args={"osdt_" + name: value for name, value in {**cache, **own}.items()},
             )
             for own in options
         ]
@@ -426,7 +427,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=200, help="per task")
     parser.add_argument("--calibrations", type=int, default=3, help="choices of the calibrating requests")
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
-    parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
+    parser.add_argument("--cache", choices=("none", "prefix", "dual", "block"), help="default: the model's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--gen-length", type=int, default=96)
     parser.add_argument("--concurrency", type=int, default=64)

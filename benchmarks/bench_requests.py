@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=8, help="choices of the calibrating requests")
     parser.add_argument("--setting", type=parse_setting, action="append", metavar="NUMBER:RISK")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
+    parser.add_argument("--cache", choices=("none", "prefix", "dual", "block"), help="default: the model's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--gen-length", type=int, default=96)
     parser.add_argument("--concurrency", type=int, default=64)
