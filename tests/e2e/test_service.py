@@ -209,13 +209,31 @@ def named(llm, task):
     return [profile["id"] for profile in vllm_osdt.profiles(llm) if profile["task"] == task]
 
 
+def test_a_task_profits_while_it_calibrates(llm):
+    options = {"task": "early", "risk": 0.2, "num_calibration_requests": 4}
+    problems = generate("code", "held_out", 9, seed=41)
+    told = []
+    for problem in problems:
+        [completion] = decode(llm, [problem], **options)
+        about = vllm_osdt.describe(completion)
+        told.append((about["calibrating"], about["profile"] is not None))
+        is_complete = bool(named(llm, "early"))
+        assert is_complete == (sum(calibrating for calibrating, _ in told) == 4)
+        static = decode(llm, [problem], policy="static_threshold")
+        assert about["nfe"] == mean_nfe(static) if about["calibrating"] else about["nfe"] <= mean_nfe(static)
+        assert check(problem, completion.text)
+    records, profits = (True, False), (False, True)
+    assert told == [records, profits] * 3 + [records, profits, profits]
+
+
 def test_tasks_without_a_name_are_told_apart_and_gain_as_much(llm, calibrated):
+    own = {"num_calibration_requests": 32, "risk": 0.04, "early": False}  # soon done: code is three tasks for auto
     rng = random.Random(0)
-    stream = [(task, problem) for task in TASKS for problem in generate(task, "held_out", 400, seed=21)]
+    stream = [(task, problem) for task in TASKS for problem in generate(task, "held_out", 240, seed=21)]
     rng.shuffle(stream)
     names = []
     for first in range(0, len(stream), 48):
-        batch = decode(llm, [problem for _, problem in stream[first : first + 48]], task="auto")
+        batch = decode(llm, [problem for _, problem in stream[first : first + 48]], task="auto", **own)
         names += [vllm_osdt.describe(completion)["task"] for completion in batch]
     assert names[0] == UNDECIDED_TASK
     last = list(zip(stream, names, strict=True))[-96:]
@@ -224,9 +242,9 @@ def test_tasks_without_a_name_are_told_apart_and_gain_as_much(llm, calibrated):
         assert own and not own & set.union(*(by_task[other] for other in TASKS if other != task))
     mixed = [(task, problem) for task in TASKS for problem in PROBLEMS[task]]
     rng.shuffle(mixed)
-    auto = decode(llm, [problem for _, problem in mixed], task="auto")
+    auto = decode(llm, [problem for _, problem in mixed], task="auto", **own)
     static = decode(llm, [problem for _, problem in mixed], policy="static_threshold")
-    named_nfe = np.mean([mean_nfe(decode(llm, PROBLEMS[task], task=task)) for task in TASKS])
+    named_nfe = np.mean([mean_nfe(decode(llm, PROBLEMS[task], task=task, **own)) for task in TASKS])
     gain = {"auto": mean_nfe(static) / mean_nfe(auto) - 1, "named": mean_nfe(static) / named_nfe - 1}
     assert gain["auto"] >= 0.95 * gain["named"], gain
     assert share_right([problem for _, problem in mixed], auto) >= 0.96
