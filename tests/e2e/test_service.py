@@ -227,13 +227,13 @@ def test_a_task_profits_while_it_calibrates(llm):
 
 
 def test_tasks_without_a_name_are_told_apart_and_gain_as_much(llm, calibrated):
-    own = {"num_calibration_requests": 32, "risk": 0.04, "early": False}  # soon done: code is three tasks for auto
+    short = {"num_calibration_requests": 32, "risk": 0.04, "early": False}  # soon done: code is three tasks for auto
     rng = random.Random(0)
     stream = [(task, problem) for task in TASKS for problem in generate(task, "held_out", 240, seed=21)]
     rng.shuffle(stream)
     names = []
     for first in range(0, len(stream), 48):
-        batch = decode(llm, [problem for _, problem in stream[first : first + 48]], task="auto", **own)
+        batch = decode(llm, [problem for _, problem in stream[first : first + 48]], task="auto", **short)
         names += [vllm_osdt.describe(completion)["task"] for completion in batch]
     assert names[0] == UNDECIDED_TASK
     last = list(zip(stream, names, strict=True))[-96:]
@@ -242,9 +242,9 @@ def test_tasks_without_a_name_are_told_apart_and_gain_as_much(llm, calibrated):
         assert own and not own & set.union(*(by_task[other] for other in TASKS if other != task))
     mixed = [(task, problem) for task in TASKS for problem in PROBLEMS[task]]
     rng.shuffle(mixed)
-    auto = decode(llm, [problem for _, problem in mixed], task="auto", **own)
+    auto = decode(llm, [problem for _, problem in mixed], task="auto", **short)
     static = decode(llm, [problem for _, problem in mixed], policy="static_threshold")
-    named_nfe = np.mean([mean_nfe(decode(llm, PROBLEMS[task], task=task, **own)) for task in TASKS])
+    named_nfe = np.mean([mean_nfe(decode(llm, PROBLEMS[task], task=task, **short)) for task in TASKS])
     gain = {"auto": mean_nfe(static) / mean_nfe(auto) - 1, "named": mean_nfe(static) / named_nfe - 1}
     assert gain["auto"] >= 0.95 * gain["named"], gain
     assert share_right([problem for _, problem in mixed], auto) >= 0.96
