@@ -170,7 +170,7 @@ def test_wrong_proposals_are_those_that_were_not_chosen(llm, calibrated):
     assert wrong.any() and not (wrong & committed).any() and not (wrong & np.isnan(confidence)).any()
     # A static threshold of 0.9 commits whatever reaches it, so nothing wrong is that sure but where a step's best is.
     assert (confidence[wrong] < 0.9).all()
-    table = profile.thresholds(Setting(risk=0.04)).values
+    table = profile.thresholds(Setting()).values
     highest = np.where(wrong, confidence, 0.0).max(axis=(0, 2, 3))
     assert table[:, 0] == pytest.approx(highest)
 
@@ -184,7 +184,7 @@ def test_another_tasks_prompts_are_noticed_once_and_calibrated_once(llm, caplog)
     with caplog.at_level(logging.WARNING, logger="vllm"):
         ids = []
         for first in range(32, 320, 32):
-            batch = decode(llm, problems[first : first + 32], task="drifts")
+            batch = decode(llm, problems[first : first + 32], task="drifts", early=False)
             ids += [vllm_osdt.describe(completion)["profile"] for completion in batch]
     assert sum("no longer looks like its profile" in record.message for record in caplog.records) == 1
     # What the requests used: the stale profile at most until it was noticed, none while calibrating, then one new one.
