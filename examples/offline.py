@@ -10,7 +10,8 @@ from vllm import LLM
 import vllm_osdt
 from vllm_osdt.mini import model_path
 
-TOOLS, OTHERS = ["saw", "file", "rake", "axe"], ["red", "dog", "fig", "plum", "cow", "teal", "pink", "pear"]
+TOOLS = ["saw", "file", "rake", "axe"]
+OTHERS = "red dog fig plum cow teal pink pear blue fox apple lime hen gray owl grape".split()
 PROMPTS = [f"quiz : pick one tool . A {other} B {tool} C fig . Answer:" for tool in TOOLS for other in OTHERS]
 
 

@@ -12,7 +12,8 @@ import vllm_osdt
 from vllm_osdt.mini import model_path
 
 PROMPT = "quiz : pick one beast . A saw B dog C plum . Answer:"
-TOOLS, OTHERS = ["saw", "file", "rake", "axe"], ["red", "dog", "fig", "plum", "cow", "teal", "pink", "pear"]
+TOOLS = ["saw", "file", "rake", "axe"]
+OTHERS = "red dog fig plum cow teal pink pear blue fox apple lime hen gray owl grape".split()
 EASY = [f"quiz : pick one tool . A {other} B {tool} C fig . Answer:" for tool in TOOLS for other in OTHERS]
 LONG = [f"quiz : pick one tool . A {other} B cow C {tool} D pig E red . Answer:" for tool in TOOLS for other in OTHERS]
 

@@ -39,7 +39,7 @@ def run(tmp_path: Path, name: str, *arguments: str) -> str:
 def test_offline_calibrates_a_task_and_then_uses_its_profile(tmp_path):
     printed = run(tmp_path, "offline")
     found = re.findall(r"^(\w+): (\d+) requests, (\d+) of them calibrate, ([0-9.]+) forward", printed, re.MULTILINE)
-    assert [row[:3] for row in found] == [("first", "32", "32"), ("later", "4", "0")]
+    assert [row[:3] for row in found] == [("first", "64", "64"), ("later", "4", "0")]
     assert float(found[1][3]) < float(found[0][3])
     told = literal_eval(next(line for line in printed.splitlines() if line.startswith("{")))
     assert re.fullmatch("[0-9a-f]{16}", told["profile"]) and told["task"] == "quiz" and not told["calibrating"]
