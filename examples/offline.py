@@ -11,7 +11,24 @@ import vllm_osdt
 from vllm_osdt.mini import model_path
 
 TOOLS = ["saw", "file", "rake", "axe"]
-OTHERS = "red dog fig plum cow teal pink pear blue fox apple lime hen gray owl grape".split()
+OTHERS = [
+    "red",
+    "dog",
+    "fig",
+    "plum",
+    "cow",
+    "teal",
+    "pink",
+    "pear",
+    "blue",
+    "fox",
+    "apple",
+    "lime",
+    "hen",
+    "gray",
+    "owl",
+    "grape",
+]
 PROMPTS = [f"quiz : pick one tool . A {other} B {tool} C fig . Answer:" for tool in TOOLS for other in OTHERS]
 
 

@@ -13,7 +13,24 @@ from vllm_osdt.mini import model_path
 
 PROMPT = "quiz : pick one beast . A saw B dog C plum . Answer:"
 TOOLS = ["saw", "file", "rake", "axe"]
-OTHERS = "red dog fig plum cow teal pink pear blue fox apple lime hen gray owl grape".split()
+OTHERS = [
+    "red",
+    "dog",
+    "fig",
+    "plum",
+    "cow",
+    "teal",
+    "pink",
+    "pear",
+    "blue",
+    "fox",
+    "apple",
+    "lime",
+    "hen",
+    "gray",
+    "owl",
+    "grape",
+]
 EASY = [f"quiz : pick one tool . A {other} B {tool} C fig . Answer:" for tool in TOOLS for other in OTHERS]
 LONG = [f"quiz : pick one tool . A {other} B cow C {tool} D pig E red . Answer:" for tool in TOOLS for other in OTHERS]
 
