@@ -211,6 +211,18 @@ class ServerOptions:
     drift_cosine: float = option(
         0.95, number(ge=0, lt=1), "Cosine similarity with the profile below which a task has drifted."
     )
+    audit: float = option(
+        0.0,
+        number(ge=0, le=1),
+        "Share of the greedy requests with a profile that are decoded once more with the static threshold, while no "
+        "request waits; nobody gets the result, the guard compares the tokens.",
+    )
+    audit_agreement: float = option(
+        0.9,
+        number(gt=0, lt=1),
+        "Share of audited requests that must have the tokens of the static threshold. Where significantly fewer have, "
+        "the guard does what `drift` says.",
+    )
     max_auto_tasks: int = option(
         256, count(), 'Prefixes that `"task": "auto"` tells apart in one front-end process.', unit="tasks"
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.calibration.records import KEY, NAN, flat, of_task
-from vllm_osdt.calibration.guard import NUM_STANDARD_ERRORS, DriftGuard, compare
+from vllm_osdt.calibration.guard import NUM_STANDARD_ERRORS, AgreementGuard, DriftGuard, compare
 from vllm_osdt.calibration.profile import CalibrationProfile
 from vllm_osdt.calibration.recording import Recording
 
@@ -201,3 +201,50 @@ def test_blocks_that_few_requests_reach_do_not_alarm(seed):
         return seen
 
     assert drifts(make_guard(), profile_of(some(NUM_CALIBRATIONS)), some(500)) == []
+
+
+def audit(guard, changed, profile="p", allowed=0.1):
+    """What the guard says of audits in their order; ``changed`` is a 1 for each with other tokens."""
+    return [guard.observe(profile, is_same=not one, allowed=allowed) for one in changed]
+
+
+def test_evidence_of_audits_equals_a_calculation_by_hand():
+    told = audit(AgreementGuard(), [1, 0, 1, 1, 1, 1, 1])
+    evidence = 0.0
+    for changed in (1, 0, 1, 1, 1, 1, 1):
+        evidence = (evidence + 1) * (3.0 if changed else 0.7 / 0.9)
+    assert told[:-1] == [None] * 6 and told[-1].evidence == pytest.approx(evidence) and evidence > 1000
+    assert (told[-1].num_audits, told[-1].num_changed) == (7, 6)
+
+
+def test_an_alarm_of_audits_comes_once_for_each_profile():
+    guard = AgreementGuard(max_profiles=2)
+    assert sum(one is not None for one in audit(guard, [1] * 100)) == 1
+    assert sum(one is not None for one in audit(guard, [1] * 100, "q")) == 1
+    assert sum(one is not None for one in audit(guard, [1] * 100, "r")) == 1
+    assert len(guard._watched) == 2
+
+
+@pytest.mark.parametrize("allowed", [0.02, 0.1, 0.3, 0.9])
+def test_audits_alarm_rarely_while_as_many_change_as_may(allowed):
+    rng = np.random.default_rng(3)
+    lengths = []
+    for _ in range(60):
+        guard, length, told = AgreementGuard(), 0, None
+        while told is None and length < 20_000:
+            told = guard.observe("p", is_same=rng.random() >= allowed, allowed=allowed)
+            length += 1
+        lengths.append(length)
+    assert np.mean(lengths) >= 1000
+
+
+@pytest.mark.parametrize(("changed", "most"), [(0.3, 80), (0.5, 30), (1.0, 8)])
+def test_audits_alarm_soon_after_a_change_however_long_all_was_well(changed, most):
+    rng = np.random.default_rng(4)
+    delays = []
+    for _ in range(40):
+        guard = AgreementGuard()
+        assert audit(guard, rng.random(300) < 0.02)[-1] is None
+        told = audit(guard, rng.random(1000) < changed)
+        delays.append(next(index for index, one in enumerate(told) if one is not None) + 1)
+    assert np.mean(delays) <= most

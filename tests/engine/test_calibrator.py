@@ -402,3 +402,70 @@ def test_only_thresholds_are_told_as_thresholds():
     calibrator = choosing(chosen("static_threshold", threshold=0.6))
     start(calibrator, "a", follows_choice=True)
     assert take(calibrator)[1] == {"gsm": pytest.approx(0.6, abs=1e-6)}
+
+
+CONFORMAL = {"statistic": "conformal", "num_calibration_requests": 2, "risk": 0.4}
+
+
+def calibrate_two(calibrator, **options):
+    """A profile of two requests with CONFORMAL."""
+    for req_id in "ab":
+        start(calibrator, req_id, **CONFORMAL | options)
+        see_step(calibrator, req_id, 0.5)
+    end(calibrator, "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [({}, 0.4), ({"risk": 0.05}, 0.1), ({"statistic": "q1"}, None)],
+)
+def test_what_audits_may_find_follows_from_what_the_request_asks_for(options, allowed):
+    calibrator = make_calibrator()
+    calibrate_two(calibrator)
+    decided = start(calibrator, "c", **CONFORMAL | options)
+    subject = calibrator.subject("c")
+    assert subject.profile is decided.profile
+    assert subject.allowed is None if allowed is None else subject.allowed == pytest.approx(allowed)
+
+
+@pytest.mark.parametrize(("num_changed", "allowed"), [(0, 0.1), (150, 0.3356), (None, None)])
+def test_a_choice_may_change_as_many_texts_as_tuning_saw(num_changed, allowed):
+    registry = ProfileRegistry()
+    calibrator = make_calibrator(registry)
+    calibrate_two(calibrator)
+    [profile] = registry.profiles.values()
+    registry.profiles[profile.key] = replace(
+        profile, choice=replace(chosen("factor", factor=0.5), num_changed=num_changed)
+    )
+    start(calibrator, "c", follows_choice=True, **CONFORMAL)
+    found = calibrator.subject("c").allowed  # of 500 prompts
+    assert found is None if allowed is None else found == pytest.approx(allowed, abs=2e-3)
+
+
+def test_requests_without_a_finished_profile_are_not_audited():
+    calibrator = make_calibrator()
+    start(calibrator, "a", **EARLY)
+    see_step(calibrator, "a", 0.5)
+    end(calibrator, "a")
+    start(calibrator, "b", **EARLY)
+    start(calibrator, "c", policy="static_threshold", task=None)
+    assert calibrator._decodings["b"].profile is not None
+    assert [calibrator.subject(req_id) for req_id in "bcz"] == [None] * 3
+
+
+@pytest.mark.parametrize("action", ["recalibrate", "warn", None])
+def test_audits_that_disagree_are_the_guards_business(action, caplog):
+    guard = None if action is None else DriftGuard(action, WINDOW, 0.03, 0.95)
+    calibrator = make_calibrator(guard=guard)
+    calibrate_two(calibrator)
+    start(calibrator, "c", **CONFORMAL)
+    subject = calibrator.subject("c")
+    take(calibrator)
+    for _ in range(20):
+        calibrator.hear_audit(subject, is_same=False)
+    calibrator.hear_audit(subject, is_same=True)
+    told = take(calibrator)[0]
+    events = [] if action is None else [["drift", action, 1]]
+    assert told == [["audits", "changed", 20], ["audits", "same", 1], *events]
+    assert (start(calibrator, "d", **CONFORMAL).recorder is not None) == (action == "recalibrate")
+    assert sum("no longer has the answers" in record.message for record in caplog.records) == len(events)

@@ -58,8 +58,8 @@ def request(req_id="a", histogram=(0, 2, 1), num_output_tokens=12):
 
 
 NAMES = {"requests": "requests_total", "calibrations": "calibrations_total", "fallbacks": "fallbacks_total",
-         "drift": "drift_events_total"}  # fmt: skip
-LABEL = {"requests": "kind", "calibrations": "outcome", "fallbacks": "kind", "drift": "action"}
+         "drift": "drift_events_total", "audits": "audits_total"}  # fmt: skip
+LABEL = {"requests": "kind", "calibrations": "outcome", "fallbacks": "kind", "drift": "action", "audits": "outcome"}
 
 
 @pytest.mark.parametrize("metric", LABELS)

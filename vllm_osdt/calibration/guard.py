@@ -7,6 +7,9 @@ committed, so they differ between the two even when the task is the same.
 
 Source: the block-step signature and its cosine are OSDT's (arXiv 2511.02077); window, gap and the restriction to block
 entry are ours.
+
+Confidence says nothing of answers. Where audits (``engine.audit``) decode some requests with the static threshold as
+well, :class:`AgreementGuard` watches how many get other tokens.
 """
 
 import math
@@ -18,6 +21,8 @@ import numpy as np
 from vllm_osdt.calibration.profile import CalibrationProfile
 
 NUM_STANDARD_ERRORS = 4.0  # a gap must be this far beyond what chance would give
+AUDITS_PER_FALSE_ALARM = 1000.0  # mean number, where just as many requests change as may
+CHANGES_SOUGHT = 3.0  # times as many changed requests as may are found soonest
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,61 @@ class DriftGuard:
             return drift
         window.clear()
         return None
+
+
+class AgreementGuard:
+    """Watches how often audited requests have other tokens than the static threshold gives.
+
+    For each profile the Shiryaev-Roberts statistic R <- (R + 1) L, where L is the likelihood ratio of one audit between
+    a share of changed requests ``CHANGES_SOUGHT`` times as high as allowed and the allowed one. With the allowed share
+    or a lower one, an alarm comes after ``AUDITS_PER_FALSE_ALARM`` audits or more in the mean, however long the guard
+    watches (Pollak 1985, doi 10.1214/aos/1176346587; R - n is a supermartingale).
+
+    Args:
+        max_profiles: Profiles watched; the one unused for longest makes room.
+    """
+
+    def __init__(self, max_profiles: int = 256) -> None:
+        self._max_profiles = max_profiles
+        self._watched: OrderedDict[str, Agreement | None] = OrderedDict()  # None once there was an alarm
+
+    def observe(self, profile_id: str, *, is_same: bool, allowed: float) -> "Agreement | None":
+        """Count an audit.
+
+        Args:
+            profile_id: Of the profile that decoded the request.
+            is_same: Whether the static threshold gives the same tokens.
+            allowed: Share of requests that may change, in (0, 1).
+
+        Returns:
+            What was seen so far, when that is an alarm; once for each profile.
+        """
+        seen = self._watched.setdefault(profile_id, Agreement())
+        self._watched.move_to_end(profile_id)
+        if len(self._watched) > self._max_profiles:
+            self._watched.popitem(last=False)
+        if seen is None:
+            return None
+        sought = min(CHANGES_SOUGHT * allowed, (1 + allowed) / 2)
+        ratio = (1 - sought) / (1 - allowed) if is_same else sought / allowed
+        seen = Agreement(seen.num_audits + 1, seen.num_changed + (not is_same), (seen.evidence + 1) * ratio)
+        is_alarm = seen.evidence >= AUDITS_PER_FALSE_ALARM
+        self._watched[profile_id] = None if is_alarm else seen
+        return seen if is_alarm else None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The audits of a profile's requests.
+
+    Attributes:
+        num_audits, num_changed: All of them, and those with other tokens.
+        evidence: The Shiryaev-Roberts statistic.
+    """
+
+    num_audits: int = 0
+    num_changed: int = 0
+    evidence: float = 0.0
 
 
 def compare(expected: np.ndarray, num_expected: np.ndarray, seen: np.ndarray) -> Drift:

@@ -94,6 +94,7 @@ class Choice:
         confidence: With this probability, over the draw of the prompts.
         num_prompts: Prompts that it was tested on.
         num_lost: Those of them that lost.
+        num_changed: Those of them that got another text than the reference's; None where that was not counted.
         decoding: What else the prompts were decoded with, such as ``max_tokens``.
     """
 
@@ -106,6 +107,7 @@ class Choice:
     num_prompts: int
     num_lost: int
     decoding: dict[str, OptionValue] = field(default_factory=dict)
+    num_changed: int | None = None
 
     def __str__(self) -> str:
         return setting_in_words({"policy": self.policy, **self.options})

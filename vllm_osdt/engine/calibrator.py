@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from csrc_triton.types import Rule
-from vllm_osdt.calibration.guard import DriftGuard
+from vllm_osdt.calibration.guard import AgreementGuard, DriftGuard
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Setting
 from vllm_osdt.calibration.recording import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
+from vllm_osdt.calibration.selection import upper_bound
 from vllm_osdt.calibration.store import open_store
 from vllm_osdt.calibration.thresholds import CONFORMAL, Fallback
+from vllm_osdt.engine.audit import Subject
 from vllm_osdt.engine.canvas_plan import decides_first_alone
 from vllm_osdt.engine.statistics import About, EngineStatistics
 from vllm_osdt.errors import InvalidOptionError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
 _COUNTED = (Fallback.BLOCK, Fallback.STEP, Fallback.CELL)
+_TUNING_LEVEL = 0.05  # of the bound on the texts that a tuned choice changes
 
 
 @dataclass
@@ -45,6 +48,7 @@ class _Decoding:
     about: About
     assignment: Assignment
     profile: CalibrationProfile | None = None
+    is_early: bool = False  # the profile is one that is being made
     recorder: Recorder | None = None
     entries: dict[int, float] = field(default_factory=dict)  # mean confidence at block entry, by block
 
@@ -66,11 +70,16 @@ class Calibrator:
         registry: The engine's profiles.
         guard: What watches them; None without.
         traits: Of the model.
+        agreement: Share of audited requests that must have the tokens of the static threshold, in (0, 1).
     """
 
-    def __init__(self, registry: ProfileRegistry, guard: DriftGuard | None, traits: Traits) -> None:
+    def __init__(
+        self, registry: ProfileRegistry, guard: DriftGuard | None, traits: Traits, agreement: float = 0.9
+    ) -> None:
         self.registry = registry
         self.guard = guard
+        self._agreement_guard = AgreementGuard()
+        self._agreement = agreement
         self.statistics = EngineStatistics()
         self._traits = traits
         self._decodings: dict[str, _Decoding] = {}
@@ -87,7 +96,7 @@ class Calibrator:
                 options.drift, options.drift_window, options.drift_gap, options.drift_cosine, options.max_profiles
             )
         registry = ProfileRegistry(options.max_profiles, store)
-        return cls(registry, guard, vllm_config.model_config.hf_config.traits)
+        return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement)
 
     def assign(self, req_id: str, spec: RequestSpec, max_tokens: int) -> Assignment:
         """The schedule of a request and its part in calibration; decided once, when it is first planned.
@@ -140,7 +149,7 @@ class Calibrator:
         assignment = Assignment(
             schedule, is_recorded=recorder is not None, is_watched=is_watched, policy=options.policy
         )
-        return _Decoding(options, key, shape, about, assignment, profile, recorder)
+        return _Decoding(options, key, shape, about, assignment, profile, is_early, recorder)
 
     def _choose(self, options: DecodingOptions, profile: CalibrationProfile) -> DecodingOptions:
         """The options of a request that leaves it to its profile how positions are chosen."""
@@ -238,6 +247,51 @@ class Calibrator:
                 after,
             )
 
+    def subject(self, req_id: str) -> Subject | None:
+        """What an audit of a request would look at; None where it uses no finished profile."""
+        found = self._decodings.get(req_id)
+        if found is None or found.profile is None or found.is_early:
+            return None
+        return Subject(found.profile, self._share_that_may_change(found.options, found.profile))
+
+    def _share_that_may_change(self, options: DecodingOptions, profile: CalibrationProfile) -> float | None:
+        """Share of a profile's requests that may have other tokens than the static threshold gives."""
+        share = 1.0 - self._agreement
+        choice = profile.choice
+        if choice is not None and options.policy == choice.policy:
+            if choice.num_changed is None:
+                return None
+            return min(0.99, max(share, upper_bound(choice.num_changed, choice.num_prompts, _TUNING_LEVEL)))
+        # Statistics of the paper bound no share of requests; who asks for one accepts what it changes.
+        return max(share, options.risk) if options.statistic == CONFORMAL else None
+
+    def hear_audit(self, subject: Subject, *, is_same: bool) -> None:
+        """An audit has ended: the static threshold gives the same tokens, or others."""
+        self.statistics.counts["audits", "same" if is_same else "changed"] += 1
+        profile = subject.profile
+        if self.guard is None or subject.allowed is None:
+            return
+        seen = self._agreement_guard.observe(profile.profile_id, is_same=is_same, allowed=subject.allowed)
+        if seen is None:
+            return
+        self.statistics.counts["drift", self.guard.action] += 1
+        logger.warning(
+            "Task %r no longer has the answers of the static threshold with its profile %s: %d of %d audited requests "
+            "have other tokens, where a share of %.3g may. %s",
+            profile.key.task,
+            profile.profile_id,
+            seen.num_changed,
+            seen.num_audits,
+            subject.allowed,
+            self._say_what_follows(),
+        )
+        if self.guard.action == "recalibrate":
+            self.registry.mark_stale(profile)
+
+    def _say_what_follows(self) -> str:
+        assert self.guard is not None
+        return "It calibrates again." if self.guard.action == "recalibrate" else ""
+
     def _watch(self, found: _Decoding) -> None:
         """Compare what a request saw with the profile it used."""
         assert self.guard is not None and found.profile is not None
@@ -254,7 +308,7 @@ class Calibrator:
             drift.num_requests,
             drift.gap,
             drift.cosine,
-            "It calibrates again." if self.guard.action == "recalibrate" else "",
+            self._say_what_follows(),
         )
         if self.guard.action == "recalibrate":
             self.registry.mark_stale(profile)

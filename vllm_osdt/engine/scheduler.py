@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -16,6 +17,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_osdt.engine.audit import Auditor
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
@@ -56,7 +58,9 @@ class CanvasScheduler(Scheduler):
         self.num_spec_tokens = MAX_BLOCK_LENGTH
         logger.info("%s", describe_engine(self.vllm_config))
         self.calibrator = Calibrator.of_engine(self.vllm_config)
-        self._is_fused = server_options(self.vllm_config).fused_commit
+        options = server_options(self.vllm_config)
+        self._auditor = Auditor(options.audit)
+        self._is_fused = options.fused_commit
         self._traits: Traits = self.vllm_config.model_config.hf_config.traits
         # vLLM would apply it to a canvas too.
         self._long_prefill_threshold = self.scheduler_config.long_prefill_token_threshold
@@ -81,10 +85,12 @@ class CanvasScheduler(Scheduler):
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
         self._rows.clear()
+        self._admit_audits()
         order = self.running
         waited, self._postponed = self._postponed, {}
         if waited:
-            order = sorted(order, key=lambda request: -waited.get(request.request_id, 0))
+            audits = self._auditor.running  # behind all others
+            order = sorted(order, key=lambda one: (one.request_id in audits, -waited.get(one.request_id, 0)))
         for request in order:
             if not self._plan_step(request):
                 self._postponed[request.request_id] = waited.get(request.request_id, 0) + 1
@@ -102,6 +108,45 @@ class CanvasScheduler(Scheduler):
             )
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
+
+    def _admit_audits(self) -> None:
+        """Have one audit run while no request waits; stop it when one does.
+
+        It is then the last request of those that run, the first that vLLM preempts.
+        """
+        running = self._auditor.running
+        num_running, num_waiting = self.get_request_counts()
+        if num_waiting:
+            self._stop_audits()
+        elif (
+            self._auditor.num_waiting
+            and not running
+            and num_running < self.max_num_running_reqs
+            and self.pause_state == PauseState.UNPAUSED
+        ):
+            self.add_request(self._auditor.start())
+
+    def _stop_audits(self) -> None:
+        """Take running audits off the engine; they begin anew later."""
+        stopped = self._auditor.put_back()
+        if stopped:
+            self.finish_requests(stopped, RequestStatus.FINISHED_ABORTED)
+
+    def get_num_unfinished_requests(self) -> int:
+        """As vLLM counts, and the audits that wait, so that an engine without requests sees to them."""
+        waiting = self._auditor.num_waiting if self.pause_state == PauseState.UNPAUSED else 0
+        return super().get_num_unfinished_requests() + waiting
+
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """As vLLM does; audits are not waited for."""
+        if pause_state != PauseState.UNPAUSED:
+            self._stop_audits()
+        super().set_pause_state(pause_state)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """As vLLM does; audits give their pages back."""
+        self._stop_audits()
+        return super().reset_prefix_cache(*args, **kwargs)
 
     def _spec(self, request: Request) -> RequestSpec:
         spec: RequestSpec | None = getattr(request, "canvas_spec", None)
@@ -205,11 +250,17 @@ class CanvasScheduler(Scheduler):
         spec_decoding_stats: SpecDecodingStats | None,
         num_draft_tokens: int,
         *args: Any,
+        request_id: str,
         **kwargs: Any,
     ) -> SpecDecodingStats | None:
-        """vLLM's counters by position end at ``num_spec_tokens``; canvas rows beyond it count in the sum alone."""
+        """vLLM's counters by position end at ``num_spec_tokens``; canvas rows beyond it count in the sum alone.
+
+        Audits do not count.
+        """
+        if request_id in self._auditor.running:
+            return spec_decoding_stats
         counted = min(num_draft_tokens, self.num_spec_tokens)
-        stats = super().make_spec_decoding_stats(spec_decoding_stats, counted, *args, **kwargs)
+        stats = super().make_spec_decoding_stats(spec_decoding_stats, counted, *args, request_id=request_id, **kwargs)
         if stats is not None:
             stats.num_draft_tokens += num_draft_tokens - counted
         return stats
@@ -220,8 +271,9 @@ class CanvasScheduler(Scheduler):
         """As vLLM does.
 
         Every output, not only an engine's last, says how its request is decoded and how many forwards it has taken so
-        far: the front end may end the request at a stop string.
+        far: the front end may end the request at a stop string. What audits give goes to no client.
         """
+        audits = self._auditor.running
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
         if report is not None:
             self.calibrator.hear(report)
@@ -232,6 +284,8 @@ class CanvasScheduler(Scheduler):
         self._count_commits(scheduler_output, requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
+            if audits:
+                client.outputs = [output for output in client.outputs if output.request_id not in audits]
             for output in client.outputs:
                 request = requests.get(output.request_id)
                 if request is not None and request.spec_decode_metrics is not None:
@@ -250,16 +304,25 @@ class CanvasScheduler(Scheduler):
                 request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's, with what happened to profiles and requests since the last ones."""
+        """vLLM's without audits, with what happened to profiles and requests since the last ones."""
         stats = super().make_stats(*args, **kwargs)
         news = self.calibrator.take_statistics()
+        if stats is not None:
+            stats.num_running_reqs -= sum(request.request_id in self._auditor.running for request in self.running)
         if stats is not None and news:
             stats.kv_connector_stats = {KEY: news}
         return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         ended_well = _ended_well(request)
-        if ended_well:
+        if request.request_id in self._auditor.running:
+            result = self._auditor.end(request, ended_well=ended_well)
+            if result is not None:
+                self.calibrator.hear_audit(result[0], is_same=result[1])
+        elif ended_well:
+            subject = self.calibrator.subject(request.request_id)
+            if subject is not None and not self._auditor.consider(request, self._spec(request), subject):
+                self.calibrator.statistics.counts["audits", "dropped"] += 1
             about = self.calibrator.about(request.request_id)
             self.calibrator.statistics.ended(about, num_forwards(request), request.num_output_tokens)
         self.calibrator.finish_request(request.request_id, ended_well=ended_well)

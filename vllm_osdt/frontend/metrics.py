@@ -59,7 +59,13 @@ METRICS = {
     "drift": Metric(
         "drift_events_total",
         "action",
-        "Tasks that no longer looked like their profile, by what was done about it.",
+        "Tasks that no longer looked like their profile, or whose audits disagreed, by what was done about it.",
+        "counter",
+    ),
+    "audits": Metric(
+        "audits_total",
+        "outcome",
+        "Audited requests: same or changed (the static threshold gives other tokens), dropped (too many waited).",
         "counter",
     ),
     "forward_passes": Metric(
@@ -89,6 +95,7 @@ LABELS = {
     "calibrations": ("made", "failed", "rejected", "loaded"),
     "fallbacks": ("block", "step", "cell", "pin"),
     "drift": ("recalibrate", "warn"),
+    "audits": ("same", "changed", "dropped"),
 }
 
 

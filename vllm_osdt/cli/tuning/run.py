@@ -43,7 +43,7 @@ class Row:
         policy, setting: The candidate, and its options in words.
         status: ``reference``, ``accepted``, ``rejected``, ``given up``, ``not tested`` or ``refused``.
         prompts: That were decoded with it.
-        lost, won: Of those.
+        lost, won, changed: Of those; changed are all that got another text than the reference's.
         upper_bound: The share of requests that loses at most, at the policy's level; None where it was not tested to
             the end.
         nfe, reference_nfe: Forward passes of a request, and of the reference on the same prompts.
@@ -57,6 +57,7 @@ class Row:
     prompts: int = 0
     lost: int = 0
     won: int = 0
+    changed: int = 0
     upper_bound: float | None = None
     nfe: float | None = None
     reference_nfe: float | None = None
@@ -145,6 +146,7 @@ class Tuning:
             row.prompts,
             row.lost,
             self.plan.decoding,
+            row.changed,
         )
         found = self.calibrated
         task = found.profile.key.task.replace(self._scratch, self.plan.task, 1)  # an adapter's name stays
@@ -326,6 +328,7 @@ class Tuning:
             prompts=number,
             lost=lost,
             won=verdicts.get(Verdict.WON, 0),
+            changed=sum(self._reference[index].text != one.text for index, one in zip(indices, decoded, strict=False)),
             upper_bound=bound,
             nfe=nfe / number,
             reference_nfe=sum(self._reference[index].nfe for index in indices[:number]) / number,
