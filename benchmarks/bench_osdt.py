@@ -1,488 +1,284 @@
-"""When does a calibrated threshold pay, and against what?
+"""Is OSDT's default better than any static threshold, and at what risk?
 
-Decodes held-out problems of each task with every static threshold (the honest baseline: its whole curve), the factor
-rule, Fast-dLLM++ (joint bound) and OSDT: the defaults (conformal metric, several calibrating requests), other numbers
-of requests and risks, the paper's statistics over several requests, and calibration on one request (mode x metric x
-record, cap x slack, floor). Every setting is tried with several choices of the calibrating requests. Prints accuracy
-with its interval, forward passes, tokens per forward and tokens per second, with the gain over static 0.9 and over the
-best static threshold chosen with hindsight.
+Decodes held-out problems with static thresholds (the honest baseline: its whole curve), Fast-dLLM++ (joint bound), the
+factor rule, the paper's setting (one request, lower quartile) and OSDT with several numbers of requests and risks, each
+calibrated on several choices of requests. Models: the bundled ones and a weak one that is nearly always wrong; others
+with ``--model`` and ``--ladder``. Then sends requests in many orders and draws the saving by requests recorded.
 
-    python benchmarks/bench_osdt.py --json results.jsonl --pictures pictures
+    python benchmarks/bench_osdt.py --json results.jsonl --picture anytime.png
 
-- Every configuration decodes the same problems, so accuracies are compared in pairs: exact McNemar test, two-sided.
-  "Best static with hindsight" is the static threshold with the fewest forwards among those that do not answer
-  measurably fewer problems than static 0.9 (p >= 0.05); that choice sees the answers, which no user has.
-- OSDT's figures leave the calibrating requests out: they are none of the problems, but drawn from the same split with
-  another seed. "cal" says which choice of them.
-- A calibrated table that is constant over all blocks and steps is a static threshold under another name; such rows are
-  marked "= static T" and count as no gain of OSDT.
-- Forward passes are counted by the engine. Tokens per second are of one run each on this machine; forwards and accuracy
-  are what to compare.
-- The transfer matrix uses the profile of one task for another. The signature's similarity is the cosine of two
-  requests' mean confidences by block and step, over the cells that both have. Vectors without a negative entry are
-  alike almost by construction: read it beside the transfer matrix.
-
-Another model: ``--model PATH --task-file FILE``, JSON lines with ``task``, ``prompt`` and ``answer``; a completion
-is right when it contains the answer, or with ``--checker MODULE:FUNCTION``, called as ``function(row, completion)``.
+- All settings decode the same problems. "lost" are answers that static 0.9 has right and a setting wrong, over all
+  choices of the calibrating requests; p is McNemar's exact test, two-sided. A problem counts once for each choice, so p
+  is too small rather than too large.
+- "best static" is the static threshold with the fewest forwards among those that do not answer measurably fewer
+  problems than static 0.9 (p >= 0.05). That choice sees the answers, which no user has.
+- Calibrating requests are none of the problems. They decode like static 0.9, so a calibration costs what a user of the
+  best static threshold would have saved on them; "paid back" is the number of requests after which OSDT has made up.
+- Forwards (NFE) are the engine's count. Tokens per second are of runs in turn, static 0.9, best static and OSDT, and
+  the median of their ratios; the engine decodes ``--concurrency`` requests at a time.
 """
 
 import argparse
-import importlib
-import itertools
-import json
-import math
-import os
+import statistics
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 import numpy as np
-from common import REPOSITORY, environment, write_lines
+from anytime import draw, measure
+from common import environment, write_lines
+from decoding import Bench, Outcome, add_engine_arguments, is_measurably_worse, mcnemar
+from problems import CALIBRATION_SEED, WEAK, Problem, Source, find_source
 
-from vllm_osdt.calibration.profile import Setting
-from vllm_osdt.calibration.thresholds import Thresholds
-from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.mini import MODELS
 from vllm_osdt.options import DecodingOptions
-from vllm_osdt.policies import POLICIES
 
-sys.path.insert(0, str(REPOSITORY))  # examples.mini is in the checkout only
-
-STATIC = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5)
-DELTAS = (0.5, 0.25, 0.1, 0.0)
-MODES, RECORDS = ("block", "step_block"), ("masked", "committed")
-METRICS = ("mean", "q1", "q2", "q3", "min_whisker")
-MARGINS = (0.0, 0.05, 0.2, 0.3)
-NUM_REQUESTS_AND_RISKS = ((16, 0.06), (32, 0.04), (64, 0.05), (64, 0.1), (128, 0.01))
-CAPS, SLACKS = (0.95, 0.9, 0.8, 0.75), (0.0, 0.1, 0.2)
-FLOORS = (0.3, 0.4, 0.5, 0.6, 0.7)
-SIGNIFICANCE = 0.05
-REPORTED = ("task", "name", "options", "seconds", "constant", "calibration", "notes")
-CALIBRATION_SEED = 1000  # of the problems that calibrate
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A prompt and whether a completion answers it."""
-
-    prompt: str
-    is_right: Callable[[str], bool]
+STATIC = (0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
+OTHERS: dict[str, dict[str, Any]] = {
+    "joint bound 0.25": {"policy": "joint_bound", "delta": 0.25},
+    "factor 0.5": {"policy": "factor", "factor": 0.5},
+}
+DEFAULT = "OSDT (default)"
+CALIBRATED: dict[str, dict[str, Any]] = {
+    "OSDT, 1 request, Q1": {"num_calibration_requests": 1, "statistic": "q1", "slack": 0.1},
+    "OSDT, 32 requests, risk 4 %": {"num_calibration_requests": 32, "risk": 0.04},
+    DEFAULT: {},
+}
+NUM_TIMED = 3  # choices whose speed is measured
+ANYTIME = (("text-mini", "stories"), ("llada-mini", "word_problems"))
+NUM_ORDERS, NUM_AFTER = 20, 20
 
 
 @dataclass
-class Outcome:
-    """One configuration on one task.
+class Row:
+    """A setting on one task.
 
     Attributes:
-        task, name: What was decoded, and how in words.
-        options: The request options.
-        right: Problem by problem, as are ``nfe`` and ``num_tokens``.
-        seconds: Wall clock of all of them together.
-        constant: The threshold, where OSDT's table has only one.
-        calibration: Which calibrating request, -1 for none.
+        model, task, setting: What was decoded.
+        outcomes: One for each choice of calibrating requests, or one.
+        speed: Tokens per second over those of static 0.9, of runs in turn; None where not measured.
+        best: Whether it is the best static threshold with hindsight.
+        notes: More figures, by name.
     """
 
+    model: str
     task: str
-    name: str
-    options: dict[str, Any]
-    right: list[bool]
-    nfe: list[int]
-    num_tokens: list[int]
-    seconds: float
-    constant: float | None = None
-    calibration: int = -1
-    notes: dict[str, float] = field(default_factory=dict)
+    setting: str
+    outcomes: list[Outcome]
+    speed: float | None = None
+    best: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def accuracy(self) -> float:
-        """Share of the problems answered right, in [0, 1]."""
-        return float(np.mean(self.right))
+    def nfe(self) -> float:
+        """Forward passes per request."""
+        return float(np.mean([outcome.mean_nfe for outcome in self.outcomes]))
 
-    @property
-    def mean_nfe(self) -> float:
-        """Forward passes per problem."""
-        return float(np.mean(self.nfe))
+    def as_line(self) -> dict[str, Any]:
+        """What is kept of it."""
+        about = {"model": self.model, "task": self.task, "setting": self.setting, "best": self.best}
+        notes = {name: value for name, value in self.notes.items() if name != "reference"}
+        return {"bench": "osdt", **about, "speed": self.speed, **notes}
 
-    @property
-    def tokens_per_forward(self) -> float:
-        """Output tokens per forward pass of a request."""
-        return sum(self.num_tokens) / sum(self.nfe)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Output tokens of all requests together per second of the run."""
-        return sum(self.num_tokens) / self.seconds
-
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy."""
-        from examples.mini.evaluate import Score
-
-        return Score(sum(self.right), len(self.right), self.mean_nfe).interval()
+    def against(self, static: Outcome) -> tuple[int, int, int, float]:
+        """Answers lost and won against another outcome of the same problems, how many were asked, p."""
+        right = [value for outcome in self.outcomes for value in outcome.right]
+        before = static.right * len(self.outcomes)
+        lost = sum(a and not b for a, b in zip(before, right, strict=True))
+        won = sum(b and not a for a, b in zip(before, right, strict=True))
+        return lost, won, len(right), mcnemar(before, right)
 
 
-def mcnemar(left: list[bool], right: list[bool]) -> float:
-    """Two-sided exact p-value that two configurations answer the same problems equally well."""
-    lost = sum(a and not b for a, b in zip(left, right, strict=True))
-    won = sum(b and not a for a, b in zip(left, right, strict=True))
-    n = lost + won
-    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+class Comparison:
+    """All settings on the tasks of one model.
 
+    Args:
+        source: The model.
+        args: Of the command.
+    """
 
-def is_measurably_worse(outcome: Outcome, reference: Outcome) -> bool:
-    """Whether it answers fewer problems, beyond chance."""
-    return outcome.accuracy < reference.accuracy and mcnemar(outcome.right, reference.right) < SIGNIFICANCE
-
-
-def pareto(outcomes: list[Outcome]) -> list[Outcome]:
-    """Those that no other beats in forwards and accuracy, by rising forwards."""
-    front: list[Outcome] = []
-    for outcome in sorted(outcomes, key=lambda outcome: (outcome.mean_nfe, -outcome.accuracy)):
-        if not front or outcome.accuracy > front[-1].accuracy:
-            front.append(outcome)
-    return front
-
-
-class Bench:
-    """An engine and the outcomes it has given."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        from vllm import LLM
-
+    def __init__(self, source: Source, args: argparse.Namespace) -> None:
+        self.source = source
         self.args = args
-        self.llm = LLM(
-            model=args.model,
-            dtype=args.dtype,
-            max_num_seqs=args.concurrency,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            additional_config={"osdt": {"profile_dir": "", "drift": "off"}},
-        )
+        self.bench = Bench(args, source.path, source.gen_length)
 
-    def decode(self, problems: list[Problem], **options: Any) -> tuple[list[bool], list[int], list[int], float]:
-        """Right or not, forwards and tokens of every problem, and the seconds they took together."""
-        start = time.perf_counter()
-        completions = self.generate(problems, [options] * len(problems))
-        seconds = time.perf_counter() - start
-        return (
-            [problem.is_right(completion.text) for problem, completion in zip(problems, completions, strict=True)],
-            [sum(completion.spec_decode_metrics.histogram) for completion in completions],
-            [len(completion.token_ids) for completion in completions],
-            seconds,
-        )
-
-    def generate(self, problems: list[Problem], options: list[dict[str, Any]]) -> list[Any]:
-        """The completion of every problem, each with options of its own."""
-        from vllm import SamplingParams
-
-        args = self.args
-        cache = {} if args.cache is None else {"cache_mode": args.cache}
-        params = [
-            SamplingParams(
-                temperature=0.0,
-                max_tokens=args.gen_length,
-                extra_args={"osdt_" + name: value for name, value in {**cache, **own}.items()},
-            )
-            for own in options
+    def run(self, task: str) -> list[Row]:
+        """Every setting on one task; prints the table."""
+        args, bench, draw_problems = self.args, self.bench, self.source.tasks[task]
+        problems = [problem for seed in range(args.seeds) for problem in draw_problems(args.problems, seed)]
+        bench.decode(problems[: args.concurrency], policy="static_threshold")  # warm
+        rows = [
+            self._row(task, f"static {value:g}", [bench.run(task, problems, "", **_static(value))]) for value in STATIC
         ]
-        outputs = self.llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
-        return [output.outputs[0] for output in outputs]
+        reference = rows[0].outcomes[0]
+        best = min(
+            (row for row in rows if not is_measurably_worse(row.outcomes[0], reference)), key=lambda row: row.nfe
+        )
+        best.best = True
+        rows += [self._row(task, name, [bench.run(task, problems, "", **options)]) for name, options in OTHERS.items()]
+        for name, setting in CALIBRATED.items():
+            rows.append(self._calibrated(task, name, setting, problems, STATIC[rows.index(best)]))
+        for row in rows:
+            self._report(row, reference, best)
+        return rows
 
-    def run(self, problems_of: str, problems: list[Problem], name: str, **options: Any) -> Outcome:
-        """One configuration on one task."""
-        return Outcome(problems_of, name, options, *self.decode(problems, **options))
+    def _row(self, task: str, setting: str, outcomes: list[Outcome]) -> Row:
+        return Row(self.source.label, task, setting, outcomes)
 
-    def profile(self, task: str) -> dict[str, Any] | None:
-        """A task's profile, None while it has none."""
-        from vllm_osdt import profiles
+    def _calibrated(
+        self, task: str, name: str, setting: dict[str, Any], problems: list[Problem], best_static: float
+    ) -> Row:
+        """OSDT on several choices of calibrating requests; the speed of the default against static thresholds."""
+        bench, outcomes = self.bench, []
+        speeds: dict[str, list[float]] = {"osdt": [], "best": []}
+        number = DecodingOptions(**setting).num_calibration_requests
+        for choice in range(self.args.choices):
+            options = {"policy": "osdt", "task": f"{task} {choice} {name}", "early": False, **setting}
+            if "statistic" in setting:
+                del options["early"]
+            bench.decode(self.source.tasks[task](number, CALIBRATION_SEED + choice), **options)
+            is_timed = name == DEFAULT and choice < NUM_TIMED
+            if is_timed:
+                before = bench.run(task, problems, "", **_static(0.9)).tokens_per_second
+                at_best = bench.run(task, problems, "", **_static(best_static)).tokens_per_second
+                speeds["best"].append(at_best / before)
+            outcomes.append(bench.run(task, problems, "", **options))
+            if is_timed:
+                speeds["osdt"].append(outcomes[-1].tokens_per_second / before)
+        row = self._row(task, name, outcomes)
+        row.notes["num_calibrating"] = number
+        if speeds["osdt"]:
+            row.speed = statistics.median(speeds["osdt"])
+            row.notes["speed_of_best_static"] = statistics.median(speeds["best"])
+        return row
 
-        found = [profile for profile in profiles(self.llm) if profile["task"] == task]
-        return found[0] if found else None
-
-    def calibrate(self, requests: list[Problem], full: DecodingOptions, options: dict[str, Any]) -> None:
-        """Have a task's first requests make its profile, where it has none."""
-        if self.profile(options["task"]) is None:
-            self.decode(requests[: full.num_calibration_requests], **options)
-
-    def thresholds(self, full: DecodingOptions, options: dict[str, Any], problem: Problem) -> Thresholds:
-        """T by block and step; the engine computes it for the first request that asks."""
-        setting = str(Setting(full.granularity, full.statistic, full.record, full.risk))
-        profile = self.profile(options["task"])
-        assert profile is not None
-        if setting not in profile["thresholds"]:
-            self.decode([problem], **options)
-            profile = self.profile(options["task"])
-            assert profile is not None
-        values = np.array(profile["thresholds"][setting], dtype=np.float32)  # None becomes NaN
-        return Thresholds(values, np.zeros(values.shape, dtype=np.int8))
-
-
-def own_problems(task: str, count: int, seed: int) -> list[Problem]:
-    """Held-out problems of a bundled task."""
-    from vllm_osdt.mini.tasks import check, generate
-
-    drawn = generate(task, "held_out", count, seed)
-    return [Problem(problem.prompt, lambda text, problem=problem: check(problem, text)) for problem in drawn]
-
-
-def user_problems(path: str, checker: str | None) -> dict[str, list[Problem]]:
-    """The problems of a file, by task."""
-    if checker is None:
-
-        def check(row, text):
-            return str(row["answer"]) in text
-    else:
-        module, _, name = checker.partition(":")
-        check = getattr(importlib.import_module(module), name)
-    found = defaultdict(list)
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
-        found[row.get("task", "task")].append(Problem(row["prompt"], lambda text, row=row: check(row, text)))
-    return dict(found)
-
-
-def osdt_settings(only_defaults: bool) -> list[dict[str, Any]]:
-    """Settings to try, the defaults first; then one group of options at a time."""
-    one_shot = {"num_calibration_requests": 1, "statistic": "q1", "slack": 0.1}
-    several = {**one_shot, "num_calibration_requests": 32}
-    if only_defaults:
-        return [{}, one_shot]
-    return [
-        {},
-        *({"margin": margin} for margin in MARGINS),
-        *({"num_calibration_requests": number, "risk": risk} for number, risk in NUM_REQUESTS_AND_RISKS),
-        {"granularity": "step_block"},
-        *({**several, "statistic": metric} for metric in METRICS),
-        *(
-            {**one_shot, "granularity": mode, "statistic": metric, "record": record}
-            for mode, metric, record in itertools.product(MODES, METRICS, RECORDS)
-        ),
-        *({**one_shot, "threshold_cap": cap, "slack": slack} for cap, slack in itertools.product(CAPS, SLACKS)),
-        *({**one_shot, "floor": floor} for floor in FLOORS),
-    ]
+    def _report(self, row: Row, reference: Outcome, best: Row) -> None:
+        lost, won, number, p = row.against(reference)
+        right = float(np.mean([outcome.accuracy for outcome in row.outcomes]))
+        row.notes |= {"right": right, "lost": lost, "won": won, "num_answers": number, "p": p, "nfe": row.nfe}
+        row.notes["nfe_by_choice"] = [round(outcome.mean_nfe, 2) for outcome in row.outcomes]
+        words = f"{self.source.label} {row.task}"
+        text = (
+            f"| {words:<28} | {row.setting + (' *' if row.best else ''):<27} | {right:>6.1%} | {lost:>3}, {won:>3} of "
+        )
+        text += f"{number:>4} | {p:>6.4f} | {row.nfe:>5.2f} | {row.nfe / best.nfe - 1:>+5.0%} |"
+        if "num_calibrating" in row.notes:
+            row.notes["paid_back_after"] = paid_back(row, reference.mean_nfe, best.nfe)
+            text += f" {row.notes['paid_back_after'] or 'never'} |"
+        if row.speed is not None:
+            text += f" {row.speed - 1:+.0%} (best static {row.notes['speed_of_best_static'] - 1:+.0%}) |"
+        print(text, flush=True)
 
 
-def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: list[list[Problem]]) -> list[Outcome]:
-    """OSDT with every setting and choice of calibrating requests; settings that give one table are decoded once."""
-    outcomes: list[Outcome] = []
-    for index, requests in enumerate(calibrating):
-        decoded: dict[tuple, Outcome] = {}
-        for setting in osdt_settings(bench.args.only_defaults):
-            full = DecodingOptions(**setting)
-            name = f"{task} #{index} of {full.num_calibration_requests}"
-            options = {"policy": "osdt", "task": name, **setting}
-            bench.calibrate(requests, full, options)
-            shape = DecodeShape(bench.args.gen_length // full.block_length, full.block_length)
-            table = POLICIES["osdt"].schedule(full, shape, bench.thresholds(full, options, problems[0]))
-            used = tuple(np.round(table.parameters, 6).ravel())
-            if used not in decoded:
-                decoded[used] = bench.run(task, problems, "", **options)
-            first = decoded[used]
-            constant = float(table.parameters.flat[0]) if np.ptp(table.parameters) < 1e-6 else None
-            measured = (first.right, first.nfe, first.num_tokens, first.seconds)
-            outcomes.append(Outcome(task, label(full), options, *measured, constant, index))
-    return outcomes
+def _static(value: float) -> dict[str, Any]:
+    return {"policy": "static_threshold", "threshold": value}
 
 
-def label(options: DecodingOptions) -> str:
-    """A setting in words."""
-    statistic = options.statistic
-    if statistic == "conformal":
-        statistic += f" {options.risk:g} {options.margin:g}"
-    limits = [f"{options.threshold_cap:g}", f"{options.slack:g}"]
-    parts = [f"{options.num_calibration_requests}x", options.granularity, statistic, options.record, *limits]
-    return " ".join([*parts, f"floor {options.floor:g}"] if options.floor else parts)
+def paid_back(row: Row, static_nfe: float, best_nfe: float) -> int | None:
+    """Requests, calibrating ones included, after which OSDT has taken no more forwards than the best static threshold.
+
+    Early thresholds, which pay on the way, are not counted.
+    """
+    number = row.notes["num_calibrating"]
+    if row.nfe >= best_nfe:
+        return None
+    return number + int(np.ceil(number * (static_nfe - best_nfe) / (best_nfe - row.nfe)))
 
 
-def similarity(left: np.ndarray, right: np.ndarray) -> float:
-    """Cosine of two signatures over the cells that both have."""
-    num_blocks, num_steps = np.minimum(left.shape, right.shape)
-    left, right = left[:num_blocks, :num_steps], right[:num_blocks, :num_steps]
-    both = ~np.isnan(left) & ~np.isnan(right)
-    a, b = left[both], right[both]
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+def loss(rows: list[Row]) -> tuple[float, float]:
+    """The share of answers that a setting loses over all tasks, and half of its 95 % interval.
+
+    A problem's choices count as one observation: their mean.
+    """
+    values: list[float] = []
+    for row in rows:
+        before = np.array(row.notes["reference"], dtype=float)
+        values += list(before - np.mean([outcome.right for outcome in row.outcomes], axis=0))
+    return float(np.mean(values)), float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def signatures(bench: Bench, task: str, problems: list[Problem]) -> list[np.ndarray]:
-    """Mean confidence by block and step of several requests, each decoded with the static threshold."""
+def summarize(rows: list[Row]) -> list[dict[str, Any]]:
+    """What every calibrated setting costs and brings over all tasks; prints it."""
     found = []
-    for index, problem in enumerate(problems):
-        name = f"{task} signature {index}"
-        bench.decode([problem], policy="osdt", task=name, num_calibration_requests=1, statistic="q1")
-        profile = bench.profile(name)
-        assert profile is not None
-        found.append(np.array(profile["mean_confidence"], dtype=float))
+    for name in CALIBRATED:
+        own = [row for row in rows if row.setting == name]
+        share, half = loss(own)
+        before = [value for row in own for value in row.notes["reference"] * len(row.outcomes)]
+        after = [value for row in own for outcome in row.outcomes for value in outcome.right]
+        ratio = [row.nfe / row.notes["best_nfe"] for row in own]
+        summary = {
+            "setting": name,
+            "loss": share,
+            "loss_interval": [share - half, share + half],
+            "p": mcnemar(before, after),
+            "num_answers": len(after),
+            "nfe_over_best_static": float(np.exp(np.mean(np.log(ratio)))),
+            "worst_nfe_over_best_static": max(ratio),
+        }
+        found.append(summary)
+        print(
+            f"{name}: loses {share:+.2%} of answers (95 % interval {share - half:+.2%} to {share + half:+.2%}; p "
+            f"{summary['p']:.3f} of {len(after)}); NFE over that of the best static threshold: "
+            f"{summary['nfe_over_best_static']:.2f} in the geometric mean, {max(ratio):.2f} at worst"
+        )
     return found
 
 
-def report(outcome: Outcome, static: Outcome, best: Outcome) -> str:
-    """A row of the table."""
-    low, high = outcome.interval()
-    same = "" if outcome.constant is None else f"  = static {outcome.constant:.3g}"
-    return (
-        f"{outcome.name:<44}{outcome.calibration if outcome.calibration >= 0 else '':>4}{outcome.accuracy:>8.1%} "
-        f"{f'{low:.0%}-{high:.0%}':>9}{outcome.mean_nfe:>7.2f}{outcome.tokens_per_forward:>8.2f}"
-        f"{outcome.tokens_per_second:>8.0f}{static.mean_nfe / outcome.mean_nfe - 1:>+9.0%}"
-        f"{best.mean_nfe / outcome.mean_nfe - 1:>+9.0%}{mcnemar(outcome.right, static.right):>8.3f}{same}"
-    )
-
-
-HEADER = (
-    f"{'':<44}{'cal':>4}{'right':>8} {'95 %':>9}{'NFE':>7}{'tok/fw':>8}{'tok/s':>8}{'vs 0.9':>9}{'vs best':>9}{'p':>8}"
-)
-
-
-def draw(folder: Path, task: str, outcomes: list[Outcome], found: list[np.ndarray]) -> None:
-    """Accuracy over forwards of all configurations, and the requests' signatures side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, axis = plt.subplots(figsize=(7, 5))
-    for family, marker in (("static_threshold", "o"), ("factor", "s"), ("joint_bound", "^"), ("osdt", ".")):
-        own = [outcome for outcome in outcomes if outcome.options["policy"] == family]
-        own.sort(key=lambda outcome: outcome.mean_nfe)
-        line = "-" if family == "static_threshold" else ""
-        axis.plot([o.mean_nfe for o in own], [o.accuracy for o in own], line, marker=marker, label=family, alpha=0.7)
-    front = pareto(outcomes)
-    axis.plot([o.mean_nfe for o in front], [o.accuracy for o in front], ":", color="black", label="Pareto front")
-    axis.set(title=task, xlabel="forward passes per request", ylabel="accuracy")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(folder / f"pareto_{task}.png", dpi=110)
-    columns = min(6, len(found))
-    figure, axes = plt.subplots(1, columns, figsize=(2.4 * columns, 2.6), squeeze=False)
-    for axis, signature in zip(axes[0], found, strict=False):
-        used = ~np.isnan(signature)
-        axis.imshow(signature[used.any(axis=1)][:, used.any(axis=0)], vmin=0, vmax=1, aspect="auto")
-        axis.set(xlabel="step", ylabel="block")
-    figure.suptitle(f"{task}: mean confidence of several requests")
-    figure.tight_layout()
-    figure.savefig(folder / f"signatures_{task}.png", dpi=110)
-    plt.close("all")
-
-
-def measure_task(bench: Bench, task: str, problems: list[Problem], calibrating: list[list[Problem]]) -> list[Outcome]:
-    """Everything about one task; prints its table."""
-    bench.decode(problems, policy="static_threshold", threshold=0.9)  # warm
-    outcomes = [
-        bench.run(task, problems, f"static {value:g}", policy="static_threshold", threshold=value) for value in STATIC
-    ]
-    outcomes += [bench.run(task, problems, f"factor {value:g}", policy="factor", factor=value) for value in FACTORS]
-    outcomes += [
-        bench.run(task, problems, f"joint bound {value:g}", policy="joint_bound", delta=value) for value in DELTAS
-    ]
-    static = next(outcome for outcome in outcomes if outcome.options.get("threshold") == 0.9)
-    statics = [outcome for outcome in outcomes if outcome.options["policy"] == "static_threshold"]
-    best = min(
-        (outcome for outcome in statics if not is_measurably_worse(outcome, static)),
-        key=lambda outcome: outcome.mean_nfe,
-    )
-    outcomes += sweep_osdt(bench, task, problems, calibrating)
-    print(f"\n{task}: {len(problems)} problems; best static with hindsight: {best.name}\n{HEADER}")
-    for outcome in outcomes:
-        outcome.notes = {
-            "gain_over_static_0.9": static.mean_nfe / outcome.mean_nfe - 1,
-            "gain_over_best_static": best.mean_nfe / outcome.mean_nfe - 1,
-            "p_against_static_0.9": mcnemar(outcome.right, static.right),
-        }
-        is_default = outcome.options.keys() <= {"policy", "task"} or outcome.options.get("policy") != "osdt"
-        if bench.args.verbose or is_default:
-            print(report(outcome, static, best), flush=True)
-    return outcomes
-
-
-def transfer(bench: Bench, tasks: dict[str, list[Problem]]) -> list[dict[str, Any]]:
-    """Accuracy and forwards of every task with the profile of every other."""
-    print(f"\nprofiles moved between tasks: accuracy / NFE\n{'problems of':<18}" + "".join(f"{t:>20}" for t in tasks))
-    rows = []
-    for task, problems in tasks.items():
-        cells = []
-        for other in tasks:
-            name = f"{other} #0 of {DecodingOptions().num_calibration_requests}"
-            moved = bench.run(task, problems, f"profile of {other}", policy="osdt", task=name)
-            cells.append(f"{moved.accuracy:.1%} / {moved.mean_nfe:.2f}")
-            row = {"task": task, "profile_of": other, "accuracy": moved.accuracy, "nfe": moved.mean_nfe}
-            rows.append({"bench": "osdt_transfer", **row})
-        print(f"{task:<18}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
-    return rows
+def run_anytime(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Saving by requests recorded."""
+    results = []
+    for name, task in ANYTIME:
+        source = find_source(name)
+        number = DecodingOptions().num_calibration_requests
+        length = 2 * number + 2 + NUM_AFTER
+        orders = [source.tasks[task](length, CALIBRATION_SEED + order) for order in range(NUM_ORDERS)]
+        bench = Bench(args, source.path, source.gen_length)
+        results.append({"model": name, **measure(bench, task, orders, number, NUM_AFTER)})
+        del bench
+    if args.picture:
+        draw(args.picture, results)
+    return results
 
 
 def main() -> None:
     """Parse arguments, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="default: the bundled llada-mini")
-    parser.add_argument("--task", action="append", help="bundled tasks; default: the three of llada-mini")
-    parser.add_argument("--task-file", help="problems of your own instead of the bundled tasks")
-    parser.add_argument("--checker", metavar="MODULE:FUNCTION", help="how to check a completion of --task-file")
-    parser.add_argument("--problems", type=int, default=200, help="per task")
-    parser.add_argument("--calibrations", type=int, default=3, help="choices of the calibrating requests")
-    parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
-    parser.add_argument("--cache", choices=("none", "prefix", "dual", "block"), help="default: the model's")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--gen-length", type=int, default=96)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
-    parser.add_argument("--only-defaults", action="store_true", help="OSDT with default options and one request only")
-    parser.add_argument("--verbose", action="store_true", help="print every setting, not only the defaults")
-    parser.add_argument("--json", help="append JSON lines to this file")
-    parser.add_argument("--pictures", type=Path, help="folder for the pictures")
+    parser.add_argument(
+        "--model", action="append", help=f"a bundled model, {WEAK!r} or a rung; default: all of the former"
+    )
+    parser.add_argument("--ladder", type=Path, help="folder of `make ladder`; its models as well")
+    parser.add_argument("--problems", type=int, default=40, help="of each seed and task")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--choices", type=int, default=10, help="choices of the calibrating requests")
+    parser.add_argument("--no-anytime", action="store_true", help="leave out the saving by requests recorded")
+    parser.add_argument("--picture", type=Path, help="draw that saving")
+    add_engine_arguments(parser)
     args = parser.parse_args()
-    if args.model is None:
-        from vllm_osdt.mini import model_path
-
-        args.model = model_path("llada-mini")
-    most = max(DecodingOptions(**setting).num_calibration_requests for setting in osdt_settings(args.only_defaults))
-    if args.task_file:
-        tasks, calibrating = {}, {}
-        for task, found in user_problems(args.task_file, args.checker).items():
-            first = args.calibrations * most
-            if len(found) <= first:
-                parser.error(f"{args.task_file} has {len(found)} problems of {task!r}; {first} are for calibration")
-            calibrating[task] = [found[start : start + most] for start in range(0, first, most)]
-            tasks[task] = found[first:][: args.problems]
-    else:
-        from vllm_osdt.mini.tasks import TASKS
-
-        names = args.task or list(TASKS)
-        tasks = {task: own_problems(task, args.problems, args.seed) for task in names}
-        seeds = [CALIBRATION_SEED + args.seed + choice for choice in range(args.calibrations)]
-        calibrating = {task: [own_problems(task, most, seed) for seed in seeds] for task in names}
-
-    bench = Bench(args)
-    record = environment(dtype=args.dtype, cache_mode=args.cache, model=os.path.basename(args.model.rstrip("/")))
+    names = args.model or ([] if args.ladder else [*MODELS, WEAK])
+    if args.ladder:
+        names += sorted(str(path.parent) for path in args.ladder.glob("*-mini-*/config.json"))
+    record = environment(dtype=args.dtype, cache_mode=args.cache)
     print(record)
-    lines: list[dict[str, Any]] = []
-    for task, problems in tasks.items():
-        outcomes = measure_task(bench, task, problems, calibrating[task])
-        found_signatures = signatures(bench, task, problems[: max(2, min(12, len(problems)))])
-        pairs = [similarity(a, b) for a, b in itertools.combinations(found_signatures, 2)]
-        print(f"cosine of two requests' signatures: lowest {min(pairs):.3f}, median {np.median(pairs):.3f}")
-        lines.append(
-            {"bench": "osdt_similarity", "task": task, "lowest": min(pairs), "median": float(np.median(pairs))}
-        )
-        front = {id(outcome) for outcome in pareto(outcomes)}
-        for outcome in outcomes:
-            values = {name: getattr(outcome, name) for name in REPORTED}
-            values |= {"accuracy": outcome.accuracy, "interval": outcome.interval(), "nfe": outcome.mean_nfe}
-            values |= {"tokens_per_forward": outcome.tokens_per_forward, "num_problems": len(outcome.right)}
-            values |= {"tokens_per_second": outcome.tokens_per_second, "on_front": id(outcome) in front}
-            lines.append({"bench": "osdt", **values})
-        if args.pictures:
-            draw(args.pictures, task, outcomes, found_signatures)
-    if len(tasks) > 1:
-        lines += transfer(bench, tasks)
+    print("| model and task | setting | right | lost, won | p | NFE | to best static | paid back | tokens/s |")
+    rows: list[Row] = []
+    for name in names:
+        comparison = Comparison(find_source(name), args)
+        for task in comparison.source.tasks:
+            own = comparison.run(task)
+            for row in own:
+                row.notes["reference"] = own[0].outcomes[0].right
+                row.notes["best_nfe"] = next(one.nfe for one in own if one.best)
+            rows += own
+        del comparison
+    summary = summarize(rows)
+    lines = [row.as_line() for row in rows]
+    lines += [{"bench": "osdt_summary", **one} for one in summary]
+    if not args.no_anytime:
+        lines += [{"bench": "anytime", **one} for one in run_anytime(args)]
     if args.json:  # the environment once, for all lines that follow it
-        write_lines(args.json, [{"bench": "osdt_run", **record, "arguments": sys.argv[1:]}, *lines])
+        arguments = [Path(argument).name for argument in sys.argv[1:]]
+        write_lines(args.json, [{"bench": "osdt_run", **record, "arguments": arguments}, *lines])
 
 
 if __name__ == "__main__":

@@ -243,6 +243,33 @@ def test_instead_of_a_stale_profile_another_engines_newer_one_is_loaded(engines)
     assert same(second.find(KEY), newer)
 
 
+def test_a_profile_that_another_process_writes_replaces_that_in_memory(engines, monkeypatch):
+    monkeypatch.setattr("vllm_osdt.calibration.registry.LOOK_INTERVAL_S", 3600.0)
+    one, other = engines
+    old = calibrate(one)
+    assert one.find(KEY) is old and one.counts["loaded"] == 0
+    newer = replace(recorded(seed=5), created="9999-01-01T00:00:00+00:00")
+    other.publish(newer)
+    other.flush()
+    assert one.find(KEY) is old  # looked at just now
+    monkeypatch.setattr("vllm_osdt.calibration.registry.LOOK_INTERVAL_S", 0.0)
+    assert one.find(KEY).profile_id == newer.profile_id != old.profile_id
+    assert one.find(KEY) is one.find(KEY) and one.counts["loaded"] == 1
+
+
+def test_a_file_that_was_written_before_or_is_gone_or_damaged_replaces_nothing(engines, store, monkeypatch):
+    monkeypatch.setattr("vllm_osdt.calibration.registry.LOOK_INTERVAL_S", 0.0)
+    one, other = engines
+    profile = calibrate(one)
+    other.publish(replace(recorded(seed=5), created="2000-01-01T00:00:00+00:00"))
+    other.flush()
+    assert one.find(KEY) is profile
+    store.path(KEY.task).write_text("{")
+    assert one.find(KEY) is profile and one.counts["rejected"] == 1
+    assert not store.path(KEY.task).exists()
+    assert one.find(KEY) is profile
+
+
 def test_a_stale_profile_of_one_task_leaves_the_others(store):
     registry = ProfileRegistry(store=store)
     stale, other = calibrate(registry), calibrate(registry, OTHER)

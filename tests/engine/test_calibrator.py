@@ -353,10 +353,13 @@ def test_a_request_that_says_how_positions_are_chosen_does_not_follow_the_choice
     assert start(calibrator, "c", follows_choice=True).about.policy == "osdt"
 
 
-def test_a_pinned_profile_is_followed_with_its_choice(tmp_path):
+def test_a_pinned_profile_is_followed_with_its_choice(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_osdt.calibration.registry.LOOK_INTERVAL_S", 3600.0)
     store = ProfileStore(tmp_path, MODEL)
     calibrator = make_calibrator(ProfileRegistry(store=store))
     calibrate(calibrator, "a", 0.2)
+    calibrator.registry.flush()
+    assert calibrator.registry.find(KEY) is not None
     tuned = replace(flat(0.5), choice=chosen("factor", factor=1.5))
     store.save(tuned)  # by another process: the memory has the old one
     assert start(calibrator, "b", follows_choice=True).about.policy == "osdt"

@@ -1,5 +1,6 @@
 """Who calibrates and who uses a profile: the life cycle of the profiles of one engine."""
 
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, stack
 from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.store import ProfileStore
+
+LOOK_INTERVAL_S = 1.0  # between two looks at whether a task's file has changed
 
 
 @dataclass
@@ -45,6 +48,8 @@ class ProfileRegistry:
         self._stale: OrderedDict[ProfileKey, str] = OrderedDict()
         self._writer: ThreadPoolExecutor | None = None  # ends with the process, and not before it has written
         self._writing: dict[str, Future] = {}  # by task
+        # By task: when its file was last looked at, and which version of it was there.
+        self._seen: OrderedDict[str, tuple[float, tuple[int, int] | None]] = OrderedDict()
 
     @property
     def num_calibrating(self) -> int:
@@ -52,10 +57,14 @@ class ProfileRegistry:
         return sum(len(ongoing.req_ids) for ongoing in self._rounds.values())
 
     def find(self, key: ProfileKey, num_requests: int = 1) -> CalibrationProfile | None:
-        """The profile of a key that was made from at least ``num_requests``, from memory or else from the store."""
+        """The profile of a key that was made from at least ``num_requests``, from memory or else from the store.
+
+        One that another process has written since, such as ``vllm-osdt tune``, replaces that in memory.
+        """
         found = self.profiles.get(key)
         if found is not None:
             self.profiles.move_to_end(key)
+            found = self._replaced(found)
         elif self._store is not None:
             ongoing = self._rounds.get(key)
             if ongoing is not None:
@@ -69,6 +78,34 @@ class ProfileRegistry:
                 self.counts["loaded"] += 1
                 self._keep(found)
         return found if found is not None and found.num_requests >= num_requests else None
+
+    def _replaced(self, profile: CalibrationProfile) -> CalibrationProfile:
+        """A profile in memory, or that which another process has put in its place."""
+        key = profile.key
+        if self._store is None or not self._is_rewritten(key.task):
+            return profile
+        found = self._load(key.task, lambda store: store.load(key))
+        if found is None or found.profile_id in (profile.profile_id, self._stale.get(key)):
+            return profile
+        if found.created < profile.created:  # that in memory could not be written
+            return profile
+        self.counts["loaded"] += 1
+        self._keep(found)
+        return found
+
+    def _is_rewritten(self, task: str) -> bool:
+        """Whether a task's file is another than at the last look; looks at most every LOOK_INTERVAL_S."""
+        assert self._store is not None
+        looked, before = self._seen.get(task, (-LOOK_INTERVAL_S, None))
+        now = time.monotonic()
+        writing = self._writing.get(task)
+        if now - looked < LOOK_INTERVAL_S or (writing is not None and not writing.done()):
+            return False
+        version = self._store.version(task)
+        self._seen[task] = now, version
+        self._seen.move_to_end(task)
+        _shrink(self._seen, self._max_profiles)
+        return version is not None and version != before
 
     def find_pinned(self, task: str, profile_id: str) -> CalibrationProfile | None:
         """The profile with an id, be it replaced or stale, as long as the store or the memory has it."""

@@ -125,6 +125,14 @@ class ProfileStore:
         readable = re.sub(r"[^A-Za-z0-9]+", "-", task)[:40].strip("-")
         return self.folder / f"{readable}.{hashlib.sha256(task.encode()).hexdigest()[:12]}.json"
 
+    def version(self, task: str) -> tuple[int, int] | None:
+        """What changes when a task's file is written, None without a file."""
+        try:
+            status = self.path(task).stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
     def load(self, key: ProfileKey) -> CalibrationProfile | None:
         """The newest profile of a key, None if there is none that can be used."""
         return self._load(key.task, lambda profile: _key(key.task, profile) == key)

@@ -78,7 +78,7 @@ def early(scores: np.ndarray, risk: float, static: float) -> float:
     only if their chances to be wrong add up to one, which takes 1 / (1 - t) of them. Five tokens and more seldom hang
     on one another, three or fewer often do. So thresholds fall to about 0.8 after a few requests, to 2 / 3 with many,
     and below only once ``conformal`` has enough. The numbers are chosen by measurement
-    (``benchmarks/bench_anytime.py``).
+    (``benchmarks/bench_osdt.py``).
 
     Args:
         scores: ``[k]``, k >= 1.

@@ -103,9 +103,8 @@ def tune(args: argparse.Namespace) -> None:
         tuning.clean_up()
         if not tuning.is_followed(profile):
             say(
-                f"The server does not follow the choice yet: it holds another profile of task {plan.task!r} in memory, "
-                "or its --osdt-config names a policy or an option of one. In the first case it follows it after its "
-                f"next start, and at once for requests with osdt_profile = {profile.profile_id!r}."
+                "The server does not follow the choice: its --osdt-config names a policy or an option of one, or it has "
+                f"its profiles in another folder than {args.dir}."
             )
     found = report(plan, rows, row, profile, tuning.accuracy())
     if args.picture:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
 from vllm_osdt.calibration.profile import CalibrationProfile, Choice, OptionValue, setting_in_words
+from vllm_osdt.calibration.registry import LOOK_INTERVAL_S
 from vllm_osdt.calibration.selection import (
     cheapest,
     fixed_sequence,
@@ -30,6 +31,7 @@ from vllm_osdt.policies import POLICIES
 
 BATCH = 64  # prompts that are decoded at a time
 POLL_S = 0.25
+NUM_LOOKS = 3  # at whether a server has noticed the profile
 SKIPPED = "a more cautious one was not accepted"
 
 Progress = Callable[[str, int, int], None]  # what is decoded, prompts done, prompts
@@ -158,10 +160,14 @@ class Tuning:
         return row, profile
 
     def is_followed(self, profile: CalibrationProfile) -> bool:
-        """Whether the decoder uses the profile for a request that names the task alone."""
+        """Whether the decoder uses the profile for a request that names the task alone, soon at least."""
         options = {**self.plan.options, "task": self.plan.task}
-        [decoded] = self._decoder.decode(self.plan.prompts[:1], self.plan.max_tokens, options)
-        return decoded.profile == profile.profile_id
+        for _ in range(NUM_LOOKS):
+            [decoded] = self._decoder.decode(self.plan.prompts[:1], self.plan.max_tokens, options)
+            if decoded.profile == profile.profile_id:
+                return True
+            time.sleep(LOOK_INTERVAL_S)
+        return False
 
     def clean_up(self) -> None:
         """Remove the run's own profile from the decoder's folder."""

@@ -1,27 +1,22 @@
-"""How soon does a task profit from its calibration?
+"""How soon does a task profit from its calibration? A part of ``bench_osdt.py``.
 
-Sends each task's requests one after another, in several orders at once, each order a task name of its own: what a new
+Sends a task's requests one after another, in several orders at once, each order a task name of its own: what a new
 server sees. Prints, by the number of requests recorded so far, the forwards of the requests that used early thresholds
 against static 0.9 on the same problems, as a share of the saving once the calibration is finished; and the answers lost
 and won against static 0.9 over all requests before that, calibrating ones included.
 
-    python benchmarks/bench_anytime.py --json results.jsonl --picture anytime.png
-
 - Forward passes are counted by the engine; the comparison is paired, problem by problem.
 - Every other request records, so n recordings are there after about 2 n requests.
-- The final saving is that of the last ``--after`` requests of every order.
+- The final saving is that of the last ``after`` requests of every order.
 """
 
-import argparse
-import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_osdt import CALIBRATION_SEED, Bench, Problem, mcnemar, own_problems, user_problems
-from common import environment, write_lines
+from decoding import Bench, mcnemar
+from problems import Problem
 
 MARKS = (1, 2, 4, 8, 16, 32, 48)
 
@@ -106,53 +101,3 @@ def draw(path: Path, results: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close("all")
-
-
-def main() -> None:
-    """Parse arguments, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="default: the bundled llada-mini")
-    parser.add_argument("--task", action="append", help="bundled tasks; default: those of the model")
-    parser.add_argument("--task-file", help="problems of your own, as bench_osdt.py takes them")
-    parser.add_argument("--checker", metavar="MODULE:FUNCTION")
-    parser.add_argument("--orders", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=150, help="of each order")
-    parser.add_argument("--after", type=int, default=20, help="of them, how many come after the calibration")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", choices=("none", "prefix", "dual", "block"), help="default: the model's")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--gen-length", type=int, default=96)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
-    parser.add_argument("--json", help="append JSON lines to this file")
-    parser.add_argument("--picture", type=Path)
-    args = parser.parse_args()
-    from vllm_osdt.mini import model_path
-    from vllm_osdt.options import DecodingOptions
-
-    args.model = args.model or model_path("llada-mini")
-    if args.task_file:
-        found = user_problems(args.task_file, args.checker)
-        rng = np.random.default_rng(args.seed)
-        tasks = {
-            task: [[problems[i] for i in rng.permutation(len(problems))[: args.requests]] for _ in range(args.orders)]
-            for task, problems in found.items()
-        }
-    else:
-        names = args.task or ["word_problems", "code", "multiple_choice"]
-        seeds = [CALIBRATION_SEED + args.seed * args.orders + order for order in range(args.orders)]
-        tasks = {task: [own_problems(task, args.requests, seed) for seed in seeds] for task in names}
-    bench = Bench(args)
-    record = environment(dtype=args.dtype, cache_mode=args.cache, model=os.path.basename(args.model.rstrip("/")))
-    print(record)
-    num_calibrating = DecodingOptions().num_calibration_requests
-    results = [measure(bench, task, orders, num_calibrating, args.after) for task, orders in tasks.items()]
-    if args.json:
-        lines = [{"bench": "anytime", **result} for result in results]
-        write_lines(args.json, [{"bench": "anytime_run", **record, "arguments": sys.argv[1:]}, *lines])
-    if args.picture:
-        draw(args.picture, results)
-
-
-if __name__ == "__main__":
-    main()
