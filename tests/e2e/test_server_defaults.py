@@ -3,7 +3,11 @@
 import asyncio
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -183,6 +187,26 @@ def test_the_log_says_in_one_paragraph_what_was_decided_and_nothing_of_each_weig
     tasks = ["calibrates on 64 requests", "name no task: static threshold", "profiles of this model in"]
     assert all(words in line for words in decoding + tasks)
     assert "Attempted to load weight" not in log
+
+
+def test_a_running_server_follows_what_tune_chooses_though_it_has_a_profile(server: Server, tmp_path: Path) -> None:
+    problems = generate("word_problems", "held_out", 130, seed=13)
+    prompts, asked = [problem.prompt for problem in problems[:64]], problems[64].prompt
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda prompt: server.complete(prompt, osdt_task="tuned", osdt_early=False), prompts))
+    before = server.complete(asked, osdt_task="tuned").json()["metrics"]["speculative_decoding"]["osdt"]
+    assert before["policy"] == "osdt" and before["profile"] is not None
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in problems))
+    command = [Path(sys.executable).with_name("vllm-osdt"), "tune", "llada-mini", "--task", "tuned", "--json"]
+    command += ["--prompts", file, "--risk", "0.1", "--max-tokens", "96", "--server", server.url]
+    command += ["--policies", "static_threshold", "--dtype", "float32"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "does not follow" not in done.stderr
+    after = server.complete(asked, osdt_task="tuned").json()["metrics"]["speculative_decoding"]["osdt"]
+    assert after["policy"] == "static_threshold" and after["profile"] == json.loads(done.stdout)["profile"]
+    assert after["profile"] != before["profile"] and after["nfe"] >= before["nfe"]
 
 
 def test_the_server_still_serves(server: Server) -> None:

@@ -103,8 +103,8 @@ def tune(args: argparse.Namespace) -> None:
         tuning.clean_up()
         if not tuning.is_followed(profile):
             say(
-                "The server does not follow the choice: its --osdt-config names a policy or an option of one, or it has "
-                f"its profiles in another folder than {args.dir}."
+                "The server does not follow the choice: its --osdt-config names a policy or an option of one, or its "
+                f"profiles are in another folder than {args.dir}."
             )
     found = report(plan, rows, row, profile, tuning.accuracy())
     if args.picture:
