@@ -41,7 +41,7 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "OSDT, 32 requests, risk 4 %": {"num_calibration_requests": 32, "risk": 0.04},
     DEFAULT: {},
 }
-NUM_TIMED, TIMED_PROBLEMS = 3, 180  # choices whose speed is measured, and on how many problems
+TIMED_PROBLEMS = 150  # that are decoded where speed is measured
 ANYTIME = (("text-mini", "stories"), ("llada-mini", "word_problems"))
 NUM_ORDERS, NUM_AFTER = 20, 20
 
@@ -135,13 +135,13 @@ class Comparison:
     def _time(self, task: str, row: Row, problems: list[Problem], best_static: float) -> None:
         """Tokens per second of the default and of the best static threshold over those of static 0.9, in turn."""
         speeds: dict[str, list[float]] = {"speed": [], "speed_of_best_static": []}
-        for choice in range(min(NUM_TIMED, self.args.choices)):
+        for choice in range(min(self.args.timed, self.args.choices)):
             before = self.bench.run(task, problems, "", **_static(0.9)).tokens_per_second
             at_best = self.bench.run(task, problems, "", **_static(best_static)).tokens_per_second
             osdt = self.bench.run(task, problems, "", **self._options(task, DEFAULT, choice)).tokens_per_second
             speeds["speed"].append(osdt / before)
             speeds["speed_of_best_static"].append(at_best / before)
-        row.notes |= {name: statistics.median(values) for name, values in speeds.items()}
+        row.notes |= {name: statistics.median(values) for name, values in speeds.items() if values}
 
     def _report(self, row: Row, reference: Outcome, best: Row) -> None:
         right = row.outcome.right
@@ -230,7 +230,8 @@ def main() -> None:
     )
     parser.add_argument("--ladder", type=Path, help="folder of `make ladder`; its models as well")
     parser.add_argument("--choices", type=int, default=10, help="choices of the calibrating requests")
-    parser.add_argument("--problems", type=int, default=60, help="of each task for each of them")
+    parser.add_argument("--problems", type=int, default=30, help="of each task for each of them")
+    parser.add_argument("--timed", type=int, default=3, help="choices whose speed is measured as well")
     parser.add_argument("--no-anytime", action="store_true", help="leave out the saving by requests recorded")
     parser.add_argument("--picture", type=Path, help="draw that saving")
     add_engine_arguments(parser)
