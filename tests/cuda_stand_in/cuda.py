@@ -7,6 +7,7 @@ memory profile, warm-up, attention metadata. Here is what stands in for the rest
   ``cuda:0``. Results of marked tensors are marked. As on a GPU, NumPy cannot read a marked tensor, an operation refuses
   operands of both kinds, and a copy to the other side shares no memory.
 - Triton kernels run in Triton's interpreter. vLLM's C++ kernels run as PyTorch (:mod:`tests.cuda_stand_in.kernels`).
+  What ``torch.compile`` would compile runs as it is written.
 - Streams and events: everything is done at once, in order.
 - The driver: ``torch.cuda`` and NVML answer as if there were one card of compute capability 9.0.
 
@@ -20,6 +21,7 @@ Call :func:`install` before anything imports vLLM.
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import os
 import sys
@@ -30,7 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read when Triton and vLLM are imported.
+# Read when torch, Triton and vLLM are imported.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -106,7 +109,7 @@ def _mark(tensor: torch.Tensor, place: str) -> torch.Tensor:
 
 
 def _is_cuda(device: Any) -> bool:
-    return isinstance(device, str | torch.device) and str(device).startswith("cuda") or type(device) is int
+    return (isinstance(device, str | torch.device) and str(device).startswith("cuda")) or type(device) is int
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -189,7 +192,7 @@ class _Memory(TorchFunctionMode):
     def _to(self, func: Any, args: tuple, kwargs: dict[str, Any], any_on_device: bool) -> torch.Tensor:
         source, rest = args[0], list(args[1:])
         target, is_async = kwargs.pop("device", None), kwargs.pop("non_blocking", False)
-        if target is not None or rest and isinstance(rest[0], str):
+        if target is not None or (rest and isinstance(rest[0], str)):
             kwargs.pop("copy", None)
         if rest and isinstance(rest[0], torch.Tensor):  # of that one's device and dtype
             target, rest[0] = rest[0].device, rest[0].dtype
@@ -434,9 +437,26 @@ def install() -> None:
     CudaPlatformBase.dist_backend = "gloo"
     CudaPlatformBase.dispatch_key = "CPU"  # of the operations that vLLM defines in Python
     assert current_platform.is_cuda(), f"vLLM's platform is {current_platform}, not CUDA"
+    _install_operations()
     torch.cuda.stand_in_kernels = kernels.register()
     for name in ("vllm.utils.torch_utils", "vllm.v1.worker.gpu.buffer_utils"):
         importlib.import_module(name).get_accelerator_view_from_cpu_tensor = _mapped
+
+
+def _install_operations() -> None:
+    """The operations that vLLM defines in Python are seen inside, too: torch leaves the mode where it calls one."""
+    utils = importlib.import_module("vllm.utils.torch_utils")
+    register = utils.direct_register_custom_op
+
+    def registered(op_name: str, op_func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        @functools.wraps(op_func)
+        def seen(*operands: Any, **options: Any) -> Any:
+            with _Memory():
+                return op_func(*operands, **options)
+
+        register(op_name, seen, *args, **kwargs)
+
+    utils.direct_register_custom_op = registered
 
 
 def _install_nvml() -> None:

@@ -16,9 +16,7 @@ def rms_norm(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
     result.copy_(wide if weight is None else wide * weight)
 
 
-def fused_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float
-) -> None:
+def fused_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> None:
     """Adds ``x`` to the residual, and writes the norm of the sum to ``x``."""
     residual.add_(x)
     rms_norm(x, residual, weight, epsilon)
@@ -83,7 +81,10 @@ def flash_attn_varlen_func(
     causal: bool,
     **others: Any,
 ) -> torch.Tensor:
-    """FlashAttention over pages: q ``[num_tokens, num_heads, head_size]``, k and v ``[num_pages, page, heads, size]``."""
+    """FlashAttention over pages.
+
+    Queries are ``[num_tokens, num_heads, head_size]``, pages ``[num_pages, page, num_kv_heads, head_size]``.
+    """
     assert not causal, "canvas models attend without a causal mask"
     with torch._C.DisableTorchFunction():
         starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()

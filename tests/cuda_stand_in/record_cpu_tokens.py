@@ -1,6 +1,6 @@
 """Records what the bundled models decode on a CPU in float32: run in the ordinary environment, from the repository.
 
-    python -m tests.cuda_stand_in.record_cpu_tokens
+python -m tests.cuda_stand_in.record_cpu_tokens
 """
 
 import json

@@ -74,7 +74,9 @@ def test_the_engine_runs_on_the_gpu_worker(llm):
     assert type(worker).__module__ == "vllm_osdt.worker.gpu_worker"
     config = llm.llm_engine.vllm_config
     assert not config.model_config.enforce_eager
-    assert {group.backend.get_name() for groups in worker.model_runner.attn_groups for group in groups} == {"FLASH_ATTN"}
+    assert {group.backend.get_name() for groups in worker.model_runner.attn_groups for group in groups} == {
+        "FLASH_ATTN"
+    }
 
 
 def test_the_memory_profile_samples_as_many_rows_as_a_step_can_read(started):
