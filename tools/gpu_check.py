@@ -9,7 +9,8 @@ part that fails is a line too; its traceback is kept, and the next part or stage
 
 Lines are appended to ``benchmarks/results/gpu.jsonl``; tracebacks, logs and traces are in ``build/gpu_check``. Where
 the environment variable ``OUT`` names a folder, all of it goes there. ``--stand-in`` runs tiny sizes on the stand-in
-for CUDA of ``tests/cuda_stand_in``, in its environment. That shows that the stages run, and no speed.
+for CUDA of ``tests/cuda_stand_in``, in its environment. That shows that the stages run, and no speed; its lines are in
+the other folder, too.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent if (HERE.parent / "vllm_osdt").is_dir() else Path.cwd()
-OUT = Path(os.environ["OUT"]) if "OUT" in os.environ else ROOT / "build" / "gpu_check"
-RESULTS = OUT / "gpu.jsonl" if "OUT" in os.environ else ROOT / "benchmarks" / "results" / "gpu.jsonl"
 IS_STAND_IN = "--stand-in" in sys.argv
+OUT = Path(os.environ["OUT"]) if "OUT" in os.environ else ROOT / "build" / "gpu_check"
+RESULTS = (OUT if IS_STAND_IN or "OUT" in os.environ else ROOT / "benchmarks" / "results") / "gpu.jsonl"
 MIN_SECONDS = 20  # a stage with less time left is not started
 
 

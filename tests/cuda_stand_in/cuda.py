@@ -337,6 +337,13 @@ class _Event:
         return 1.0
 
 
+class _Generator(torch.Generator):
+    """Random numbers of the device come from the host."""
+
+    def __new__(cls, device: Any = None) -> "_Generator":
+        return super().__new__(cls, CPU)
+
+
 def _answers(**values: Any) -> dict[str, Callable[..., Any]]:
     """Functions that answer with these values, whatever they are asked."""
     return {name: lambda *args, _value=value, **kwargs: _value for name, value in values.items()}
@@ -370,6 +377,7 @@ def _install_driver() -> None:
         setattr(torch.cuda, name, function)
     torch.cuda.synchronize = _synchronize
     torch.cuda.memory.empty_cache = torch.cuda.empty_cache
+    torch.Generator = _Generator
     torch.cuda.Stream = torch.Stream = _Stream
     torch.cuda.Event = torch.Event = _Event
     answers = memory | _answers(
