@@ -1,9 +1,13 @@
-"""A sample of the recorded decisions of every family, in float32: attention by vLLM's Triton kernel."""
+"""A sample of the recorded decisions of every family, in float32: attention by vLLM's Triton kernel.
+
+Editing, shifted logits, sub-blocks and cache modes are among them; no step of any may wait for the device.
+"""
 
 import pytest
 
 import vllm_osdt
 from tests.conftest import load_golden
+from tests.cuda_stand_in.cuda import LEDGER
 from tests.e2e.engine import generate, tokens
 from tests.e2e.families import FAMILIES
 from vllm_osdt.mini import model_path
@@ -22,7 +26,9 @@ def test_the_recorded_decisions_are_taken(name, start_llm):
     assert len(cases) > 1
     llm = start_llm(golden.folder, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=256, **family.settings)
     prompts, params = [case["prompt_token_ids"] for case in cases], [family.params_of(case) for case in cases]
+    LEDGER.clear()
     assert tokens(generate(llm, prompts, params)) == [case["output_token_ids"] for case in cases]
+    assert not LEDGER.waits
 
 
 def test_a_bundled_model_in_float32_decodes_as_on_a_cpu(mini, start_llm, cpu_tokens):
