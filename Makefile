@@ -63,7 +63,7 @@ bench: $(INSTALLED) ## run every benchmarks/bench_*.py, or one (BENCH=name)
 gpu-check: $(INSTALLED) ## what only a GPU shows, in stages (ARGS="--only kernels --budget 300")
 	$(PY) tools/gpu_check.py $(ARGS)
 
-cuda-env: .venv-cuda/.installed ## the environment of make test-cuda, .venv-cuda: 7 GB
+cuda-env: .venv-cuda/.installed ## the environment of make test-cuda, .venv-cuda (7 GB)
 
 fast-dllm-env: .venv-fast-dllm/.installed ## the baseline's own environment, .venv-fast-dllm
 
