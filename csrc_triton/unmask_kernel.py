@@ -67,28 +67,32 @@ def _unmask_kernel(
     tl.store(grid_ptr + flat, confidence, mask=valid)
     score = tl.where(masked & (confidence == confidence), confidence, -1.0)
 
-    # rank 1 is the most confident masked position; [position, other]
-    others = tl.broadcast_to(score[None, :], (PADDED_LENGTH, PADDED_LENGTH))
-    earlier = position[None, :] < position[:, None]
-    ahead = masked[None, :] & ((others > score[:, None]) | ((others == score[:, None]) & earlier))
-    rank = tl.sum(ahead.to(tl.int32), axis=1) + 1
+    # a key of every position, all different: the more confident first, of equals the earlier one, and masked ones first
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 is 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers, in the order of the floats
+    key = (tl.where(masked, ordered, -0x7FFFFFFF - 1).to(tl.int64) << 32) + (PADDED_LENGTH - 1 - position)
+    best = tl.sort(key, descending=True)
+    rank = position + 1  # of a sorted key
+    ordered = (best >> 32).to(tl.int32)
+    score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    is_candidate = rank <= tl.sum(masked.to(tl.int32))
+    score = tl.where(is_candidate, score, WITHOUT_LOGITS)
 
     factor_passes = (rank + 1).to(tl.float32) * (1.0 - score) < parameter
     top_k_passes = rank.to(tl.float32) <= parameter
     # uncertainties are whole numbers of units: their sum does not depend on its order
     uncertainty = ((1.0 - score) * UNITS).to(tl.int64)
-    ahead_or_self = ahead | (masked[None, :] & (position[None, :] == position[:, None]))
-    summands = tl.broadcast_to(uncertainty[None, :], (PADDED_LENGTH, PADDED_LENGTH))
-    total = tl.sum(tl.where(ahead_or_self, summands, 0), axis=1)
+    total = tl.cumsum(uncertainty, axis=0)
     total += tl.where(rule == JOINT_BOUND, uncertainty, 0)
     bound_passes = total < tl.ceil(parameter * UNITS).to(tl.int64)
     passing = tl.where(rule == FACTOR, factor_passes, bound_passes)
     passing = tl.where(rule == TOP_K, top_k_passes, passing)
     passing = tl.where(rule == THRESHOLD, score >= parameter, passing)
     passing = (passing | (rank <= tl.load(min_unmask_ptr + row))) & (score > WITHOUT_LOGITS)
-    num_accepted = tl.max(tl.where(masked & passing, rank, 1))
-    accepted = masked & (rank <= num_accepted)
-    still_masked = masked & (rank > num_accepted)
+    num_accepted = tl.max(tl.where(passing, rank, 1))
+    last_accepted = tl.sum(tl.where(rank == num_accepted, best, 0))
+    accepted = masked & (key >= last_accepted)
+    still_masked = masked & (key < last_accepted)
 
     # padding of many blocks may share a cell, which nothing writes: it is never masked
     cell = cells_ptr + tl.load(canvas_index_ptr + row * canvas_index_stride + position, mask=valid, other=0)

@@ -99,7 +99,7 @@ class RecordedStep(NamedTuple):
         block: int64 ``[C]``, index of the active block in the canvas.
         step: int64 ``[C]``, denoising steps that the block has seen before.
         confidence: float32 ``[C, W]``; read where ``before`` is set.
-        proposal: int64 ``[C, W]``, the best token of each position; read likewise.
+        proposal: int32 ``[C, W]``, the best token of each position; read likewise.
         before: bool ``[C, W]``, positions that were masked and had logits.
         after: bool ``[C, W]``, masked positions after the step.
         tokens: int32 ``[C, W]``, the block after the step.

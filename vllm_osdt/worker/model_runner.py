@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import LoRAConfig, VllmConfig
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -19,14 +18,15 @@ from vllm_osdt.host.attention import check_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
 from vllm_osdt.worker.model_state import CanvasModelState
 from vllm_osdt.worker.sampler import CanvasSampler
-from vllm_osdt.worker.slots import to_device
 from vllm_osdt.worker.step_plan import (
     CanvasInputBatch,
+    denoise_batch,
     plan_denoise,
     plan_step,
     split_queries_by_block,
     step_rows,
 )
+from vllm_osdt.worker.transfer import send
 from vllm_osdt.worker.warmup import warm_up
 
 
@@ -103,35 +103,50 @@ class CanvasRunnerMixin:
         plan = plan_step(states, rows)
         num_tokens = int(rows.num_rows.sum())
 
-        device = self.device
-        async_tensor_h2d(plan.positions, out=buffers.positions[:num_tokens])
-        torch.index_select(states.cells, 0, to_device(plan.source, device), out=buffers.input_ids[:num_tokens])
+        denoise = plan_denoise(states, slots, plan, decides_first)
+        block_queries = split_queries_by_block(states, rows) if states.is_block_causal else None
         query_start_loc_np = np.full(self.max_num_reqs + 1, num_tokens, dtype=np.int32)
         query_start_loc_np[: num_reqs + 1] = plan.query_start_loc
-        async_tensor_h2d(query_start_loc_np, out=buffers.query_start_loc)
-        async_tensor_h2d(plan.seq_lens, out=buffers.seq_lens[:num_reqs])
-
-        denoise = plan_denoise(states, slots, plan, decides_first)
-        # Some kernels, and a gather over ranks, fail on no row at all; the sampler leaves a row too many out.
-        logit_rows = to_device(plan.logit_rows if plan.logit_rows.size else np.zeros(1, dtype=np.int64), device)
+        sent = send(
+            {
+                "positions": plan.positions,
+                "source": plan.source,
+                "query_start_loc": query_start_loc_np,
+                "seq_lens": plan.seq_lens,
+                # Some kernels, and a gather over ranks, fail on no row at all; the sampler leaves a row too many out.
+                "logit_rows": plan.logit_rows if plan.logit_rows.size else np.zeros(1, dtype=np.int64),
+                "logit_slots": plan.logit_slots,
+                "cu_num_logits": plan.cu_num_logits,
+                **denoise.arrays,
+                **({} if block_queries is None else block_queries.arrays()),
+                **states.arrays_of_entered_blocks(),
+            },
+            self.device,
+        )
+        states.enter_blocks(sent)
+        buffers.positions[:num_tokens].copy_(sent["positions"])
+        torch.index_select(states.cells, 0, sent["source"], out=buffers.input_ids[:num_tokens])
+        buffers.query_start_loc.copy_(sent["query_start_loc"])
+        buffers.seq_lens[:num_reqs].copy_(sent["seq_lens"])
+        logit_rows = sent["logit_rows"]
         # Adapters know rows by their place in the whole batch.
         is_narrowed = self.lora_config is None
         if not is_narrowed:
             self._num_logits = np.diff(plan.cu_num_logits)
             self._num_logits[0] += not plan.logit_rows.size
-        logits_indices = torch.arange(len(logit_rows), device=device) if is_narrowed else logit_rows
+        logits_indices = torch.arange(len(logit_rows), device=self.device) if is_narrowed else logit_rows
         is_cut = num_tokens < batch_req_state.num_tokens
         num_tokens_padded = num_tokens if is_cut else max(num_tokens, batch_desc.num_tokens)
         buffers.is_padding[:num_tokens].fill_(False)  # a dummy step leaves it set; experts skip padding
         buffers.is_padding[num_tokens:num_tokens_padded].fill_(True)
-        idx_mapping = denoise.slots
+        idx_mapping = sent["slots"]
         return CanvasInputBatch(
             req_ids=batch_req_state.req_ids,
             num_reqs=num_reqs,
             num_reqs_after_padding=num_reqs,
             idx_mapping=idx_mapping,
             idx_mapping_np=batch_req_state.idx_mapping_np,
-            expanded_idx_mapping=to_device(plan.logit_slots, device),
+            expanded_idx_mapping=sent["logit_slots"],
             expanded_local_pos=idx_mapping,
             num_scheduled_tokens=rows.num_rows.astype(batch_req_state.num_scheduled_tokens.dtype),
             num_tokens=num_tokens,
@@ -153,13 +168,14 @@ class CanvasRunnerMixin:
             positions=buffers.positions[:num_tokens_padded],
             is_padding=buffers.is_padding[:num_tokens_padded],
             logits_indices=logits_indices,
-            cu_num_logits=to_device(plan.cu_num_logits, device),
+            cu_num_logits=sent["cu_num_logits"],
             cu_num_logits_np=plan.cu_num_logits,
             has_structured_output_reqs=False,
             prompt_lens=None,
-            denoise=denoise,
+            denoise=denoise_batch(states, denoise, sent),
             logit_rows=logit_rows if is_narrowed else None,
-            block_queries=split_queries_by_block(states, rows) if states.is_block_causal else None,
+            block_queries=block_queries,
+            block_tensors=None if block_queries is None else {name: sent[name] for name in block_queries.arrays()},
         )
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:

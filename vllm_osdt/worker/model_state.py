@@ -20,7 +20,7 @@ from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.worker.recorder import StepRecorder
 from vllm_osdt.worker.sampler import CanvasSampler
-from vllm_osdt.worker.slots import CanvasStates, to_device
+from vllm_osdt.worker.slots import CanvasStates
 
 
 class CanvasModelState(ModelState):
@@ -89,10 +89,10 @@ class CanvasModelState(ModelState):
             num_queries, max_query_len = input_batch.num_reqs, input_batch.num_scheduled_tokens.max()
             is_known = seq_lens_cpu is not None and not for_capture
         else:
+            on_device = input_batch.block_tensors
             query_start_loc_np, seq_lens_cpu = blocks.query_start_loc, torch.from_numpy(blocks.seq_lens)
-            query_start_loc = to_device(query_start_loc_np, self.device)
-            seq_lens, request = to_device(blocks.seq_lens, self.device), to_device(blocks.request, self.device)
-            block_tables = tuple(table[request] for table in block_tables)
+            query_start_loc, seq_lens = on_device["block_query_start_loc"], on_device["block_seq_lens"]
+            block_tables = tuple(table[on_device["block_request"]] for table in block_tables)
             num_queries, max_query_len = blocks.request.size, np.diff(query_start_loc_np).max()
             is_known = True
         return build_attn_metadata(

@@ -15,10 +15,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from csrc_triton import Proposals
 from csrc_triton.cpu import compiled
 from vllm_osdt.messages import STEP_REPORT, RecordedStep, StepReport
-from vllm_osdt.worker.slots import CanvasStates, to_device
+from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import DenoiseBatch
-
-_NONE = np.empty(0, dtype=np.int64)
 
 
 class _Seen(NamedTuple):
@@ -27,7 +25,7 @@ class _Seen(NamedTuple):
     req_ids: list[str]
     batch: DenoiseBatch
     mean_confidence: torch.Tensor | None  # float32 [R]
-    recorded: list[torch.Tensor] | None  # [C, W] each, see RecordedStep
+    recorded: torch.Tensor | None  # int32 [5, C, W], see grids_to_record
 
 
 class StepRecorder:
@@ -38,19 +36,13 @@ class StepRecorder:
         self._seen: _Seen | None = None
         self._copied = None if states.device.type == "cpu" else torch.cuda.Event()
 
-    def rows_to_record(self, batch: DenoiseBatch) -> np.ndarray:
-        """The requests of a batch that calibrate, ``[C]``."""
-        if not self._states.observed:
-            return _NONE
-        return np.flatnonzero(self._states.host.is_recorded[batch.slots_np] & batch.is_active)
-
     def see(
         self,
         req_ids: list[str],
         batch: DenoiseBatch,
         proposals: Proposals,
         is_masked: torch.Tensor | None,
-        recorded: list[torch.Tensor] | None,
+        recorded: torch.Tensor | None,
     ) -> None:
         """Take in a step.
 
@@ -59,8 +51,7 @@ class StepRecorder:
             batch: The step.
             proposals: What the model proposed.
             is_masked: bool ``[M]``, which proposals are of masked positions; all when None.
-            recorded: Confidence, proposal, masks before and after, and tokens, ``[C, W]`` each; None when no request
-                calibrates.
+            recorded: Of :func:`grids_to_record`; None when no request calibrates.
         """
         if not self._states.observed:
             return
@@ -71,7 +62,7 @@ class StepRecorder:
             return
         if self._copied is not None:
             means = None if means is None else _to_host(means)
-            recorded = None if recorded is None else [_to_host(tensor) for tensor in recorded]
+            recorded = None if recorded is None else _to_host(recorded)
             self._copied.record()
         self._seen = _Seen(req_ids, batch, means, recorded)
 
@@ -99,7 +90,7 @@ class StepRecorder:
         # The tables are those of the next step when the report is read.
         slots, wanted = seen.batch.slots_np, self._wanted(seen.batch)
         block = (host.block_start[slots] - host.canvas_start[slots]) // np.maximum(host.block_length[slots], 1)
-        reports_all, rows = host.reports_confidence[slots], self.rows_to_record(seen.batch)
+        reports_all, rows = host.reports_confidence[slots], seen.batch.recorded_np
         is_watched = host.is_watched[slots]
 
         def finish() -> StepReport:
@@ -114,8 +105,17 @@ class StepRecorder:
                         report.mean_confidence[seen.req_ids[row]] = float(means[row])
             if seen.recorded is not None:
                 req_ids = [seen.req_ids[row] for row in rows.tolist()]
-                arrays = (tensor.numpy() for tensor in seen.recorded)
-                report.recorded = RecordedStep(req_ids, block[rows], seen.batch.step_np[rows], *arrays)
+                confidence, proposal, before, after, tokens = seen.recorded.numpy()
+                report.recorded = RecordedStep(
+                    req_ids,
+                    block[rows],
+                    seen.batch.step_np[rows],
+                    confidence.view(np.float32),
+                    proposal,
+                    before.astype(bool),
+                    after.astype(bool),
+                    tokens,
+                )
             return report
 
         return finish
@@ -176,27 +176,30 @@ def _mean_by_request(means: np.ndarray, position: np.ndarray, confidence: np.nda
 
 def grids_to_record(
     states: CanvasStates,
-    rows: np.ndarray,
     batch: DenoiseBatch,
     proposals: Proposals,
     confidence: torch.Tensor,
     before: torch.Tensor,
     canvas: torch.Tensor,
-) -> list[torch.Tensor]:
-    """What a recorded step keeps of the batch's requests ``rows``, ``[C, W]`` each (see ``messages.RecordedStep``).
+) -> torch.Tensor:
+    """What a recorded step keeps of the requests that calibrate, in one tensor, which is copied at once.
 
     Args:
         states: Tables, after the step.
-        rows: ``[C]``.
-        batch: The step.
+        batch: The step; some of its requests calibrate.
         proposals: What the model proposed.
         confidence: float32 ``[R, W]``.
         before: bool ``[R, W]``, masked positions with logits before the step.
         canvas: int32 ``[R, W]``, tokens after the step.
+
+    Returns:
+        int32 ``[5, C, W]``: bits of the confidence, proposal, masks before and after, tokens (``RecordedStep``).
     """
+    rows = batch.recorded
+    assert rows is not None
     shape = batch.blocks.canvas_index.shape
-    proposal = torch.full(shape, -1, dtype=torch.int64, device=states.device)
-    proposal.view(-1)[proposals.position] = proposals.token
+    proposal = torch.full(shape, -1, dtype=torch.int32, device=states.device)
+    proposal.view(-1)[proposals.position] = proposals.token.to(torch.int32)
     after = states.masked[batch.blocks.slots, : shape[1]]
-    index = to_device(rows, states.device)
-    return [grid[index] for grid in (confidence, proposal, before, after, canvas)]
+    grids = (confidence.view(torch.int32), proposal, before.to(torch.int32), after.to(torch.int32), canvas)
+    return torch.stack(grids)[:, rows]

@@ -66,9 +66,8 @@ class CanvasSampler:
         is_open = is_masked = None
         if batch.edit_threshold is not None:
             is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
-        recorded_rows = self.recorder.rows_to_record(batch)
         before = None
-        if recorded_rows.size:  # the masked positions whose logits were read
+        if batch.recorded is not None:  # the masked positions whose logits were read
             before = torch.zeros_like(blocks.canvas_index, dtype=torch.bool)
             before.view(-1)[batch.position] = True if is_masked is None else is_masked
         if batch.adjusted:
@@ -78,7 +77,7 @@ class CanvasSampler:
         states.copy_masks_to_host(batch.slots_np, batch.slots, canvas.shape[1])
         recorded = None
         if before is not None:
-            recorded = grids_to_record(states, recorded_rows, batch, proposals, confidence, before, canvas)
+            recorded = grids_to_record(states, batch, proposals, confidence, before, canvas)
         self.recorder.see(input_batch.req_ids, batch, proposals, is_masked, recorded)
         return SamplerOutput(
             sampled_token_ids=canvas,

@@ -7,12 +7,12 @@ that runs beside the engine's own copy of the output. Schedules come from the en
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 
 from csrc_triton.cpu import compiled
@@ -22,6 +22,7 @@ from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE
+from vllm_osdt.worker.transfer import to_device
 
 MAX_END_TOKENS = 8  # of a request that its blocks are searched for
 ADJUSTING = tuple(name for name, policy in POLICIES.items() if policy.adjusts)  # index + 1 in HostTables.adjusts
@@ -70,12 +71,6 @@ class HostTables(NamedTuple):
     adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor of the array on the device, without a copy where that is the host, without waiting elsewhere."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else async_tensor_h2d(tensor, device=device)
-
-
 class CanvasStates:
     """Tables of ``max_num_reqs`` slots, each a row of ``row_length`` positions.
 
@@ -109,6 +104,7 @@ class CanvasStates:
         self._copied = None if is_host else torch.cuda.Event()
         self._copy_pending: np.ndarray | None = None  # slots
         self._copy_width = 0
+        self._entered = np.empty(0, dtype=np.int64)  # slots that entered a block in the step that is being prepared
 
         self.host = HostTables(
             canvas_start=np.zeros(max_num_reqs, dtype=np.int64),
@@ -213,13 +209,32 @@ class CanvasStates:
             self._copy_pending = None
         is_new = np.empty(slots.size, dtype=bool)
         _enter_blocks(self.host, slots, block_start, num_active, is_new)
-        fresh = slots[is_new]
-        if self.device.type != "cpu" and fresh.size:
-            self.masked[to_device(fresh, self.device)] = to_device(self.host.masked[fresh], self.device)
-        if np.isfinite(self.host.edit_threshold[fresh]).any():
-            self.num_post_steps[to_device(fresh, self.device)] = 0
-        if self.host.adjusts[fresh].any():
-            self.policy_state[to_device(fresh, self.device)] = 0.0
+        self._entered = slots[is_new]
+
+    def arrays_of_entered_blocks(self) -> dict[str, np.ndarray]:
+        """What the device is told of blocks that are entered in this step; :meth:`enter_blocks` takes it there."""
+        entered, host = self._entered, self.host
+        is_host = self.device.type == "cpu"  # masks are shared
+        if not entered.size:
+            return {}
+        if is_host and not (np.isfinite(host.edit_threshold[entered]).any() or host.adjusts[entered].any()):
+            return {}
+        return {"entered": entered} | ({} if is_host else {"entered_masks": host.masked[entered]})
+
+    def enter_blocks(self, sent: Mapping[str, torch.Tensor]) -> None:
+        """Begin the blocks that are entered in this step on the device.
+
+        Args:
+            sent: :meth:`arrays_of_entered_blocks` there, perhaps among others.
+        """
+        entered = sent.get("entered")
+        if entered is None:
+            return
+        if "entered_masks" in sent:
+            self.masked[entered] = sent["entered_masks"]
+        self.num_post_steps[entered] = 0
+        if self.host.adjusts[self._entered].any():
+            self.policy_state[entered] = 0.0
 
     def copy_masks_to_host(self, slots_np: np.ndarray, slots: torch.Tensor, width: int) -> None:
         """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""

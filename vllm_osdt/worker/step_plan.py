@@ -1,5 +1,6 @@
 """The denoising step of one batch: which rows run, which of them are read, and by which rule they are unmasked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
 from vllm_osdt.policies import POLICIES, Policy
-from vllm_osdt.worker.slots import ADJUSTING, CanvasStates, HostTables, to_device
+from vllm_osdt.worker.slots import ADJUSTING, CanvasStates, HostTables
 
+_NONE = np.empty(0, dtype=np.int64)
 TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
 
 
@@ -43,6 +45,8 @@ class DenoiseBatch:
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
         adjusted: The requests whose policy adjusts the step, by policy.
+        recorded_np: int64 ``[C]``, on the host: which of the batch's requests calibrate.
+        recorded: The same on the device, None where none does.
     """
 
     slots_np: np.ndarray
@@ -58,6 +62,8 @@ class DenoiseBatch:
     by_entropy: torch.Tensor | None
     edit_threshold: torch.Tensor | None
     adjusted: list[AdjustedRows]
+    recorded_np: np.ndarray
+    recorded: torch.Tensor | None
 
 
 class BlockQueries(NamedTuple):
@@ -66,6 +72,10 @@ class BlockQueries(NamedTuple):
     query_start_loc: np.ndarray  # int32 [S + 1], first row of each block
     seq_lens: np.ndarray  # int32 [S], position behind each
     request: np.ndarray  # int64 [S], whose it is
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For the device, by names of their own."""
+        return {"block_" + name: array for name, array in self._asdict().items()}
 
 
 @dataclass
@@ -77,11 +87,13 @@ class CanvasInputBatch(InputBatch):
         logit_rows: int64 ``[M]``, rows to which the last layer narrows the hidden states; ``logits_indices`` then
             counts from 0.
         block_queries: Of a block-causal model.
+        block_tensors: The same on the device, by name.
     """
 
     denoise: DenoiseBatch | None = None
     logit_rows: torch.Tensor | None = None
     block_queries: BlockQueries | None = None
+    block_tensors: dict[str, torch.Tensor] | None = None
 
 
 def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -286,8 +298,19 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
     return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
 
 
-def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoiseBatch:
-    """What the sampler needs of a planned step, on the device.
+class DenoisePlan(NamedTuple):
+    """What the sampler needs of a step, on the host: :class:`DenoiseBatch` before it is sent to the device."""
+
+    slots: np.ndarray  # int64 [R]
+    is_active: np.ndarray  # bool [R]
+    step: np.ndarray  # int64 [R], denoising steps that the block has seen before
+    policies: list[Policy]  # that adjust the step
+    recorded: np.ndarray  # int64 [C], requests that calibrate
+    arrays: dict[str, np.ndarray]  # for the device
+
+
+def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoisePlan:
+    """What the sampler needs of a planned step.
 
     Args:
         states: Tables.
@@ -295,59 +318,88 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         plan: The step.
         decides_first: See ``StepRows``; such a step is adjusted by no policy.
     """
-    host, device = states.host, states.device
-    row_temperature = row_keys = by_entropy = None
-    temperature, step = host.temperature[slots], host.step[slots]
+    host = states.host
+    is_active, step = plan.mask_rows < host.block_length.size, host.step[slots]
+    arrays = {
+        "slots": slots,
+        "mask_rows": plan.mask_rows,
+        "canvas_index": plan.canvas_index,
+        "end_token_ids": plan.end_token_ids,
+        "num_output_positions": plan.num_output_positions,
+        "rule": plan.rule,
+        "parameter": plan.parameter,
+        "min_unmask": plan.min_unmask,
+        "position": plan.position,
+    }
+    temperature = host.temperature[slots]
     if temperature.any():
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         positions = host.block_start[slots][row_req] + row_pos
-        row_temperature = to_device(temperature[row_req], device)
-        row_keys = to_device(noise_keys(host.seed[slots][row_req], positions, step[row_req]), device)
+        arrays["temperature"] = temperature[row_req]
+        arrays["noise_key"] = noise_keys(host.seed[slots][row_req], positions, step[row_req])
     asks_entropy = host.rule[slots] == ENTROPY_BOUND
     if asks_entropy.any():
-        by_entropy = to_device(asks_entropy[plan.position // plan.canvas_index.shape[1]], device)
+        arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
     edit_threshold = host.edit_threshold[slots]
-    is_active = plan.mask_rows < host.block_length.size
-    blocks = Blocks(
-        cells=states.cells,
-        masked=states.masked,
-        slots=to_device(plan.mask_rows, device),
-        canvas_index=to_device(plan.canvas_index, device),
-        end_token_ids=to_device(plan.end_token_ids, device),
-        num_output_positions=to_device(plan.num_output_positions, device),
-    )
-    rules = Rules(
-        rule=to_device(plan.rule, device),
-        parameter=to_device(plan.parameter, device),
-        min_unmask=to_device(plan.min_unmask, device),
-    )
-    return DenoiseBatch(
-        slots_np=slots,
-        is_active=is_active,
-        step_np=step,
-        slots=to_device(slots, device),
-        blocks=blocks,
-        num_rows=plan.position.size,
-        position=to_device(plan.position, device),
-        rules=rules,
-        temperature=row_temperature,
-        noise_key=row_keys,
-        by_entropy=by_entropy,
-        edit_threshold=to_device(edit_threshold, device) if np.isfinite(edit_threshold).any() else None,
-        adjusted=_adjusted_rows(states, slots, step, is_active & ~decides_first),
-    )
+    if np.isfinite(edit_threshold).any():
+        arrays["edit_threshold"] = edit_threshold
+    policies, of_policies = _adjusting(states, slots, step, is_active & ~decides_first)
+    recorded = _NONE
+    if states.observed:
+        recorded = np.flatnonzero(host.is_recorded[slots] & is_active)
+        if recorded.size:
+            arrays["recorded"] = recorded
+    return DenoisePlan(slots, is_active, step, policies, recorded, arrays | of_policies)
 
 
-def _adjusted_rows(
+def _adjusting(
     states: CanvasStates, slots: np.ndarray, step: np.ndarray, takes_part: np.ndarray
-) -> list[AdjustedRows]:
-    """The requests whose policy adjusts the step, by policy."""
+) -> tuple[list[Policy], dict[str, np.ndarray]]:
+    """The policies that adjust a step, and their requests: rows, slots and steps of each."""
     policy_of = np.where(takes_part, states.host.adjusts[slots], 0)
-    if not policy_of.any():
-        return []
-    adjusted = []
-    for number in np.unique(policy_of[policy_of > 0]).tolist():
-        rows = np.flatnonzero(policy_of == number)
-        on_device = (to_device(array, states.device) for array in (rows, slots[rows], step[rows]))
-        adjusted.append(AdjustedRows(POLICIES[ADJUSTING[number - 1]], *on_device))
-    return adjusted
+    policies: list[Policy] = []
+    arrays: dict[str, np.ndarray] = {}
+    if policy_of.any():
+        for number in np.unique(policy_of[policy_of > 0]).tolist():
+            rows = np.flatnonzero(policy_of == number)
+            for name, array in (("rows", rows), ("slots", slots[rows]), ("step", step[rows])):
+                arrays[f"adjusted_{name}_{len(policies)}"] = array
+            policies.append(POLICIES[ADJUSTING[number - 1]])
+    return policies, arrays
+
+
+def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
+    """A planned step on the device.
+
+    Args:
+        states: Tables.
+        plan: The step.
+        sent: ``plan.arrays`` on the device, perhaps among others.
+    """
+    return DenoiseBatch(
+        slots_np=plan.slots,
+        is_active=plan.is_active,
+        step_np=plan.step,
+        slots=sent["slots"],
+        blocks=Blocks(
+            cells=states.cells,
+            masked=states.masked,
+            slots=sent["mask_rows"],
+            canvas_index=sent["canvas_index"],
+            end_token_ids=sent["end_token_ids"],
+            num_output_positions=sent["num_output_positions"],
+        ),
+        num_rows=plan.arrays["position"].size,
+        position=sent["position"],
+        rules=Rules(rule=sent["rule"], parameter=sent["parameter"], min_unmask=sent["min_unmask"]),
+        temperature=sent.get("temperature"),
+        noise_key=sent.get("noise_key"),
+        by_entropy=sent.get("by_entropy"),
+        edit_threshold=sent.get("edit_threshold"),
+        adjusted=[
+            AdjustedRows(policy, *(sent[f"adjusted_{name}_{number}"] for name in ("rows", "slots", "step")))
+            for number, policy in enumerate(plan.policies)
+        ],
+        recorded_np=plan.recorded,
+        recorded=sent.get("recorded"),
+    )
