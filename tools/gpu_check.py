@@ -152,7 +152,7 @@ def check_environment(stage: str) -> None:
         import numpy as np
         import torch
 
-        from vllm_osdt.worker.slots import to_device
+        from vllm_osdt.worker.transfer import to_device
 
         values, device = np.arange(256), torch.device("cuda:0")
         for _ in range(20):

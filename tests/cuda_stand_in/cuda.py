@@ -75,11 +75,11 @@ LEDGER = Ledger()
 
 
 def _caller(what: str) -> str:
-    """The innermost line of vLLM or ours that led here, for a message; not that of vLLM's helper for copies."""
+    """The innermost line of vLLM or ours that led here, for a message; not that of a helper for copies."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        is_helper = "cuda_stand_in" in name or name.endswith("torch_utils.py") or frame.f_code.co_name == "to_device"
+        is_helper = "cuda_stand_in" in name or name.endswith(("torch_utils.py", "transfer.py"))
         if ("vllm" in name or "csrc_triton" in name) and not is_helper:
             return f"{what} at {'/'.join(Path(name).parts[-2:])}:{frame.f_lineno}"
         frame = frame.f_back

@@ -11,8 +11,10 @@ from tests.e2e.engine import assert_idle, drive, generate, scheduler, submit, to
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.mini import model_path
 
-# Copies to the device of a greedy step that takes in no request, in either kind of attention; it may enter a block.
-MAX_COPIES_PER_STEP = 22
+# Copies to the device of a step that takes in no request, whatever its policies. vLLM's own are not counted: page tables
+# that grow, which it reads from mapped memory.
+MAX_COPIES_PER_STEP = 1
+PAGE_TABLES = "gpu/buffer_utils.py"
 # Copies to the host of a step that records nothing: tokens, their numbers, and masks.
 MAX_COPIES_BACK = 3
 OTHER_POLICIES = ("fixed_steps", "factor", "joint_bound", "entropy_bound", "local_leap", "bacd")
@@ -69,6 +71,11 @@ def watch_steps(llm):
     return steps[1:]  # the first call is before the first step
 
 
+def num_copies(to_device):
+    """Copies to the device but vLLM's of page tables."""
+    return sum(number for line, number in to_device.items() if PAGE_TABLES not in line)
+
+
 def test_the_engine_runs_on_the_gpu_worker(llm):
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert type(worker).__module__ == "vllm_osdt.worker.gpu_worker"
@@ -98,17 +105,19 @@ def test_a_step_neither_waits_nor_copies_more_than_it_may(llm, problems):
     steps = watch_steps(llm)
     assert len(steps) >= 4
     for to_device, to_host, waits in steps[1:]:  # the first takes the requests in
-        assert to_device.total() <= MAX_COPIES_PER_STEP, to_device
+        assert num_copies(to_device) <= MAX_COPIES_PER_STEP, to_device
         assert to_host.total() <= MAX_COPIES_BACK, to_host
         assert not waits
 
 
-def test_a_step_with_every_policy_and_temperatures_does_not_wait(llm, problems):
+def test_policies_and_temperatures_and_recording_add_neither_waits_nor_copies(llm, problems):
     prompts = prompts_of(llm, problems)
     for prompt, policy in zip(prompts, OTHER_POLICIES, strict=False):
         submit(llm, prompt, params(policy=policy, temperature=0.5, seed=1, ignore_eos=True))
     submit(llm, prompts[-1], params(task="waits", policy="osdt", statistic="q1", num_calibration_requests=1))
-    assert not any(waits for _, _, waits in watch_steps(llm))
+    for step, (to_device, _, waits) in enumerate(watch_steps(llm)):
+        assert not waits
+        assert step == 0 or num_copies(to_device) <= MAX_COPIES_PER_STEP, to_device
 
 
 def test_no_kernel_is_compiled_by_a_request(started, llm, problems):
