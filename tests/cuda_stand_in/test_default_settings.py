@@ -11,7 +11,7 @@ from tests.e2e.engine import assert_idle, drive, generate, scheduler, submit, to
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.mini import model_path
 
-# Copies to the device of a step that takes in no request, whatever its policies. vLLM's own are not counted: page tables
+# Copies to the device of a step that takes in no request, whatever its policies, without vLLM's own: of page tables
 # that grow, which it reads from mapped memory.
 MAX_COPIES_PER_STEP = 1
 PAGE_TABLES = "gpu/buffer_utils.py"
