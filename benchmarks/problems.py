@@ -1,9 +1,11 @@
 """What the benchmarks decode: models with tasks whose answers code can check.
 
 A bundled model or a rung of the ladder (``make ladder``) has the bundled tasks. ``weak`` is the small LLaDA of
-``tests/golden/llada_tasks``, of another vocabulary and nearly always wrong, which no default of ours was chosen on.
+``tests/golden/llada_tasks``, of another vocabulary and nearly always wrong, which no default of ours was chosen on. Run
+as a program, this writes that model and its prompts into ``build/weak-llada``, for ``vllm-osdt tune``.
 """
 
+import functools
 import importlib
 import json
 import random
@@ -197,3 +199,29 @@ def weak_draw(task: str) -> Draw:
         return [WEAK_TASKS[task](chance) for _ in range(count)]
 
     return draw
+
+
+NUM_FOR_TUNE = 800
+
+
+@functools.cache
+def weak_problems() -> dict[str, Problem]:
+    """Problems of the weak model by prompt."""
+    return {problem.prompt: problem for task in WEAK_TASKS for problem in weak_draw(task)(NUM_FOR_TUNE, 0)}
+
+
+def check_weak(prompt: str, text: str) -> bool:
+    """The checker of ``vllm-osdt tune`` for what :func:`write_weak_prompts` has written."""
+    return weak_problems()[prompt].is_right(text)
+
+
+def write_weak_prompts(folder: Path) -> None:
+    """The weak model's problems as files of prompts, a task each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in WEAK_TASKS:
+        prompts = [problem.prompt for problem in weak_draw(task)(NUM_FOR_TUNE, 0)]
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+if __name__ == "__main__":
+    write_weak_prompts(make_weak_model())
