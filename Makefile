@@ -1,11 +1,13 @@
 # make demo and make test work on a fresh machine with Python 3.11 and a C compiler; the rest is for development.
 .DEFAULT_GOAL := help
-.PHONY: help demo ladder test test-all test-engine check install lint types docs bench fast-dllm-env check-host clean
+.PHONY: help demo ladder test test-all test-engine test-cuda check install lint types docs bench gpu-check
+.PHONY: fast-dllm-env cuda-env check-host clean
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+CUDA_PIP := .venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check
 # A GPU that answers gets a vLLM release; anything else the CPU build.
 FLAVOUR := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 INSTALLED := $(VENV)/.installed-$(FLAVOUR)
@@ -32,6 +34,9 @@ test-all: test ## as test, with every case of the kernels in Triton's interprete
 test-engine: $(INSTALLED) ## the tests that start an engine, or one share of them (SHARD=1/3)
 	@$(RUN_TESTS) engine $(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
 
+test-cuda: .venv-cuda/.installed ## the GPU worker on a stand-in for CUDA, without a GPU; in .venv-cuda
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
+
 check: $(INSTALLED) ## lint, types and the tests that start no engine
 	@$(RUN_TESTS) unit --beside "$(LINT)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
 
@@ -55,10 +60,15 @@ bench: $(INSTALLED) ## run every benchmarks/bench_*.py, or one (BENCH=name)
 		echo "== $$script"; PYTHONPATH=. $(PY) "$$script" || exit 1; \
 	done
 
+gpu-check: $(INSTALLED) ## what only a GPU shows, in stages (ARGS="--only kernels --budget 300")
+	$(PY) tools/gpu_check.py $(ARGS)
+
+cuda-env: .venv-cuda/.installed ## the environment of make test-cuda, .venv-cuda (7 GB)
+
 fast-dllm-env: .venv-fast-dllm/.installed ## the baseline's own environment, .venv-fast-dllm
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-docs .venv-fast-dllm build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-fast-dllm .venv-cuda build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -85,4 +95,14 @@ $(VENV)/.installed-cuda: requirements/cuda.txt requirements/dev.txt pyproject.to
 .venv-fast-dllm/.installed: requirements/fast-dllm.txt
 	$(PYTHON) -m venv .venv-fast-dllm
 	.venv-fast-dllm/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# The CPU set, then torch for CUDA with its own Triton in place of that set's, then vLLM without its dependencies.
+.venv-cuda/.installed: requirements/cpu.txt requirements/dev.txt requirements/cuda-stand-in.txt \
+		requirements/cuda-stand-in-vllm.txt tests/cuda_stand_in/libcuda.c pyproject.toml
+	$(PYTHON) -m venv .venv-cuda
+	$(CUDA_PIP) -r requirements/cpu.txt -r requirements/dev.txt
+	$(CUDA_PIP) -r requirements/cuda-stand-in.txt
+	$(CUDA_PIP) --no-deps -r requirements/cuda-stand-in-vllm.txt --editable .
+	$(CC) -shared -fPIC -Wl,-soname,libcuda.so.1 -o .venv-cuda/libcuda.so.1 tests/cuda_stand_in/libcuda.c
 	touch $@

@@ -34,6 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DURATIONS = Path("tests/durations.json")
 KINDS = ("unit", "engine")
+# Tests of an environment of their own: make test-cuda.
+APART = "tests/cuda_stand_in/"
 # Modules whose engines all live to the end of the process (the fixture start_llm), with models of experts first: vLLM
 # makes the process groups of experts with a process's first engine.
 TOGETHER: tuple[tuple[str, ...], ...] = (
@@ -126,6 +128,8 @@ def find_modules(root: Path = ROOT) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for path in sorted((root / "tests").rglob("test_*.py")):
         source, name = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
+        if name.startswith(APART):
+            continue
         is_all = WHOLE_MODULE.search(source) is not None
         if is_all or SOME_TESTS.search(source):
             found["engine"].append(name)

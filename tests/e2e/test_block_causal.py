@@ -7,6 +7,7 @@ import pytest
 
 import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.families import sdar_params
 from tests.e2e.jobs import (
     MIN_MARGIN,
     above,
@@ -57,21 +58,12 @@ def golden_llm(golden_sdar, start_llm):
     return start_llm(golden_sdar.folder, **ENGINE)
 
 
-def recorded(case):
-    """A step of the authors' dynamic rule takes at least what one of their static rule does."""
-    options = {"block_length": case["block_length"], "steps_per_block": case["denoising_steps"]}
-    rule = {"policy": "fixed_steps"}
-    if case["threshold"] is not None:
-        rule = {"policy": "static_threshold", "threshold": case["threshold"]}
-    return sampling(case["gen_length"], stop_token_ids=[2], **options, **rule)
-
-
 def test_one_batch_takes_the_recorded_decisions(golden_sdar, golden_llm):
-    assert_takes_recorded_decisions(golden_llm, golden_sdar.cases, recorded)
+    assert_takes_recorded_decisions(golden_llm, golden_sdar.cases, sdar_params)
 
 
 def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_sdar, golden_llm):
-    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_sdar.cases, recorded)
+    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_sdar.cases, sdar_params)
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):

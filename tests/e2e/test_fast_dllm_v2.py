@@ -7,6 +7,7 @@ import pytest
 
 import vllm_osdt
 from tests.e2e.engine import generate, nfe, sampling, scheduler, tokens
+from tests.e2e.families import FAMILIES, fast_dllm_v2_params
 from tests.e2e.jobs import (
     MIN_MARGIN,
     above,
@@ -52,7 +53,7 @@ def llm(checkpoint, start_llm):
 
 @pytest.fixture(scope="module")
 def golden_llm(golden_fast_dllm_v2, start_llm):
-    return start_llm(golden_fast_dllm_v2.folder, **ENGINE, hf_overrides={"mask_token_id": 255})
+    return start_llm(golden_fast_dllm_v2.folder, **ENGINE, **FAMILIES["fast_dllm_v2_random"].settings)
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +63,12 @@ def jobs(network):
     return found
 
 
-def recorded(case):
-    names = ("threshold", "block_length", "sub_block_length", "sub_block_cache")
-    options = {name: case[name] for name in names}
-    return sampling(len(case["output_token_ids"]), stop_token_ids=[254], policy="static_threshold", **options)
-
-
 def test_one_batch_takes_the_recorded_decisions(golden_fast_dllm_v2, golden_llm):
-    assert_takes_recorded_decisions(golden_llm, golden_fast_dllm_v2.cases, recorded)
+    assert_takes_recorded_decisions(golden_llm, golden_fast_dllm_v2.cases, fast_dllm_v2_params)
 
 
 def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_fast_dllm_v2, golden_llm):
-    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_fast_dllm_v2.cases, recorded)
+    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_fast_dllm_v2.cases, fast_dllm_v2_params)
 
 
 def test_one_batch_decodes_as_a_plain_loop_does_in_as_many_forwards(llm, jobs):

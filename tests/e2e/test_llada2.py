@@ -7,6 +7,7 @@ import pytest
 
 import vllm_osdt
 from tests.e2e.engine import generate, nfe, sampling, tokens
+from tests.e2e.families import FAMILIES, llada2_params
 from tests.e2e.jobs import (
     MIN_MARGIN,
     RULES,
@@ -71,21 +72,15 @@ def test_the_plain_network_and_loop_take_the_recorded_decisions(golden_llada2):
 
 @pytest.fixture(scope="module")
 def golden_llm(golden_llada2, start_llm):
-    return start_llm(golden_llada2.folder, **ENGINE, hf_overrides={"mask_token_id": 255, "eos_token_id": 2})
-
-
-def recorded(case):
-    edit = {} if case["editing_threshold"] is None else {"edit_threshold": case["editing_threshold"]}
-    options = {"policy": "static_threshold", "threshold": case["threshold"], "block_length": case["block_length"]}
-    return sampling(case["gen_length"], stop_token_ids=[2], **options, **edit)
+    return start_llm(golden_llada2.folder, **ENGINE, **FAMILIES["llada2_random"].settings)
 
 
 def test_one_batch_takes_the_recorded_decisions(golden_llada2, golden_llm):
-    assert_takes_recorded_decisions(golden_llm, golden_llada2.cases, recorded)
+    assert_takes_recorded_decisions(golden_llm, golden_llada2.cases, llada2_params)
 
 
 def test_one_by_one_and_in_another_order_takes_the_recorded_decisions(golden_llada2, golden_llm):
-    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_llada2.cases, recorded)
+    assert_takes_recorded_decisions_in_any_order(golden_llm, golden_llada2.cases, llada2_params)
 
 
 @pytest.fixture(scope="module")
