@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ WINDOW, MAX_GAP, MIN_COSINE = 32, 0.03, 0.95
 NUM_CALIBRATIONS = 32
 MEANS = np.array([0.55, 0.7, 0.8])  # at block entry of three blocks
 SPREAD = 0.1  # of a request around them
+IDS = count()
 
 
 def entries(rng, number, shift=0.0, means=MEANS):
@@ -40,7 +42,11 @@ def make_guard(**changes):
 
 def drifts(guard, profile, seen):
     """(request, drift) of every request after which there is one."""
-    found = [(index, guard.observe(profile, entry)) for index, entry in enumerate(seen)]
+    found = []
+    for index, entry in enumerate(seen):
+        req_id = f"{next(IDS)}"
+        guard.begin(profile, req_id)
+        found.append((index, guard.end(profile, req_id, entry)))
     return [(index, drift) for index, drift in found if drift is not None]
 
 
@@ -107,6 +113,41 @@ def test_nothing_is_said_before_the_window_is_full(window):
     assert [index for index, _ in drifts(guard, flat(0.9), np.full((3 * window, 1), 0.1))] == [window - 1]
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("at_once", [16, 64, 500])
+def test_requests_of_which_the_surest_end_first_are_no_drift(seed, at_once):
+    rng = np.random.default_rng(seed)
+    guard, profile, seen = make_guard(), profile_of(entries(rng, 64)), entries(rng, 500)
+    running, told = [], []
+    for index in range(500):
+        guard.begin(profile, f"{index}")
+        running.append(index)
+        if len(running) == at_once:
+            surest = max(running, key=lambda one: seen[one, 0])
+            running.remove(surest)
+            told.append(guard.end(profile, f"{surest}", seen[surest]))
+    told += [guard.end(profile, f"{index}", seen[index]) for index in sorted(running, key=lambda one: -seen[one, 0])]
+    assert told == [None] * 500
+
+
+def test_a_request_that_fails_is_left_out_and_nobody_waits_for_it():
+    guard, profile, low = make_guard(window=8), flat(0.9), np.full(1, 0.1)
+    for index in range(8):
+        guard.begin(profile, f"{index}")
+    assert [guard.end(profile, f"{index}", None if index % 2 else low) for index in range(7)] == [None] * 7
+    drift = guard.end(profile, "7", None)
+    assert drift.num_requests == 4
+    assert guard.end(profile, "7", low) is None and guard.end(profile, "unknown", low) is None
+
+
+def test_a_cohort_of_failures_says_nothing():
+    guard, profile = make_guard(window=8), flat(0.9)
+    for index in range(8):
+        guard.begin(profile, f"{index}")
+    assert [guard.end(profile, f"{index}", None) for index in range(8)] == [None] * 8
+    assert len(drifts(guard, profile, np.full((8, 1), 0.1))) == 1
+
+
 def test_windows_do_not_overlap():
     """One bad request in each of several windows never adds up."""
     profile, guard = flat(0.5, num_requests=NUM_CALIBRATIONS), make_guard(window=8)
@@ -147,9 +188,9 @@ def test_profiles_are_told_apart_and_only_so_many_are_watched():
     low = np.full((7, 1), 0.1)
     for profile in profiles:
         assert drifts(guard, profile, low) == []  # one request short each
-    assert len(guard._windows) == 3
+    assert len(guard._cohorts) == 3
     assert [len(drifts(guard, profile, low[:1])) for profile in profiles[3:]] == [1, 1, 1]
-    assert drifts(guard, profiles[0], low) == [] and len(guard._windows) == 3  # forgotten, and counted anew
+    assert drifts(guard, profiles[0], low) == [] and len(guard._cohorts) == 3  # forgotten, and counted anew
     assert len(drifts(guard, profiles[0], low[:1])) == 1
 
 

@@ -81,6 +81,27 @@ def test_a_profile_is_published_after_the_last_delivery_whatever_the_order(order
     assert registry.num_calibrating == 0 and registry.counts == Counter(made=1)
 
 
+def test_early_thresholds_are_of_requests_that_began_before_all_that_still_run():
+    registry = ProfileRegistry()
+    recordings = {req_id: one_recording(KEY.block_length, seed=index) for index, req_id in enumerate("abcd")}
+    for req_id in "abcd":
+        registry.claim(KEY, req_id, 8)
+    known = []
+    for req_id in "cbad":  # the surest end first
+        registry.deliver(KEY, req_id, recordings[req_id], 8)
+        early = registry.early(KEY)
+        known.append(0 if early is None else early.num_requests)
+    assert known == [0, 0, 3, 4]
+    in_order = CalibrationProfile(KEY, stack([recordings[req_id] for req_id in "abcd"]))
+    assert registry.early(KEY).profile_id == in_order.profile_id
+    registry.claim(KEY, "e", 8)
+    registry.claim(KEY, "f", 8)
+    registry.deliver(KEY, "f", recordings["a"], 8)
+    assert registry.early(KEY).num_requests == 4
+    registry.release(KEY, "e")
+    assert registry.early(KEY).num_requests == 5
+
+
 def test_a_released_place_is_taken_by_the_next_request():
     registry = ProfileRegistry()
     assert [registry.claim(KEY, req_id, 2) for req_id in "abc"] == [True, True, False]

