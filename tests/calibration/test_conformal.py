@@ -13,7 +13,7 @@ from tests.calibration.records import KEY, NAN, recorded
 from tests.calibration.test_calibration import as_lists, records
 from tests.reference import decode as reference
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, stack
-from vllm_osdt.calibration.thresholds import Fallback, calibrate, conformal, num_requests_needed
+from vllm_osdt.calibration.thresholds import GROUP_LENGTH, Fallback, calibrate, conformal, num_requests_needed
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES
@@ -30,7 +30,7 @@ def test_thresholds_equal_a_calculation_by_hand(data, risk, mode):
     recordings = data.draw(st.lists(records(length=length), min_size=1, max_size=12))
     profile = CalibrationProfile(KEY, stack(recordings))
     got = profile.thresholds(Setting(mode, "conformal", risk=float(risk))).values
-    expected = reference.conformal([as_lists(record, "wrong") for record in recordings], mode, risk)
+    expected = reference.conformal([as_lists(record, "wrong") for record in recordings], mode, risk, length)
     assert got.shape == (len(expected), profile.record.confidence.shape[2])
     for row, by_hand in zip(got.tolist(), expected, strict=True):
         plain = [NAN if value is None else value for value in by_hand]
@@ -60,12 +60,24 @@ def test_a_request_without_a_wrong_proposal_has_the_lowest_score():
 
 def test_requests_that_did_not_reach_a_block_do_not_count_for_it():
     """Two of four reach the second block: enough for a risk of a half, not for a quarter."""
-    confidence = np.full((4, 2, 1, 1), 0.5, dtype=np.float32)
+    confidence = np.full((4, 2, 1, GROUP_LENGTH), 0.5, dtype=np.float32)
     confidence[2:, 1] = NAN
     for risk, has_value in ((0.5, True), (0.25, False)):
         table = calibrate(confidence, np.ones(confidence.shape, bool), "block", "conformal", risk)
         assert table.values[0, 0] == 0.5 and math.isnan(table.values[1, 0]) != has_value
         assert table.fallback[:, 0].tolist() == [Fallback.NONE, Fallback.NONE if has_value else Fallback.CELL]
+
+
+@pytest.mark.parametrize(("length", "shared"), [(8, 4), (20, 1), (32, 1), (128, 1)])
+def test_short_blocks_share_the_highest_score_of_their_group(length, shared):
+    confidence = np.full((1, 8, 1, length), 0.1, dtype=np.float32)
+    confidence[0, 2] = 0.7
+    confidence[0, 5] = 0.4
+    table = calibrate(confidence, np.ones(confidence.shape, bool), "block", "conformal", 0.5)
+    expected = [[0.7] * 4 + [0.4] * 4, [0.1, 0.1, 0.7, 0.1, 0.1, 0.4, 0.1, 0.1]][shared == 1]
+    assert table.values[:, 0] == pytest.approx(expected)
+    paper = calibrate(confidence, None, "block", "q1").values[:, 0]  # the paper's statistics are of one block
+    assert paper == pytest.approx([0.1, 0.1, 0.7, 0.1, 0.1, 0.4, 0.1, 0.1])
 
 
 def test_a_step_that_too_few_requests_took_has_its_blocks_threshold():

@@ -307,7 +307,7 @@ def calibrate_together(
 
 
 def conformal(
-    records: list[list[list[list[tuple[float, bool]]]]], mode: str, risk: Fraction
+    records: list[list[list[list[tuple[float, bool]]]]], mode: str, risk: Fraction, block_length: int
 ) -> list[list[float | None]]:
     """Thresholds of split conformal prediction, None where there are too few decodings.
 
@@ -316,15 +316,21 @@ def conformal(
             every masked position.
         mode: ``block`` or ``step_block``.
         risk: The share of decodings that may see a wrong proposal pass.
+        block_length: Positions of a block. As many blocks as fit 32 share what they have recorded.
     """
     table = []
     for block in range(max(map(len, records))):
-        reached = [record[block] for record in records if len(record) > block]
-        whole = _rank([[sample for step in steps for sample in step] for steps in reached], risk)
+        together = max(1, 32 // block_length)
+        blocks = range(block - block % together, block - block % together + together)
+        groups = [[record[index] for index in blocks if index < len(record)] for record in records]
+        whole = _rank([[sample for steps in group for step in steps for sample in step] for group in groups], risk)
         row = [whole]
         if mode == "step_block":
-            num_steps = max(map(len, reached))
-            own = [_rank([steps[step] for steps in reached if len(steps) > step], risk) for step in range(num_steps)]
+            num_steps = max(len(record[block]) for record in records if len(record) > block)
+            own = [
+                _rank([[one for steps in group if len(steps) > step for one in steps[step]] for group in groups], risk)
+                for step in range(num_steps)
+            ]
             row = [whole if value is None else value for value in own]
         table.append(row)
     return table

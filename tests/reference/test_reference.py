@@ -62,8 +62,8 @@ def test_reference_conformal_thresholds_on_a_hand_made_record():
         [[[(1.0, False)]]],
     ]
     quarter, half, tenth = Fraction(1, 4), Fraction(1, 2), Fraction(1, 10)
-    assert conformal(records, "block", quarter) == [[0.6]]  # the third of three: 3 / 4
-    assert conformal(records, "block", half) == [[0.4]]  # 2 / 4
-    assert conformal(records, "block", tenth) == [[None]]
-    assert conformal(records, "step_block", half) == [[0.3, 0.5]]  # of 0, 0.3, 0.6 and of 0.4, 0.5: 2 / 4, 2 / 3
-    assert conformal(records, "step_block", quarter) == [[0.6, 0.6]]  # two are too few in the second step
+    assert conformal(records, "block", quarter, 32) == [[0.6]]  # the third of three: 3 / 4
+    assert conformal(records, "block", half, 32) == [[0.4]]  # 2 / 4
+    assert conformal(records, "block", tenth, 32) == [[None]]
+    assert conformal(records, "step_block", half, 32) == [[0.3, 0.5]]  # of 0, 0.3, 0.6 and of 0.4, 0.5: 2 / 4, 2 / 3
+    assert conformal(records, "step_block", quarter, 32) == [[0.6, 0.6]]  # two are too few in the second step

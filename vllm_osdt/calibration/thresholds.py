@@ -9,7 +9,9 @@ Angelopoulos and Bates, arXiv 2107.07511, section 1). A request's score in a blo
 *wrong* proposal: a masked position whose best token is not the one that the calibration finally put there. With k
 requests that reached the block, T is the ceil((k + 1)(1 - risk))-th smallest score. The score of one more exchangeable
 request exceeds T with probability at most ``risk``, so at most that share of requests would see a wrong proposal pass
-in the block, judged along the calibration's own steps.
+in the block, judged along the calibration's own steps. Blocks shorter than ``GROUP_LENGTH`` positions share a
+threshold with their neighbors, and a score is that of all of them. The bound is then for each group: a canvas of many
+short blocks would have as many chances to fail.
 
 Also ours: thresholds while a task still calibrates (:func:`early`). Fewer requests than ``conformal`` needs promise
 nothing, so their highest score is shrunk towards the static threshold.
@@ -37,6 +39,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
     "min_whisker": min_whisker,
 }
 CONFORMAL = "conformal"
+GROUP_LENGTH = 32  # positions whose blocks share a conformal threshold
 DEFAULT_RISK = 0.02
 
 
@@ -132,14 +135,16 @@ def calibrate(
         recorded = ~np.isnan(seen)
         if not recorded.any():
             break
-        bad = None if wrong is None else wrong[:, block]
-        value = _threshold(seen, bad, statistic, risk, static)
+        group = _group(block, confidence) if statistic == CONFORMAL else slice(block, block + 1)
+        near, near_wrong = confidence[:, group].astype(np.float64), None if wrong is None else wrong[:, group]
+        value = _threshold(near, near_wrong, statistic, risk, static)
         row = np.full(num_steps, value, dtype=np.float32)
         kinds = np.full(num_steps, Fallback.CELL if math.isnan(value) else Fallback.NONE, dtype=np.int8)
         if granularity == "step_block":
             last = int(np.flatnonzero(recorded.any(axis=(0, 2)))[-1])
             for step in range(last + 1):
-                own = _threshold(seen[:, [step]], None if bad is None else bad[:, [step]], statistic, risk)
+                its_wrong = None if near_wrong is None else near_wrong[:, :, step]
+                own = _threshold(near[:, :, step], its_wrong, statistic, risk)
                 kinds[step] = Fallback.CELL if math.isnan(own) else Fallback.NONE
                 row[step] = value if math.isnan(own) else own
             row[last + 1 :], kinds[last + 1 :] = row[last], Fallback.STEP
@@ -150,15 +155,22 @@ def calibrate(
     return Thresholds(np.stack(values), np.stack(fallbacks))
 
 
+def _group(block: int, confidence: np.ndarray) -> slice:
+    """The blocks that share a conformal threshold with one."""
+    size = max(1, GROUP_LENGTH // confidence.shape[3])
+    first = block - block % size
+    return slice(first, first + size)
+
+
 def _threshold(
     confidence: np.ndarray, wrong: np.ndarray | None, statistic: str, risk: float, static: float | None = None
 ) -> float:
-    """The statistic of ``[requests, steps, positions]``; NaN where there are no samples, or too few requests."""
+    """The statistic of ``[requests, ...]``; NaN where there are no samples, or too few requests."""
     recorded = ~np.isnan(confidence)
     if statistic != CONFORMAL:
         samples = confidence[recorded]
         return STATISTICS[statistic](samples) if samples.size else math.nan
     assert wrong is not None
-    scores = np.where(wrong & recorded, confidence, 0.0).max(axis=(1, 2))
-    scores = scores[recorded.any(axis=(1, 2))]
+    inside = tuple(range(1, confidence.ndim))
+    scores = np.where(wrong & recorded, confidence, 0.0).max(axis=inside)[recorded.any(axis=inside)]
     return conformal(scores, risk) if static is None or not scores.size else early(scores, risk, static)
