@@ -277,23 +277,21 @@ class Calibrator:
         seen = self._agreement_guard.observe(profile.profile_id, is_same=is_same, allowed=subject.allowed)
         if seen is None:
             return
-        self.statistics.counts["drift", self.guard.action] += 1
-        logger.warning(
-            "Task %r no longer has the answers of the static threshold with its profile %s: %d of %d audited requests "
-            "have other tokens, where a share of %.3g may. %s",
-            profile.key.task,
-            profile.profile_id,
-            seen.num_changed,
-            seen.num_audits,
-            subject.allowed,
-            self._say_what_follows(),
+        self._alarm(
+            profile,
+            f"Task {profile.key.task!r} no longer has the answers of the static threshold with its profile "
+            f"{profile.profile_id}: {seen.num_changed} of {seen.num_audits} audited requests have other tokens, where "
+            f"a share of {subject.allowed:.3g} may.",
         )
+
+    def _alarm(self, profile: CalibrationProfile, words: str) -> None:
+        """Do what the operator wants done about a profile that no longer fits."""
+        assert self.guard is not None
+        self.statistics.counts["drift", self.guard.action] += 1
         if self.guard.action == "recalibrate":
             self.registry.mark_stale(profile)
-
-    def _say_what_follows(self) -> str:
-        assert self.guard is not None
-        return "It calibrates again." if self.guard.action == "recalibrate" else ""
+            words += " It calibrates again."
+        logger.warning("%s", words)
 
     def _watch(self, req_id: str, found: _Decoding, ended_well: bool) -> None:
         """Tell the guard what a request saw of the profile it used."""
@@ -303,19 +301,12 @@ class Calibrator:
         drift = self.guard.end(profile, req_id, seen)
         if drift is None:
             return
-        self.statistics.counts["drift", self.guard.action] += 1
-        logger.warning(
-            "Task %r no longer looks like its profile %s: over %d requests, confidence at block entry differs by "
-            "%.3f and has cosine %.3f with it. %s",
-            found.key.task,
-            profile.profile_id,
-            drift.num_requests,
-            drift.gap,
-            drift.cosine,
-            self._say_what_follows(),
+        self._alarm(
+            profile,
+            f"Task {profile.key.task!r} no longer looks like its profile {profile.profile_id}: over "
+            f"{drift.num_requests} requests, confidence at block entry differs by {drift.gap:.3f} and has cosine "
+            f"{drift.cosine:.3f} with it.",
         )
-        if self.guard.action == "recalibrate":
-            self.registry.mark_stale(profile)
 
     def profiles(self) -> list[dict[str, Any]]:
         """The profiles in memory as plain values, oldest first (see :func:`vllm_osdt.profiles`).
