@@ -51,6 +51,7 @@ class Auditor:
         self._waiting: deque[_Audit] = deque()
         self._running: dict[str, _Audit] = {}
         self._num_started = 0
+        self._num_offered = 0  # requests among which those that wait were drawn
 
     @property
     def num_waiting(self) -> int:
@@ -65,21 +66,30 @@ class Auditor:
     def consider(self, request: Request, spec: RequestSpec, subject: Subject) -> bool:
         """A request has ended; perhaps it is to be audited.
 
+        Where more are to be than may wait, those that wait are drawn from all (reservoir sampling): the first to end
+        are those that the model is sure of.
+
         Returns:
-            False where it was to be, but too many audits wait.
+            False where an audit was dropped, this one or one that waited.
         """
         params = request.sampling_params
         is_whole = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
         if params.temperature or not is_whole or self._chance.random() >= self._share:
             return True
-        if len(self._waiting) >= MAX_WAITING:
-            return False
-        self._waiting.append(_Audit(request, spec, subject))
-        return True
+        audit = _Audit(request, spec, subject)
+        self._num_offered += 1
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(audit)
+            return True
+        place = self._chance.randrange(self._num_offered)
+        if place < MAX_WAITING:
+            self._waiting[place] = audit
+        return False
 
     def start(self) -> Request:
         """The next audit as a request of lowest priority."""
         audit = self._waiting.popleft()
+        self._num_offered = len(self._waiting)
         request = audit.request
         self._num_started += 1
         req_id = f"osdt-audit-{self._num_started}-{request.request_id}"
