@@ -37,4 +37,4 @@ def edit(
     post_steps = num_post_steps[blocks.slots] + is_full
     num_post_steps[blocks.slots] = post_steps.to(num_post_steps.dtype)
     goes_on = edited.any(dim=-1) & (post_steps < MAX_POST_STEPS)
-    return edit_threshold.isfinite() & (~is_full | goes_on), masked.reshape(-1)[proposals.position]
+    return edit_threshold.isfinite() & (~is_full | goes_on), proposals.of_grid(masked)

@@ -55,7 +55,8 @@ class Proposals(NamedTuple):
     """What the model proposes at M positions: those whose logits were computed."""
 
     position: "torch.Tensor"
-    """[M] int64, ascending, each at most once: flat index into [num_blocks, block_length]."""
+    """[M] int64, ascending, each at most once: flat index into [num_blocks, block_length]. Behind them may be padding,
+    whose index is num_blocks * block_length."""
     token: "torch.Tensor"
     """[M] int64: the proposed token."""
     confidence: "torch.Tensor"
@@ -66,11 +67,16 @@ class Proposals(NamedTuple):
 
         [num_blocks, block_length] int64, 0 without logits, and fp32, ``NO_CONFIDENCE`` without logits.
         """
-        token = self.token.new_zeros((num_blocks, block_length))
-        confidence = self.confidence.new_full((num_blocks, block_length), NO_CONFIDENCE)
-        token.view(-1)[self.position] = self.token
-        confidence.view(-1)[self.position] = self.confidence
-        return token, confidence
+        size, shape = num_blocks * block_length, (num_blocks, block_length)
+        token = self.token.new_zeros(size + 1)  # the last: of padding
+        confidence = self.confidence.new_full((size + 1,), NO_CONFIDENCE)
+        token[self.position] = self.token
+        confidence[self.position] = self.confidence
+        return token[:-1].view(shape), confidence[:-1].view(shape)
+
+    def of_grid(self, grid: "torch.Tensor") -> "torch.Tensor":
+        """[M]: what a grid [num_blocks, block_length] holds at the proposals' positions; anything for padding."""
+        return grid.reshape(-1)[self.position.clamp(max=grid.numel() - 1)]
 
 
 class Rules(NamedTuple):

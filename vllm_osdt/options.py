@@ -232,6 +232,12 @@ class ServerOptions:
         "SDAR and LLaDA2: the forward that writes a finished block's keys and values is also the first denoising step "
         "of the next block. The tokens are the same either way.",
     )
+    run_ahead: bool = option(
+        True,
+        Flag,
+        "On a GPU: where a step's blocks are not expected to be finished by it, the next one is launched behind it, "
+        "before its outcome is known. The tokens are the same either way.",
+    )
 
 
 DECLARED: dict[str, Declaration] = declarations(CommonOptions) | {

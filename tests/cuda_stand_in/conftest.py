@@ -11,6 +11,21 @@ from tests.cuda_stand_in import cuda
 cuda.install()
 
 
+# Rows of the graphs that most tests capture: kernels of 1024 rows take the interpreter minutes.
+CAPTURE_SIZES = [8, 16, 32, 64, 96, 192]
+
+
+@pytest.fixture(scope="session")
+def start_llm(start_llm: Any) -> Any:
+    """As in other tests, with small graphs unless a test says otherwise."""
+
+    def start(model: Path, **arguments: Any) -> Any:
+        arguments.setdefault("compilation_config", {"cudagraph_capture_sizes": CAPTURE_SIZES})
+        return start_llm(model, **arguments)
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def cpu_tokens() -> dict[str, list[dict[str, Any]]]:
     """What the CPU engine gave, by bundled model: see ``record_cpu_tokens.py``."""

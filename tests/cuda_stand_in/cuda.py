@@ -41,7 +41,7 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.cuda_stand_in import kernels
+from tests.cuda_stand_in import graphs, kernels
 
 CARD = "NVIDIA H100 (stand-in)"
 CAPABILITY = (9, 0)
@@ -58,12 +58,14 @@ class Ledger:
         to_host: Copies from the device to the host, likewise.
         waits: What makes the host wait for the device, but for events, likewise.
         launches: Launches of Triton kernels by specialization: what Triton would compile apart.
+        allocations: New memory on the device, by line.
     """
 
     to_device: Counter[str] = field(default_factory=Counter)
     to_host: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     launches: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+    allocations: Counter[str] = field(default_factory=Counter)
 
     def clear(self) -> None:
         """Begin anew."""
@@ -158,6 +160,8 @@ class _Memory(TorchFunctionMode):
         if asks_cuda or inherits or is_pinned:
             for tensor in _tensors(result):
                 if place_of(tensor) is None:
+                    if not is_pinned:
+                        LEDGER.allocations[_caller(name)] += 1
                     _mark(tensor, PINNED if is_pinned else DEVICE)
         return result
 
@@ -210,6 +214,7 @@ class _Memory(TorchFunctionMode):
             return source
         copied = torch.Tensor.clone(source)
         if target.type == "cuda":
+            LEDGER.allocations[_caller("copy")] += 1
             _mark(copied, DEVICE)
         elif is_async:
             _mark(copied, PINNED)  # as torch does
@@ -232,7 +237,10 @@ class _Memory(TorchFunctionMode):
     def _getitem(self, func: Any, args: tuple, kwargs: dict[str, Any], any_on_device: bool) -> torch.Tensor:
         self._count_index(*args)
         result = func(*args, **kwargs)
-        return _mark(result, DEVICE) if any_on_device and place_of(result) is None else result
+        if any_on_device and place_of(result) is None:
+            LEDGER.allocations[_caller("index")] += 1
+            _mark(result, DEVICE)
+        return result
 
     def _count_index(self, target: torch.Tensor, index: Any) -> None:
         """An index of the host's is copied first; one of booleans is counted by the host."""
@@ -370,12 +378,14 @@ def _install_driver() -> None:
         get_device_capability=CAPABILITY, get_device_name=CARD, get_device_properties=properties,
         mem_get_info=(MEMORY_BYTES, MEMORY_BYTES), set_device=None, ipc_collect=None, current_stream=stream,
         default_stream=stream, set_stream=None, stream=contextlib.nullcontext(), device=contextlib.nullcontext(),
-        manual_seed=None, manual_seed_all=None, is_current_stream_capturing=False, _is_in_bad_fork=False,
+        manual_seed=None, manual_seed_all=None, _is_in_bad_fork=False, graph_pool_handle=(0, 1),
         can_device_access_peer=True, is_bf16_supported=True,
     )  # fmt: skip
     for name, function in answers.items():
         setattr(torch.cuda, name, function)
     torch.cuda.synchronize = _synchronize
+    torch.cuda.is_current_stream_capturing = graphs.is_capturing
+    torch.cuda.CUDAGraph, torch.cuda.graph = graphs.CUDAGraph, graphs.capture
     torch.cuda.memory.empty_cache = torch.cuda.empty_cache
     torch.Generator = _Generator
     torch.cuda.Stream = torch.Stream = _Stream
@@ -399,7 +409,7 @@ def _install_launches() -> None:
 
     def counted(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         LEDGER.launches[specialization(self, args, kwargs)] += 1
-        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        return graphs.launch(lambda: run(self, *args, grid=grid, warmup=warmup, **kwargs))
 
     InterpretedFunction.run = counted
 
@@ -459,7 +469,7 @@ def _install_operations() -> None:
     def registered(op_name: str, op_func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         @functools.wraps(op_func)
         def seen(*operands: Any, **options: Any) -> Any:
-            with _Memory():
+            with graphs.recorder(), _Memory():
                 return op_func(*operands, **options)
 
         register(op_name, seen, *args, **kwargs)

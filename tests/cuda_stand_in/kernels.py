@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tests.cuda_stand_in import graphs
+
 
 def rms_norm(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> None:
     """Norm of the last dimension, computed in float32."""
@@ -86,6 +88,20 @@ def flash_attn_varlen_func(
     Queries are ``[num_tokens, num_heads, head_size]``, pages ``[num_pages, page, num_kv_heads, head_size]``.
     """
     assert not causal, "canvas models attend without a causal mask"
+    graphs.launch(lambda: _attend(q, k, v, out, cu_seqlens_q, seqused_k, block_table, softmax_scale))
+    return out
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+    softmax_scale: float,
+) -> None:
     with torch._C.DisableTorchFunction():
         starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
         for request, (start, end) in enumerate(itertools.pairwise(starts)):
@@ -97,7 +113,6 @@ def flash_attn_varlen_func(
                 rows[None], keys[None], values[None], scale=softmax_scale, enable_gqa=True
             )
             out[start:end] = seen[0].transpose(0, 1)
-    return out
 
 
 def grouped_topk(

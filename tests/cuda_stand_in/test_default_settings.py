@@ -35,7 +35,13 @@ def started(mini, start_llm):
     LEDGER.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CanvasSampler, "__call__", watched)
-        llm = start_llm(model_path(mini), dtype="auto", tokenizer=model_path(mini), kv_cache_memory_bytes=None)
+        llm = start_llm(
+            model_path(mini),
+            dtype="auto",
+            tokenizer=model_path(mini),
+            kv_cache_memory_bytes=None,
+            compilation_config={},
+        )
     return SimpleNamespace(llm=llm, launches=Counter(LEDGER.launches), profiled=profiled)
 
 
@@ -58,11 +64,15 @@ def params(**options):
     return vllm_osdt.sampling_params(**{"max_tokens": 32, "policy": "static_threshold", **options})
 
 
-def watch_steps(llm):
-    """Run the engine to its end. Returns copies to the device, copies to the host, and waits of each step."""
+def watch_steps(llm, note=lambda: None):
+    """Run the engine to its end. Returns copies to the device, copies to the host, and waits of each step.
+
+    ``note`` is called before the ledger begins anew, also before the first step.
+    """
     steps = []
 
     def on_step(step):
+        note()
         steps.append((LEDGER.to_device.copy(), LEDGER.to_host.copy(), LEDGER.waits.copy()))
         LEDGER.clear()
 

@@ -8,6 +8,7 @@ import pytest
 import vllm_osdt
 from tests.conftest import load_golden
 from tests.cuda_stand_in.cuda import LEDGER
+from tests.cuda_stand_in.test_graphs import count_replays
 from tests.e2e.engine import generate, tokens
 from tests.e2e.families import FAMILIES
 from vllm_osdt.mini import model_path
@@ -26,9 +27,11 @@ def test_the_recorded_decisions_are_taken(name, start_llm):
     assert len(cases) > 1
     llm = start_llm(golden.folder, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=256, **family.settings)
     prompts, params = [case["prompt_token_ids"] for case in cases], [family.params_of(case) for case in cases]
+    replayed = count_replays(llm)
     LEDGER.clear()
     assert tokens(generate(llm, prompts, params)) == [case["output_token_ids"] for case in cases]
     assert not LEDGER.waits
+    assert replayed
 
 
 def test_a_bundled_model_in_float32_decodes_as_on_a_cpu(mini, start_llm, cpu_tokens):

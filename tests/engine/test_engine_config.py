@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_osdt.calibration.fingerprint import model_fingerprint
 from vllm_osdt.calibration.store import open_store
+from vllm_osdt.engine import engine_config
+from vllm_osdt.errors import OSDTError
 from vllm_osdt.options import default_decoding_options, server_options
 
 CONFIG = {
@@ -293,11 +296,26 @@ def test_what_an_operator_wishes_and_no_request_could_have_is_refused(checkpoint
     assert model.get_diff_sampling_param() == {"temperature": 0.6, "top_p": 1.0}
 
 
-@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
-def test_cuda_graphs_are_refused_for_block_causal_models(block_causal: str, mode: str) -> None:
-    assert configure(block_causal).compilation_config.cudagraph_mode.name == "NONE"
-    with pytest.raises(ValueError, match=f"cudagraph_mode is {mode}"):
-        configure(block_causal, compilation_config={"mode": 3, "cudagraph_mode": mode})
+def test_whole_steps_are_captured_for_both_kinds_of_attention_on_a_gpu(
+    checkpoint: str, block_causal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert configure(block_causal).compilation_config.cudagraph_mode.name == "NONE"  # on a CPU
+    config = configure(checkpoint)
+    monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
+    for asked, expected in ((None, "FULL"), ("FULL", "FULL"), ("NONE", "NONE")):
+        config.compilation_config.cudagraph_mode = asked and CUDAGraphMode[asked]
+        config.compilation_config.cudagraph_capture_sizes = None
+        engine_config._choose_graphs(config, 32)
+        assert config.compilation_config.cudagraph_mode.name == expected
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    with pytest.raises(OSDTError, match="cudagraph_mode is PIECEWISE"):
+        engine_config._choose_graphs(config, 32)
+
+
+def test_captured_sizes_are_whole_blocks_that_a_step_can_have() -> None:
+    assert engine_config.capture_sizes(32, 300) == [32, 64, 96, 128, 192, 256]
+    assert engine_config.capture_sizes(8, 64, [1, 20, 65]) == [8, 24]
+    assert engine_config.capture_sizes(32, 16) == []
 
 
 FAMILY_FIELDS = {

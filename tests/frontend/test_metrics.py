@@ -58,8 +58,9 @@ def request(req_id="a", histogram=(0, 2, 1), num_output_tokens=12):
 
 
 NAMES = {"requests": "requests_total", "calibrations": "calibrations_total", "fallbacks": "fallbacks_total",
-         "drift": "drift_events_total", "audits": "audits_total"}  # fmt: skip
-LABEL = {"requests": "kind", "calibrations": "outcome", "fallbacks": "kind", "drift": "action", "audits": "outcome"}
+         "drift": "drift_events_total", "audits": "audits_total", "run_ahead": "run_ahead_steps_total"}  # fmt: skip
+LABEL = {"requests": "kind", "calibrations": "outcome", "fallbacks": "kind", "drift": "action", "audits": "outcome",
+         "run_ahead": "outcome"}  # fmt: skip
 
 
 @pytest.mark.parametrize("metric", LABELS)

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,6 +37,9 @@ logger = init_logger("vllm.vllm_osdt.engine.engine_config")
 
 # Tokens of the smallest KV page that attention runs well with; small pages share more of two prompts.
 SMALLEST_PAGE = {"cpu": 32, "gpu": 16}
+# Numbers of rows for which CUDA graphs are captured, before they are rounded up to whole blocks. A step of an 8B model
+# with more rows takes longer than its launches.
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SCHEDULER_CLS = "vllm_osdt.engine.scheduler.CanvasScheduler"
 
 
@@ -112,14 +115,6 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
             "fused_commit is false, but this model's forward of a finished block gives the next block's first token "
             "and denoises nothing; leave it out."
         )
-    mode = vllm_config.compilation_config.cudagraph_mode
-    if mode not in (None, CUDAGraphMode.NONE):
-        raise OSDTError(
-            f"cudagraph_mode is {mode.name}, but a step of this model has as many queries as blocks, and with a "
-            "sub-block's cache fewer rows than were scheduled, which a captured graph cannot know; set "
-            '"cudagraph_mode": "NONE" in --compilation-config.'
-        )
-    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     _choose_attention(vllm_config.attention_config, cache.cache_dtype)
     changed = []
     if model.max_model_len < block_length:
@@ -187,6 +182,42 @@ def _choose_attention(attention: "AttentionConfig", cache_dtype: str) -> None:
         check_attention(attention.backend.name)
     elif current_platform.is_cuda() and cache_dtype not in UNQUANTIZED_CACHE:
         attention.backend = AttentionBackendEnum.TRITON_ATTN  # where FLASH_ATTN cannot, FLASHINFER would be next
+
+
+def capture_sizes(block_length: int, max_num_tokens: int, asked: Sequence[int] | None = None) -> list[int]:
+    """Numbers of rows for which graphs are captured: whole blocks, ascending.
+
+    Args:
+        block_length: Of the served blocks.
+        max_num_tokens: Rows of a step at most.
+        asked: The operator's sizes; None: ours.
+    """
+    sizes = CAPTURE_SIZES if asked is None else asked
+    rounded = {-(-size // block_length) * block_length for size in sizes}
+    return sorted(size for size in rounded if size <= max_num_tokens)
+
+
+def _choose_graphs(vllm_config: "VllmConfig", block_length: int) -> None:
+    """Whole steps as CUDA graphs on a GPU, unless the operator wants none.
+
+    Raises:
+        OSDTError: The operator asks for piecewise graphs alone.
+    """
+    compilation = vllm_config.compilation_config
+    if compilation.mode is None:
+        compilation.mode = CompilationMode.NONE
+    if compilation.cudagraph_mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE if current_platform.is_cpu() else CUDAGraphMode.FULL
+    if compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE:
+        raise OSDTError(
+            "cudagraph_mode is PIECEWISE, but these models capture whole steps; leave it out, or set FULL or NONE."
+        )
+    if not compilation.cudagraph_mode.has_full_cudagraphs() or vllm_config.model_config.enforce_eager:
+        return
+    asked, most = compilation.cudagraph_capture_sizes, vllm_config.scheduler_config.max_num_batched_tokens
+    compilation.cudagraph_capture_sizes = capture_sizes(block_length, most, asked)
+    if not compilation.cudagraph_capture_sizes:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
 
 
 def _check_rope_range(model: "ModelConfig") -> None:
@@ -411,11 +442,7 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
             logger.info_once("vllm-osdt switches off what this model family cannot use: %s.", "; ".join(switched_off))
 
         vllm_config.attention_config.use_non_causal = True
-        compilation = vllm_config.compilation_config
-        if compilation.mode is None:
-            compilation.mode = CompilationMode.NONE
-        if compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode is None:
-            compilation.cudagraph_mode = CUDAGraphMode.NONE
+        _choose_graphs(vllm_config, defaults.block_length)
         # vLLM's own sends requests with grammars and log probabilities; ours is in ``worker.warmup``.
         vllm_config.kernel_config.enable_jit_warmup = False
         if current_platform.is_cpu():

@@ -280,6 +280,7 @@ class CanvasScheduler(Scheduler):
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
+            self._count_run_ahead(report)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
         self._count_commits(scheduler_output, requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -292,6 +293,14 @@ class CanvasScheduler(Scheduler):
                     output.spec_decode_metrics = request.spec_decode_metrics
                     output.kv_transfer_params = {KEY: describe(request, request.canvas_about)}
         return outputs
+
+    def _count_run_ahead(self, report: StepReport) -> None:
+        """Count second steps: those that found a mask are forwards of their requests like others."""
+        for req_id, is_used in report.ran_ahead.items():
+            self.calibrator.statistics.counts["run_ahead", "used" if is_used else "wasted"] += 1
+            request = self.requests.get(req_id)
+            if is_used and request is not None and request.spec_decode_metrics is not None:
+                request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
 
     def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
         """Count the forwards that write a finished block's keys and values and have no drafts, which vLLM counts."""

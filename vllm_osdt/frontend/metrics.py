@@ -68,6 +68,13 @@ METRICS = {
         "Audited requests: same or changed (the static threshold gives other tokens), dropped (too many waited).",
         "counter",
     ),
+    "run_ahead": Metric(
+        "run_ahead_steps_total",
+        "outcome",
+        "Steps of a request that were launched before the one before them was known: used, or wasted (it had finished "
+        "the block).",
+        "counter",
+    ),
     "forward_passes": Metric(
         "request_forward_passes",
         "policy",
@@ -96,6 +103,7 @@ LABELS = {
     "fallbacks": ("block", "step", "cell", "pin"),
     "drift": ("recalibrate", "warn"),
     "audits": ("same", "changed", "dropped"),
+    "run_ahead": ("used", "wasted"),
 }
 
 

@@ -1,15 +1,120 @@
-"""vLLM's GPU worker with the canvas runner."""
+"""vLLM's GPU worker with the canvas runner, whose steps run as CUDA graphs (``worker.graphs``)."""
 
+from typing import Any
+
+import numpy as np
 import torch
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.options import server_options
+from vllm_osdt.worker.graphs import CanvasGraphManager, Ends, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
+from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
 
 
 class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     """Canvas runner on the GPU."""
+
+    cudagraph_manager: CanvasGraphManager | None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self._runs_ahead = server_options(vllm_config).run_ahead
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, with graphs of whole steps."""
+        super().initialize_kv_cache(*args, **kwargs)
+        self.cudagraph_manager = CanvasGraphManager(
+            self.vllm_config,
+            self.device,
+            self.compilation_config.cudagraph_mode,
+            self.decode_query_len,
+            model_state=self.model_state,
+            sampler=self.sampler,
+        )
+
+    def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
+        """As vLLM does, right before it looks for a graph: whether the step may run as one."""
+        state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
+        if self.cudagraph_manager is not None:
+            self.cudagraph_manager.may_replay = state is not None and self._fits_a_graph(state)
+        return state, uniform_token_count
+
+    def _fits_a_graph(self, state: Any) -> bool:
+        """Whether a step's blocks are like those that graphs were captured for."""
+        manager = self.cudagraph_manager
+        if manager is None or not self.replays_graphs or self.lora_config is not None or self.dp_size > 1:
+            return False
+        length = self.model_state.canvas_states.host.block_length[state.idx_mapping_np]
+        if not ((length == self.decode_query_len) if manager.shapes.is_block_causal else length > 0).all():
+            return False
+        if length.max() > self.decode_query_len:
+            return False
+        rows = state.num_scheduled_tokens
+        if not manager.is_uniform:
+            return True
+        of_blocks = rows % self.decode_query_len if manager.shapes.is_block_causal else rows - self.decode_query_len
+        return not of_blocks.any()
+
+    def _put_into_graph(
+        self, size: BatchExecutionDescriptor, denoise: DenoisePlan, arrays: dict[str, np.ndarray]
+    ) -> tuple[StepDescriptor, dict[str, torch.Tensor], Queries]:
+        """The graph of a step, its arrays on the device, and its queries."""
+        manager, ends = self.cudagraph_manager, Ends.DECIDED
+        assert manager is not None
+        if denoise.policies:
+            ends = Ends.PROPOSED
+        elif "edit_threshold" in arrays:
+            ends = Ends.EDITED
+        graph = manager.choose(size, arrays["position"].size, ends)
+        sent = manager.fill(graph, arrays)
+        return graph, sent, manager.queries(graph, sent)
+
+    def sample(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """As vLLM does; a graph has sampled already."""
+        graph: StepDescriptor | None = getattr(input_batch, "graph", None)
+        if graph is None:
+            return super().sample(hidden_states, input_batch, grammar_output)
+        assert self.cudagraph_manager is not None
+        if graph.ends == Ends.PROPOSED:
+            proposals = self.cudagraph_manager.proposals[graph]
+            decision = self.sampler.decide(input_batch.denoise, proposals, keeps_masks=True)
+            ran_ahead = None
+        else:
+            decision = self.cudagraph_manager.decisions[graph]
+            ran_ahead = self._run_ahead(input_batch, graph)
+        output = self.sampler.finish(input_batch, decision, ran_ahead)
+        return output, output.num_sampled, output.num_rejected
+
+    def _run_ahead(self, input_batch: CanvasInputBatch, graph: StepDescriptor) -> torch.Tensor | None:
+        """Launch the next step of the same rows behind this one, if most of its blocks should not be finished by it.
+
+        Nothing of it depends on this step's outcome but what is on the device: the masks. Logits are read where this
+        step had masks; a block that this step has finished has none left, and nothing happens to it.
+
+        Returns:
+            bool ``[R]``, whether it found a mask; None if it was not launched.
+        """
+        states, rows, manager = self.model_state.canvas_states, input_batch.rows, self.cudagraph_manager
+        assert rows is not None and manager is not None
+        if not self._runs_ahead or graph.ends != Ends.DECIDED or not states.goes_on(rows.slots, rows.num_active):
+            return None
+        states.host.step[rows.slots] += 1
+        *_, arrays = self._plan(rows, self.decode_query_len)
+        manager.fill(graph, arrays)
+        manager.replay()
+        before = manager.decisions[graph].before
+        assert before is not None
+        return before[: rows.slots.size].any(dim=1)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         """What vLLM measures before it gives the rest of the memory to KV pages.

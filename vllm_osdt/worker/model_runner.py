@@ -1,11 +1,13 @@
 """The thin runner: vLLM's Model Runner V2 with inputs that come from canvas tables."""
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import LoRAConfig, VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -19,7 +21,12 @@ from vllm_osdt.messages import CANVAS_STEP, CanvasStep
 from vllm_osdt.worker.model_state import CanvasModelState
 from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.step_plan import (
+    BlockQueries,
     CanvasInputBatch,
+    DenoisePlan,
+    Queries,
+    StepPlan,
+    StepRows,
     denoise_batch,
     plan_denoise,
     plan_step,
@@ -43,9 +50,11 @@ class CanvasRunnerMixin:
     lora_config: LoRAConfig | None
     device: torch.device
     max_num_reqs: int
+    decode_query_len: int
     sampler: CanvasSampler
     attn_groups: list[list[AttentionGroup]]
     kv_cache_config: KVCacheConfig
+    replays_graphs = True
     _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
@@ -100,50 +109,41 @@ class CanvasRunnerMixin:
         if first_position:
             decides_first[:] = [req_id in first_position for req_id in batch_req_state.req_ids]
         rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, decides_first)
-        plan = plan_step(states, rows)
+        runs_as_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
+        plan, denoise, pieces, arrays = self._plan(rows, self.decode_query_len if runs_as_graph else None)
+        arrays |= states.arrays_of_entered_blocks()
         num_tokens = int(rows.num_rows.sum())
-
-        denoise = plan_denoise(states, slots, plan, decides_first)
-        block_queries = split_queries_by_block(states, rows) if states.is_block_causal else None
-        query_start_loc_np = np.full(self.max_num_reqs + 1, num_tokens, dtype=np.int32)
-        query_start_loc_np[: num_reqs + 1] = plan.query_start_loc
-        sent = send(
-            {
-                "positions": plan.positions,
-                "source": plan.source,
-                "query_start_loc": query_start_loc_np,
-                "seq_lens": plan.seq_lens,
+        graph = None
+        if runs_as_graph:
+            graph, sent, queries = self._put_into_graph(batch_desc, denoise, arrays)
+        else:
+            if not plan.logit_rows.size:
                 # Some kernels, and a gather over ranks, fail on no row at all; the sampler leaves a row too many out.
-                "logit_rows": plan.logit_rows if plan.logit_rows.size else np.zeros(1, dtype=np.int64),
-                "logit_slots": plan.logit_slots,
-                "cu_num_logits": plan.cu_num_logits,
-                **denoise.arrays,
-                **({} if block_queries is None else block_queries.arrays()),
-                **states.arrays_of_entered_blocks(),
-            },
-            self.device,
-        )
+                arrays["logit_rows"] = np.zeros(1, dtype=np.int64)
+            sent = send(arrays, self.device)
+            queries = _queries(sent, plan, pieces)
+            torch.index_select(states.cells, 0, sent["source"], out=buffers.input_ids[:num_tokens])
         states.enter_blocks(sent)
-        buffers.positions[:num_tokens].copy_(sent["positions"])
-        torch.index_select(states.cells, 0, sent["source"], out=buffers.input_ids[:num_tokens])
-        buffers.query_start_loc.copy_(sent["query_start_loc"])
-        buffers.seq_lens[:num_reqs].copy_(sent["seq_lens"])
         logit_rows = sent["logit_rows"]
         # Adapters know rows by their place in the whole batch.
         is_narrowed = self.lora_config is None
         if not is_narrowed:
             self._num_logits = np.diff(plan.cu_num_logits)
             self._num_logits[0] += not plan.logit_rows.size
-        logits_indices = torch.arange(len(logit_rows), device=self.device) if is_narrowed else logit_rows
-        is_cut = num_tokens < batch_req_state.num_tokens
-        num_tokens_padded = num_tokens if is_cut else max(num_tokens, batch_desc.num_tokens)
-        buffers.is_padding[:num_tokens].fill_(False)  # a dummy step leaves it set; experts skip padding
-        buffers.is_padding[num_tokens:num_tokens_padded].fill_(True)
-        idx_mapping = sent["slots"]
+        logits_indices = logit_rows
+        if is_narrowed and graph is None:  # a graph has read them already
+            logits_indices = torch.arange(len(logit_rows), device=self.device)
+        num_tokens_padded, num_reqs_padded = sent["positions"].shape[0], sent["seq_lens"].shape[0]
+        if graph is None:
+            buffers.is_padding[:num_tokens].fill_(False)  # a dummy step leaves it set; experts skip padding
+            is_padding = buffers.is_padding[:num_tokens]
+        else:
+            is_padding = sent["is_padding"]
+        idx_mapping = sent["slots"][:num_reqs]
         return CanvasInputBatch(
             req_ids=batch_req_state.req_ids,
             num_reqs=num_reqs,
-            num_reqs_after_padding=num_reqs,
+            num_reqs_after_padding=num_reqs_padded,
             idx_mapping=idx_mapping,
             idx_mapping_np=batch_req_state.idx_mapping_np,
             expanded_idx_mapping=sent["logit_slots"],
@@ -153,9 +153,9 @@ class CanvasRunnerMixin:
             num_tokens_after_padding=num_tokens_padded,
             num_draft_tokens=int(num_drafts.sum()),
             num_draft_tokens_per_req=num_drafts,
-            query_start_loc=buffers.query_start_loc[: num_reqs + 1],
+            query_start_loc=sent["query_start_loc"],
             query_start_loc_np=plan.query_start_loc,
-            seq_lens=buffers.seq_lens[:num_reqs],
+            seq_lens=sent["seq_lens"],
             seq_lens_cpu_upper_bound=torch.from_numpy(plan.seq_lens),
             dcp_local_seq_lens=None,
             num_computed_tokens_np=num_computed,
@@ -165,8 +165,8 @@ class CanvasRunnerMixin:
             has_prefill=batch_req_state.has_prefill,
             decode_graph_eligible=batch_req_state.decode_graph_eligible,
             input_ids=buffers.input_ids[:num_tokens_padded],
-            positions=buffers.positions[:num_tokens_padded],
-            is_padding=buffers.is_padding[:num_tokens_padded],
+            positions=sent["positions"],
+            is_padding=is_padding,
             logits_indices=logits_indices,
             cu_num_logits=sent["cu_num_logits"],
             cu_num_logits_np=plan.cu_num_logits,
@@ -174,9 +174,42 @@ class CanvasRunnerMixin:
             prompt_lens=None,
             denoise=denoise_batch(states, denoise, sent),
             logit_rows=logit_rows if is_narrowed else None,
-            block_queries=block_queries,
-            block_tensors=None if block_queries is None else {name: sent[name] for name in block_queries.arrays()},
+            queries=queries,
+            graph=graph,
+            rows=rows,
         )
+
+    def _plan(
+        self, rows: StepRows, width: int | None
+    ) -> tuple[StepPlan, DenoisePlan, BlockQueries | None, dict[str, np.ndarray]]:
+        """Plan a step on the host: its layout, its denoising, the pieces of its blocks, and its arrays by name.
+
+        Args:
+            rows: What runs.
+            width: See ``plan_step``.
+        """
+        states = self.model_state.canvas_states
+        plan = plan_step(states, rows, width)
+        denoise = plan_denoise(states, rows.slots, plan, rows.decides_first)
+        pieces = split_queries_by_block(states, rows) if states.is_block_causal else None
+        arrays = {
+            "positions": plan.positions,
+            "source": plan.source,
+            "query_start_loc": plan.query_start_loc,
+            "seq_lens": plan.seq_lens,
+            "logit_rows": plan.logit_rows,
+            "logit_slots": plan.logit_slots,
+            "cu_num_logits": plan.cu_num_logits,
+            **denoise.arrays,
+            **({} if pieces is None else pieces.arrays()),
+        }
+        return plan, denoise, pieces, arrays
+
+    def _put_into_graph(
+        self, size: BatchExecutionDescriptor, denoise: DenoisePlan, arrays: dict[str, np.ndarray]
+    ) -> tuple[Any, dict[str, torch.Tensor], Queries]:
+        """The graph of a step, its arrays on the device, and its queries; only a GPU's runner has graphs."""
+        raise NotImplementedError
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""
@@ -192,8 +225,32 @@ class CanvasWorkerMixin:
         """Warm up as vLLM does, and the steps of a canvas."""
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         runner = self.model_runner
+        runner.replays_graphs = False  # capturing them has warmed up theirs
         warm_up(self.vllm_config, runner.kv_cache_config, self.execute_model, self.sample_tokens)  # type: ignore[attr-defined]
+        runner.replays_graphs = True
         return times
+
+
+def _queries(sent: Mapping[str, torch.Tensor], plan: StepPlan, pieces: BlockQueries | None) -> Queries:
+    """The queries of attention of a step that is no graph's: requests, or pieces of blocks.
+
+    Args:
+        sent: The step's arrays on the device.
+        plan, pieces: The same on the host.
+    """
+    if pieces is None:
+        start_loc, seq_lens, prefix = plan.query_start_loc, plan.seq_lens, ""
+    else:
+        start_loc, seq_lens, prefix = pieces.query_start_loc, pieces.seq_lens, "block_"
+    return Queries(
+        sent[prefix + "query_start_loc"],
+        sent[prefix + "seq_lens"],
+        sent.get("block_request"),
+        int(np.diff(start_loc).max()),
+        int(seq_lens.max()),
+        start_loc,
+        seq_lens,
+    )
 
 
 def _canvas_step(scheduler_output: SchedulerOutput) -> CanvasStep:

@@ -21,6 +21,7 @@ from vllm_osdt.models.traits import Traits
 from vllm_osdt.worker.recorder import StepRecorder
 from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.step_plan import Queries
 
 
 class CanvasModelState(ModelState):
@@ -41,6 +42,7 @@ class CanvasModelState(ModelState):
         row_length = self.model_config.max_model_len + MAX_BLOCK_LENGTH - 1
         self.canvas_states = CanvasStates(self.max_num_reqs, row_length, traits, device)
         self.recorder = StepRecorder(self.canvas_states)
+        self._piece_tables: dict[int, torch.Tensor] = {}  # by KV group, of steps that run as graphs
         self.assignments: dict[str, Assignment] = {}  # of the step that is being prepared, from the scheduler
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -82,29 +84,57 @@ class CanvasModelState(ModelState):
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
         """Metadata for attention over the whole canvas, or over the blocks so far (see the class)."""
-        blocks = getattr(input_batch, "block_queries", None)
-        if blocks is None:
-            query_start_loc, query_start_loc_np = input_batch.query_start_loc, input_batch.query_start_loc_np
-            seq_lens, seq_lens_cpu = input_batch.seq_lens, input_batch.seq_lens_cpu_upper_bound
-            num_queries, max_query_len = input_batch.num_reqs, input_batch.num_scheduled_tokens.max()
-            is_known = seq_lens_cpu is not None and not for_capture
-        else:
-            on_device = input_batch.block_tensors
-            query_start_loc_np, seq_lens_cpu = blocks.query_start_loc, torch.from_numpy(blocks.seq_lens)
-            query_start_loc, seq_lens = on_device["block_query_start_loc"], on_device["block_seq_lens"]
-            block_tables = tuple(table[on_device["block_request"]] for table in block_tables)
-            num_queries, max_query_len = blocks.request.size, np.diff(query_start_loc_np).max()
-            is_known = True
+        queries = getattr(input_batch, "queries", None) or _queries_of_requests(input_batch)
+        return self.metadata(
+            queries,
+            input_batch.num_tokens,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            for_capture=for_capture,
+        )
+
+    def metadata(
+        self,
+        queries: Queries,
+        num_tokens: int,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        *,
+        for_capture: bool,
+    ) -> dict[str, Any]:
+        """Attention's metadata by layer.
+
+        Args:
+            queries: Of the step.
+            num_tokens: Its rows.
+            block_tables: Pages of each request, by KV group.
+            slot_mappings: Where keys and values go.
+            attn_groups, kv_cache_config: vLLM's.
+            for_capture: A graph is captured with it.
+        """
+        num_queries = queries.seq_lens.shape[0]
+        if queries.request is not None:
+            block_tables = tuple(
+                self._tables_of_pieces(group, table, queries.request, keeps_address=queries.start_loc_np is None)
+                for group, table in enumerate(block_tables)
+            )
+        seq_lens_cpu = None if queries.seq_lens_np is None else torch.from_numpy(queries.seq_lens_np)
+        start_loc_np = queries.start_loc_np
+        if start_loc_np is None:  # nothing of ours reads it
+            start_loc_np = np.zeros(num_queries + 1, dtype=np.int32)
         return build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_queries,
-            num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=query_start_loc,
-            query_start_loc_cpu=torch.from_numpy(query_start_loc_np),
-            max_query_len=int(max_query_len),
-            seq_lens=seq_lens,
-            # Attention plans its work by it.
-            max_seq_len=int(seq_lens_cpu[:num_queries].max()) if is_known else self.max_model_len,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=queries.start_loc,
+            query_start_loc_cpu=torch.from_numpy(start_loc_np),
+            max_query_len=queries.max_query_len,
+            seq_lens=queries.seq_lens,
+            max_seq_len=self.max_model_len if queries.max_seq_len is None else queries.max_seq_len,
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,
@@ -112,3 +142,28 @@ class CanvasModelState(ModelState):
             for_cudagraph_capture=for_capture,
             causal=False,
         )
+
+    def _tables_of_pieces(
+        self, group: int, table: torch.Tensor, request: torch.Tensor, *, keeps_address: bool
+    ) -> torch.Tensor:
+        """The pages of each query's request, int32 ``[S, pages]``; at one address where a graph reads them."""
+        if not keeps_address:
+            return table[request]
+        found = self._piece_tables.get(group)
+        if found is None or found.shape[0] < request.shape[0]:  # graphs are captured from the largest down
+            found = self._piece_tables[group] = table.new_zeros(request.shape[0], table.shape[1])
+        return torch.index_select(table, 0, request, out=found[: request.shape[0]])
+
+
+def _queries_of_requests(input_batch: InputBatch) -> Queries:
+    """Of vLLM's own batches, where each request is one."""
+    seq_lens = input_batch.seq_lens_cpu_upper_bound
+    return Queries(
+        input_batch.query_start_loc,
+        input_batch.seq_lens[: input_batch.num_reqs],
+        None,
+        int(input_batch.num_scheduled_tokens.max()),
+        None if seq_lens is None else int(seq_lens[: input_batch.num_reqs].max()),
+        input_batch.query_start_loc_np,
+        None if seq_lens is None else seq_lens.numpy(),
+    )

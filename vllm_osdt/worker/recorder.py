@@ -14,6 +14,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from csrc_triton import Proposals
 from csrc_triton.cpu import compiled
+from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.messages import STEP_REPORT, RecordedStep, StepReport
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import DenoiseBatch
@@ -26,6 +27,19 @@ class _Seen(NamedTuple):
     batch: DenoiseBatch
     mean_confidence: torch.Tensor | None  # float32 [R]
     recorded: torch.Tensor | None  # int32 [5, C, W], see grids_to_record
+    ran_ahead: torch.Tensor | None  # bool [R], whether a second step found a mask; None without one
+
+
+class Decision(NamedTuple):
+    """What a step decided, on the device; R requests, W positions, M logit rows."""
+
+    proposals: Proposals
+    is_masked: torch.Tensor | None  # bool [M], which proposals are of masked positions; all when None
+    before: torch.Tensor | None  # bool [R, W], masks before the step, where they are kept
+    after: torch.Tensor | None  # bool [R, MAX_BLOCK_LENGTH], masks after it; None where the host has the tables
+    canvas: torch.Tensor  # int32 [R, W], tokens
+    confidence: torch.Tensor  # float32 [R, W], NO_CONFIDENCE without logits
+    num_ready: torch.Tensor  # int32 [R], tokens to emit
 
 
 class StepRecorder:
@@ -40,31 +54,30 @@ class StepRecorder:
         self,
         req_ids: list[str],
         batch: DenoiseBatch,
-        proposals: Proposals,
-        is_masked: torch.Tensor | None,
+        decision: Decision,
         recorded: torch.Tensor | None,
+        ran_ahead: torch.Tensor | None = None,
     ) -> None:
         """Take in a step.
 
         Args:
             req_ids: ``[R]`` ids of the batch's requests.
             batch: The step.
-            proposals: What the model proposed.
-            is_masked: bool ``[M]``, which proposals are of masked positions; all when None.
+            decision: What it decided.
             recorded: Of :func:`grids_to_record`; None when no request calibrates.
+            ran_ahead: bool ``[R]``, whether a second step found a mask; None without one.
         """
-        if not self._states.observed:
+        if not self._states.observed and ran_ahead is None:
             return
         means = None
-        if self._wanted(batch).any():
-            means = mean_by_request(proposals, is_masked, *batch.blocks.canvas_index.shape)
-        if means is None and recorded is None:
+        if self._states.observed and self._wanted(batch).any():
+            means = mean_by_request(decision.proposals, decision.is_masked, *batch.blocks.canvas_index.shape)
+        if means is None and recorded is None and ran_ahead is None:
             return
         if self._copied is not None:
-            means = None if means is None else _to_host(means)
-            recorded = None if recorded is None else _to_host(recorded)
+            means, recorded, ran_ahead = _to_host(means), _to_host(recorded), _to_host(ran_ahead)
             self._copied.record()
-        self._seen = _Seen(req_ids, batch, means, recorded)
+        self._seen = _Seen(req_ids, batch, means, recorded, ran_ahead)
 
     def _wanted(self, batch: DenoiseBatch) -> np.ndarray:
         """The requests whose mean confidence is reported, bool ``[R]``."""
@@ -103,6 +116,8 @@ class StepRecorder:
                         report.entries.append((seen.req_ids[row], int(block[row]), float(means[row])))
                     if reports_all[row]:
                         report.mean_confidence[seen.req_ids[row]] = float(means[row])
+            if seen.ran_ahead is not None:
+                report.ran_ahead = dict(zip(seen.req_ids, seen.ran_ahead.tolist(), strict=True))
             if seen.recorded is not None:
                 req_ids = [seen.req_ids[row] for row in rows.tolist()]
                 confidence, proposal, before, after, tokens = seen.recorded.numpy()
@@ -135,7 +150,9 @@ class ReportedOutput(AsyncModelRunnerOutput):
         return output
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None:
+        return None
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
@@ -156,9 +173,9 @@ def mean_by_request(proposals: Proposals, is_masked: torch.Tensor | None, num_re
         return torch.from_numpy(means)
     request = torch.div(position, width, rounding_mode="floor")
     weight = torch.ones_like(confidence) if is_masked is None else is_masked.to(confidence.dtype)
-    total = torch.zeros(num_reqs, dtype=torch.float32, device=confidence.device)
+    total = torch.zeros(num_reqs + 1, dtype=torch.float32, device=confidence.device)  # the last: of padding
     total.index_add_(0, request, confidence * weight)
-    return total / torch.zeros_like(total).index_add_(0, request, weight)
+    return (total / torch.zeros_like(total).index_add_(0, request, weight))[:num_reqs]
 
 
 @compiled()
@@ -174,32 +191,24 @@ def _mean_by_request(means: np.ndarray, position: np.ndarray, confidence: np.nda
         means[request] += (confidence[row] - means[request]) / count
 
 
-def grids_to_record(
-    states: CanvasStates,
-    batch: DenoiseBatch,
-    proposals: Proposals,
-    confidence: torch.Tensor,
-    before: torch.Tensor,
-    canvas: torch.Tensor,
-) -> torch.Tensor:
+def grids_to_record(states: CanvasStates, batch: DenoiseBatch, decision: Decision) -> torch.Tensor:
     """What a recorded step keeps of the requests that calibrate, in one tensor, which is copied at once.
 
     Args:
         states: Tables, after the step.
         batch: The step; some of its requests calibrate.
-        proposals: What the model proposed.
-        confidence: float32 ``[R, W]``.
-        before: bool ``[R, W]``, masked positions with logits before the step.
-        canvas: int32 ``[R, W]``, tokens after the step.
+        decision: What it decided, with the masks before it.
 
     Returns:
         int32 ``[5, C, W]``: bits of the confidence, proposal, masks before and after, tokens (``RecordedStep``).
     """
-    rows = batch.recorded
-    assert rows is not None
-    shape = batch.blocks.canvas_index.shape
-    proposal = torch.full(shape, -1, dtype=torch.int32, device=states.device)
-    proposal.view(-1)[proposals.position] = proposals.token.to(torch.int32)
-    after = states.masked[batch.blocks.slots, : shape[1]]
-    grids = (confidence.view(torch.int32), proposal, before.to(torch.int32), after.to(torch.int32), canvas)
+    rows, shape = batch.recorded, batch.blocks.canvas_index.shape
+    assert rows is not None and decision.before is not None
+    confidence = decision.confidence
+    token, _ = decision.proposals.to_grids(*shape)
+    has_logits = confidence != NO_CONFIDENCE
+    proposal = torch.where(has_logits, token, -1).to(torch.int32)
+    before = (decision.before & has_logits).to(torch.int32)
+    after = states.masked[batch.blocks.slots, : shape[1]].to(torch.int32)
+    grids = (confidence.view(torch.int32), proposal, before, after, decision.canvas)
     return torch.stack(grids)[:, rows]

@@ -14,7 +14,7 @@ from csrc_triton import Proposals, implementations
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
-from vllm_osdt.worker.recorder import StepRecorder, grids_to_record
+from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch
 
@@ -56,35 +56,65 @@ class CanvasSampler:
             none = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
             return SamplerOutput(token[:, None], None, None, num_sampled=none, num_rejected=none)
 
-        states, blocks = self.states, batch.blocks
-        proposals = Proposals(
-            batch.position,
-            *self._confidence(
-                logits[: batch.num_rows], states.mask_token_id, batch.temperature, batch.noise_key, batch.by_entropy
-            ),
+        return self.finish(
+            input_batch, self.decide(batch, self.propose(logits, batch), keeps_masks=batch.recorded is not None)
         )
+
+    def propose(self, logits: torch.Tensor, batch: DenoiseBatch) -> Proposals:
+        """What the model proposes where logits were read."""
+        found = self._confidence(
+            logits[: batch.position.shape[0]],
+            self.states.mask_token_id,
+            batch.temperature,
+            batch.noise_key,
+            batch.by_entropy,
+        )
+        return Proposals(batch.position, *found)
+
+    def decide(self, batch: DenoiseBatch, proposals: Proposals, *, keeps_masks: bool) -> Decision:
+        """Edit and unmask, by the requests' rules.
+
+        Args:
+            batch: The step.
+            proposals: Of :meth:`propose`.
+            keeps_masks: Whether the masks before the step are kept.
+        """
+        states, blocks = self.states, batch.blocks
+        width = blocks.canvas_index.shape[1]
+        before = states.masked[blocks.slots, :width] if keeps_masks else None
         is_open = is_masked = None
         if batch.edit_threshold is not None:
             is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
-        before = None
-        if batch.recorded is not None:  # the masked positions whose logits were read
-            before = torch.zeros_like(blocks.canvas_index, dtype=torch.bool)
-            before.view(-1)[batch.position] = True if is_masked is None else is_masked
         if batch.adjusted:
             canvas, confidence, result = self._unmask_adjusted(batch, proposals)
         else:
             canvas, confidence, result = self._unmask(blocks, proposals, batch.rules)
-        states.copy_masks_to_host(batch.slots_np, batch.slots, canvas.shape[1])
+        after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
+        num_ready = result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0)
+        return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready)
+
+    def finish(self, input_batch: Any, decision: Decision, ran_ahead: torch.Tensor | None = None) -> SamplerOutput:
+        """Tell the host what was decided.
+
+        Args:
+            input_batch: A ``CanvasInputBatch``.
+            decision: Of :meth:`decide`; a graph's has requests behind those of the step.
+            ran_ahead: bool ``[R]``, whether a second step found a mask; None without one.
+        """
+        batch: DenoiseBatch = input_batch.denoise
+        num_reqs, width = batch.slots_np.size, decision.canvas.shape[1]
+        if decision.after is not None:
+            self.states.copy_masks_to_host(batch.slots_np, decision.after, width)
         recorded = None
-        if before is not None:
-            recorded = grids_to_record(states, batch, proposals, confidence, before, canvas)
-        self.recorder.see(input_batch.req_ids, batch, proposals, is_masked, recorded)
+        if batch.recorded is not None:
+            recorded = grids_to_record(self.states, batch, decision)
+        self.recorder.see(input_batch.req_ids, batch, decision, recorded, ran_ahead)
         return SamplerOutput(
-            sampled_token_ids=canvas,
+            sampled_token_ids=decision.canvas[:num_reqs],
             logprobs_tensors=None,
             num_nans=None,
-            num_sampled=result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0),
-            num_rejected=self._no_rejected[: canvas.shape[0]],
+            num_sampled=decision.num_ready[:num_reqs],
+            num_rejected=self._no_rejected[:num_reqs],
         )
 
     def _unmask_adjusted(self, batch: DenoiseBatch, proposals: Proposals) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -107,7 +137,7 @@ class CanvasSampler:
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
             steps.append((adjusted, step, masked[rows]))
-        changed = proposals._replace(confidence=score.view(-1)[proposals.position])
+        changed = proposals._replace(confidence=proposals.of_grid(score))
         found = self._unmask(batch.blocks, changed, batch.rules._replace(parameter=parameter))
         for adjusted, step, before in steps:
             after = self.states.masked[adjusted.slots, :width]

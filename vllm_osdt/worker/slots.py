@@ -25,6 +25,7 @@ from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE
 from vllm_osdt.worker.transfer import to_device
 
 MAX_END_TOKENS = 8  # of a request that its blocks are searched for
+RUN_AHEAD_SHARE = 0.75  # of a step's blocks that should go on, for another step to be launched behind it
 ADJUSTING = tuple(name for name, policy in POLICIES.items() if policy.adjusts)  # index + 1 in HostTables.adjusts
 
 
@@ -236,11 +237,36 @@ class CanvasStates:
         if self.host.adjusts[self._entered].any():
             self.policy_state[entered] = 0.0
 
-    def copy_masks_to_host(self, slots_np: np.ndarray, slots: torch.Tensor, width: int) -> None:
-        """Start copying the masks ``[num_reqs, width]`` that a step left; :meth:`begin_step` picks them up."""
-        if self.device.type == "cpu":
-            return
-        self._masked_host[: slots_np.size].copy_(self.masked[slots], non_blocking=True)
+    def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
+        """Whether the next step of these requests has the rows of the one that is being prepared, as far as is known.
+
+        Most blocks should have masks left behind it: more than twice what each of their steps has removed so far. No
+        block may be in its first step, which refreshes or commits another one's keys and values, and no sub-blocks are
+        among them. A request that the engine core wants to know something of is looked at step by step.
+
+        Args:
+            slots: int64 ``[R]``.
+            num_active: int64 ``[R]``, positions of the active block; 0: nothing is denoised.
+        """
+        host = self.host
+        steps = host.step[slots]
+        if (host.is_recorded[slots] | host.reports_confidence[slots]).any():
+            return False
+        if not (steps.all() and num_active.all()) or host.sub_block_length[slots].any():
+            return False
+        left = host.masked[slots].sum(axis=1)
+        expects_more = left * steps > 2 * (num_active - left)
+        return bool(expects_more.mean() >= RUN_AHEAD_SHARE)
+
+    def copy_masks_to_host(self, slots_np: np.ndarray, masks: torch.Tensor, width: int) -> None:
+        """Start copying the masks that a step left; :meth:`begin_step` picks them up.
+
+        Args:
+            slots_np: ``[num_reqs]`` slots, on the host.
+            masks: bool ``[num_reqs or more, MAX_BLOCK_LENGTH]`` of those slots, on the device.
+            width: Longest block among them.
+        """
+        self._masked_host[: slots_np.size].copy_(masks[: slots_np.size], non_blocking=True)
         assert self._copied is not None
         self._copied.record()
         self._copy_pending, self._copy_width = slots_np, width

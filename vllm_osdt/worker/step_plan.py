@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ class DenoiseBatch:
         step_np: int64 ``[R]``, on the host: denoising steps that the block has seen before this one.
         slots: The same as ``slots_np``, on the device.
         blocks: The active blocks; those that denoise nothing have the last row of ``CanvasStates.masked``.
-        num_rows: M; the logits may have a row more when nothing is masked.
         position: int64 ``[M]``, index into ``[R, W]`` of each logits row: of masked positions, and of those that may be
             edited.
         rules: By which each block is unmasked.
@@ -54,7 +53,6 @@ class DenoiseBatch:
     step_np: np.ndarray
     slots: torch.Tensor
     blocks: Blocks
-    num_rows: int
     position: torch.Tensor
     rules: Rules
     temperature: torch.Tensor | None
@@ -78,6 +76,18 @@ class BlockQueries(NamedTuple):
         return {"block_" + name: array for name, array in self._asdict().items()}
 
 
+class Queries(NamedTuple):
+    """The queries of attention in a step, S of them: requests, or pieces of blocks."""
+
+    start_loc: torch.Tensor  # int32 [S + 1], first row of each
+    seq_lens: torch.Tensor  # int32 [S], positions that each sees, from the first
+    request: torch.Tensor | None  # int64 [S], whose it is, where it is a piece
+    max_query_len: int
+    max_seq_len: int | None  # None: any; attention plans its work by it
+    start_loc_np: np.ndarray | None = None  # on the host, where it is no graph's
+    seq_lens_np: np.ndarray | None = None
+
+
 @dataclass
 class CanvasInputBatch(InputBatch):
     """vLLM's input batch with what a canvas needs.
@@ -86,14 +96,16 @@ class CanvasInputBatch(InputBatch):
         denoise: The denoising step that it is for.
         logit_rows: int64 ``[M]``, rows to which the last layer narrows the hidden states; ``logits_indices`` then
             counts from 0.
-        block_queries: Of a block-causal model.
-        block_tensors: The same on the device, by name.
+        queries: What attention sees of it.
+        graph: The graph that runs it, a ``StepDescriptor``.
+        rows: What the scheduler asked for, on the host.
     """
 
     denoise: DenoiseBatch | None = None
     logit_rows: torch.Tensor | None = None
-    block_queries: BlockQueries | None = None
-    block_tensors: dict[str, torch.Tensor] | None = None
+    queries: Queries | None = None
+    graph: Any = None
+    rows: "StepRows | None" = None
 
 
 def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -209,11 +221,17 @@ def _sub_block(host: HostTables, slot: int, block_start: int, num_active: int) -
     return first_masked - (first_masked - base) % host.sub_block_length[slot]
 
 
-def plan_step(states: CanvasStates, rows: StepRows) -> StepPlan:
-    """Lay out a step."""
+def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) -> StepPlan:
+    """Lay out a step.
+
+    Args:
+        states: Tables.
+        rows: What runs.
+        width: W, no shorter than the longest active block; None: as long as it.
+    """
     slots, num_rows = rows.slots, rows.num_rows
     num_reqs, num_tokens = slots.size, int(num_rows.sum())
-    width = int(states.host.block_length[slots].max(initial=1))
+    width = width or int(states.host.block_length[slots].max(initial=1))
     plan = StepPlan(
         positions=np.empty(num_tokens, np.int64),
         source=np.empty(num_tokens, np.int64),
@@ -368,13 +386,18 @@ def _adjusting(
     return policies, arrays
 
 
+def idle_plan() -> DenoisePlan:
+    """Of a step that denoises nothing."""
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {})
+
+
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
     """A planned step on the device.
 
     Args:
         states: Tables.
         plan: The step.
-        sent: ``plan.arrays`` on the device, perhaps among others.
+        sent: ``plan.arrays`` on the device, perhaps among others; a graph's, with padding.
     """
     return DenoiseBatch(
         slots_np=plan.slots,
@@ -389,7 +412,6 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
             end_token_ids=sent["end_token_ids"],
             num_output_positions=sent["num_output_positions"],
         ),
-        num_rows=plan.arrays["position"].size,
         position=sent["position"],
         rules=Rules(rule=sent["rule"], parameter=sent["parameter"], min_unmask=sent["min_unmask"]),
         temperature=sent.get("temperature"),
