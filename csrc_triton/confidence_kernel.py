@@ -34,7 +34,7 @@ def _confidence_kernel(
     CHUNK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    in_rows = row >= 0
+    in_rows = row >= 0  # all of them
     chunk = tl.program_id(1)
     ids = chunk * CHUNK_V + tl.arange(0, CHUNK_V)
     logit = tl.load(

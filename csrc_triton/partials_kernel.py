@@ -2,7 +2,7 @@
 
 A row of logits is cut into chunks of ids. One program finds the partial of a chunk (see ``types.Partial``), another
 combines those of a row. Chunks have a fixed size and a row's are combined in one order, so a row's result depends
-neither on the number of rows nor on what they contain.
+neither on the number of rows nor on what the others contain.
 
 All are launched with ``enable_fp_fusion=False``. The variant with temperatures gives a greedy row the bits that the
 variant without gives it, and the compiler may fuse a product with a sum in one and not in the other.
@@ -22,7 +22,7 @@ import triton.language as tl
 from csrc_triton import noise
 from csrc_triton.types import ENTROPY_SCALE, Partial
 
-MAX_CHUNKS_OF_A_WARP = 64
+MAX_CHUNKS_OF_A_WARP = 64  # of a row; more are combined by four warps
 SCALE = tl.constexpr(ENTROPY_SCALE)
 SMALLEST_DIFFERENCE = tl.constexpr(-87.0)  # of a logit and the largest: x exp(x) is below 2e-36 there
 UINT32_MASK = tl.constexpr(noise.UINT32_MASK)
@@ -65,7 +65,7 @@ def summarize(
 ):
     """The partial of each row, [rows] each; an id that does not count has the logit -inf.
 
-    What few rows need is a branch of the run. A NaN is not looked for: it ends up in ``total``.
+    What few rows need is a branch at run time. A NaN is not looked for: it ends up in ``total``.
     """
     largest = tl.max(logit, axis=1)
     shift = tl.where(largest == -float("inf"), 0.0, largest)  # -inf - -inf would be NaN
