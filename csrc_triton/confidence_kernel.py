@@ -1,36 +1,19 @@
-"""The Triton kernel of ``confidence``: one program walks one row of logits, once.
+"""The Triton kernel of ``confidence``: each program walks one chunk of one row of logits, once.
+
+A step reads as few as one row; one program for each would leave most of a GPU without work. A vocabulary that fits a
+chunk takes one launch, a larger one a second, which combines the chunks of each row.
 
 Called by ``csrc_triton.ops``, which has checked the arguments.
 """
-
-from collections.abc import Callable
-from types import FunctionType
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from csrc_triton import noise
-from csrc_triton.types import ENTROPY_SCALE
+from csrc_triton.partials_kernel import combine_partials, finish, store_partial, summarize
+from csrc_triton.types import Partial
 
-TILE_V = 4096
-SCALE = tl.constexpr(ENTROPY_SCALE)
-UINT32_MASK = tl.constexpr(noise.UINT32_MASK)
-KEY_INCREMENT = tl.constexpr(noise.KEY_INCREMENT)
-UNIFORM_SHIFT = tl.constexpr(noise.UNIFORM_SHIFT)
-UNIFORM_STEP = tl.constexpr(noise.UNIFORM_STEP)
-Array = tl.tensor  # what the functions of noise are annotated with
-
-
-def _for_triton(function: Callable[..., Any]) -> Any:
-    """The function compiled by Triton, with the globals of this module: constants and compiled functions."""
-    return triton.jit(FunctionType(function.__code__, globals()))
-
-
-mix = _for_triton(noise.mix)
-mix_key = _for_triton(noise.mix_key)
-hash_ids = _for_triton(noise.hash_ids)
+CHUNK_V = 4096  # ids; a constant, so that a row's sums do not depend on the number of rows
 
 
 @triton.jit
@@ -39,72 +22,59 @@ def _confidence_kernel(
     logits_stride,
     temperature_ptr,
     noise_key_ptr,
-    token_ptr,
+    token_ptr,  # written if a row is one chunk, else None
     confidence_ptr,
+    partials_ptr,  # else written
     vocabulary,
     excluded_token_id,  # -1: none
     by_entropy_ptr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    TILE_V: tl.constexpr,
+    IS_ONE_CHUNK: tl.constexpr,
+    CHUNK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * logits_stride
-    temperature = 0.0
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row)
-        first, second = mix_key(tl.load(noise_key_ptr + row))
-        first, second = first.to(tl.uint32), second.to(tl.uint32)
-
-    largest = -float("inf")  # over all ids
-    total = 0.0  # of exp(logit - largest) over all ids
-    weighted = 0.0  # of (logit - largest) exp(logit - largest)
-    best_score = -float("inf")  # over allowed ids
-    best_id = 0
-    num_nan = 0
-    for start in range(0, vocabulary, TILE_V):
-        ids = start + tl.arange(0, TILE_V)
-        logit = tl.load(row_ptr + ids, mask=ids < vocabulary, other=-float("inf")).to(tl.float32)
-        is_nan = logit != logit
-        num_nan += tl.sum(is_nan.to(tl.int32))
-        logit = tl.where(is_nan, -float("inf"), logit)
-
-        tile_largest = tl.max(logit)
-        new_largest = tl.maximum(largest, tile_largest)
-        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # -inf - -inf would be NaN
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    in_rows = row >= 0  # all of them
+    chunk = tl.program_id(1)
+    ids = chunk * CHUNK_V + tl.arange(0, CHUNK_V)
+    logit = tl.load(
+        logits_ptr + row[:, None] * logits_stride + ids[None, :], mask=(ids < vocabulary)[None, :], other=-float("inf")
+    ).to(tl.float32)
+    largest, total, weighted, best_score, best_logit, best_id = summarize(
+        logit,
+        ids,
+        excluded_token_id,
+        temperature_ptr,
+        noise_key_ptr,
+        by_entropy_ptr,
+        row,
+        in_rows,
+        HAS_TEMPERATURE,
+        HAS_ENTROPY,
+    )
+    if IS_ONE_CHUNK:
+        by_entropy = tl.zeros_like(best_id)
         if HAS_ENTROPY:
-            lower = tl.where(total > 0, largest - shift, 0.0)
-            weighted = tl.exp(lower) * (weighted + lower * total)
-            x = tl.maximum(logit - shift, -87.0)
-            weighted += tl.sum(x * tl.exp(x))
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logit - shift))
-        largest = new_largest
-
-        score = tl.where(ids == excluded_token_id, -float("inf"), logit)
-        if HAS_TEMPERATURE:
-            if temperature > 0:
-                bits = hash_ids(first, second, ids.to(tl.uint32))
-                u = ((bits >> UNIFORM_SHIFT).to(tl.float32) + 0.5) * UNIFORM_STEP  # exact, strictly between 0 and 1
-                score += temperature * -tl.log(-tl.log(u))
-        tile_best, tile_best_id = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        better = tile_best > best_score  # strictly: the lowest id keeps a tie between tiles
-        best_id = tl.where(better, start + tile_best_id, best_id)
-        best_score = tl.where(better, tile_best, best_score)
-
-    hopeless = (num_nan > 0) | (best_score == -float("inf"))
-    best_id = tl.where(hopeless, tl.where(excluded_token_id == 0, 1, 0), best_id)
-    chosen = best_score
-    if HAS_TEMPERATURE:
-        chosen = tl.load(row_ptr + best_id).to(tl.float32)  # without the noise
-    chosen = tl.where(hopeless, 0.0, chosen)
-    probability = tl.exp(chosen - tl.where(hopeless, 0.0, largest)) / tl.where(hopeless, 1.0, total)
-    if HAS_ENTROPY:
-        if tl.load(by_entropy_ptr + row) != 0:
-            if total > 0:
-                entropy = tl.log(total) - weighted / total
-                probability = tl.minimum(1.0 - entropy / SCALE, 1.0)
-    tl.store(token_ptr + row, best_id.to(tl.int64))
-    tl.store(confidence_ptr + row, tl.where(hopeless, 0.0, probability))
+            by_entropy = tl.load(by_entropy_ptr + row).to(tl.int32)
+        token, probability = finish(
+            largest, total, weighted, best_score, best_logit, best_id, excluded_token_id, by_entropy, HAS_ENTROPY
+        )
+        tl.store(token_ptr + row, token.to(tl.int64))
+        tl.store(confidence_ptr + row, probability)
+    else:
+        store_partial(
+            partials_ptr,
+            chunk.to(tl.int64),
+            row,
+            tl.num_programs(0),
+            in_rows,
+            largest,
+            total,
+            weighted,
+            best_score,
+            best_logit,
+            best_id,
+        )
 
 
 def confidence(
@@ -116,22 +86,33 @@ def confidence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.confidence``; CPU tensors work only in Triton's interpreter."""
     num_rows, vocabulary = logits.shape
-    token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    probability = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    num_chunks = triton.cdiv(vocabulary, CHUNK_V)
+    token = probability = partials = None
+    if num_chunks == 1:
+        token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+        probability = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    else:
+        partials = torch.empty(num_chunks, len(Partial), num_rows, dtype=torch.float32, device=logits.device)
     if num_rows:
-        _confidence_kernel[(num_rows,)](
+        _confidence_kernel[(num_rows, num_chunks)](
             logits,
             logits.stride(0),
             temperature,
             noise_key,
             token,
             probability,
+            partials,
             vocabulary,
             -1 if excluded_token_id is None else excluded_token_id,
             None if by_entropy is None else by_entropy.view(torch.uint8),
             HAS_TEMPERATURE=temperature is not None,
             HAS_ENTROPY=by_entropy is not None,
-            TILE_V=min(TILE_V, triton.next_power_of_2(vocabulary)),
+            IS_ONE_CHUNK=num_chunks == 1,
+            CHUNK_V=min(CHUNK_V, triton.next_power_of_2(vocabulary)),
             num_warps=8,
+            enable_fp_fusion=False,
         )
-    return token, probability
+    if token is not None and probability is not None:
+        return token, probability
+    assert partials is not None
+    return combine_partials(partials, excluded_token_id, by_entropy)

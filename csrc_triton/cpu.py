@@ -82,6 +82,18 @@ def confidence(
     return token, probability
 
 
+def lm_head_confidence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    excluded_token_id: int | None = None,
+    temperature: torch.Tensor | None = None,
+    noise_key: torch.Tensor | None = None,
+    by_entropy: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``ops.lm_head_confidence``; writes the logits, which a CPU's memory has room for."""
+    return confidence(hidden @ weight.T, excluded_token_id, temperature, noise_key, by_entropy)
+
+
 @compiled()
 def _choose_allowed(logits: np.ndarray, best: np.ndarray, excluded: int, token: np.ndarray) -> None:
     """The argmax of every row besides the excluded id; NaN counts as the maximum."""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from csrc_triton import cpu
-from csrc_triton.types import Blocks, Proposals, Rules, UnmaskResult
+from csrc_triton import cpu, reference
+from csrc_triton.types import Blocks, Partial, Proposals, Rules, UnmaskResult
 
 MAX_VOCABULARY = 262_144
 MAX_BLOCK_LENGTH = 128
@@ -22,6 +22,9 @@ class Implementations(NamedTuple):
 
     confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     unmask: Callable[[Blocks, Proposals, Rules], tuple[torch.Tensor, torch.Tensor, UnmaskResult]]
+    lm_head_confidence: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    lm_head_partials: Callable[..., torch.Tensor]
+    combine_partials: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def confidence(
@@ -38,6 +41,10 @@ def confidence(
     softmax(logits / t). The noise is a hash of the row's key and the vocabulary id, so a proposal depends neither on
     the batch nor on the device. The probability always comes from the plain softmax. Implementations agree on the
     hash bit for bit, on the noise and the probability up to rounding.
+
+    A row's result depends on that row alone, bit for bit: not on the number of rows, nor on what others ask for. In
+    particular a greedy row gets the same with ``temperature`` 0 and without it, one without entropy with ``by_entropy``
+    False and without it.
 
     A row that contains NaN, or whose allowed logits are all -inf, gets the lowest allowed id with probability 0.
 
@@ -64,26 +71,138 @@ def confidence(
     """
     if logits.dim() != 2:
         raise ValueError(f"logits: shape is {tuple(logits.shape)}, expected [num_rows, vocabulary]")
-    num_rows, vocabulary = logits.shape
+    vocabulary = logits.shape[1]
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         raise ValueError(f"logits: vocabulary is {vocabulary}, expected 1 to {MAX_VOCABULARY}")
     _check("logits", logits, logits.shape, LOGIT_DTYPES, logits.device)
-    if excluded_token_id is not None:
-        if not 0 <= excluded_token_id < vocabulary:
-            raise ValueError(f"excluded_token_id is {excluded_token_id}, expected 0 to {vocabulary - 1} or None")
-        if vocabulary == 1:
-            raise ValueError(f"excluded_token_id is {excluded_token_id}, but the vocabulary has no other id; use None")
-    if (temperature is None) != (noise_key is None):
-        given, missing = ("noise_key", "temperature") if temperature is None else ("temperature", "noise_key")
-        raise ValueError(f"{given} is given but {missing} is None; pass both or neither")
-    if temperature is not None and noise_key is not None:
-        _check("temperature", temperature, (num_rows,), (torch.float32,), logits.device)
-        _check("noise_key", noise_key, (num_rows,), (torch.int64,), logits.device)
-
-    if by_entropy is not None:
-        _check("by_entropy", by_entropy, (num_rows,), (torch.bool,), logits.device)
+    _check_row_options(logits, vocabulary, excluded_token_id, temperature, noise_key, by_entropy)
 
     return implementations(logits.device).confidence(logits, excluded_token_id, temperature, noise_key, by_entropy)
+
+
+def lm_head_confidence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    excluded_token_id: int | None = None,
+    temperature: torch.Tensor | None = None,
+    noise_key: torch.Tensor | None = None,
+    by_entropy: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``confidence`` of the logits ``hidden @ weight.T``, which a GPU does not write.
+
+    Products are summed in fp32 and rounded to the dtype of ``hidden``, as a matrix product that writes logits rounds
+    them; the order of the sum may be another one, so a logit may be its neighbor. fp32 is multiplied as fp32, not TF32.
+    On a GPU a row's result depends on that row and the weight alone, bit for bit, as that of ``confidence`` does.
+
+    Args:
+        hidden: [num_rows, hidden_size], fp32, bf16 or fp16, any row stride.
+        weight: [vocabulary, hidden_size], the dtype of ``hidden``, any row stride. Vocabulary up to 262,144.
+        excluded_token_id: See ``confidence``, and for the other arguments.
+        temperature: [num_rows] fp32.
+        noise_key: [num_rows] int64.
+        by_entropy: [num_rows] bool.
+
+    Returns:
+        Token, [num_rows] int64, and confidence, [num_rows] fp32.
+
+    Raises:
+        ValueError: on a wrong shape, stride, device or ``excluded_token_id``, or a temperature without noise key.
+        TypeError: on a wrong dtype.
+
+    Source: online softmax over tiles, arXiv 1805.02867; cross entropy without logits, arXiv 2411.09009.
+    """
+    _check_lm_head(hidden, weight, 0, None)
+    _check_row_options(hidden, weight.shape[0], excluded_token_id, temperature, noise_key, by_entropy)
+    return implementations(hidden.device).lm_head_confidence(
+        hidden,
+        weight,
+        excluded_token_id=excluded_token_id,
+        temperature=temperature,
+        noise_key=noise_key,
+        by_entropy=by_entropy,
+    )
+
+
+def lm_head_partials(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    first_id: int = 0,
+    vocabulary: int | None = None,
+    excluded_token_id: int | None = None,
+    temperature: torch.Tensor | None = None,
+    noise_key: torch.Tensor | None = None,
+    by_entropy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The part of ``lm_head_confidence`` that a rank does which holds a shard of the vocabulary.
+
+    Ranks exchange partials in place of logits: ``combine_partials`` of those of all shards, joined along their first
+    dimension, is the result of the whole weight. Its token is the same; its confidence is up to rounding, and bit for
+    bit where every shard but the last is a multiple of a chunk. With equal shards the partials of all ranks have one
+    shape, also where the last ones end in padding.
+
+    Args:
+        hidden: [num_rows, hidden_size], fp32, bf16 or fp16, any row stride; the same on every rank.
+        weight: [num_weight_rows, hidden_size], the dtype of ``hidden``, any row stride.
+        first_id: The id of the first row of ``weight``.
+        vocabulary: Number of ids of all shards, up to 262,144; rows of ``weight`` from this id on are padding and do
+            not count. None: the shard is the last one and has no padding.
+        excluded_token_id: An id of any shard; see ``confidence``, and for the other arguments.
+        temperature: [num_rows] fp32.
+        noise_key: [num_rows] int64.
+        by_entropy: [num_rows] bool.
+
+    Returns:
+        [num_chunks, len(Partial), num_rows] fp32, see ``Partial``. The chunks are an implementation's own.
+
+    Raises:
+        ValueError: on a wrong shape, stride, device, ``first_id``, ``vocabulary`` or ``excluded_token_id``, or a
+            temperature without noise key.
+        TypeError: on a wrong dtype.
+    """
+    total = _check_lm_head(hidden, weight, first_id, vocabulary)
+    _check_row_options(hidden, total, excluded_token_id, temperature, noise_key, by_entropy)
+    return implementations(hidden.device).lm_head_partials(
+        hidden,
+        weight,
+        first_id=first_id,
+        vocabulary=total,
+        excluded_token_id=excluded_token_id,
+        temperature=temperature,
+        noise_key=noise_key,
+        by_entropy=by_entropy,
+    )
+
+
+def combine_partials(
+    partials: torch.Tensor, *, excluded_token_id: int | None = None, by_entropy: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and confidence of rows whose partials are those of all ids.
+
+    Args:
+        partials: [num_chunks, len(Partial), num_rows] fp32, contiguous, from ``lm_head_partials``; no id in two chunks.
+        excluded_token_id: As the partials were made with.
+        by_entropy: [num_rows] bool, likewise.
+
+    Returns:
+        Token, [num_rows] int64, and confidence, [num_rows] fp32; see ``confidence``.
+
+    Raises:
+        ValueError: on a wrong shape, stride or device.
+        TypeError: on a wrong dtype.
+    """
+    if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[1] != len(Partial):
+        expected = f"[at least 1, {len(Partial)}, num_rows]"
+        raise ValueError(f"partials: shape is {tuple(partials.shape)}, expected {expected}")
+    _check("partials", partials, partials.shape, (torch.float32,), partials.device)
+    if not partials.is_contiguous():
+        raise ValueError(f"partials: strides are {partials.stride()}, expected contiguous; call .contiguous()")
+    if by_entropy is not None:
+        _check("by_entropy", by_entropy, partials.shape[2:], (torch.bool,), partials.device)
+    return implementations(partials.device).combine_partials(
+        partials, excluded_token_id=excluded_token_id, by_entropy=by_entropy
+    )
 
 
 def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
@@ -153,10 +272,64 @@ def implementations(device: torch.device) -> Implementations:
     They take the arguments of the public ops; those of ``confidence`` may be positional, in the same order.
     """
     if device.type == "cpu":
-        return Implementations(cpu.confidence, cpu.unmask)
-    from csrc_triton import confidence_kernel, unmask_kernel  # deferred: Triton without a GPU has no driver
+        return Implementations(
+            cpu.confidence,
+            cpu.unmask,
+            cpu.lm_head_confidence,
+            reference.lm_head_partials,
+            reference.combine_partials,
+        )
+    # deferred: Triton without a GPU has no driver
+    from csrc_triton import confidence_kernel, lm_head_kernel, partials_kernel, unmask_kernel
 
-    return Implementations(confidence_kernel.confidence, unmask_kernel.unmask)
+    return Implementations(
+        confidence_kernel.confidence,
+        unmask_kernel.unmask,
+        lm_head_kernel.lm_head_confidence,
+        lm_head_kernel.lm_head_partials,
+        partials_kernel.combine_partials,
+    )
+
+
+def _check_lm_head(hidden: torch.Tensor, weight: torch.Tensor, first_id: int, vocabulary: int | None) -> int:
+    """Refuses what is no product of rows and a shard; returns the number of ids of all shards."""
+    if hidden.dim() != 2 or hidden.shape[1] < 1:
+        raise ValueError(f"hidden: shape is {tuple(hidden.shape)}, expected [num_rows, hidden_size]")
+    _check("hidden", hidden, hidden.shape, LOGIT_DTYPES, hidden.device)
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight: shape is {tuple(weight.shape)}, expected [vocabulary, {hidden.shape[1]}]")
+    _check("weight", weight, weight.shape, (hidden.dtype,), hidden.device)
+    if first_id < 0:
+        raise ValueError(f"first_id is {first_id}, expected at least 0")
+    total = first_id + weight.shape[0] if vocabulary is None else vocabulary
+    if not 1 <= total <= MAX_VOCABULARY:
+        raise ValueError(f"vocabulary is {total}, expected 1 to {MAX_VOCABULARY}")
+    return total
+
+
+def _check_row_options(
+    rows: torch.Tensor,
+    vocabulary: int,
+    excluded_token_id: int | None,
+    temperature: torch.Tensor | None,
+    noise_key: torch.Tensor | None,
+    by_entropy: torch.Tensor | None,
+) -> None:
+    """Refuses options that do not fit ``rows``, [num_rows, ...], and the vocabulary."""
+    num_rows, device = rows.shape[:1], rows.device
+    if excluded_token_id is not None:
+        if not 0 <= excluded_token_id < vocabulary:
+            raise ValueError(f"excluded_token_id is {excluded_token_id}, expected 0 to {vocabulary - 1} or None")
+        if vocabulary == 1:
+            raise ValueError(f"excluded_token_id is {excluded_token_id}, but the vocabulary has no other id; use None")
+    if (temperature is None) != (noise_key is None):
+        given, missing = ("noise_key", "temperature") if temperature is None else ("temperature", "noise_key")
+        raise ValueError(f"{given} is given but {missing} is None; pass both or neither")
+    if temperature is not None and noise_key is not None:
+        _check("temperature", temperature, num_rows, (torch.float32,), device)
+        _check("noise_key", noise_key, num_rows, (torch.int64,), device)
+    if by_entropy is not None:
+        _check("by_entropy", by_entropy, num_rows, (torch.bool,), device)
 
 
 def _check(

@@ -11,6 +11,7 @@ from csrc_triton.types import (
     NO_CONFIDENCE,
     UNCERTAINTY_UNITS,
     Blocks,
+    Partial,
     Proposals,
     Rule,
     Rules,
@@ -46,6 +47,90 @@ def confidence(
         entropy = -torch.special.xlogy(exact, exact).sum(dim=-1)
         chosen = torch.where(by_entropy, (1.0 - entropy / ENTROPY_SCALE).float(), chosen)
     return token, chosen.masked_fill(hopeless, 0.0)
+
+
+def lm_head_confidence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    excluded_token_id: int | None = None,
+    temperature: torch.Tensor | None = None,
+    noise_key: torch.Tensor | None = None,
+    by_entropy: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin of ``ops.lm_head_confidence``: writes the logits."""
+    return confidence(
+        _logits(hidden, weight),
+        excluded_token_id=excluded_token_id,
+        temperature=temperature,
+        noise_key=noise_key,
+        by_entropy=by_entropy,
+    )
+
+
+def lm_head_partials(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    first_id: int = 0,
+    vocabulary: int | None = None,
+    excluded_token_id: int | None = None,
+    temperature: torch.Tensor | None = None,
+    noise_key: torch.Tensor | None = None,
+    by_entropy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The twin of ``ops.lm_head_partials``: the whole weight is one chunk, and every row has its entropy's sum."""
+    logit = _logits(hidden, weight).float()  # [num_rows, num_weight_rows]
+    ids = first_id + torch.arange(weight.shape[0], device=weight.device)
+    if vocabulary is not None:
+        logit[:, ids >= vocabulary] = -torch.inf
+    largest = logit.amax(dim=-1)
+    exact = logit.double() - largest.masked_fill(largest == -torch.inf, 0.0).unsqueeze(-1)
+    likely = exact.where(exact > -torch.inf, -1000.0)  # exp(-1000) is 0 in fp64, and 0 times it is no NaN
+    if temperature is not None and noise_key is not None:
+        score = logit + temperature.unsqueeze(-1) * gumbel_noise(noise_key, ids)
+    else:
+        score = logit.clone()
+    if excluded_token_id is not None:
+        score[:, ids == excluded_token_id] = -torch.inf
+    best_score = score.amax(dim=-1)
+    index = torch.arange(ids.shape[0], device=ids.device)
+    index = index.where(score == best_score.unsqueeze(-1), ids.shape[0] - 1).amin(dim=-1)
+    fields = {
+        Partial.LARGEST: largest,
+        Partial.TOTAL: exact.exp().sum(dim=-1),
+        Partial.WEIGHTED: (likely * likely.exp()).sum(dim=-1),
+        Partial.BEST_SCORE: best_score,
+        Partial.BEST_LOGIT: logit.gather(-1, index.unsqueeze(-1)).squeeze(-1),
+        Partial.BEST_ID: ids[index],
+    }
+    return torch.stack([fields[field].float() for field in Partial]).unsqueeze(0)
+
+
+def combine_partials(
+    partials: torch.Tensor, *, excluded_token_id: int | None = None, by_entropy: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin of ``ops.combine_partials``."""
+    chunk_largest, chunk_total, chunk_weighted, score, logit, ids = partials.double().unbind(dim=1)
+    largest = chunk_largest.amax(dim=0)  # [num_rows]
+    x = chunk_largest - largest.masked_fill(largest == -torch.inf, 0.0)
+    total = (chunk_total * x.exp()).sum(dim=0)
+    best_score = score.amax(dim=0)
+    token = ids.where(score == best_score, torch.inf).amin(dim=0)
+    best_logit = logit.where(ids == token, -torch.inf).amax(dim=0)
+    hopeless = total.isnan() | (best_score == -torch.inf)
+    value = (best_logit - largest).exp() / total
+    if by_entropy is not None:
+        x = x.clamp_min(-1000.0)  # 0 times -inf would be NaN
+        entropy = total.log() - (x.exp() * (chunk_weighted + x * chunk_total)).sum(dim=0) / total
+        value = torch.where(by_entropy, (1.0 - entropy / ENTROPY_SCALE).clamp_max(1.0), value)
+    token = token.masked_fill(hopeless, 1.0 if excluded_token_id == 0 else 0.0).long()
+    return token, value.float().masked_fill(hopeless, 0.0)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[num_rows, num_weight_rows], the dtype of both: rounded once, from fp64."""
+    return (hidden.double() @ weight.double().T).to(hidden.dtype)
 
 
 def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:

@@ -30,6 +30,27 @@ class Rule(IntEnum):
     """The n most confident, n the largest with (1 - c_(1)) + ... + (1 - c_(n)) < p, summed likewise."""
 
 
+class Partial(IntEnum):
+    """Numbers of a partial: what is known of a row after some of its ids, the chunk. All are fp32.
+
+    Partials of several chunks are ``[num_chunks, len(Partial), num_rows]``, so those of the shards of a vocabulary are
+    joined along the first dimension.
+    """
+
+    LARGEST = 0
+    """The largest logit; -inf of no ids."""
+    TOTAL = 1
+    """Sum of exp(x), where x = logit - largest. NaN if a logit is NaN: the other numbers then mean nothing."""
+    WEIGHTED = 2
+    """Sum of x exp(x); anything in a row whose confidence is not by entropy."""
+    BEST_SCORE = 3
+    """The largest score, which is a logit with its noise, of an allowed id; -inf if there is none."""
+    BEST_LOGIT = 4
+    """The logit of that id."""
+    BEST_ID = 5
+    """That id, the lowest among equals; fp32 holds integers to 2**24."""
+
+
 class Blocks(NamedTuple):
     """The active blocks of a batch, as rows of the tables in which an engine keeps all canvases.
 

@@ -1,5 +1,7 @@
 """Runs an op by one of its implementations on CPU tensors; a GPU, where present, is used behind the scenes."""
 
+import importlib
+
 import pytest
 import torch
 from selection import HAS_GPU
@@ -10,13 +12,29 @@ from csrc_triton.types import NO_CONFIDENCE
 
 
 def run_confidence(implementation: str, logits: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run(implementation, "confidence", "confidence_kernel", logits, **options)
+
+
+def run_lm_head_confidence(implementation: str, hidden, weight, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run(implementation, "lm_head_confidence", "lm_head_kernel", hidden, weight, **options)
+
+
+def run_lm_head_partials(implementation: str, hidden, weight, **options) -> torch.Tensor:
+    return _run(implementation, "lm_head_partials", "lm_head_kernel", hidden, weight, **options)
+
+
+def run_combine_partials(implementation: str, partials, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run(implementation, "combine_partials", "partials_kernel", partials, **options)
+
+
+def _run(implementation: str, op: str, module: str, *tensors: torch.Tensor, **options):
     if implementation == "cpu":
-        return csrc_triton.confidence(logits, **options)
+        return getattr(csrc_triton, op)(*tensors, **options)
     if HAS_GPU:
         on_gpu = {name: _to_gpu(value) for name, value in options.items()}
-        token, probability = csrc_triton.confidence(_to_gpu(logits), **on_gpu)
-        return token.cpu(), probability.cpu()
-    return _interpreted("confidence_kernel").confidence(logits, **options)
+        found = getattr(csrc_triton, op)(*map(_to_gpu, tensors), **on_gpu)
+        return found.cpu() if isinstance(found, torch.Tensor) else tuple(each.cpu() for each in found)
+    return getattr(_interpreted(module), op)(*tensors, **options)
 
 
 def run_unmask_in_tables(
@@ -91,10 +109,4 @@ def _interpreted(module: str):
 
     if isinstance(tl.max, triton.JITFunction):
         pytest.skip("Triton was imported before TRITON_INTERPRET=1 was set, so it needs a GPU")
-    if module == "confidence_kernel":
-        from csrc_triton import confidence_kernel
-
-        return confidence_kernel
-    from csrc_triton import unmask_kernel
-
-    return unmask_kernel
+    return importlib.import_module(f"csrc_triton.{module}")

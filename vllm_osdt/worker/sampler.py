@@ -33,7 +33,7 @@ class CanvasSampler:
     def __init__(self, states: CanvasStates, recorder: StepRecorder) -> None:
         self.states = states
         self.recorder = recorder
-        self._confidence, self._unmask = implementations(states.device)
+        self._confidence, self._unmask, *_ = implementations(states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:

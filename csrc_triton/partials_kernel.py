@@ -1,0 +1,193 @@
+"""What the Triton kernels of ``confidence`` and ``lm_head_confidence`` share: partials of a row, and their combination.
+
+A row of logits is cut into chunks of ids. One program finds the partial of a chunk (see ``types.Partial``), another
+combines those of a row. Chunks have a fixed size and a row's are combined in one order, so a row's result depends
+neither on the number of rows nor on what the others contain.
+
+All are launched with ``enable_fp_fusion=False``. The variant with temperatures gives a greedy row the bits that the
+variant without gives it, and the compiler may fuse a product with a sum in one and not in the other.
+
+Results and partials are allocated at each call. In a captured CUDA graph these allocations belong to the graph's own
+memory pool: a replay allocates nothing, so the ops take no buffers.
+"""
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton import noise
+from csrc_triton.types import ENTROPY_SCALE, Partial
+
+MAX_CHUNKS_OF_A_WARP = 64  # of a row; more are combined by four warps
+SCALE = tl.constexpr(ENTROPY_SCALE)
+SMALLEST_DIFFERENCE = tl.constexpr(-87.0)  # of a logit and the largest: x exp(x) is below 2e-36 there
+UINT32_MASK = tl.constexpr(noise.UINT32_MASK)
+KEY_INCREMENT = tl.constexpr(noise.KEY_INCREMENT)
+UNIFORM_SHIFT = tl.constexpr(noise.UNIFORM_SHIFT)
+UNIFORM_STEP = tl.constexpr(noise.UNIFORM_STEP)
+NO_ID = tl.constexpr(1 << 24)  # above every id, and fp32 holds it
+NUM_FIELDS = tl.constexpr(len(Partial))
+LARGEST = tl.constexpr(int(Partial.LARGEST))
+TOTAL = tl.constexpr(int(Partial.TOTAL))
+WEIGHTED = tl.constexpr(int(Partial.WEIGHTED))
+BEST_SCORE = tl.constexpr(int(Partial.BEST_SCORE))
+BEST_LOGIT = tl.constexpr(int(Partial.BEST_LOGIT))
+BEST_ID = tl.constexpr(int(Partial.BEST_ID))
+Array = tl.tensor  # what the functions of noise are annotated with
+
+
+def _for_triton(function: Callable[..., Any]) -> Any:
+    """The function compiled by Triton, with the globals of this module: constants and compiled functions."""
+    return triton.jit(FunctionType(function.__code__, globals()))
+
+
+mix = _for_triton(noise.mix)
+mix_key = _for_triton(noise.mix_key)
+hash_ids = _for_triton(noise.hash_ids)
+
+
+@triton.jit
+def summarize(
+    logit,  # [rows, ids] fp32
+    ids,  # [ids] int32, ascending by one
+    excluded_token_id,
+    temperature_ptr,  # these three point at the first row
+    noise_key_ptr,
+    by_entropy_ptr,
+    row,  # [rows], offsets from there
+    in_rows,  # [rows]
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """The partial of each row, [rows] each; an id that does not count has the logit -inf.
+
+    What few rows need is a branch at run time. A NaN is not looked for: it ends up in ``total``.
+    """
+    largest = tl.max(logit, axis=1)
+    shift = tl.where(largest == -float("inf"), 0.0, largest)  # -inf - -inf would be NaN
+    total = tl.sum(tl.exp(logit - shift[:, None]), axis=1)
+    weighted = tl.zeros_like(total)
+    if HAS_ENTROPY:
+        by_entropy = tl.load(by_entropy_ptr + row, mask=in_rows, other=0)
+        if tl.max(by_entropy.to(tl.int32), axis=0) != 0:
+            x = tl.maximum(logit - shift[:, None], SMALLEST_DIFFERENCE)
+            weighted = tl.sum(x * tl.exp(x), axis=1)
+
+    best_score = largest
+    best_logit = largest
+    best_id = tl.min(tl.where(logit == largest[:, None], ids[None, :], NO_ID), axis=1)
+    if tl.max((best_id == excluded_token_id).to(tl.int32), axis=0) != 0:
+        allowed = tl.where((ids == excluded_token_id)[None, :], -float("inf"), logit)
+        best_score = tl.max(allowed, axis=1)
+        best_logit = best_score
+        best_id = tl.min(tl.where(allowed == best_score[:, None], ids[None, :], NO_ID), axis=1)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row, mask=in_rows, other=0.0)
+        if tl.max(temperature, axis=0) > 0:
+            first, second = mix_key(tl.load(noise_key_ptr + row, mask=in_rows, other=0))
+            bits = hash_ids(first.to(tl.uint32)[:, None], second.to(tl.uint32)[:, None], ids.to(tl.uint32)[None, :])
+            u = ((bits >> UNIFORM_SHIFT).to(tl.float32) + 0.5) * UNIFORM_STEP  # exact, strictly between 0 and 1
+            allowed = tl.where((ids == excluded_token_id)[None, :], -float("inf"), logit)
+            score = allowed + temperature[:, None] * -tl.log(-tl.log(u))  # a row at 0 keeps its logits bit for bit
+            best_score = tl.max(score, axis=1)
+            best_id = tl.min(tl.where(score == best_score[:, None], ids[None, :], NO_ID), axis=1)
+            best_logit = tl.max(tl.where(ids[None, :] == best_id[:, None], logit, -float("inf")), axis=1)
+    return largest, total, weighted, best_score, best_logit, best_id
+
+
+@triton.jit
+def finish(
+    largest, total, weighted, best_score, best_logit, best_id, excluded_token_id, by_entropy, HAS_ENTROPY: tl.constexpr
+):
+    """Token and confidence of whole rows, of any shape; NaN of ``total`` says that the row contains one."""
+    hopeless = (total != total) | (best_score == -float("inf"))
+    total = tl.where(hopeless, 1.0, total)
+    probability = tl.exp(tl.where(hopeless, 0.0, best_logit) - tl.where(hopeless, 0.0, largest)) / total
+    if HAS_ENTROPY:
+        entropy = tl.log(total) - weighted / total
+        probability = tl.where(by_entropy != 0, tl.minimum(1.0 - entropy / SCALE, 1.0), probability)
+    token = tl.where(hopeless, tl.where(excluded_token_id == 0, 1, 0), best_id)
+    return token, tl.where(hopeless, 0.0, probability)
+
+
+@triton.jit
+def store_partial(
+    partials_ptr, chunk, row, num_rows, in_rows, largest, total, weighted, best_score, best_logit, best_id
+):
+    """Writes what ``summarize`` has found; ``chunk`` is int64, ``row`` [rows] int64."""
+    ptr = partials_ptr + chunk * NUM_FIELDS * num_rows + row
+    tl.store(ptr + LARGEST * num_rows, largest, mask=in_rows)
+    tl.store(ptr + TOTAL * num_rows, total, mask=in_rows)
+    tl.store(ptr + WEIGHTED * num_rows, weighted, mask=in_rows)
+    tl.store(ptr + BEST_SCORE * num_rows, best_score, mask=in_rows)
+    tl.store(ptr + BEST_LOGIT * num_rows, best_logit, mask=in_rows)
+    tl.store(ptr + BEST_ID * num_rows, best_id.to(tl.float32), mask=in_rows)
+
+
+@triton.jit
+def _combine_kernel(
+    partials_ptr,
+    token_ptr,
+    confidence_ptr,
+    num_chunks,
+    excluded_token_id,  # -1: none
+    by_entropy_ptr,
+    HAS_ENTROPY: tl.constexpr,
+    PADDED_CHUNKS: tl.constexpr,
+):
+    row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    chunk = tl.arange(0, PADDED_CHUNKS)
+    valid = chunk < num_chunks
+    ptr = partials_ptr + chunk.to(tl.int64) * NUM_FIELDS * num_rows + row
+
+    chunk_largest = tl.load(ptr + LARGEST * num_rows, mask=valid, other=-float("inf"))
+    largest = tl.max(chunk_largest, axis=0)
+    lower = chunk_largest - tl.where(largest == -float("inf"), 0.0, largest)
+    chunk_total = tl.load(ptr + TOTAL * num_rows, mask=valid, other=0.0)
+    total = tl.sum(chunk_total * tl.exp(lower), axis=0)
+    weighted, by_entropy = 0.0, 0
+    if HAS_ENTROPY:
+        by_entropy = tl.load(by_entropy_ptr + row).to(tl.int32)
+        chunk_weighted = tl.load(ptr + WEIGHTED * num_rows, mask=valid, other=0.0)
+        lower = tl.maximum(lower, SMALLEST_DIFFERENCE)  # 0 * -inf would be NaN
+        weighted = tl.sum(tl.exp(lower) * (chunk_weighted + lower * chunk_total), axis=0)
+
+    score = tl.load(ptr + BEST_SCORE * num_rows, mask=valid, other=-float("inf"))
+    best_score = tl.max(score, axis=0)
+    ids = tl.load(ptr + BEST_ID * num_rows, mask=valid, other=0.0).to(tl.int32)
+    best_id = tl.min(tl.where(valid & (score == best_score), ids, NO_ID), axis=0)
+    logit = tl.load(ptr + BEST_LOGIT * num_rows, mask=valid, other=-float("inf"))
+    best_logit = tl.max(tl.where((score == best_score) & (ids == best_id), logit, -float("inf")), axis=0)
+
+    token, probability = finish(
+        largest, total, weighted, best_score, best_logit, best_id, excluded_token_id, by_entropy, HAS_ENTROPY
+    )
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(confidence_ptr + row, probability)
+
+
+def combine_partials(
+    partials: torch.Tensor, excluded_token_id: int | None = None, by_entropy: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``ops.combine_partials``; CPU tensors work only in Triton's interpreter."""
+    num_chunks, _, num_rows = partials.shape
+    token = torch.empty(num_rows, dtype=torch.int64, device=partials.device)
+    probability = torch.empty(num_rows, dtype=torch.float32, device=partials.device)
+    if num_rows:
+        _combine_kernel[(num_rows,)](
+            partials,
+            token,
+            probability,
+            num_chunks,
+            -1 if excluded_token_id is None else excluded_token_id,
+            None if by_entropy is None else by_entropy.view(torch.uint8),
+            HAS_ENTROPY=by_entropy is not None,
+            PADDED_CHUNKS=triton.next_power_of_2(num_chunks),
+            num_warps=1 if num_chunks <= MAX_CHUNKS_OF_A_WARP else 4,
+            enable_fp_fusion=False,
+        )
+    return token, probability
