@@ -81,7 +81,6 @@ def test_random_requests_decode_the_same(pair, prompts, policies, ends):
         vllm_osdt.describe(one)["nfe"] for one in outcomes[1]
     ]
     assert ends in {graph.ends for graph in replayed}
-    assert len({graph.num_tokens for graph in replayed}) > 1
 
 
 def test_what_a_request_records_is_the_same(pair, prompts):

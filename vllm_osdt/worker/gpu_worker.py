@@ -44,24 +44,21 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """As vLLM does, right before it looks for a graph: whether the step may run as one."""
         state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
         if self.cudagraph_manager is not None:
-            self.cudagraph_manager.may_replay = state is not None and self._fits_a_graph(state)
+            self.cudagraph_manager.num_queries = None if state is None else self._queries_of_a_graph(state)
         return state, uniform_token_count
 
-    def _fits_a_graph(self, state: Any) -> bool:
-        """Whether a step's blocks are like those that graphs were captured for."""
+    def _queries_of_a_graph(self, state: Any) -> int | None:
+        """The queries of attention that a step has as a graph at most; None where its blocks are like no graph's."""
         manager = self.cudagraph_manager
         if manager is None or not self.replays_graphs or self.lora_config is not None or self.dp_size > 1:
-            return False
+            return None
+        longest, rows = self.decode_query_len, state.num_scheduled_tokens
         length = self.model_state.canvas_states.host.block_length[state.idx_mapping_np]
-        if not ((length == self.decode_query_len) if manager.shapes.is_block_causal else length > 0).all():
-            return False
-        if length.max() > self.decode_query_len:
-            return False
-        rows = state.num_scheduled_tokens
-        if not manager.is_uniform:
-            return True
-        of_blocks = rows % self.decode_query_len if manager.shapes.is_block_causal else rows - self.decode_query_len
-        return not of_blocks.any()
+        if not length.all() or length.max() > longest:  # 0: vLLM's own requests
+            return None
+        if manager.is_uniform and ((length < longest).any() or not manager.takes_whole_blocks(rows)):
+            return None
+        return int((-(-rows // length)).sum()) if manager.shapes.is_block_causal else rows.size
 
     def _put_into_graph(
         self, size: BatchExecutionDescriptor, denoise: DenoisePlan, arrays: dict[str, np.ndarray]

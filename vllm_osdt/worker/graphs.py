@@ -135,7 +135,8 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
 class CanvasGraphManager(ModelCudaGraphManager):
     """vLLM's manager of graphs, with the whole of a step in each.
 
-    ``may_replay`` says whether the step that is being prepared fits a graph but for its size; the runner sets it.
+    ``num_queries`` are the queries of attention in the step that is being prepared, None where it fits no graph,
+    whatever its size. The runner sets it.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self.can_edit: bool = vllm_config.model_config.hf_config.traits.can_edit
         # Attention that captures batches of equal queries only has whole blocks as queries.
         self.is_uniform = cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
-        self.may_replay = False
+        self.num_queries: int | None = None
         self.chosen: StepDescriptor | None = None  # the graph of the step that is being prepared
         self.decisions: dict[StepDescriptor, Decision] = {}  # what each graph writes
         self.proposals: dict[StepDescriptor, Proposals] = {}  # likewise, where it ends with them
@@ -213,13 +214,19 @@ class CanvasGraphManager(ModelCudaGraphManager):
         sub_block: int | None = self.vllm_config.model_config.hf_config.traits.sub_block_length
         return self.shapes.block_length if self.is_uniform or not sub_block else sub_block
 
+    def takes_whole_blocks(self, rows: np.ndarray) -> bool:
+        """Whether attention's queries are whole blocks if the requests of a step have so many rows each, ``[R]``."""
+        length = self.shapes.block_length
+        return not (rows % length if self.shapes.is_block_causal else rows - length).any()
+
     def dispatch(
         self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
     ) -> BatchExecutionDescriptor:
         """The smallest graph that a step fits, without one otherwise."""
-        if self._graphs_captured and self.may_replay:
+        if self._graphs_captured and self.num_queries is not None:
             for graph in self._sizes:
-                if graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= num_reqs:
+                has_room = graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= num_reqs
+                if has_room and graph.num_queries >= self.num_queries:
                     return graph
         return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
 
