@@ -129,7 +129,7 @@ def test_a_step_is_one_replay_one_copy_and_no_memory_of_ours(pair, prompts):
     llm = pair.with_graphs
     length = runner_of(llm).decode_query_len
     for prompt in prompts[:3]:
-        submit(llm, prompt, params(policy="fixed_steps", steps_per_block=4, max_tokens=length, ignore_eos=True))
+        submit(llm, prompt, params(policy="fixed_steps", steps_per_block=8, max_tokens=length, ignore_eos=True))
     replayed, seen = count_replays(llm), []
 
     def note():

@@ -105,6 +105,8 @@ class CanvasStates:
         self._copied = None if is_host else torch.cuda.Event()
         self._copy_pending: np.ndarray | None = None  # slots
         self._copy_width = 0
+        # Active block, steps and masks of each slot when goes_on was asked last.
+        self._seen = np.full((max_num_reqs, 3), -1, dtype=np.int64)
         self._entered = np.empty(0, dtype=np.int64)  # slots that entered a block in the step that is being prepared
 
         self.host = HostTables(
@@ -240,9 +242,9 @@ class CanvasStates:
     def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
         """Whether the next step of these requests has the rows of the one that is being prepared, as far as is known.
 
-        Most blocks should have masks left behind it: more than twice what each of their steps has removed so far. No
-        block may be in its first step, which refreshes or commits another one's keys and values, and no sub-blocks are
-        among them. A request that the engine core wants to know something of is looked at step by step.
+        Most blocks should have masks left behind it: more than what their last step removed. No block may be in its
+        first step, which refreshes or commits another one's keys and values, and no sub-blocks are among them. A
+        request that the engine core wants to know something of is looked at step by step.
 
         Args:
             slots: int64 ``[R]``.
@@ -255,8 +257,12 @@ class CanvasStates:
         if not (steps.all() and num_active.all()) or host.sub_block_length[slots].any():
             return False
         left = host.masked[slots].sum(axis=1)
-        expects_more = left * steps > 2 * (num_active - left)
-        return bool(expects_more.mean() >= RUN_AHEAD_SHARE)
+        seen_block, seen_step, seen_left = self._seen[slots].T
+        is_known = (seen_block == host.block_start[slots]) & (seen_step < steps)
+        num_steps = steps - np.where(is_known, seen_step, 0)
+        removed = np.where(is_known, seen_left, num_active) - left
+        self._seen[slots] = np.stack([host.block_start[slots], steps, left], axis=1)
+        return bool((left * num_steps > removed).mean() >= RUN_AHEAD_SHARE)
 
     def copy_masks_to_host(self, slots_np: np.ndarray, masks: torch.Tensor, width: int) -> None:
         """Start copying the masks that a step left; :meth:`begin_step` picks them up.
