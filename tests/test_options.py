@@ -220,23 +220,51 @@ def test_the_canvas_is_max_tokens_in_whole_blocks(max_tokens, block_length, gen_
         ({}, 190, 190),  # 256 do not fit 200 rows with a prompt of 10
         ({"open_ended": 96}, 96, 96),
         ({"open_ended": 100}, 128, 100),
-        ({"open_ended": 96, "gen_length": 64}, 64, 64),  # the operator's comes before the checkpoint's
-        ({"open_ended": 96, "gen_length": 160}, 160, 160),
+        ({"open_ended": 96, "gen_length": 64}, 96, 96),
+        ({"open_ended": 96, "gen_length": 160}, 160, 96),
         ({"max_model_len": 100}, 90, 90),
     ],
 )
-def test_without_max_tokens_the_canvas_is_the_servers_default_as_far_as_it_fits(limits, gen_length, output):
+def test_without_max_tokens_the_output_is_the_checkpoints_or_what_fits(limits, gen_length, output):
     options, got = canvas(10, None, {**LIMITS, **limits})
     assert (options.gen_length, got) == (gen_length, output)
-    assert canvas(10, None, {"max_model_len": 4096, "max_num_batched_tokens": 4096})[0].gen_length == 256
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "gen_length"), [(1, 96), (48, 96), (96, 96), (97, 128), (180, 190), (190, 190), (None, 96)]
+    ("limits", "max_tokens", "options", "first"),
+    [
+        ({}, None, {}, 128),
+        ({}, 400, {}, 128),
+        ({}, 100, {}, 128),
+        ({}, 40, {}, 64),
+        ({"usual_length": 96}, None, {}, 96),
+        ({"usual_length": 90}, 400, {}, 96),
+        ({"open_ended": 50}, None, {}, 64),
+        ({"open_ended": 1000}, None, {}, 128),
+        ({"usual_length": 96, "gen_length": 256}, 400, {}, 256),  # the operator's
+        ({}, 400, {"gen_length": 320}, 320),  # a request's own is exact
+        ({}, 416, {"policy": "fixed_steps", "steps": 26}, 416),  # steps are shared out among all blocks
+        ({}, None, {"policy": "fixed_steps", "steps_per_block": 4}, 128),
+    ],
+)
+def test_a_canvas_begins_as_long_as_the_model_is_used_to(limits, max_tokens, options, first):
+    engine = {"max_model_len": 1024, "max_num_batched_tokens": 1024}
+    found = find_canvas(
+        parse_options(options, base=BASE), prompt_length=10, max_tokens=max_tokens, limits=Limits(**engine, **limits)
+    )[1]
+    assert found.end_at(10) == 10 + first
+    assert found.end_at(10 + first - 1) == 10 + first
+    for blocks in range(1, 4):
+        assert found.end_at(10 + first + 32 * blocks - 1) == min(10 + first + 32 * blocks, found.end)
+        assert found.end_at(10 + first + 32 * (blocks - 1)) == min(10 + first + 32 * blocks, found.end)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "gen_length"), [(1, 96), (48, 96), (96, 96), (97, 128), (180, 190), (190, 190), (None, 190)]
 )
 def test_the_operators_canvas_is_the_shortest_and_cuts_no_output(max_tokens, gen_length):
     options, output = canvas(10, max_tokens, {**LIMITS, "gen_length": 96})
-    assert (options.gen_length, output) == (gen_length, max_tokens or 96)
+    assert (options.gen_length, output) == (gen_length, max_tokens or 190)
 
 
 @pytest.mark.parametrize(

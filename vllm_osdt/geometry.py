@@ -12,7 +12,7 @@ BlockLength = count(1, MAX_BLOCK_LENGTH)
 BLOCK_CACHE = "block"  # cache mode of block-causal models, the only one they have
 CANVAS_CACHES = ("none", "prefix", "dual")  # those of models whose positions see the whole canvas
 CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
-DEFAULT_GEN_LENGTH = 256  # canvas of a request without a limit where neither operator nor checkpoint names one
+USUAL_LENGTH = 128  # of a canvas at first, where neither operator nor checkpoint names one
 
 
 class Limits(NamedTuple):
@@ -23,19 +23,21 @@ class Limits(NamedTuple):
         max_num_batched_tokens: The engine's limit on the rows of one step. A refresh has prompt plus canvas rows; a
             step of a block-causal model has at most two blocks, since its prompt may be cut.
         gen_length: The operator's canvas length, None for none: the shortest canvas of a request without its own.
-        open_ended: Output tokens of a request that names no limit; None where the checkpoint does not say. Then it is
-            256 where positions see the whole canvas, else as many as the context holds.
+        open_ended: Output tokens of a request that names no limit; None where neither operator nor checkpoint says
+            so, which means as many as the context holds.
+        usual_length: Length of the canvas that the model is used to, by its config; None where that says none.
     """
 
     max_model_len: int
     max_num_batched_tokens: int
     gen_length: int | None = None
     open_ended: int | None = None
+    usual_length: int | None = None
 
     @property
-    def default_length(self) -> int:
-        """The canvas of a request that names no limit, where positions see all of it."""
-        return self.gen_length or self.open_ended or DEFAULT_GEN_LENGTH
+    def first_length(self) -> int:
+        """The canvas that a request starts with, in whole blocks, where positions see all of it."""
+        return self.gen_length or self.usual_length or min(self.open_ended or USUAL_LENGTH, USUAL_LENGTH)
 
 
 class Canvas(NamedTuple):
@@ -47,12 +49,15 @@ class Canvas(NamedTuple):
         end: Position behind the last block; the end of the context may cut that block.
         max_output_end: Position behind the last token that the request may output.
         block_length: Positions denoised together.
+        first_end: Where positions see the whole canvas, the position behind the part that is there at first, whole
+            blocks; None for all of it. The rest joins block by block, when all before it is decided and goes on.
     """
 
     start: int
     end: int
     max_output_end: int
     block_length: int
+    first_end: int | None = None
 
     @property
     def length(self) -> int:
@@ -63,6 +68,13 @@ class Canvas(NamedTuple):
     def num_blocks(self) -> int:
         """Blocks, the last of which may be cut by the end of the context."""
         return -(-self.length // self.block_length)
+
+    def end_at(self, position: int) -> int:
+        """The position behind the part of the canvas that is there when ``position`` is the first undecided one."""
+        if self.first_end is None or self.first_end >= self.end:
+            return self.end
+        behind = max(position + 1 - self.first_end, 0)
+        return min(self.first_end + -(-behind // self.block_length) * self.block_length, self.end)
 
     def block_index(self, position: int) -> int:
         """The block that a position belongs to."""
@@ -112,6 +124,7 @@ class CanvasRequest(NamedTuple):
         max_tokens_name: What the client calls its limit.
         sub_block_length: Positions of a block that are denoised together; None for all of them.
         is_block_causal: Whether a position sees the blocks up to its own; else it sees the whole canvas.
+        can_grow: Whether the canvas may be a part of what the output may need at first.
     """
 
     prompt_length: int
@@ -121,10 +134,13 @@ class CanvasRequest(NamedTuple):
     max_tokens_name: str = "max_tokens"
     sub_block_length: int | None = None
     is_block_causal: bool = False
+    can_grow: bool = True
 
 
 def full_attention_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
     """The canvas where every position sees all of it: what the request asks for, else what its output needs.
+
+    The latter is there in full at first only as far as models are used to; then it grows.
 
     Raises:
         InvalidOptionError: The canvas does not fit, or has a part of a block.
@@ -153,18 +169,26 @@ def full_attention_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
                 f"gen_length is {gen_length}, but the prompt of {prompt_length} tokens leaves {room} of "
                 f"{bound}. Lower gen_length or shorten the prompt."
             )
-        length = gen_length
+        length = first_length = gen_length
     else:
         if max_tokens is not None and max_tokens > room:
             raise InvalidOptionError(
                 f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of {bound}. Lower "
                 f"{name} or shorten the prompt."
             )
-        wanted = limits.default_length if max_tokens is None else max(max_tokens, limits.gen_length or 0)
-        length = min(math.ceil(wanted / block) * block, room)
+        first_length = math.ceil(limits.first_length / block) * block
+        open_ended = (limits.open_ended or room) if asked.can_grow else first_length
+        wanted = open_ended if max_tokens is None else max_tokens
+        length = min(math.ceil(max(wanted, limits.gen_length or 0) / block) * block, room)
+        if not asked.can_grow:
+            first_length = length
+        if max_tokens is None:
+            max_tokens = wanted
     if max_tokens is None:
-        max_tokens = limits.default_length if gen_length is None else length
-    return Canvas(prompt_length, prompt_length + length, prompt_length + min(max_tokens, length), block)
+        max_tokens = length
+    start = prompt_length
+    end = start + length
+    return Canvas(start, end, start + min(max_tokens, length), block, min(start + first_length, end))
 
 
 def block_causal_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:

@@ -559,6 +559,7 @@ def resolve_canvas(
         max_tokens_name,
         options.sub_block_length,
         options.is_block_causal,
+        can_grow=options.steps is None,  # which is shared out among all blocks
     )
     find = block_causal_canvas if options.is_block_causal else full_attention_canvas
     canvas = find(asked, limits)
@@ -614,4 +615,5 @@ def canvas_limits(vllm_config: "VllmConfig", gen_length: int | None) -> Limits:
         gen_length=gen_length,
         # max_new_tokens, the operator's or the checkpoint's
         open_ended=model.get_diff_sampling_param().get("max_tokens"),
+        usual_length=model.hf_config.traits.gen_length,
     )

@@ -183,7 +183,7 @@ def test_a_refusal_names_what_the_client_sent(server: Server, path: str, fields:
 def test_the_log_says_in_one_paragraph_what_was_decided_and_nothing_of_each_weight(server: Server) -> None:
     log = server.log.read_text()
     [line] = [line for line in log.splitlines() if "vllm-osdt decodes with policy osdt" in line]
-    decoding = ["static threshold 0.9", "block length 32", "canvas without max_tokens 96", "cache mode dual"]
+    decoding = ["static threshold 0.9", "block length 32", "canvas 96", "cache mode dual"]
     tasks = ["calibrates on 64 requests", "name no task: static threshold", "profiles of this model in"]
     assert all(words in line for words in decoding + tasks)
     assert "Attempted to load weight" not in log

@@ -524,7 +524,7 @@ def test_an_engine_says_in_one_paragraph_what_was_decided(checkpoint: str, block
         "policy factor",
         "static threshold 0.9",
         "block length 32",
-        "canvas without max_tokens 64",
+        "canvas 64, and more when an answer needs it",
         "cache mode dual",
     ]
     tasks = ["calibrates on 64 requests", "task 'chat'", str(tmp_path / "p"), ": 0 tasks"]

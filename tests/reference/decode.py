@@ -176,6 +176,7 @@ def decode(
     end_token_ids: tuple[int, ...] = (),
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
+    first_length: int | None = None,
 ) -> Decoded:
     """Decode a request.
 
@@ -192,6 +193,8 @@ def decode(
             finished block before it and its own.
         refresh_confidence: With a cache, a step whose masked positions have a lower mean confidence is followed by a
             refresh, unless it was one.
+        first_length: Positions of the canvas that are there at first, whole blocks; None for all. A block joins when
+            all before it are decided.
     """
     end, shift = len(prompt) + gen_length, model.logits_shift
     kept, refreshed, is_unsure = None, -1, False
@@ -203,19 +206,20 @@ def decode(
         first = len(prompt) + block * block_length
         last = min(first + block_length, end)
         length = last - first
+        seen = end if first_length is None else min(end, max(len(prompt) + first_length, last))
         num_needed = min(length, wanted - block * block_length)
         result.record.append([])
         for step in range(length):
             is_due = step == 0 and (refreshed < 0 or block - refreshed >= refresh_interval)
             is_refresh = is_due or cache_mode == "none" or (step > 0 and is_unsure)
             if is_refresh:
-                logits, computed = model.forward(ids)
+                logits, computed = model.forward(ids[:seen])
                 logits = logits[first - shift : last - shift]
                 if cache_mode != "none":
                     kept, refreshed = computed, block
             elif step == 0:
                 assert kept is not None
-                start, stop = first - block_length, end if cache_mode == "prefix" else last
+                start, stop = first - block_length, seen if cache_mode == "prefix" else last
                 rest = [(torch.cat([k[:start], k[stop:]]), torch.cat([v[:start], v[stop:]])) for k, v in kept]
                 logits, computed = model.forward(ids[start:stop], torch.arange(start, stop), rest)
                 logits = logits[block_length - shift : block_length - shift + length]
@@ -226,7 +230,7 @@ def decode(
             elif cache_mode == "prefix":
                 assert kept is not None
                 before = [(k[:first], v[:first]) for k, v in kept]
-                logits, _ = model.forward(ids[first:], torch.arange(first, end), before)
+                logits, _ = model.forward(ids[first:seen], torch.arange(first, seen), before)
                 logits = logits[:length].roll(shift, dims=0)
             else:
                 assert kept is not None

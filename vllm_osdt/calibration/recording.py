@@ -78,6 +78,9 @@ class Recorder:
         self.proposal[block, step] = proposal
 
     def recording(self) -> Recording:
-        """What was recorded."""
-        wrong = ~np.isnan(self.confidence) & (self.proposal != self.final) & (self.final >= 0)
-        return Recording(self.confidence, self.committed, wrong)
+        """What was recorded, up to the last block that was reached."""
+        reached = np.flatnonzero(~np.isnan(self.confidence).all(axis=(1, 2)))
+        end = int(reached.max(initial=0)) + 1
+        confidence, final = self.confidence[:end].copy(), self.final[:end]
+        wrong = ~np.isnan(confidence) & (self.proposal[:end] != final) & (final >= 0)
+        return Recording(confidence, self.committed[:end].copy(), wrong)

@@ -22,6 +22,7 @@ class BlockState:
     Attributes:
         canvas: The request's positions.
         start: First position of the active block.
+        canvas_end: Position behind the part of the canvas that is there.
         is_entry: Whether the block has had no step yet.
         refreshed_block: Index of the block in which the last refresh was; -1 before the first one.
         was_refresh: Whether the last step was a refresh.
@@ -30,6 +31,7 @@ class BlockState:
 
     canvas: Canvas
     start: int = -1
+    canvas_end: int = -1
     is_entry: bool = True
     refreshed_block: int = -1
     was_refresh: bool = False
@@ -38,7 +40,7 @@ class BlockState:
     @property
     def end(self) -> int:
         """Position behind the active block."""
-        return min(self.start + self.canvas.block_length, self.canvas.end)
+        return min(self.start + self.canvas.block_length, self.canvas_end)
 
 
 class Span(NamedTuple):
@@ -66,7 +68,7 @@ class NoCache:
 
     def next_rows(self, block: BlockState) -> Span:
         """See ``CacheMode``."""
-        return Span(0, block.canvas.end)
+        return Span(0, block.canvas_end)
 
 
 class PrefixCache:
@@ -74,7 +76,7 @@ class PrefixCache:
 
     def next_rows(self, block: BlockState) -> Span:
         """See ``CacheMode``."""
-        return Span(0 if block.is_entry else block.start, block.canvas.end)
+        return Span(0 if block.is_entry else block.start, block.canvas_end)
 
 
 class DualCache:
@@ -82,7 +84,7 @@ class DualCache:
 
     def next_rows(self, block: BlockState) -> Span:
         """See ``CacheMode``."""
-        return Span(0, block.canvas.end) if block.is_entry else Span(block.start, block.end)
+        return Span(0, block.canvas_end) if block.is_entry else Span(block.start, block.end)
 
 
 class RefreshInterval:
@@ -127,7 +129,7 @@ class RefreshUnsure:
         """See ``CacheMode``."""
         is_unsure = not block.is_entry and block.mean_confidence < self._confidence
         if is_unsure and not block.was_refresh:
-            return Span(0, block.canvas.end)
+            return Span(0, block.canvas_end)
         return self._base.next_rows(block)
 
 

@@ -92,6 +92,7 @@ class FullAttentionPlan:
         """See ``CanvasPlan``."""
         block = self._block
         block.start, block.is_entry = num_tokens, self._planned != num_tokens
+        block.canvas_end = block.canvas.end_at(num_tokens)
         start, end = self._mode.next_rows(block)
         if end - start > budget:
             return None
@@ -106,8 +107,8 @@ class FullAttentionPlan:
             block.refreshed_block = block.canvas.block_index(num_tokens)
 
     def pages_needed(self, rows: Rows) -> int:
-        """All from the start: the first refresh writes them all."""
-        return self._block.canvas.end
+        """All of the canvas that is there: a refresh writes them all."""
+        return self._block.canvas_end
 
     def hear(self, mean_confidence: float) -> None:
         """See ``CanvasPlan``."""

@@ -318,7 +318,7 @@ def describe_engine(vllm_config: "VllmConfig") -> str:
         except OSError as error:
             found = f"cannot be read ({error.strerror})"
         kept = f"profiles of this model in {store.folder}: {found}"
-    canvas = f"canvas without max_tokens {limits.default_length}, "
+    canvas = f"canvas {limits.first_length}, and more when an answer needs it, "
     if options.is_block_causal:
         canvas = ""
     number = options.num_calibration_requests

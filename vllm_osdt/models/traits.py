@@ -27,6 +27,7 @@ class Traits:
         logits_shift: Position i is predicted from the logits at i - logits_shift.
         can_edit: Whether the model was trained to replace tokens that it has written.
         has_experts: Whether its layers are a mixture of experts.
+        gen_length: Length of the canvas that the model is used to, where its config says one.
     """
 
     block_length: int
@@ -37,6 +38,7 @@ class Traits:
     logits_shift: int = 0
     can_edit: bool = False
     has_experts: bool = False
+    gen_length: int | None = None
 
 
 class CanvasConfigMixin:
@@ -64,6 +66,7 @@ class CanvasConfigMixin:
     is_threshold_strict: bool = False
     logits_shift: int = 0
     can_edit: bool = False
+    gen_length: int | None = None
     assumed_block_length: int | None = None
     vocab_size: int
     max_position_embeddings: int
@@ -81,6 +84,7 @@ class CanvasConfigMixin:
             logits_shift=self.logits_shift,
             can_edit=self.can_edit,
             has_experts=bool(getattr(self, "num_experts", 0)),  # a field of some families' configs only
+            gen_length=self.gen_length,
         )
 
     def __setattr__(self, name: str, value: Any) -> None:

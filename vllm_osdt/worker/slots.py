@@ -49,7 +49,7 @@ class HostTables(NamedTuple):
     """What planning a step reads: one entry or row per slot, on the host."""
 
     canvas_start: np.ndarray  # int64, see geometry.Canvas
-    canvas_end: np.ndarray  # int64
+    canvas_end: np.ndarray  # int64, position behind the part of the canvas that has been computed
     max_output_end: np.ndarray  # int64
     block_length: np.ndarray  # int64; 0: the slot has no canvas
     block_start: np.ndarray  # int64, position of the active block; -1: none yet
@@ -144,7 +144,7 @@ class CanvasStates:
         row[:num_prefill] = new.prefill_token_ids
         self.token_ids[slot, : canvas.end] = to_device(row, self.device)
         host.canvas_start[slot] = canvas.start
-        host.canvas_end[slot] = canvas.end
+        host.canvas_end[slot] = 0
         host.max_output_end[slot] = canvas.max_output_end
         host.block_length[slot] = canvas.block_length
         host.block_start[slot] = -1

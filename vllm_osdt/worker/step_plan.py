@@ -287,7 +287,8 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         row += num_rows
         plan.query_start_loc[req + 1] = row
         plan.cu_num_logits[req + 1] = num_logits
-        plan.seq_lens[req] = max(host.canvas_end[slot], start + num_rows)
+        host.canvas_end[slot] = max(host.canvas_end[slot], start + num_rows)
+        plan.seq_lens[req] = host.canvas_end[slot]
         step = step_in_block = 0
         if num_active > 0:
             offset = block_start - host.canvas_start[slot]
