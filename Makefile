@@ -1,14 +1,15 @@
 # make demo and make test work on a fresh machine with Python 3.11 and a C compiler; the rest is for development.
 .DEFAULT_GOAL := help
-.PHONY: help demo ladder test test-all test-engine test-cuda check install lint types docs bench gpu-check
+.PHONY: help demo ladder test test-all test-engine test-newer test-cuda check install lint types docs bench gpu-check
 .PHONY: fast-dllm-env cuda-env check-host clean
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-# The release that test-cuda and cuda-env take; requirements/cuda-stand-in-*.txt has one file for each.
+# The release that test-newer, test-cuda and cuda-env take; requirements/cuda-stand-in-*.txt has a file for each.
 VLLM ?= 0.33.0
+NEWER := build/vllm-$(VLLM)
 CUDA_VENV := .venv-cuda-$(VLLM)
 CUDA_PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A GPU that answers gets a vLLM release; anything else the CPU build.
@@ -36,6 +37,9 @@ test-all: test ## as test, with every case of the kernels in Triton's interprete
 
 test-engine: $(INSTALLED) ## the tests that start an engine, or one share of them (SHARD=1/3)
 	@$(RUN_TESTS) engine $(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
+
+test-newer: $(NEWER)/.made ## as test-engine and check, on a vLLM release without a CPU build (VLLM=0.33.0, SHARD=1/3)
+	@PYTHONPATH=$(CURDIR)/$(NEWER) $(RUN_TESTS) unit engine $(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
 
 test-cuda: $(CUDA_VENV)/.installed ## the GPU worker on a stand-in for CUDA, without a GPU (VLLM=0.32.0)
 	OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
@@ -88,6 +92,13 @@ $(VENV)/.installed-cpu: requirements/cpu-torch.txt requirements/cpu-vllm.txt req
 $(VENV)/.installed-cuda: requirements/cuda.txt requirements/dev.txt pyproject.toml | $(PY)
 	$(PIP) -r requirements/cuda.txt -r requirements/dev.txt
 	$(PIP) --no-deps --editable .
+	touch $@
+
+# Its Python code over the C library of the CPU build. The local version "+cpu" is how vLLM recognizes that build.
+$(NEWER)/.made: $(INSTALLED)
+	rm -rf $(NEWER) && $(PIP) --no-deps --target $(NEWER) vllm===$(VLLM)
+	find $(NEWER) -name '*.so' -delete && cp $(VENV)/lib/python3*/site-packages/vllm/*.so $(NEWER)/vllm
+	sed -i 's/^Version: .*/&+cpu/' $(NEWER)/vllm-*.dist-info/METADATA
 	touch $@
 
 .venv-docs/.installed: requirements/docs.txt
