@@ -38,8 +38,9 @@ test-all: test ## as test, with every case of the kernels in Triton's interprete
 test-engine: $(INSTALLED) ## the tests that start an engine, or one share of them (SHARD=1/3)
 	@$(RUN_TESTS) engine $(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
 
-test-newer: $(NEWER)/.made ## as test-engine and check, on a vLLM release without a CPU build (VLLM=0.33.0, SHARD=1/3)
-	@PYTHONPATH=$(CURDIR)/$(NEWER) $(RUN_TESTS) unit engine $(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
+test-newer: $(NEWER)/.made ## all tests on a vLLM release without a CPU build, or a share of them (VLLM=0.33.0, SHARD=1/3)
+	@PYTHONPATH=$(CURDIR)/$(NEWER) $(RUN_TESTS) $(if $(filter-out 1/%,$(SHARD)),,unit) engine \
+		$(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
 
 test-cuda: $(CUDA_VENV)/.installed ## the GPU worker on a stand-in for CUDA, without a GPU (VLLM=0.32.0)
 	OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
