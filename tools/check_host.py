@@ -3,11 +3,11 @@
 
     python tools/check_host.py [WHEEL_OR_VLLM_DIR] [--update]
 
-`host_symbols.json` beside this file lists every such symbol: its use, the reason in one line, and what each release that
-was reviewed has there, where that differs from the one before. The target, a wheel, an unpacked tree or an installed
-package (default: the installed one), is parsed and never imported; it is compared with its own release in the record,
-or else with the last. The exit code is 1 when a symbol is missing or its signature changed; changed bodies are for a
-person to read.
+`host_symbols.json` beside this file lists every such symbol: its use, the reason in one line, and what each reviewed
+release has there, where that differs from the one before. The target, a wheel, an unpacked tree or an installed package
+(default: the installed one), is parsed and never imported. It is compared with its own release in the record, or else
+with the last. The exit code is 1 when a symbol is missing or its signature changed; changed bodies are for a person to
+read.
 
 A new entry needs "use" and "reason"; `--update` fills in the rest from the target, a new release at the end.
 """
@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,8 @@ def update(host: Host, record: dict[str, Any]) -> dict[str, Any]:
         if found is None:
             raise SystemExit(f"vLLM {host.release} has no {name}: mend or remove its entry in {RECORD.name} first")
         known = {one: recorded(record, name, one) for one in record["vllm"]} | {host.release: found}
-        kept = {one: known[one] for one, before in zip(releases, [None, *releases]) if known[one] != known.get(before)}
+        kept = {releases[0]: known[releases[0]]}
+        kept |= {one: known[one] for before, one in pairwise(releases) if known[one] != known[before]}
         symbols[name] = {"use": entry["use"], "reason": entry["reason"], "found": kept}
     return {"vllm": releases, "symbols": symbols}
 

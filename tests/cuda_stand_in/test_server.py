@@ -21,7 +21,7 @@ def test_a_response_says_how_it_was_decoded_and_metrics_count_it(server):
     assert about["policy"] == "factor" and 1 <= about["nfe"] <= 9
     assert not body.get("kv_transfer_params")
     metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
-    assert 'vllm:osdt_request_forward_passes_count{' in metrics
+    assert "vllm:osdt_request_forward_passes_count{" in metrics
 
 
 @pytest.mark.parametrize(
