@@ -1,13 +1,17 @@
 # make demo and make test work on a fresh machine with Python 3.11 and a C compiler; the rest is for development.
 .DEFAULT_GOAL := help
-.PHONY: help demo ladder test test-all test-engine test-cuda check install lint types docs bench gpu-check
+.PHONY: help demo ladder test test-all test-engine test-newer test-cuda check install lint types docs bench gpu-check
 .PHONY: fast-dllm-env cuda-env check-host clean
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-CUDA_PIP := .venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check
+# The release that test-newer, test-cuda and cuda-env take; requirements/cuda-stand-in-*.txt has a file for each.
+VLLM ?= 0.33.0
+NEWER := build/vllm-$(VLLM)
+CUDA_VENV := .venv-cuda-$(VLLM)
+CUDA_PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A GPU that answers gets a vLLM release; anything else the CPU build.
 FLAVOUR := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 INSTALLED := $(VENV)/.installed-$(FLAVOUR)
@@ -34,8 +38,12 @@ test-all: test ## as test, with every case of the kernels in Triton's interprete
 test-engine: $(INSTALLED) ## the tests that start an engine, or one share of them (SHARD=1/3)
 	@$(RUN_TESTS) engine $(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
 
-test-cuda: .venv-cuda/.installed ## the GPU worker on a stand-in for CUDA, without a GPU; in .venv-cuda
-	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
+test-newer: $(NEWER)/.made ## all tests on a vLLM release without a CPU build, or a share of them (VLLM=0.33.0, SHARD=1/3)
+	@PYTHONPATH=$(CURDIR)/$(NEWER) $(RUN_TESTS) $(if $(filter-out 1/%,$(SHARD)),,unit) engine \
+		$(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
+
+test-cuda: $(CUDA_VENV)/.installed ## the GPU worker on a stand-in for CUDA, without a GPU (VLLM=0.32.0)
+	OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## lint, types and the tests that start no engine
 	@$(RUN_TESTS) unit --beside "$(LINT)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
@@ -63,12 +71,12 @@ bench: $(INSTALLED) ## run every benchmarks/bench_*.py, or one (BENCH=name)
 gpu-check: $(INSTALLED) ## what only a GPU shows, in stages (ARGS="--only kernels --budget 300")
 	$(PY) tools/gpu_check.py $(ARGS)
 
-cuda-env: .venv-cuda/.installed ## the environment of make test-cuda, .venv-cuda (7 GB)
+cuda-env: $(CUDA_VENV)/.installed ## the environment of make test-cuda, 7 GB (VLLM=0.32.0)
 
 fast-dllm-env: .venv-fast-dllm/.installed ## the baseline's own environment, .venv-fast-dllm
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-docs .venv-fast-dllm .venv-cuda build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-fast-dllm .venv-cuda* build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -87,6 +95,13 @@ $(VENV)/.installed-cuda: requirements/cuda.txt requirements/dev.txt pyproject.to
 	$(PIP) --no-deps --editable .
 	touch $@
 
+# Its Python code over the C library of the CPU build. The local version "+cpu" is how vLLM recognizes that build.
+$(NEWER)/.made: $(INSTALLED)
+	rm -rf $(NEWER) && $(PIP) --no-deps --target $(NEWER) vllm===$(VLLM)
+	find $(NEWER) -name '*.so' -delete && cp $(VENV)/lib/python3*/site-packages/vllm/*.so $(NEWER)/vllm
+	sed -i 's/^Version: .*/&+cpu/' $(NEWER)/vllm-*.dist-info/METADATA
+	touch $@
+
 .venv-docs/.installed: requirements/docs.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
@@ -97,12 +112,13 @@ $(VENV)/.installed-cuda: requirements/cuda.txt requirements/dev.txt pyproject.to
 	.venv-fast-dllm/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-# The CPU set, then torch for CUDA with its own Triton in place of that set's, then vLLM without its dependencies.
-.venv-cuda/.installed: requirements/cpu.txt requirements/dev.txt requirements/cuda-stand-in.txt \
-		requirements/cuda-stand-in-vllm.txt tests/cuda_stand_in/libcuda.c pyproject.toml
-	$(PYTHON) -m venv .venv-cuda
+# The CPU set, then torch for CUDA with its own Triton in place of that set's, then vLLM without its dependencies: it names
+# FlashInfer and other libraries of several gigabytes, which nothing uses without a GPU.
+$(CUDA_VENV)/.installed: requirements/cpu.txt requirements/dev.txt requirements/cuda-stand-in-$(VLLM).txt \
+		tests/cuda_stand_in/libcuda.c pyproject.toml
+	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_PIP) -r requirements/cpu.txt -r requirements/dev.txt
-	$(CUDA_PIP) -r requirements/cuda-stand-in.txt
-	$(CUDA_PIP) --no-deps -r requirements/cuda-stand-in-vllm.txt --editable .
-	$(CC) -shared -fPIC -Wl,-soname,libcuda.so.1 -o .venv-cuda/libcuda.so.1 tests/cuda_stand_in/libcuda.c
+	$(CUDA_PIP) -r requirements/cuda-stand-in-$(VLLM).txt
+	$(CUDA_PIP) --no-deps vllm===$(VLLM) --editable .
+	$(CC) -shared -fPIC -Wl,-soname,libcuda.so.1 -o $(CUDA_VENV)/libcuda.so.1 tests/cuda_stand_in/libcuda.c
 	touch $@

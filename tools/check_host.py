@@ -3,12 +3,13 @@
 
     python tools/check_host.py [WHEEL_OR_VLLM_DIR] [--update]
 
-`host_symbols.json` beside this file lists every such symbol: its use, the reason in one line, and what the release the
-list was last updated from had there. The target, a wheel, an unpacked tree or an installed package (default: the
-installed one), is parsed and never imported. The exit code is 1 when a symbol is missing or its signature changed;
-changed bodies are for a person to read.
+`host_symbols.json` beside this file lists every such symbol: its use, the reason in one line, and what each reviewed
+release has there, where that differs from the one before. The target, a wheel, an unpacked tree or an installed package
+(default: the installed one), is parsed and never imported. It is compared with its own release in the record, or else
+with the last. The exit code is 1 when a symbol is missing or its signature changed; changed bodies are for a person to
+read.
 
-A new entry needs "use" and "reason"; `--update` fills in the rest from the target.
+A new entry needs "use" and "reason"; `--update` fills in the rest from the target, a new release at the end.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,26 +185,45 @@ def compare(symbol: str, recorded: dict[str, Any], found: dict[str, Any] | None)
     return None
 
 
+def recorded(record: dict[str, Any], symbol: str, release: str) -> dict[str, Any]:
+    """Return what a release has of a symbol by the record."""
+    releases = record["vllm"][: record["vllm"].index(release) + 1]
+    found = record["symbols"][symbol].get("found", {})
+    return next((found[one] for one in reversed(releases) if one in found), {"signature": ""})
+
+
+def baseline(host: Host, record: dict[str, Any]) -> str:
+    """Return the release of the record that a host is compared with."""
+    return host.release if host.release in record["vllm"] else record["vllm"][-1]
+
+
 def check(host: Host, record: dict[str, Any]) -> list[Change]:
     """Compare every recorded symbol with a host."""
-    symbols = record["symbols"].items()
-    changes = (compare(name, entry, describe(host, name, entry["use"])) for name, entry in symbols)
+    release = baseline(host, record)
+    changes = (
+        compare(name, recorded(record, name, release), describe(host, name, entry["use"]))
+        for name, entry in record["symbols"].items()
+    )
     return [change for change in changes if change is not None]
 
 
 def update(host: Host, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record rewritten from a host.
+    """Return the record with a host's release in it.
 
     Raises:
         SystemExit: the host lacks a symbol.
     """
+    releases = [*record["vllm"], *([host.release] if host.release not in record["vllm"] else [])]
     symbols = {}
     for name, entry in sorted(record["symbols"].items()):
         found = describe(host, name, entry["use"])
         if found is None:
             raise SystemExit(f"vLLM {host.release} has no {name}: mend or remove its entry in {RECORD.name} first")
-        symbols[name] = {"use": entry["use"], "reason": entry["reason"], **found}
-    return {"vllm": host.release, "symbols": symbols}
+        known = {one: recorded(record, name, one) for one in record["vllm"]} | {host.release: found}
+        kept = {releases[0]: known[releases[0]]}
+        kept |= {one: known[one] for before, one in pairwise(releases) if known[one] != known[before]}
+        symbols[name] = {"use": entry["use"], "reason": entry["reason"], "found": kept}
+    return {"vllm": releases, "symbols": symbols}
 
 
 def installed() -> Path:
@@ -231,7 +252,7 @@ def main() -> int:
         print(f"{change.what}: {change.symbol}\n    {entry['use']}: {entry['reason']}{change.detail}")
     num_breaking = sum(change.is_breaking for change in changes)
     print(
-        f"vLLM {host.release} against the record of {record['vllm']}: {len(record['symbols'])} symbols, "
+        f"vLLM {host.release} against the record of {baseline(host, record)}: {len(record['symbols'])} symbols, "
         f"{len(changes)} changed, {num_breaking} of them missing or with another signature"
     )
     return 1 if num_breaking else 0

@@ -38,10 +38,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def vllm() -> list[str]:
+    """The ``vllm`` command; where the tests run on the stand-in for CUDA, so does it."""
+    if "tests.cuda_stand_in.cuda" in sys.modules:
+        return [sys.executable, "-m", "tests.cuda_stand_in.vllm"]
+    return [str(Path(sys.executable).with_name("vllm"))]
+
+
 def serving(model: str | Path, name: str, log: Path, *arguments: str) -> contextlib.AbstractContextManager[Server]:
     """A server of a checkpoint, under a name, in float32."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--plugin", "osdt"]
+    command = [*vllm(), "serve", str(model), "--plugin", "osdt"]
     command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     return waiting_for([*command, *arguments], environment, f"http://127.0.0.1:{port}", name, log)

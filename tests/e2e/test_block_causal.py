@@ -28,7 +28,7 @@ from vllm_osdt.errors import InvalidOptionError
 pytestmark = pytest.mark.e2e
 
 PAGE = 32
-ENGINE = {"max_num_seqs": 64, "max_model_len": 256}
+ENGINE = {"max_num_seqs": 64, "max_model_len": 256, "block_size": PAGE}
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,19 @@ def test_a_conversation_reuses_the_blocks_that_were_generated(llm, network):
         assert hit == (len(prompt) - 5 - 1) // 8 * 8 // PAGE * PAGE * (turn > 0)
         prompt = prompt + got + [rng.randrange(3, 100) for _ in range(5)]
     assert hit >= 96
+
+
+def test_a_page_that_ends_with_a_requests_last_block_is_not_shared(llm, network):
+    """Its keys and values are those of a canvas with masks: nothing came after it that would have written them anew."""
+    rng = random.Random(13)
+    scheduler(llm).reset_prefix_cache()
+    options = {"policy": "static_threshold", "threshold": 0.4, "block_length": 8}
+    prompt = [rng.randrange(3, 100) for _ in range(PAGE - 8)]
+    _, got = num_cached(llm, prompt, sampling(8, **options))
+    prompt = [*prompt, *got, *prompt[:8]]
+    expected = decode_block_causal(network, prompt, above(0.4), block_length=8, max_tokens=8)
+    assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
+    assert num_cached(llm, prompt, sampling(8, **options)) == (0, expected.tokens)
 
 
 def test_without_prefix_caching_the_tokens_stay(checkpoint, start_llm, llm, jobs):

@@ -29,7 +29,7 @@ RECORD = json.loads(check_host.RECORD.read_text())
 @pytest.fixture(scope="module")
 def installed():
     host = check_host.Host(check_host.installed())
-    if host.release != RECORD["vllm"]:
+    if host.release not in RECORD["vllm"]:
         pytest.skip(f"the record is of vLLM {RECORD['vllm']}, installed is {host.release}")
     return host
 
@@ -83,10 +83,31 @@ def test_a_doctored_file_is_reported(installed, tmp_path: Path, old: str, new: s
         for name, text in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(text)
-    record = {"symbols": {SYMBOL: RECORD["symbols"][SYMBOL]}}
+    record = {"vllm": RECORD["vllm"], "symbols": {SYMBOL: RECORD["symbols"][SYMBOL]}}
     changes = check_host.check(check_host.Host(target), record)
     assert [change.what for change in changes] == ([expected] if expected else [])
     assert any(change.is_breaking for change in changes) == (expected in ("missing", "signature changed"))
+
+
+def write_release(folder: Path, release: str, source: str):
+    (folder / "vllm").mkdir(parents=True)
+    (folder / "vllm" / "_version.py").write_text(f"__version__ = version = '{release}'\n")
+    (folder / "vllm" / "module.py").write_text(source)
+    return check_host.Host(folder)
+
+
+def test_the_record_keeps_releases_apart_and_compares_a_new_one_with_the_last(tmp_path: Path):
+    sources = {"1.0": "def f(a): ...", "1.1": "def f(a): ...", "1.2": "def f(a, b): ..."}
+    hosts = {release: write_release(tmp_path / release, release, source) for release, source in sources.items()}
+    record = {"vllm": [], "symbols": {"vllm.module.f": {"use": "call", "reason": "a test"}}}
+    for host in hosts.values():
+        record = check_host.update(host, record)
+    assert record["vllm"] == ["1.0", "1.1", "1.2"]
+    assert list(record["symbols"]["vllm.module.f"]["found"]) == ["1.0", "1.2"]
+    assert all(check_host.check(host, record) == [] for host in hosts.values())
+    assert check_host.update(hosts["1.0"], record) == record
+    newer = write_release(tmp_path / "1.3", "1.3", "def f(a): ...")
+    assert [change.what for change in check_host.check(newer, record)] == ["signature changed"]
 
 
 def test_members_of_a_class_are_compared():

@@ -23,7 +23,7 @@ from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
 from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.host.compat import patch_page_allocation
+from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
 from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
@@ -71,6 +71,7 @@ class CanvasScheduler(Scheduler):
         self._rows: dict[str, Rows] = {}  # of the step that is being planned
         self._room = 0  # rows of it that are left
         self._allocate_slots = patch_page_allocation(self.kv_cache_manager, self._allocate_for_rows)
+        patch_page_caching(self.kv_cache_manager, lambda request: self._plan(request).num_final)
 
     def add_request(self, request: Request) -> None:
         """Queue a request, with vLLM's per-request speculative metrics on: their steps are the request's NFE.

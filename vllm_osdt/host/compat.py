@@ -495,6 +495,20 @@ def patch_page_allocation(kv_cache_manager: Any, allocate: Callable[..., Any]) -
     return original
 
 
+def patch_page_caching(kv_cache_manager: Any, num_final: Callable[[Any], int]) -> None:
+    """A request's pages enter the prefix cache up to ``num_final`` of it, whoever asks.
+
+    vLLM 0.33 asks for all rows of a step that has output, drafts that it takes for accepted included. Goes when the
+    scheduler lets a subclass say how many tokens are final.
+    """
+    original = kv_cache_manager.cache_blocks
+
+    def cache_blocks(request: Any, num_computed_tokens: int) -> None:
+        original(request, min(num_computed_tokens, num_final(request)))
+
+    kv_cache_manager.cache_blocks = cache_blocks
+
+
 def patch_config_parser() -> None:
     """An architecture of ours gets its config class whatever its model type (see ``CanvasConfigParser``).
 

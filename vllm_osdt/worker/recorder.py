@@ -149,6 +149,10 @@ class ReportedOutput(AsyncModelRunnerOutput):
         setattr(output, STEP_REPORT, self._report())
         return output
 
+    def get_kv_connector_output(self) -> Any:
+        """As vLLM does; 0.33 asks for it when the output has failed."""
+        return self._output.get_kv_connector_output()
+
 
 def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
