@@ -83,10 +83,10 @@ class CommonOptions:
         None,
         count() | None,
         "Length of the canvas, a multiple of `block_length`. A request's own is exact and bounds its output; the "
-        "operator's is the shortest that a request gets and bounds none. Not for block-causal models, where no block "
-        "sees a later one.",
+        "operator's is what others begin with, before they grow. Not for block-causal models, where no block sees a "
+        "later one.",
         unit="tokens",
-        default_text="`max_tokens` in whole blocks",
+        default_text="what the model is used to, and more when the answer needs it",
     )
     cache_mode: str = option(
         "dual",
