@@ -125,7 +125,7 @@ class StepReport:
         mean_confidence: Mean confidence of the step's masked positions, by id, of the requests whose cache mode asks.
         num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
         recorded: The requests that calibrate, None without any.
-        ran_ahead: Ids of the requests that took a second step behind this one, and whether it found a mask.
+        ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)

@@ -99,19 +99,21 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         step had masks; a block that this step has finished has none left, and nothing happens to it.
 
         Returns:
-            bool ``[R]``, whether it found a mask; None if it was not launched.
+            bool ``[R]``, whether it was of use: it found masks in a block that was not ready. None if it was not
+            launched.
         """
         states, rows, manager = self.model_state.canvas_states, input_batch.rows, self.cudagraph_manager
         assert rows is not None and manager is not None
         if not self._runs_ahead or graph.ends != Ends.DECIDED or not states.goes_on(rows.slots, rows.num_active):
             return None
+        is_open = manager.decisions[graph].num_ready[: rows.slots.size] == 0
         states.host.step[rows.slots] += 1
         *_, arrays = self._plan(rows, self.decode_query_len)
         manager.fill(graph, arrays)
         manager.replay()
         before = manager.decisions[graph].before
         assert before is not None
-        return before[: rows.slots.size].any(dim=1)
+        return before[: rows.slots.size].any(dim=1) & is_open
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         """What vLLM measures before it gives the rest of the memory to KV pages.

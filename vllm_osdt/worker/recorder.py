@@ -27,7 +27,7 @@ class _Seen(NamedTuple):
     batch: DenoiseBatch
     mean_confidence: torch.Tensor | None  # float32 [R]
     recorded: torch.Tensor | None  # int32 [5, C, W], see grids_to_record
-    ran_ahead: torch.Tensor | None  # bool [R], whether a second step found a mask; None without one
+    ran_ahead: torch.Tensor | None  # bool [R], whether a second step was of use; None without one
 
 
 class Decision(NamedTuple):
@@ -65,7 +65,7 @@ class StepRecorder:
             batch: The step.
             decision: What it decided.
             recorded: Of :func:`grids_to_record`; None when no request calibrates.
-            ran_ahead: bool ``[R]``, whether a second step found a mask; None without one.
+            ran_ahead: bool ``[R]``, whether a second step was of use; None without one.
         """
         if not self._states.observed and ran_ahead is None:
             return
