@@ -25,6 +25,7 @@ def profile_steps(llm: Any, name: str) -> dict[str, Any]:
         name: Of the trace.
     """
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(2):
@@ -44,7 +45,7 @@ def profile_steps(llm: Any, name: str) -> dict[str, Any]:
             torch.cuda.current_stream().synchronize()  # one wait that is no step's
     events = profiled.key_averages()
     counts = {event.key: event.count for event in events}
-    on_device = [event for event in events if getattr(event, "self_device_time_total", 0) > 0]
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
     on_device.sort(key=lambda event: -event.self_device_time_total)
     on_host = sorted(events, key=lambda event: -event.self_cpu_time_total)
     _write(profiled, name)

@@ -100,7 +100,7 @@ def _compare(
             found |= {
                 "decode_s": round(time.perf_counter() - start, 3),
                 "replays_per_step": round(len(launched.rows) / num_steps, 2),
-                "rows": sorted(set(launched.rows)),
+                "replayed_rows": sorted(set(launched.rows)),
                 "ahead": dict(launched.ahead),
                 "nfe": sum(sum(output.spec_decode_metrics.histogram) for output in outputs),
             }

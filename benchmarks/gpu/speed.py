@@ -23,11 +23,12 @@ def check_shape(stage: str) -> None:
     found_rates = rates()
     llm = start_shape(stage, name)
     runner = runner_of(llm)
-    with part(stage, "full batch") as found:
+    torch.cuda.reset_peak_memory_stats()
+    with part(stage, "full batch", requests=max(SIZES.requests)) as found:
         found |= _first_full_batch(llm)
+        assert not found["compiled"], "kernels that were not warmed up"
     weights = Weights.of(runner.model, llm.llm_engine.vllm_config.model_config.hf_config)
     clock = Clock().watch(llm)
-    torch.cuda.reset_peak_memory_stats()
     loads = _loads(runner.decode_query_len)
     first = list(SIZES.requests)
     for load in loads[: len(first)]:
