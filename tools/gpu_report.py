@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def stages(lines: list[Line]) -> str:
 
 def speed(lines: list[Line]) -> str:
     """Every load of every large shape; figures of several numbers of tokens per forward stand side by side."""
-    found = of(lines, "shape:", "burst", "staggered")
+    found = of(lines, "shape:", "burst", "burst without graphs", "staggered")
     rows = []
     for stage, number, arrivals in dict.fromkeys((one["stage"], one["requests"], one["what"]) for one in found):
         ours = [one for one in found if (one["stage"], one["requests"], one["what"]) == (stage, number, arrivals)]
@@ -206,7 +207,7 @@ def section(lines: list[Line], assets: Path) -> str:
         texts.append(f"### {card}\n")
         for line in of(ours, "environment", "machine"):
             versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
-            texts.append(f"Commit {line['commit'][:12]}; {versions}.\n")
+            texts.append(textwrap.fill(f"Commit {line['commit'][:12]}; {versions}.", 119) + "\n")
         for line in of(ours, "environment", "rates"):
             if "copy_GB_per_s" in line:
                 texts.append(f"Copy {line['copy_GB_per_s']} GB/s, product {line['matmul_TFLOP_per_s']} TFLOP/s.\n")

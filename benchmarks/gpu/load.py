@@ -41,8 +41,8 @@ class Load:
         num_steps = self.max_tokens // self.tokens_per_forward
         return [index * num_steps // self.requests for index in range(2 * self.requests)]
 
-    def submit(self, llm: Any, number: int) -> None:
-        """Queue some of them; no prompt is asked for twice, so none is in the prefix cache."""
+    def submit(self, llm: Any, number: int) -> list[str]:
+        """Queue some of them, and return their ids; no prompt is asked for twice, so none is in the prefix cache."""
         import numpy as np
         from vllm import SamplingParams
 
@@ -54,10 +54,11 @@ class Load:
             detokenize=False,
             extra_args={"osdt_policy": "fixed_steps", "osdt_steps_per_block": steps},
         )
-        for _ in range(number):
-            seed = next(_seeds)
+        seeds = [next(_seeds) for _ in range(number)]
+        for seed in seeds:
             prompt = np.random.default_rng(seed).integers(10, 500, SIZES.prompt_length).tolist()
             llm.llm_engine.add_request(f"request-{seed}", {"prompt_token_ids": prompt}, params)
+        return [f"request-{seed}" for seed in seeds]
 
     def run(self, llm: Any, on_step: Callable[[float], None] = lambda ms: None) -> float:
         """Decode all of them; ``on_step`` gets the milliseconds of each engine step. Returns the seconds."""

@@ -19,20 +19,20 @@ def run(out, *stages, options=("--budget", "1500", "--only")):
 
 
 def test_its_stages_run_through(tmp_path):
-    stages = ("environment", "kernels", "lm-head", "defaults:llada-mini", "shape:llada-8b", "recorded:llada2_random")
+    stages = ("environment", "kernels", "lm-head", "defaults:llada-mini", "shape:llada-8b", "recorded:sdar_random")
     status, lines = run(tmp_path, *stages)
     assert status == 0, [line for line in lines if not line["ok"]]
     assert [line["stage"] for line in lines if line["what"] == "ended"] == [*stages]
     assert all(line["seconds"] >= 0 and "stand-in" in (line["gpu"] or "stand-in") for line in lines)
     [batch] = [line for line in lines if line["what"] == "one batch"]
-    assert batch["num_cases"] == 2 and batch["differ"] == []
+    assert batch["num_cases"] == 1 and batch["differ"] == []
     of_shape = [line for line in lines if line["stage"] == "shape:llada-8b"]
     [start] = [line for line in of_shape if line["what"] == "start"]
     assert start["num_graphs"] > 0
-    loads = {line["what"]: line for line in of_shape if line["what"] in ("burst", "staggered", "without graphs")}
+    loads = {line["what"]: line for line in of_shape if "num_replays" in line}
     assert loads["burst"]["num_replays"] == loads["burst"]["num_forwards"] > loads["burst"]["num_steps"]
     assert loads["staggered"]["num_forwards"] > loads["burst"]["num_forwards"]
-    assert loads["without graphs"]["num_replays"] == 0
+    assert loads["burst without graphs"]["num_replays"] == 0
     assert all(line["waits_per_step"] == 0 for line in of_shape if line["what"] == "calls")
     assert not (tmp_path / "tracebacks.txt").exists()
 
