@@ -135,12 +135,11 @@ def graphs(lines: list[Line]) -> str:
             line["ahead"].get("used", 0),
             line["ahead"].get("wasted", 0),
             f"{line['share_equal']:.1%}",
-            line["decode_s"],
         )
         for line in of(lines, "graphs:", "graphs", "no run-ahead", "no graphs")
     ]
     head = ("Model", "dtype", "Engine", "Replays per step", "Steps ahead, used", "Wasted", "Requests with equal tokens")
-    return table((*head, "Seconds"), rows) if rows else ""
+    return table(head, rows) if rows else ""
 
 
 def lm_head(lines: list[Line]) -> str:

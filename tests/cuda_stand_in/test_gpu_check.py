@@ -19,7 +19,7 @@ def run(out, *stages, options=("--budget", "1500", "--only")):
 
 
 def test_its_stages_run_through(tmp_path):
-    stages = ("environment", "kernels", "lm-head", "defaults:llada-mini", "shape:llada-8b", "recorded:sdar_random")
+    stages = ("environment", "kernels", "lm-head", "defaults:llada-mini", "shape:llada-8b", "recorded:llada_random")
     status, lines = run(tmp_path, *stages)
     assert status == 0, [line for line in lines if not line["ok"]]
     assert [line["stage"] for line in lines if line["what"] == "ended"] == [*stages]
@@ -29,10 +29,11 @@ def test_its_stages_run_through(tmp_path):
     of_shape = [line for line in lines if line["stage"] == "shape:llada-8b"]
     [start] = [line for line in of_shape if line["what"] == "start"]
     assert start["num_graphs"] > 0
-    loads = {line["what"]: line for line in of_shape if "num_replays" in line}
-    assert loads["burst"]["num_replays"] == loads["burst"]["num_forwards"] > loads["burst"]["num_steps"]
-    assert loads["staggered"]["num_forwards"] > loads["burst"]["num_forwards"]
-    assert loads["burst without graphs"]["num_replays"] == 0
+    loads = {(line["what"], line["requests"]): line for line in of_shape if "num_replays" in line}
+    burst = loads["burst", 1]
+    assert burst["num_replays"] == burst["num_forwards"] > burst["num_steps"]
+    assert loads["staggered", 2]["num_forwards"] > loads["burst", 2]["num_forwards"]
+    assert loads["burst without graphs", 2]["num_replays"] == 0
     assert all(line["waits_per_step"] == 0 for line in of_shape if line["what"] == "calls")
     assert not (tmp_path / "tracebacks.txt").exists()
 
