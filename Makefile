@@ -68,7 +68,7 @@ bench: $(INSTALLED) ## run every benchmarks/bench_*.py, or one (BENCH=name)
 		echo "== $$script"; PYTHONPATH=. $(PY) "$$script" || exit 1; \
 	done
 
-gpu-check: $(INSTALLED) ## what only a GPU shows, in stages (ARGS="--only kernels --budget 300")
+gpu-check: $(INSTALLED) ## what only a GPU shows, in stages (ARGS="--budget 560 --from STAGE")
 	$(PY) tools/gpu_check.py $(ARGS)
 
 cuda-env: $(CUDA_VENV)/.installed ## the environment of make test-cuda, 7 GB (VLLM=0.32.0)

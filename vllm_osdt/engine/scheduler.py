@@ -296,7 +296,7 @@ class CanvasScheduler(Scheduler):
         return outputs
 
     def _count_run_ahead(self, report: StepReport) -> None:
-        """Count second steps: those that found a mask are forwards of their requests like others."""
+        """Count second steps: those that were of use are forwards of their requests like others."""
         for req_id, is_used in report.ran_ahead.items():
             self.calibrator.statistics.counts["run_ahead", "used" if is_used else "wasted"] += 1
             request = self.requests.get(req_id)
