@@ -1,7 +1,8 @@
 """What one engine step costs beside the model: scheduling, input preparation, sampling and output.
 
 Runs the engine in this process on any LLaDA checkpoint and reports, for each number of running requests, the median
-time of ``LLMEngine.step()`` and of the model in it (forward and logits); the difference is the overhead.
+time of ``LLMEngine.step()`` and of the model in it (forward and logits); the difference is the overhead. A second table
+says where the rest of a step goes, by phase: medians in milliseconds.
 
     python benchmarks/bench_step_overhead.py --model CHECKPOINT --running 1 8 32
 """
@@ -38,8 +39,38 @@ class Clock:
         return timed
 
 
-def measure(llm: LLM, clock: Clock, running: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Step ``running`` equal requests to their end; times in ms of the steps in which all of them ran."""
+class Phases:
+    """The parts of an engine's step, each with a clock of its own."""
+
+    def __init__(self, llm: LLM) -> None:
+        core = llm.llm_engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        owners = {
+            "schedule": (core.scheduler, "schedule"),
+            "prepare inputs": (runner, "prepare_inputs"),
+            "pages, slots": (runner, "prepare_attn"),
+            "attention's metadata": (runner.model_state, "prepare_attn"),
+            "forward": (runner.model, "forward"),
+            "logits": (runner.model, "compute_logits"),
+            "sampler": (runner, "sample"),  # which asks for the logits
+            "update from output": (core.scheduler, "update_from_output"),
+            "front end's output": (llm.llm_engine.output_processor, "process_outputs"),
+        }
+        self.clocks = {name: Clock() for name in owners}
+        for name, (owner, attribute) in owners.items():
+            setattr(owner, attribute, self.clocks[name].wrap(getattr(owner, attribute)))
+
+    def take(self) -> dict[str, float]:
+        """Milliseconds of each since the last call."""
+        taken = {name: 1e3 * clock.seconds for name, clock in self.clocks.items()}
+        taken["sampler"] -= taken["logits"]
+        for clock in self.clocks.values():
+            clock.seconds = 0.0
+        return taken
+
+
+def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Step ``running`` equal requests to their end; times in ms, by phase, of the steps in which all of them ran."""
     engine = llm.llm_engine
     rng = np.random.default_rng(0)
     vocabulary = llm.model_config.get_vocab_size()
@@ -53,14 +84,15 @@ def measure(llm: LLM, clock: Clock, running: int, args: argparse.Namespace) -> d
     for index in range(running):
         prompt = {"prompt_token_ids": rng.integers(2, vocabulary - 2, args.prompt_length).tolist()}
         engine.add_request(f"{running}-{index}-{time.monotonic_ns()}", prompt, params)
-    steps, models = [], []
+    steps = []
     while engine.has_unfinished_requests():
-        clock.seconds, start = 0.0, time.perf_counter()
+        phases.take()
+        start = time.perf_counter()
         outputs = engine.step()
+        whole = (time.perf_counter() - start) * 1e3
         if not any(output.finished for output in outputs):
-            steps.append((time.perf_counter() - start) * 1e3)
-            models.append(clock.seconds * 1e3)
-    return {"step_ms": steps[1:], "model_ms": models[1:]}  # the first step admits and allocates
+            steps.append({"step": whole, **phases.take()})
+    return steps[1:]  # the first step admits and allocates
 
 
 def main() -> None:
@@ -82,19 +114,18 @@ def main() -> None:
     llm = LLM(
         model=args.model, skip_tokenizer_init=True, dtype="float32", max_num_seqs=max(args.running), max_model_len=256
     )
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    clock = Clock()
-    runner.model.forward = clock.wrap(runner.model.forward)
-    runner.model.compute_logits = clock.wrap(runner.model.compute_logits)
+    phases = Phases(llm)
     record = environment(dtype="float32", threads=torch.get_num_threads())
     print(record)
     print(f"{'running':>8} {'step ms':>10} {'model ms':>10} {'overhead ms':>12} {'p20':>8} {'p80':>8}")
-    lines = []
+    lines, tables = [], {}
     for running in args.running:
-        measure(llm, clock, running, args)
-        samples = [measure(llm, clock, running, args) for _ in range(args.repetitions)]
-        step = np.concatenate([sample["step_ms"] for sample in samples])
-        model = np.concatenate([sample["model_ms"] for sample in samples])
+        measure(llm, phases, running, args)
+        steps = [step for _ in range(args.repetitions) for step in measure(llm, phases, running, args)]
+        columns = {name: np.array([step[name] for step in steps]) for name in steps[0]}
+        step, model = columns["step"], columns["forward"] + columns["logits"]
+        columns["rest"] = 2 * step - sum(columns.values())
+        tables[running] = {name: float(np.median(times)) for name, times in columns.items()}
         p20, median, p80 = percentiles(step - model)
         print(
             f"{running:>8} {np.median(step):>10.2f} {np.median(model):>10.2f} {median:>12.2f} {p20:>8.2f} {p80:>8.2f}"
@@ -112,8 +143,12 @@ def main() -> None:
                 "overhead_p20_ms": p20,
                 "overhead_p80_ms": p80,
                 "steps": int(step.size),
+                "phases_ms": tables[running],
             }
         )
+    print(f"{'phase':20}" + "".join(f"{running:>9}" for running in tables))
+    for name in next(iter(tables.values())):
+        print(f"{name:20}" + "".join(f"{table[name]:>9.3f}" for table in tables.values()))
     if args.json:
         write_lines(args.json, lines)
 

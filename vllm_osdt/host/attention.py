@@ -1,8 +1,14 @@
-"""Which of vLLM's attention backends can take a block-causal model's blocks."""
+"""Which of vLLM's attention backends can take a block-causal model's blocks, and which a step that is a CUDA graph."""
+
+from collections.abc import Iterable
+
+from vllm.config.compilation import CUDAGraphMode
 
 from vllm_osdt.errors import OSDTError
 
 BACKENDS_WITH_BUFFERS = ("FLASHINFER", "FLEX_ATTENTION")
+# Their metadata is what a step's queries are, in tensors that a graph can read.
+BACKENDS_WITH_GRAPHS = ("FLASH_ATTN", "TRITON_ATTN")
 UNQUANTIZED_CACHE = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -19,3 +25,13 @@ def check_attention(name: str) -> None:
             f"attention backend {name} holds as many requests as max_num_seqs says, but to attention every block of "
             "this model's rows is one; choose FLASH_ATTN or TRITON_ATTN with --attention-backend."
         )
+
+
+def graph_mode(mode: CUDAGraphMode, names: Iterable[str]) -> CUDAGraphMode:
+    """The mode of CUDA graphs with these attention backends: none, where one plans more on the host than a graph keeps.
+
+    Args:
+        mode: The engine's.
+        names: Of the backends that vLLM has chosen.
+    """
+    return mode if all(name in BACKENDS_WITH_GRAPHS for name in names) else CUDAGraphMode.NONE

@@ -1,10 +1,12 @@
 """vLLM's GPU worker with the canvas runner, whose steps run as CUDA graphs (``worker.graphs``)."""
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -13,10 +15,13 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.graphs import CanvasGraphManager, Ends, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
+
+logger = init_logger("vllm.vllm_osdt.worker.gpu_worker")
 
 
 class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
@@ -31,10 +36,15 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, with graphs of whole steps."""
         super().initialize_kv_cache(*args, **kwargs)
+        names = {group.backend.get_name() for group in chain.from_iterable(self.attn_groups)}
+        mode = graph_mode(self.compilation_config.cudagraph_mode, names)
+        if mode != self.compilation_config.cudagraph_mode:
+            logger.info_once("vllm-osdt runs without CUDA graphs, which attention by %s does not take.", str(names))
+            self.compilation_config.cudagraph_mode = mode
         self.cudagraph_manager = CanvasGraphManager(
             self.vllm_config,
             self.device,
-            self.compilation_config.cudagraph_mode,
+            mode,
             self.decode_query_len,
             model_state=self.model_state,
             sampler=self.sampler,
