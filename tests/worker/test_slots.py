@@ -88,3 +88,47 @@ def test_a_policy_that_the_profile_has_chosen_adjusts_the_steps():
     for slot, (chosen, place) in enumerate(((None, 0), ("bacd", 1 + ADJUSTING.index("bacd")), ("factor", 0))):
         fill(states, slot, str(slot), chosen=chosen)
         assert states.host.adjusts[slot] == place
+
+
+def asks(states, left, num_steps=1):
+    """Whether slot 0 goes on, in a step that follows ``num_steps`` more and has ``left`` masks."""
+    for _ in range(num_steps):
+        step(states, 0)
+    states.host.masked[0, :LENGTH] = np.arange(LENGTH) < left
+    return states.goes_on(np.array([0]), np.array([LENGTH]))
+
+
+def test_a_block_goes_on_if_it_has_more_masks_than_its_last_step_removed():
+    states = make_states()
+    fill(states, 0, "a")
+    assert not asks(states, LENGTH)  # its first step
+    assert asks(states, 3)  # one removed, three left
+    assert not asks(states, 1)  # two removed, one left
+    fill(states, 0, "b")
+    assert not asks(states, 2, num_steps=2)  # two removed by its first step, two left
+    assert asks(states, 1, num_steps=2)  # half a position a step
+
+
+def test_a_request_that_is_looked_at_is_asked_step_by_step():
+    states = make_states()
+    fill(states, 0, "a")
+    assert not asks(states, LENGTH)
+    for table in (states.host.is_recorded, states.host.reports_confidence, states.host.sub_block_length):
+        table[0] = 1
+        assert not asks(states, 3)
+        table[0] = 0
+    assert asks(states, 3)
+    assert not states.goes_on(np.array([0]), np.array([0]))  # it denoises nothing
+
+
+def test_most_blocks_of_a_step_must_go_on():
+    states = make_states()
+    for slot in range(4):
+        fill(states, slot, str(slot))
+        step(states, slot)
+        step(states, slot)
+    slots, num_active = np.arange(4), np.full(4, LENGTH)
+    for number, expected in ((4, True), (3, True), (2, False)):
+        states._seen[:] = -1
+        states.host.masked[:4, :LENGTH] = np.arange(LENGTH) < np.where(slots < number, 3, 1)[:, None]
+        assert states.goes_on(slots, num_active) == expected
