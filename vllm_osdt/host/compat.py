@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.utils.math_utils import round_up
 
 from vllm_osdt.errors import OSDTError
 from vllm_osdt.messages import KEY
@@ -493,6 +494,23 @@ def patch_page_allocation(kv_cache_manager: Any, allocate: Callable[..., Any]) -
     original = kv_cache_manager.allocate_slots
     kv_cache_manager.allocate_slots = allocate
     return original
+
+
+def patch_scheduler_metadata(builder: Any, num_queries: int) -> None:
+    """FlashAttention 3's metadata builder has room for the queries of a block-causal step.
+
+    With CUDA graphs it keeps a buffer of four numbers for each of ``max_num_seqs`` requests, or of the rows of the
+    largest graph; to attention every block of a step's rows is a request. Other builders have no such buffer. Goes when
+    the builder takes its size from ``max_num_batched_tokens``.
+
+    Args:
+        builder: vLLM's, of one KV group.
+        num_queries: That a step has at most.
+    """
+    buffer = getattr(builder, "scheduler_metadata", None)
+    num_numbers = 1 + round_up(num_queries, 4) * 4  # as vLLM's builder computes it
+    if buffer is not None and buffer.numel() < num_numbers:
+        builder.scheduler_metadata = buffer.new_zeros(num_numbers)
 
 
 def patch_page_caching(kv_cache_manager: Any, num_final: Callable[[Any], int]) -> None:

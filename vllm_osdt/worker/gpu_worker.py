@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.attention import graph_mode
+from vllm_osdt.host.compat import patch_scheduler_metadata
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.graphs import CanvasGraphManager, Ends, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
@@ -41,6 +42,9 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         if mode != self.compilation_config.cudagraph_mode:
             logger.info_once("vllm-osdt runs without CUDA graphs, which attention by %s does not take.", str(names))
             self.compilation_config.cudagraph_mode = mode
+        if self.model_state.canvas_states.is_block_causal:
+            for group in chain.from_iterable(self.attn_groups):
+                patch_scheduler_metadata(group.get_metadata_builder(), self.max_num_tokens)
         self.cudagraph_manager = CanvasGraphManager(
             self.vllm_config,
             self.device,
