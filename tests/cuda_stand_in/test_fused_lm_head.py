@@ -80,8 +80,16 @@ def test_a_greedy_request_decodes_as_on_a_cpu(engines, prompts, cpu_tokens, mini
 def test_recorded_decisions_are_taken_in_float32(start_llm):
     family, golden = FAMILIES["sdar_random"], load_golden("sdar_random")
     cases = short_cases(golden.cases, family.kind)
-    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "max_model_len": 256, **family.settings}
-    llm = start_llm(golden.folder, additional_config=FUSED, **settings)
+    [block_length] = {case["block_length"] for case in cases}
+    llm = start_llm(
+        golden.folder,
+        additional_config={"osdt": {**FUSED["osdt"], "block_length": block_length}},
+        compilation_config={"cudagraph_capture_sizes": [16, 32]},
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        max_model_len=256,
+        **family.settings,
+    )
     prompts, asked = [case["prompt_token_ids"] for case in cases], [family.params_of(case) for case in cases]
     replayed = count_replays(llm)
     assert tokens(generate(llm, prompts, asked)) == [case["output_token_ids"] for case in cases]
