@@ -238,6 +238,13 @@ class ServerOptions:
         "On a GPU: where a step's blocks are not expected to be finished by it, the next one is launched behind it, "
         "before its outcome is known. The tokens are the same either way.",
     )
+    fused_lm_head: bool = option(
+        False,
+        Flag,
+        "On a GPU: one kernel finds tokens and confidences from hidden states and the output weight, and logits are "
+        "never written. Saves their memory, and with tensor parallelism their gathering; its speed is not measured "
+        "yet. For unquantized output weights without a bias, and no adapters; refused elsewhere.",
+    )
 
 
 DECLARED: dict[str, Declaration] = declarations(CommonOptions) | {

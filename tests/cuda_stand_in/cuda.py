@@ -6,8 +6,8 @@ memory profile, warm-up, attention metadata. Here is what stands in for the rest
 - Memory. A tensor "on the device" lies in ordinary memory, and its storage is marked. It says that its device is
   ``cuda:0``. Results of marked tensors are marked. As on a GPU, NumPy cannot read a marked tensor, an operation refuses
   operands of both kinds, and a copy to the other side shares no memory.
-- Triton kernels run in Triton's interpreter. vLLM's C++ kernels run as PyTorch (:mod:`tests.cuda_stand_in.kernels`).
-  What ``torch.compile`` would compile runs as it is written.
+- Triton kernels run in Triton's interpreter, with a GPU's bf16 (:mod:`tests.interpreter`). vLLM's C++ kernels run as
+  PyTorch (:mod:`tests.cuda_stand_in.kernels`). What ``torch.compile`` would compile runs as it is written.
 - Streams and events: everything is done at once, in order.
 - The driver: ``torch.cuda`` and NVML answer as if there were one card of compute capability 9.0.
 
@@ -404,6 +404,10 @@ def _install_driver() -> None:
 def _install_launches() -> None:
     """Every launch of a Triton kernel enters the ledger with what Triton specializes a kernel on."""
     from triton.runtime.interpreter import InterpretedFunction
+
+    from tests.interpreter import correct_bfloat16
+
+    correct_bfloat16()
 
     run = InterpretedFunction.run
 

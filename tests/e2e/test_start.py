@@ -91,15 +91,14 @@ def test_the_gpu_worker_builds_one_runner_which_is_ours(monkeypatch):
 
 
 @pytest.mark.parametrize(("max_num_tokens", "num_rows"), [(8192, 4 * MAX_BLOCK_LENGTH), (300, 300)])
-def test_the_gpu_worker_measures_logits_of_as_many_positions_as_a_step_reads(max_num_tokens, num_rows):
+def test_the_gpu_worker_measures_proposals_for_as_many_positions_as_a_step_reads(max_num_tokens, num_rows):
     from vllm_osdt.worker.gpu_worker import CanvasModelRunner
 
     seen = []
     one = SimpleNamespace(
         max_num_tokens=max_num_tokens,
         max_num_reqs=4,
-        model=SimpleNamespace(compute_logits=lambda hidden: hidden @ torch.ones(16, 101)),
-        sampler=lambda logits, batch: seen.append((tuple(logits.shape), batch)),
+        head=SimpleNamespace(measure=lambda hidden: seen.append(tuple(hidden.shape))),
     )
     CanvasModelRunner._dummy_sampler_run(one, torch.ones(4, 16))
-    assert seen == [((num_rows, 101), None)]
+    assert seen == [(num_rows, 16)]

@@ -84,6 +84,10 @@ def test_block_length_of_the_checkpoint_is_the_default_and_the_operators_wins(ch
         ({"additional_config": {"osdt": {"threshold": 2}}}, ["threshold is 2"]),
         ({"scheduler_cls": "some.Scheduler"}, ["some.Scheduler"]),
         ({"prefill_schedule_interval": 4}, ["prefill_schedule_interval is 4", "1"]),
+        (
+            {"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2},
+            ["enable_batch_sharded_sampling is set", "every rank"],
+        ),
     ],
 )
 def test_engine_that_cannot_work_is_refused(checkpoint: str, arguments: dict, words: list[str]) -> None:
@@ -310,6 +314,35 @@ def test_whole_steps_are_captured_for_both_kinds_of_attention_on_a_gpu(
     config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
     with pytest.raises(OSDTError, match="cudagraph_mode is PIECEWISE"):
         engine_config._choose_graphs(config, 32)
+
+
+FUSED = {"osdt": {"fused_lm_head": True}}
+
+
+def test_the_fused_lm_head_is_refused_on_a_cpu(checkpoint: str) -> None:
+    with pytest.raises(OSDTError, match=r"fused_lm_head is true, but it is a kernel for GPUs: .*leave it out"):
+        configure(checkpoint, additional_config=FUSED)
+    assert configure(checkpoint, additional_config={"osdt": {"fused_lm_head": False}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"enable_lora": True}, "fused_lm_head is true and enable_lora is set, but an adapter may change logits"),
+        (
+            {"dtype": "bfloat16", "hf_overrides": {"head_dtype": "float32"}},
+            "fused_lm_head is true and head_dtype is torch.float32, .* the model's torch.bfloat16",
+        ),
+    ],
+)
+def test_the_fused_lm_head_is_refused_on_a_gpu_beside_what_it_does_not_do(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, arguments: dict, words: str
+) -> None:
+    config = configure(checkpoint, **arguments)
+    config.additional_config = FUSED
+    monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(OSDTError, match=words):
+        engine_config.CanvasModelConfig.verify_and_update_config(config)
 
 
 def test_captured_sizes_are_whole_blocks_that_a_step_can_have() -> None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
@@ -37,27 +36,10 @@ def garbage_in_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def bfloat16_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products and roundings of bf16 as a GPU has them.
-
-    The interpreter multiplies the bits of bf16 operands as integers (https://github.com/triton-lang/triton/issues/11584)
-    and rounds fp32 to bf16 toward zero, not to the nearest.
-    """
+    """Products and roundings of bf16 as a GPU has them."""
     if torch.cuda.is_available():
         return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from tests import interpreter
 
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def rounding_cast(self, src, dst_type):
-        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, src, dst_type)
-        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
-        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
-
-    def widening_dot(self, a, b, *others):
-        wide = [cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
-        return dot(self, *wide, *others)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", widening_dot)
+    for name, method in interpreter.CORRECTIONS.items():
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, method)

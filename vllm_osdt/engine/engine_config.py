@@ -345,6 +345,10 @@ def _has_experts_on_cpu(config: "VllmConfig") -> bool:
     return current_platform.is_cpu() and config.model_config.hf_config.traits.has_experts
 
 
+def _fuses_lm_head(config: "VllmConfig") -> bool:
+    return server_options(config).fused_lm_head
+
+
 REFUSALS = (
     Refusal(
         lambda config: config.parallel_config.pipeline_parallel_size > 1,
@@ -387,6 +391,26 @@ REFUSALS = (
         lambda config: _has_experts_on_cpu(config) and config.parallel_config.data_parallel_size > 1,
         "data_parallel_size is {parallel.data_parallel_size}, but vLLM cannot exchange experts' inputs between engines "
         "on a CPU; use --tensor-parallel-size, or servers of their own.",
+    ),
+    Refusal(
+        lambda config: bool(config.parallel_config.enable_batch_sharded_sampling),
+        "enable_batch_sharded_sampling is set, but a canvas is sampled on every rank; leave it out.",
+    ),
+    # What only the loaded model shows is refused by ``worker.head``.
+    Refusal(
+        lambda config: _fuses_lm_head(config) and current_platform.is_cpu(),
+        "fused_lm_head is true, but it is a kernel for GPUs: a CPU's memory has room for logits, and reading them is "
+        "the faster way there; leave it out.",
+    ),
+    Refusal(
+        lambda config: _fuses_lm_head(config) and config.lora_config is not None,
+        "fused_lm_head is true and enable_lora is set, but an adapter may change logits, which are not written; leave "
+        "one of them out.",
+    ),
+    Refusal(
+        lambda config: _fuses_lm_head(config) and config.model_config.head_dtype != config.model_config.dtype,
+        "fused_lm_head is true and head_dtype is {c.model_config.head_dtype}, but its kernel multiplies in the model's "
+        "{c.model_config.dtype}; leave one of them out.",
     ),
 )
 

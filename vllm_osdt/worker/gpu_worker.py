@@ -19,6 +19,7 @@ from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat import patch_scheduler_metadata
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.graphs import CanvasGraphManager, Ends, StepDescriptor
+from vllm_osdt.worker.head import Head, choose_head
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
 
@@ -29,10 +30,16 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     """Canvas runner on the GPU."""
 
     cudagraph_manager: CanvasGraphManager | None
+    head: Head
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self._runs_ahead = server_options(vllm_config).run_ahead
+        self._options = server_options(vllm_config)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, and choose what makes proposals of hidden states."""
+        super().load_model(*args, **kwargs)
+        self.head = choose_head(self.model, self.sampler, is_fused=self._options.fused_lm_head)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, with graphs of whole steps."""
@@ -52,6 +59,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             self.decode_query_len,
             model_state=self.model_state,
             sampler=self.sampler,
+            head=self.head,
         )
 
     def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
@@ -91,17 +99,19 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     def sample(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        """As vLLM does; a graph has sampled already."""
-        graph: StepDescriptor | None = getattr(input_batch, "graph", None)
+        """In place of vLLM's, which wants logits; a graph has sampled already."""
+        assert isinstance(input_batch, CanvasInputBatch) and input_batch.denoise is not None
+        graph: StepDescriptor | None = input_batch.graph
+        batch, manager, ran_ahead = input_batch.denoise, self.cudagraph_manager, None
         if graph is None:
-            return super().sample(hidden_states, input_batch, grammar_output)
-        assert self.cudagraph_manager is not None
-        if graph.ends == Ends.PROPOSED:
-            proposals = self.cudagraph_manager.proposals[graph]
-            decision = self.sampler.decide(input_batch.denoise, proposals, keeps_masks=True)
-            ran_ahead = None
+            proposals = self.head.propose(hidden_states[input_batch.logits_indices], batch)
+            decision = self.sampler.decide(batch, proposals, keeps_masks=batch.recorded is not None)
+        elif graph.ends == Ends.PROPOSED:
+            assert manager is not None
+            decision = self.sampler.decide(batch, manager.proposals[graph], keeps_masks=True)
         else:
-            decision = self.cudagraph_manager.decisions[graph]
+            assert manager is not None
+            decision = manager.decisions[graph]
             ran_ahead = self._run_ahead(input_batch, graph)
         output = self.sampler.finish(input_batch, decision, ran_ahead)
         return output, output.num_sampled, output.num_rejected
@@ -118,7 +128,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """
         states, rows, manager = self.model_state.canvas_states, input_batch.rows, self.cudagraph_manager
         assert rows is not None and manager is not None
-        if not self._runs_ahead or graph.ends != Ends.DECIDED or not states.goes_on(rows.slots, rows.num_active):
+        if not self._options.run_ahead or graph.ends != Ends.DECIDED or not states.goes_on(rows.slots, rows.num_active):
             return None
         is_open = manager.decisions[graph].num_ready[: rows.slots.size] == 0
         states.host.step[rows.slots] += 1
@@ -132,13 +142,11 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         """What vLLM measures before it gives the rest of the memory to KV pages.
 
-        Logits of as many positions as a step can read, where vLLM has one row a request.
+        Proposals for as many positions as a step can read, where vLLM has one row a request.
         """
         num_rows = min(self.max_num_tokens, self.max_num_reqs * MAX_BLOCK_LENGTH)
         rows = torch.arange(num_rows, device=hidden_states.device) % hidden_states.shape[0]
-        logits = self.model.compute_logits(hidden_states[rows])
-        assert self.sampler is not None
-        self.sampler(logits, None)
+        self.head.measure(hidden_states[rows])
 
 
 class CanvasWorker(CanvasWorkerMixin, Worker):

@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from csrc_triton import Proposals
+from vllm_osdt.worker.head import Head
 from vllm_osdt.worker.sampler import Decision
 from vllm_osdt.worker.step_plan import Queries, denoise_batch, idle_plan
 from vllm_osdt.worker.transfer import StagedBuffer, align
@@ -148,6 +149,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         *,
         model_state: "CanvasModelState",
         sampler: "CanvasSampler",
+        head: Head,
     ) -> None:
         states = model_state.canvas_states
         self.shapes = GraphShapes(
@@ -168,6 +170,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self._layouts: dict[StepDescriptor, Layout] = {}
         self._views: dict[StepDescriptor, dict[str, torch.Tensor]] = {}
         self._sampler = sampler
+        self._head = head
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len)
         num_bytes = max((layout.num_bytes for layout in self._layouts.values()), default=0)
         most = max((graph.num_reqs or 0 for graph in self._layouts), default=0)
@@ -317,8 +320,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
                     is_padding=views["is_padding"],
                 ):
                     hidden_states = model(input_ids, views["positions"], None, None, logit_rows=views["logit_rows"])
-                logits: torch.Tensor = model.compute_logits(hidden_states)  # type: ignore[operator]
-                proposals = self._sampler.propose(logits, batch)
+                proposals = self._head.propose(hidden_states, batch)
                 if graph.ends == Ends.PROPOSED:
                     self.proposals[graph] = proposals
                 else:
