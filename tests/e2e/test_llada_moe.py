@@ -78,7 +78,7 @@ def test_logits_equal_those_of_the_plain_network(llm, network, monkeypatch):
     sample = CanvasSampler.__call__
 
     def recording(self, logits, input_batch, *args):
-        seen.append(logits[: input_batch.denoise.num_rows].clone())
+        seen.append(logits[: input_batch.denoise.position.shape[0]].clone())
         return sample(self, logits, input_batch, *args)
 
     monkeypatch.setattr(CanvasSampler, "__call__", recording)

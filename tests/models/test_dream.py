@@ -66,7 +66,7 @@ def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch,
     sample = CanvasSampler.__call__
 
     def recording(self, logits, input_batch, *args):
-        seen.append((logits[: input_batch.denoise.num_rows].clone(), list(input_batch.num_scheduled_tokens)))
+        seen.append((logits[: input_batch.denoise.position.shape[0]].clone(), list(input_batch.num_scheduled_tokens)))
         return sample(self, logits, input_batch, *args)
 
     monkeypatch.setattr(CanvasSampler, "__call__", recording)

@@ -128,7 +128,7 @@ def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(check
     sample = CanvasSampler.__call__
 
     def recording(self, logits, input_batch, *args):
-        seen.append(logits[: input_batch.denoise.num_rows].clone())
+        seen.append(logits[: input_batch.denoise.position.shape[0]].clone())
         return sample(self, logits, input_batch, *args)
 
     monkeypatch.setattr(CanvasSampler, "__call__", recording)
