@@ -21,7 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Profiles are kept in the user's data folder by default: not in that of whoever runs the tests.
-os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="vllm-osdt-tests-")
+DATA_FOLDER = tempfile.TemporaryDirectory(prefix="vllm-osdt-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_DATA_HOME"] = DATA_FOLDER.name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
