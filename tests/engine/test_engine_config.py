@@ -345,6 +345,28 @@ def test_the_fused_lm_head_is_refused_on_a_gpu_beside_what_it_does_not_do(
         engine_config.CanvasModelConfig.verify_and_update_config(config)
 
 
+def test_the_largest_graph_is_no_larger_than_asked(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(checkpoint)
+    monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
+    compilation = config.compilation_config
+    compilation.cudagraph_mode = compilation.cudagraph_capture_sizes = None
+    compilation.max_cudagraph_capture_size = 100
+    engine_config._choose_graphs(config, 32)
+    assert compilation.cudagraph_capture_sizes == [32, 64, 96]
+    assert compilation.max_cudagraph_capture_size == 96
+
+
+def test_an_engine_with_adapters_captures_nothing(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(checkpoint, enable_lora=True)
+    monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
+    config.compilation_config.cudagraph_mode = None
+    engine_config._choose_graphs(config, 32)
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    with pytest.raises(OSDTError, match="cudagraph_mode is FULL, but no step of an engine with adapters"):
+        engine_config._choose_graphs(config, 32)
+
+
 def test_captured_sizes_are_whole_blocks_that_a_step_can_have() -> None:
     assert engine_config.capture_sizes(32, 300) == [32, 64, 96, 128, 192, 256]
     assert engine_config.capture_sizes(8, 64, [1, 20, 65]) == [8, 24]

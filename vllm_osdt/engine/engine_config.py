@@ -207,17 +207,32 @@ def _choose_graphs(vllm_config: "VllmConfig", block_length: int) -> None:
     if compilation.mode is None:
         compilation.mode = CompilationMode.NONE
     if compilation.cudagraph_mode is None:
-        compilation.cudagraph_mode = CUDAGraphMode.NONE if current_platform.is_cpu() else CUDAGraphMode.FULL
+        is_without = current_platform.is_cpu() or _shares_steps_or_adapts(vllm_config)
+        compilation.cudagraph_mode = CUDAGraphMode.NONE if is_without else CUDAGraphMode.FULL
     if compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE:
         raise OSDTError(
             "cudagraph_mode is PIECEWISE, but these models capture whole steps; leave it out, or set FULL or NONE."
         )
     if not compilation.cudagraph_mode.has_full_cudagraphs() or vllm_config.model_config.enforce_eager:
         return
-    asked, most = compilation.cudagraph_capture_sizes, vllm_config.scheduler_config.max_num_batched_tokens
-    compilation.cudagraph_capture_sizes = capture_sizes(block_length, most, asked)
-    if not compilation.cudagraph_capture_sizes:
+    if _shares_steps_or_adapts(vllm_config):
+        raise OSDTError(
+            f"cudagraph_mode is {compilation.cudagraph_mode.name}, but no step of an engine with adapters, or of "
+            "experts shared by data-parallel ranks, runs as a graph; leave it out."
+        )
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    most = min(most, compilation.max_cudagraph_capture_size or most)
+    sizes = capture_sizes(block_length, most, compilation.cudagraph_capture_sizes)
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, max(sizes, default=0)
+    if not sizes:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _shares_steps_or_adapts(vllm_config: "VllmConfig") -> bool:
+    """Whether ranks must agree on the rows of every step, or rows may have an adapter: such steps are no graphs."""
+    has_experts = vllm_config.model_config.hf_config.traits.has_experts
+    is_parallel = vllm_config.parallel_config.data_parallel_size > 1
+    return vllm_config.lora_config is not None or (has_experts and is_parallel)
 
 
 def _check_rope_range(model: "ModelConfig") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -46,8 +47,10 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         super().initialize_kv_cache(*args, **kwargs)
         names = {group.backend.get_name() for group in chain.from_iterable(self.attn_groups)}
         mode = graph_mode(self.compilation_config.cudagraph_mode, names)
+        if self.dp_size > 1 or self.lora_config is not None:
+            mode = CUDAGraphMode.NONE
         if mode != self.compilation_config.cudagraph_mode:
-            logger.info_once("vllm-osdt runs without CUDA graphs, which attention by %s does not take.", str(names))
+            logger.info_once("vllm-osdt runs without CUDA graphs (attention: %s).", ", ".join(sorted(names)))
             self.compilation_config.cudagraph_mode = mode
         if self.model_state.canvas_states.is_block_causal:
             for group in chain.from_iterable(self.attn_groups):
@@ -72,7 +75,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     def _queries_of_a_graph(self, state: Any) -> int | None:
         """The queries of attention that a step has as a graph at most; None where its blocks are like no graph's."""
         manager = self.cudagraph_manager
-        if manager is None or not self.replays_graphs or self.lora_config is not None or self.dp_size > 1:
+        if manager is None or not self.replays_graphs:
             return None
         longest, rows = self.decode_query_len, state.num_scheduled_tokens
         length = self.model_state.canvas_states.host.block_length[state.idx_mapping_np]
@@ -94,6 +97,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             ends = Ends.EDITED
         graph = manager.choose(size, arrays["position"].size, ends)
         sent = manager.fill(graph, arrays)
+        if "edit_threshold" not in arrays:
+            sent.pop("edit_threshold", None)
         return graph, sent, manager.queries(graph, sent)
 
     def sample(
@@ -132,7 +137,9 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             return None
         is_open = manager.decisions[graph].num_ready[: rows.slots.size] == 0
         states.host.step[rows.slots] += 1
+        num_fallbacks = states.host.num_fallbacks.copy()
         *_, arrays = self._plan(rows, self.decode_query_len)
+        states.host.num_fallbacks[:] = num_fallbacks  # the step may be of no use
         manager.fill(graph, arrays)
         manager.replay()
         before = manager.decisions[graph].before

@@ -97,6 +97,7 @@ class GraphShapes(NamedTuple):
     padding_cell: int  # of CanvasStates.cells
     padding_slot: int  # of CanvasStates.masked
     is_block_causal: bool
+    can_edit: bool
 
 
 def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
@@ -124,7 +125,7 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
         "parameter": Field(np.float32, (reqs,), 2),
         "min_unmask": Field(np.int32, (reqs,), 0),
     }
-    if graph.ends == Ends.EDITED:
+    if graph.ends == Ends.EDITED or (graph.ends == Ends.PROPOSED and shapes.can_edit):
         fields["edit_threshold"] = Field(np.float32, (reqs,), np.inf)
     if shapes.is_block_causal:
         fields["block_query_start_loc"] = Field(np.int32, (graph.num_queries + 1,), -1)
@@ -158,8 +159,8 @@ class CanvasGraphManager(ModelCudaGraphManager):
             states.cells.numel() - 1,
             states.masked.shape[0] - 1,
             states.is_block_causal,
+            vllm_config.model_config.hf_config.traits.can_edit,
         )
-        self.can_edit: bool = vllm_config.model_config.hf_config.traits.can_edit
         # Attention that captures batches of equal queries only has whole blocks as queries.
         self.is_uniform = cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
         self.num_queries: int | None = None
@@ -206,7 +207,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
             numbers = sorted({max(1, num_tokens // share) for share in LOGIT_SHARES})
             graphs += [replace(whole, num_logits=number) for number in numbers]
             graphs.append(replace(whole, ends=Ends.PROPOSED))
-            if self.can_edit:
+            if self.shapes.can_edit:
                 graphs.append(replace(whole, ends=Ends.EDITED))
         graphs.sort(key=lambda graph: (graph.num_tokens, graph.num_logits), reverse=True)
         self._layouts = {graph: layout_of(graph, self.shapes) for graph in graphs}
