@@ -13,7 +13,8 @@ from vllm_osdt.mini import model_path
 
 # Copies to the device of a step that takes in no request, whatever its policies, without vLLM's own: of page tables
 # that grow, which it reads from mapped memory.
-MAX_COPIES_PER_STEP = 1
+# The second is of a step that is launched ahead behind the first.
+MAX_COPIES_PER_STEP = 2
 PAGE_TABLES = "gpu/buffer_utils.py"
 # Copies to the host of a step that records nothing: tokens, their numbers, and masks.
 MAX_COPIES_BACK = 3
@@ -110,7 +111,7 @@ def test_problems_are_decoded_as_on_a_cpu(llm, problems, cpu_tokens):
 def test_a_step_neither_waits_nor_copies_more_than_it_may(llm, problems):
     block_length = 8
     for prompt in prompts_of(llm, problems)[:3]:
-        options = {"policy": "fixed_steps", "steps_per_block": 4, "block_length": block_length}
+        options = {"policy": "fixed_steps", "steps_per_block": 8, "block_length": block_length}
         submit(llm, prompt, params(**options, max_tokens=block_length, ignore_eos=True))
     steps = watch_steps(llm)
     assert len(steps) >= 4
