@@ -36,6 +36,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self._options = server_options(vllm_config)
+        # Of a step with another one behind it: blocks that were not ready, and those for which the second was of use.
+        self._is_open, self._is_used = torch.zeros(2, self.max_num_reqs, dtype=torch.bool, device=device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, and choose what makes proposals of hidden states."""
@@ -135,7 +137,9 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert rows is not None and manager is not None
         if not self._options.run_ahead or graph.ends != Ends.DECIDED or not states.goes_on(rows.slots, rows.num_active):
             return None
-        is_open = manager.decisions[graph].num_ready[: rows.slots.size] == 0
+        num_reqs = rows.slots.size
+        is_open, is_used = self._is_open[:num_reqs], self._is_used[:num_reqs]
+        torch.eq(manager.decisions[graph].num_ready[:num_reqs], 0, out=is_open)
         states.host.step[rows.slots] += 1
         num_fallbacks = states.host.num_fallbacks.copy()
         *_, arrays = self._plan(rows, self.decode_query_len)
@@ -144,7 +148,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         manager.replay()
         before = manager.decisions[graph].before
         assert before is not None
-        return before[: rows.slots.size].any(dim=1) & is_open
+        torch.any(before[:num_reqs], dim=1, out=is_used)
+        return is_used.logical_and_(is_open)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         """What vLLM measures before it gives the rest of the memory to KV pages.
