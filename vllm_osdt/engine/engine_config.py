@@ -364,6 +364,11 @@ def _fuses_lm_head(config: "VllmConfig") -> bool:
     return server_options(config).fused_lm_head
 
 
+def _asks_to_run_ahead(config: "VllmConfig") -> bool:
+    """The operator himself does; it is the default."""
+    return operator_values(config).get("run_ahead") is True
+
+
 REFUSALS = (
     Refusal(
         lambda config: config.parallel_config.pipeline_parallel_size > 1,
@@ -426,6 +431,17 @@ REFUSALS = (
         lambda config: _fuses_lm_head(config) and config.model_config.head_dtype != config.model_config.dtype,
         "fused_lm_head is true and head_dtype is {c.model_config.head_dtype}, but its kernel multiplies in the model's "
         "{c.model_config.dtype}; leave one of them out.",
+    ),
+    Refusal(
+        lambda config: _asks_to_run_ahead(config) and current_platform.is_cpu(),
+        "run_ahead is true, but a CPU has no CUDA graphs, whose steps are launched ahead; leave it out.",
+    ),
+    Refusal(
+        lambda config: (
+            _asks_to_run_ahead(config)
+            and (config.model_config.enforce_eager or config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE)
+        ),
+        "run_ahead is true, but CUDA graphs, whose steps are launched ahead, are switched off; leave one of them out.",
     ),
 )
 
