@@ -31,12 +31,19 @@ def server(tmp_path_factory):
         yield running
 
 
-def test_a_checkpoint_that_wishes_for_top_p_is_served_without(server):
-    body = {"model": "sdar-mini", "prompt": "quiz", "max_tokens": 8}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    asked = httpx.post(f"{server.url}/v1/completions", json={**body, "top_p": 0.9}, timeout=60)
-    assert asked.status_code == 400 and "top_p=0.9" in asked.json()["error"]["message"]
+def test_a_checkpoint_that_wishes_for_filters_has_them(server):
+    body = {"model": "sdar-mini", "prompt": "quiz", "max_tokens": 8, "seed": 3}
+
+    def text(**fields):
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, **fields}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    wished = {name: value for name, value in GENERATION.items() if name != "do_sample"}
+    assert text() == text(**wished)
+    hot = {"temperature": 5.0, "repetition_penalty": 1.0}
+    texts = {text(**{**hot, "top_p": top_p, "top_k": 0}) for top_p in (1.0, 1e-6)}
+    assert len(texts) == 2 and text(temperature=0) == text(**{**wished, "top_k": 1})
 
 
 def num_served(server):

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -136,6 +137,9 @@ def patch_early_refusals(admission: ModuleType) -> None:
 def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_request: Any) -> None:
     """Refuse a request now, with one line in the log; vLLM's own checks of its parameters follow ours."""
     try:
+        if params.bad_words:
+            params = copy(params)
+            params.update_from_tokenizer(engine.renderer.tokenizer)
         with _http_400():
             check_early(params, prompt, lora_request, engine.vllm_config)
         params.verify(
