@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, submit, tokens
 from tests.e2e.jobs import MIN_MARGIN
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.decode import Decoded, Shape, ThresholdRule, decode
-from vllm_osdt.errors import InvalidOptionError
 
 pytestmark = pytest.mark.e2e
 
@@ -297,5 +297,5 @@ def test_words_of_several_tokens_cannot_be_banned(full):
     params = asked(full.llm, bad_words=[words[0]])
     [one] = generate(full.llm, full.prompts[:1], [params])
     assert frequent(full)[0] not in one.token_ids
-    with pytest.raises(InvalidOptionError, match=r"bad_words.*one token"):
+    with pytest.raises(VLLMValidationError, match=r"bad_words.*one token"):
         generate(full.llm, full.prompts[:1], [asked(full.llm, bad_words=[" ".join(words)])])
