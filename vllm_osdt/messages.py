@@ -19,6 +19,7 @@ RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
 STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
+TRACE = "trace"  # in a response's field, see engine.trace
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,8 @@ class StepReport:
     num_fallbacks: np.ndarray | None = None
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
+
+
+def join_traces(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The trace of two parts of an answer that follow each other (see ``engine.trace``)."""
+    return {name: first[name] + second[name] for name in first}

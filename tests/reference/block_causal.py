@@ -211,6 +211,7 @@ def decode_block_causal(
     """
     ids, result = list(prompt), Decoded()
     chosen_from: dict[int, torch.Tensor] = {}
+    steps: dict[int, tuple[int, int, float]] = {}
     first_block = len(prompt) // block_length
     while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] not in end_token_ids):
         block, start = len(ids) // block_length, len(ids)
@@ -250,6 +251,7 @@ def decode_block_causal(
             for position in chosen + edits:
                 canvas[position], decided[position] = top.indices[position, 0], True
                 chosen_from[position] = own[position]
+                steps[position] = step, result.nfe, masked.get(position, 0.0)
             result.num_edits += len(edits)
             is_open = edit_threshold is not None and (masked or (edits and num_post_steps < MAX_POST_STEPS))
             ready = None if is_open else _ready(canvas.tolist(), decided, start, needed, end_token_ids)
@@ -259,6 +261,7 @@ def decode_block_causal(
         ids += ready
     result.tokens = ids[len(prompt) :]
     result.chosen_from = [chosen_from[place] for place in range(len(prompt), len(ids))]
+    result.steps = [steps[place] for place in range(len(prompt), len(ids))]
     result.rule_margin = getattr(rule, "margin", float("inf"))
     return result
 

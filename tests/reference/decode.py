@@ -32,6 +32,7 @@ class Decoded:
         edit_margin: Smallest distance of a confidence from the editing threshold.
         num_edits: Tokens that were replaced.
         chosen_from: The model's logits of each output token in the step that unmasked it, float32 ``[vocabulary]``.
+        steps: That step of each output token's block, from 0; the same among all forwards, from 1; the confidence then.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Decoded:
     refresh_margin: float = float("inf")
     num_refreshes: int = 0
     chosen_from: list[torch.Tensor] = field(default_factory=list)
+    steps: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 class ThresholdRule:
@@ -208,6 +210,7 @@ def decode(
     ids = torch.tensor(prompt + [model.mask_token_id] * gen_length)
     decided = [True] * len(prompt) + [False] * gen_length
     chosen_from: dict[int, torch.Tensor] = {}
+    steps: dict[int, tuple[int, int, float]] = {}
     result = Decoded()
     for block in range(-(-gen_length // block_length)):
         first = len(prompt) + block * block_length
@@ -273,6 +276,7 @@ def decode(
                 ids[first + offset] = proposal[offset]
                 decided[first + offset] = True
                 chosen_from[first + offset - len(prompt)] = own[offset]
+                steps[first + offset - len(prompt)] = step, result.nfe, masked[offset]
             ready = _ready(ids[first:last].tolist(), decided[first:last], num_needed, end_token_ids)
             if ready is not None:
                 break
@@ -282,6 +286,7 @@ def decode(
             break
     result.rule_margin = getattr(rule, "margin", float("inf"))
     result.chosen_from = [chosen_from[k] for k in range(len(result.tokens))]
+    result.steps = [steps[k] for k in range(len(result.tokens))]
     return result
 
 

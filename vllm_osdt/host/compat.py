@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import round_up
 
 from vllm_osdt.errors import OSDTError
-from vllm_osdt.messages import KEY
+from vllm_osdt.messages import KEY, TRACE, join_traces
 from vllm_osdt.models.registry import is_canvas_model
 from vllm_osdt.options import operator_help, parse_operator_json
 
@@ -29,6 +29,7 @@ ASKED: ContextVar[Mapping[str, Any]] = ContextVar("ASKED", default=MappingProxyT
 ASKED_NAMES = ("dtype", "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "diffusion_config")
 
 _MARK = "_vllm_osdt_patched"
+TRACE_SO_FAR = "osdt_trace"  # attribute of vLLM's state of a request in the front end
 
 
 def _wrap(owner: Any, name: str, make: Any) -> None:
@@ -276,7 +277,12 @@ def patch_response_field() -> None:
         def make_request_output(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs):
             params, rest = (args[0], args[1:]) if args else (kwargs.pop("kv_transfer_params", None), ())
             if params is not None and KEY in params:
-                setattr(self.spec_decode_metrics, KEY, params[KEY])
+                about = params[KEY]
+                if TRACE in about:  # the engine sends that of new tokens
+                    before = getattr(self, TRACE_SO_FAR, None)
+                    about[TRACE] = about[TRACE] if before is None else join_traces(before, about[TRACE])
+                    setattr(self, TRACE_SO_FAR, about[TRACE])
+                setattr(self.spec_decode_metrics, KEY, about)
                 params = None
             return original(self, new_token_ids, pooling_output, finish_reason, stop_reason, params, *rest, **kwargs)
 
