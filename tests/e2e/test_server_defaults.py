@@ -84,7 +84,7 @@ def test_clients_that_send_nothing_but_messages_lose_no_answer(server: Server, s
     given = answers(bodies)
     assert [expected[problem.prompt] for problem in ORDERS[order]] == given
     assert all(check(problem, text) for problem, text in zip(ORDERS[order], given, strict=True))
-    told = [body["metrics"]["speculative_decoding"]["osdt"] for body in bodies]
+    told = [body["osdt"] for body in bodies]
     assert {(one["task"], one["profile"], one["calibrating"]) for one in told} == {(None, None, False)}
 
 
@@ -110,17 +110,21 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
 def test_a_refusal_is_http_400_with_its_reason_on_every_endpoint(server: Server, path: str, stream: bool) -> None:
     fields = ENDPOINTS[path]
     limit = next(name for name in fields if "tokens" in name)
-    bad = {
-        "osdt_treshold is no option": ({"osdt_treshold": 0.5}, "did you mean 'osdt_threshold'?"),
-        "too long": ({limit: 505}, f"{limit} is 505, but the prompt of "),
-        "no value": ({"vllm_xargs": {"osdt_threshold": 7}}, "osdt_threshold is 7; expected a number in (0, 1]"),
-        "no profile": ({"vllm_xargs": {"osdt_profile": "f" * 16}}, "but the request names no task"),
-    }
+    bad: list[tuple[dict[str, Any], str, str]] = [
+        ({"osdt_treshold": 0.5}, "osdt_treshold", "did you mean 'osdt_threshold'?"),
+        ({limit: 505}, limit, f"{limit} is 505, but the prompt of "),
+        ({"vllm_xargs": {"osdt_threshold": 7}}, "osdt_threshold", "osdt_threshold is 7; expected a number in (0, 1]"),
+        ({"osdt_gen_length": 40}, "osdt_gen_length", "gen_length is 40, no multiple of block_length 32; use 64."),
+        ({"vllm_xargs": {"osdt_profile": "f" * 16}}, "osdt_profile", "but the request names no task"),
+    ]
     before = server.log.read_text()
-    for change, words in bad.values():
+    for change, parameter, words in bad:
         response = post(server, path, **{**fields, **change, "stream": stream})
         assert response.status_code == 400, response.text
-        assert words in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert words in error["message"] and "(parameter=" not in error["message"]
+        # The messages API's errors have no such field.
+        assert error.get("param") == (None if path == "/v1/messages" else parameter), error
     said = server.log.read_text()[len(before) :].splitlines()
     said = [line for line in said if "[loggers.py" not in line and "[metrics.py" not in line]  # vLLM's, every 10 s
     assert len([line for line in said if "Refused a request: " in line]) == len(bad)
@@ -161,8 +165,8 @@ SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
         (CHAT, {"use_beam_search": True, "n": 2}, "use_beam_search is not implemented"),
         (COMPLETIONS, {"use_beam_search": True, "n": 2}, "use_beam_search is not implemented"),
         ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [5]}, "Generative scoring is not"),
-        (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo=True"),
-        (COMPLETIONS, {"prompt_logprobs": 2}, "prompt_logprobs=2 (leave it out)"),
+        (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo=True with logprobs asks for"),
+        (COMPLETIONS, {"prompt_logprobs": 2}, "prompt_logprobs asks for log probabilities of the prompt"),
         (CHAT, {"response_format": {"type": "json_object"}}, "response_format={'type': 'json_object'} (leave it out)"),
         ("/v1/responses", {"text": {"format": SCHEMA}}, "text.format={'name': 'n', "),
         ("/v1/messages", {"output_config": {"format": ANTHROPIC}}, "output_config.format={'"),
@@ -191,7 +195,7 @@ def test_a_running_server_follows_what_tune_chooses_though_it_has_a_profile(serv
     prompts, asked = [problem.prompt for problem in problems[:64]], problems[64].prompt
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda prompt: server.complete(prompt, osdt_task="tuned", osdt_early=False), prompts))
-    before = server.complete(asked, osdt_task="tuned").json()["metrics"]["speculative_decoding"]["osdt"]
+    before = server.complete(asked, osdt_task="tuned").json()["osdt"]
     assert before["policy"] == "osdt" and before["profile"] is not None
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in problems))
@@ -201,7 +205,7 @@ def test_a_running_server_follows_what_tune_chooses_though_it_has_a_profile(serv
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "does not follow" not in done.stderr
-    after = server.complete(asked, osdt_task="tuned").json()["metrics"]["speculative_decoding"]["osdt"]
+    after = server.complete(asked, osdt_task="tuned").json()["osdt"]
     assert after["policy"] == "static_threshold" and after["profile"] == json.loads(done.stdout)["profile"]
     assert after["profile"] != before["profile"] and after["nfe"] >= before["nfe"]
 
