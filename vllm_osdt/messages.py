@@ -31,15 +31,22 @@ class RequestSpec:
         canvas: Its positions.
         follows_choice: Whether neither the request nor the operator says how positions are chosen, so that the task's
             profile may.
+        pinned: Token ids from the prompt's end on, -1 where the model writes; None where that is everywhere.
     """
 
     options: DecodingOptions
     canvas: Canvas
     follows_choice: bool = False
+    pinned: list[int] | None = None
 
     def as_extra_args(self) -> dict[str, Any]:
         """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
-        values = {"options": self.options.as_dict(), "canvas": list(self.canvas), "follows": self.follows_choice}
+        values = {
+            "options": self.options.as_dict(),
+            "canvas": list(self.canvas),
+            "follows": self.follows_choice,
+            "pinned": self.pinned,
+        }
         return {RESOLVED_KEY: values}
 
     @classmethod
@@ -48,7 +55,7 @@ class RequestSpec:
         found = (getattr(sampling_params, "extra_args", None) or {}).get(RESOLVED_KEY)
         if found is None:
             return None
-        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]), found["follows"])
+        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]), found["follows"], found["pinned"])
 
 
 class Decides(IntEnum):

@@ -598,6 +598,7 @@ def resolve_canvas(
     max_tokens: int | None,
     limits: Limits,
     max_tokens_name: str = "max_tokens",
+    canvas: Canvas | None = None,
 ) -> tuple[DecodingOptions, Canvas]:
     """Fix the canvas and check that prompt and canvas fit.
 
@@ -607,6 +608,7 @@ def resolve_canvas(
         max_tokens: The request's limit on output tokens; None when it names none.
         limits: See there.
         max_tokens_name: What the client calls its limit.
+        canvas: The canvas, where it is known already.
 
     Returns:
         The options with ``gen_length``, and what the policy makes of it (``steps``), and the canvas. A canvas is whole
@@ -625,8 +627,9 @@ def resolve_canvas(
         options.is_block_causal,
         can_grow=options.steps is None,  # which is shared out among all blocks
     )
-    find = block_causal_canvas if options.is_block_causal else full_attention_canvas
-    canvas = find(asked, limits)
+    if canvas is None:
+        find = block_causal_canvas if options.is_block_causal else full_attention_canvas
+        canvas = find(asked, limits)
     resolved = POLICIES[options.policy].resolve(options, asked, canvas)
     return replace(options, gen_length=canvas.length, **resolved), canvas
 

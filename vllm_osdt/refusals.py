@@ -154,6 +154,46 @@ REFUSALS = {
     "min-tokens-stops": Refusal(
         "`min_tokens`", "Beside more than 128 stop tokens.", "Send fewer, or leave `min_tokens` out."
     ),
+    "vllm-diffusion": Refusal(
+        "`diffusion_canvas_length`, `diffusion_max_steps`, `diffusion_read_only`, `diffusion_constrained`",
+        "Always: they are of vLLM's own diffusion models.",
+        "Leave it out.",
+    ),
+    "infill-names": Refusal(
+        "`osdt_infill`, `osdt_suffix`, `diffusion_seed_canvas`, `diffusion_pinned`",
+        "More than one way to infill is sent, or pinned positions without a canvas.",
+        "Send one of them.",
+    ),
+    "infill-value": Refusal(
+        "`osdt_infill`, `osdt_suffix`, `diffusion_seed_canvas`, `diffusion_pinned`",
+        "A part is no text, no token ids and no length of a hole, a position is outside, or there is no hole.",
+        "Send what the message names.",
+    ),
+    "infill-seed": Refusal(
+        "`diffusion_seed_canvas`",
+        "A token that is not pinned and not the mask token: a masked model begins a hole with nothing else.",
+        "Send the mask token there, or pin the position.",
+    ),
+    "infill-length": Refusal(
+        "`max_tokens`, `osdt_suffix`",
+        "`max_tokens` is less than the template has, or a suffix comes without it.",
+        "Send as many, or leave it out of a template.",
+    ),
+    "infill-room": Refusal(
+        "`osdt_infill`, `osdt_suffix`, `diffusion_seed_canvas`",
+        "More than the prompt leaves of the context.",
+        "Shorten one of them.",
+    ),
+    "infill-blocks": Refusal(
+        "`osdt_infill`, `osdt_suffix`, `diffusion_pinned`",
+        "Text behind a hole is in a later block of a block-causal model, which does not see it.",
+        "Shorten the hole, or use a model whose positions see the whole canvas.",
+    ),
+    "infill-company": Refusal(
+        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output, `stop`, `stop_token_ids`",
+        "Beside a template or a suffix.",
+        "Leave one of them out.",
+    ),
     "prompt-scores": Refusal(
         "`echo` with `logprobs`, `prompt_logprobs`",
         "Always: these models have no next-token probabilities of a prompt. Multiple-choice tasks of lm-eval "

@@ -132,7 +132,8 @@ class Calibrator:
                 options = self._choose(options, profile)
                 policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
-            if is_own and not is_kept and self._calibrates(req_id, options, key, max_tokens, profile):
+            is_usual = not is_kept and spec.pinned is None
+            if is_own and is_usual and self._calibrates(req_id, options, key, max_tokens, profile):
                 profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
             elif is_own and profile is None and _has_early_thresholds(options):
                 profile, is_early = self.registry.early(key), True
@@ -150,7 +151,7 @@ class Calibrator:
         )
         is_own_profile = profile is not None and options.profile is None and not is_early
         has_probabilities = not policy.ranks_by_entropy
-        is_watched = self.guard is not None and is_own_profile and has_probabilities and not is_kept
+        is_watched = self.guard is not None and is_own_profile and has_probabilities and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)

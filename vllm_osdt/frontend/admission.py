@@ -18,6 +18,7 @@ from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore, open_store
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.auto_task import AutoTasks
+from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_company, template_canvas
 from vllm_osdt.geometry import PROMPT, Canvas, Limits
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
 from vllm_osdt.options import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
+SUFFIX_FIELD = SUFFIX  # where the completion endpoint's suffix goes
 MAX_PINS = 1024  # pinned profiles whose keys are remembered
 
 
@@ -210,15 +212,21 @@ class FrontEnd:
         return not is_own or model.override_generation_config.get("max_new_tokens") is not None
 
     def check(
-        self, params: "SamplingParams", asked: "SamplingParams", prompt_length: int | None, adapter: str
-    ) -> tuple[DecodingOptions, Canvas | None]:
-        """The options of a request and its canvas; changes nothing.
+        self,
+        params: "SamplingParams",
+        asked: "SamplingParams",
+        prompt_length: int | None,
+        adapter: str,
+        encode: Encode | None = None,
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None]:
+        """The options of a request, its canvas, and what is pinned in it; changes nothing.
 
         Args:
             params: Its sampling parameters; vLLM may have bounded their ``max_tokens``.
             asked: The same as they came.
             prompt_length: Prompt tokens, None when that is not known yet: the canvas is then not looked at.
             adapter: Name of its adapter, "" for none.
+            encode: Text to token ids; None without a tokenizer.
 
         Raises:
             InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or the profile that it
@@ -228,27 +236,32 @@ class FrontEnd:
         extra = merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
         traits = self._config.model_config.hf_config.traits
-        check_limits(params, self._config.model_config.get_vocab_size(), traits.mask_token_id)
+        vocabulary = self._config.model_config.get_vocab_size()
+        check_limits(params, vocabulary, traits.mask_token_id)
+        template = Reader(encode, vocabulary, traits.mask_token_id).read(extra, sent.max_tokens)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
+        if template is not None:
+            check_company(template, options, asked, PREFIX + "gen_length" in extra)
         if prompt_length is None:
-            return options, None
+            return options, None, template
         room = self._limits.max_model_len - prompt_length
         # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
         bounded = params.max_tokens is not None and params.max_tokens < room
         if sent.max_tokens is None and options.gen_length is not None:
             bounded = bounded and self._is_capped  # a canvas of the request's own: the checkpoint's length is not asked
         try:
-            return resolve_canvas(
+            return *resolve_canvas(
                 options,
                 prompt_length=prompt_length,
                 max_tokens=params.max_tokens if bounded else sent.max_tokens,
                 limits=self._limits,
                 max_tokens_name=sent.max_tokens_name,
-            )
+                canvas=None if template is None else template_canvas(template, prompt_length, options, self._limits),
+            ), template
         except InvalidOptionError as error:
             if error.parameter == PROMPT:
                 error.parameter = sent.prompt_name
@@ -396,7 +409,11 @@ def merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str,
 
 
 def check_early(
-    params: "SamplingParams", prompt: Any, lora_request: "LoRARequest | None", vllm_config: "VllmConfig"
+    params: "SamplingParams",
+    prompt: Any,
+    lora_request: "LoRARequest | None",
+    vllm_config: "VllmConfig",
+    encode: Encode | None = None,
 ) -> None:
     """What :func:`admit` would refuse, before an answer begins.
 
@@ -405,6 +422,7 @@ def check_early(
         prompt: vLLM's engine input, or a raw prompt, of which nothing is checked.
         lora_request: The request's adapter.
         vllm_config: The engine's configuration.
+        encode: Text to token ids; None without a tokenizer.
 
     Raises:
         InvalidOptionError: See :func:`admit`.
@@ -412,10 +430,15 @@ def check_early(
     token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) and "type" in prompt else None
     adapter = lora_request.lora_name if lora_request is not None else ""
     check_sampling_params(params)
-    _front_end(vllm_config).check(params, params, None if token_ids is None else len(token_ids), adapter)
+    _front_end(vllm_config).check(params, params, None if token_ids is None else len(token_ids), adapter, encode)
 
 
-def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "SamplingParams | None" = None) -> None:
+def admit(
+    request: "EngineCoreRequest",
+    vllm_config: "VllmConfig",
+    asked: "SamplingParams | None" = None,
+    encode: Encode | None = None,
+) -> None:
     """Resolve a request's options in place.
 
     Args:
@@ -423,6 +446,7 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "Sampl
         vllm_config: The engine's configuration.
         asked: The sampling parameters as they came, before vLLM filled in what they leave open; the request's own when
             None.
+        encode: Text to token ids; None without a tokenizer.
 
     Raises:
         InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or there is no such profile.
@@ -444,11 +468,18 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "Sampl
     front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
     asked = params if asked is None else asked
-    options, canvas = front_end.check(params, asked, len(token_ids), adapter)
+    options, canvas, template = front_end.check(params, asked, len(token_ids), adapter, encode)
     options = front_end.name_task(options, token_ids, adapter)
     if vllm_config.cache_config.enable_prefix_caching:
         _keep_pages_apart(request, options.block_length, vllm_config)
     assert canvas is not None
     params.max_tokens = canvas.max_output_end - len(token_ids)
-    spec = RequestSpec(options, canvas, follows_choice=front_end.follows_choice(params, asked))
+    if template is not None:
+        params.min_tokens = params.max_tokens  # a hole has no end but its own
+    spec = RequestSpec(
+        options,
+        canvas,
+        follows_choice=front_end.follows_choice(params, asked),
+        pinned=None if template is None else template.tokens,
+    )
     params.extra_args = spec.as_extra_args()

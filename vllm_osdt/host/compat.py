@@ -103,7 +103,7 @@ def patch_admission(admit: Callable[..., None]) -> None:
             request = original(self, request_id, prompt, params, *args, **kwargs)
             if is_canvas_model(self.model_config):
                 with _http_400():
-                    admit(request, self.vllm_config, params)
+                    admit(request, self.vllm_config, params, _encoder(self.tokenizer))
             return request
 
         return process_inputs
@@ -149,6 +149,11 @@ def patch_early_refusals(admission: ModuleType, response: ModuleType) -> None:
     _wrap(AsyncLLM, "generate", make_generate)
 
 
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]] | None:
+    """Text to token ids, as the text stands there."""
+    return None if tokenizer is None else functools.partial(tokenizer.encode, add_special_tokens=False)
+
+
 def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_request: Any) -> None:
     """Refuse a request now, with one line in the log; vLLM's own checks of its parameters follow ours."""
     try:
@@ -156,7 +161,7 @@ def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_r
             params = copy(params)
             params.update_from_tokenizer(engine.renderer.tokenizer)
         with _http_400():
-            check_early(params, prompt, lora_request, engine.vllm_config)
+            check_early(params, prompt, lora_request, engine.vllm_config, _encoder(engine.renderer.tokenizer))
         params.verify(
             engine.model_config,
             engine.vllm_config.speculative_config,
@@ -179,6 +184,7 @@ def patch_server(admission: ModuleType) -> None:
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+    from vllm.renderers.online_renderer import OnlineRenderer
 
     def make_to_sampling_params(original):
         def to_sampling_params(self, *args, **kwargs):
@@ -190,6 +196,18 @@ def patch_server(admission: ModuleType) -> None:
 
     for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         _wrap(request, "to_sampling_params", make_to_sampling_params)
+
+    def make_render_completion(original):
+        # vLLM asks the model's renderer to put a suffix into the prompt; a canvas has a place for it.
+        async def render_completion(self, request, *args, **kwargs):
+            if is_canvas_model(self.model_config) and request.suffix is not None:
+                setattr(request, admission.SUFFIX_FIELD, request.suffix)
+                request.suffix = None
+            return await original(self, request, *args, **kwargs)
+
+        return render_completion
+
+    _wrap(OnlineRenderer, "render_completion", make_render_completion)
 
     def make_generate(original):
         # The responses API calls the engine when its answer is first read.
