@@ -19,6 +19,7 @@ RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
 STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
+TRACE = "trace"  # in a response's field, see engine.trace
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,19 @@ class RecordedStep(NamedTuple):
     tokens: np.ndarray
 
 
+class HeldWeights(NamedTuple):
+    """The weights that a rank holds.
+
+    Attributes:
+        num_updates: How often they have changed since the engine's start.
+        checkpoint: Model and revision from whose files all of them were read anew; None where a caller gave them, and
+            before the first update.
+    """
+
+    num_updates: int = 0
+    checkpoint: tuple[str, str | None] | None = None
+
+
 @dataclass
 class StepReport:
     """What a step tells the engine core beside its tokens.
@@ -126,6 +140,7 @@ class StepReport:
         num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
         recorded: The requests that calibrate, None without any.
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
+        weights: That the rank had by the end of the step.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)
@@ -133,3 +148,9 @@ class StepReport:
     num_fallbacks: np.ndarray | None = None
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
+    weights: HeldWeights = field(default_factory=HeldWeights)
+
+
+def join_traces(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The trace of two parts of an answer that follow each other (see ``engine.trace``)."""
+    return {name: first[name] + second[name] for name in first}

@@ -127,6 +127,18 @@ class CommonOptions:
         'Fast-dLLM v2 only: compute the active sub-block alone where the authors\' "dual cache" does, against the keys '
         "and values that the rest of the block had when it was last computed whole.",
     )
+    filtered_confidence: bool = option(
+        False,
+        Flag,
+        "A proposal's confidence is its share of the tokens that `top_p`, `top_k`, `min_p`, biases and penalties "
+        "leave, instead of the model's own probability. More tokens per forward, and less certain ones.",
+    )
+    return_trace: bool = option(
+        False,
+        Flag,
+        "The response says of every token in which denoising step and forward it was unmasked, and how confident the "
+        "model was.",
+    )
 
     @property
     def num_blocks(self) -> int:

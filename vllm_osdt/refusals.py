@@ -135,6 +135,25 @@ REFUSALS = {
     "sampling-parameter": Refusal(
         "a sampling parameter", "It is in the [list](#sampling-parameters) and not neutral.", "Send what the list says."
     ),
+    "logprobs-number": Refusal("`logprobs`, `top_logprobs`", "Below 0 or above 128.", "Send a number in that range."),
+    "bad-words": Refusal(
+        "`bad_words`",
+        "A word is more than one token: positions of a canvas are decided in any order.",
+        "Ban single tokens, or use `stop`.",
+    ),
+    "token-ids-number": Refusal(
+        "`logit_bias` with `bad_words`, `allowed_token_ids`", "More than 1024 tokens.", "Send fewer."
+    ),
+    "token-ids-range": Refusal(
+        "`logit_bias`, `allowed_token_ids`", "A token id that the model does not have.", "Send another one."
+    ),
+    "allowed-none": Refusal("`allowed_token_ids`", "All of them are mask tokens or in `bad_words`.", "Allow another."),
+    "allowed-stops": Refusal(
+        "`min_tokens`", "All of `allowed_token_ids` are stop tokens.", "Allow another, or leave `min_tokens` out."
+    ),
+    "min-tokens-stops": Refusal(
+        "`min_tokens`", "Beside more than 128 stop tokens.", "Send fewer, or leave `min_tokens` out."
+    ),
     "prompt-scores": Refusal(
         "`echo` with `logprobs`, `prompt_logprobs`",
         "Always: these models have no next-token probabilities of a prompt. Multiple-choice tasks of lm-eval "

@@ -17,14 +17,27 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_osdt.calibration.store import open_store
 from vllm_osdt.engine.audit import Auditor
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
 from vllm_osdt.engine.statistics import describe, num_forwards
+from vllm_osdt.engine.trace import Tracer
+from vllm_osdt.engine.weights import Weights
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
-from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, RequestSpec, StepReport
+from vllm_osdt.messages import (
+    CANVAS_STEP,
+    KEY,
+    STEP_REPORT,
+    TRACE,
+    CanvasStep,
+    Decides,
+    HeldWeights,
+    RequestSpec,
+    StepReport,
+)
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
 
@@ -60,6 +73,8 @@ class CanvasScheduler(Scheduler):
         self.calibrator = Calibrator.of_engine(self.vllm_config)
         options = server_options(self.vllm_config)
         self._auditor = Auditor(options.audit)
+        self._tracer = Tracer(self.max_num_running_reqs)
+        self._weights = Weights()
         self._is_fused = options.fused_commit
         self._traits: Traits = self.vllm_config.model_config.hf_config.traits
         # vLLM would apply it to a canvas too.
@@ -86,6 +101,7 @@ class CanvasScheduler(Scheduler):
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
         self._rows.clear()
+        self._tracer.keep(self.running)
         self._admit_audits()
         order = self.running
         waited, self._postponed = self._postponed, {}
@@ -99,9 +115,19 @@ class CanvasScheduler(Scheduler):
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
-            step.assignments[new.req_id] = self.calibrator.assign(
-                new.req_id, self._spec(request), request.sampling_params.max_tokens
+            spec = self._spec(request)
+            if not request.num_output_tokens:
+                request.canvas_weights = self._weights
+            assignment = self.calibrator.assign(
+                new.req_id,
+                spec,
+                request.sampling_params.max_tokens,
+                is_kept=request.canvas_weights is not self._weights,
             )
+            if spec.options.return_trace:
+                assignment = assignment._replace(is_recorded=True)
+                self._tracer.begin(new.req_id, assignment.schedule)
+            step.assignments[new.req_id] = assignment
             request.canvas_about = self.calibrator.about(new.req_id)
         if self._traits.logits_shift:
             step.first_position = frozenset(
@@ -148,6 +174,37 @@ class CanvasScheduler(Scheduler):
         """As vLLM does; audits give their pages back."""
         self._stop_audits()
         return super().reset_prefix_cache(*args, **kwargs)
+
+    def hear_weights(self, held: HeldWeights) -> None:
+        """If the workers' weights have changed, use nothing any more that other weights made.
+
+        Pages and profiles go, and so do calibrations and audits under way. Requests that run keep their output, compute
+        all keys and values anew, and decide their active block from its start.
+
+        Args:
+            held: What the workers hold.
+        """
+        if held.num_updates == self._weights.num_updates:
+            return
+        self._weights = Weights(held.num_updates)
+        for request in self.running:
+            if request.prefill_stats is not None:  # nothing of it has been told
+                request.prefill_stats.set(request.num_prompt_tokens, 0, 0)
+        self.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        self._auditor.forget()
+        store = None
+        if held.checkpoint is not None:
+            store = open_store(server_options(self.vllm_config).profile_dir, self.vllm_config, held.checkpoint)
+        self.calibrator.forget(store)
+        logger.info(
+            "The weights have changed (update %d). Profiles are now %s.",
+            held.num_updates,
+            "kept in memory only" if store is None else f"those of {store.model}",
+        )
+
+    def name_weights(self, label: str) -> None:
+        """Give the weights that are served the caller's label."""
+        self._weights.label = label
 
     def _spec(self, request: Request) -> RequestSpec:
         spec: RequestSpec | None = getattr(request, "canvas_spec", None)
@@ -276,11 +333,17 @@ class CanvasScheduler(Scheduler):
         """
         audits = self._auditor.running
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
+        if report is not None and report.weights.num_updates != self._weights.num_updates:
+            # Not told between two steps: this one had pages and profiles of other weights. It is void, as vLLM's rule
+            # for requests that are preempted while they are in flight has it.
+            self.hear_weights(report.weights)
+            return super().update_from_output(scheduler_output, model_runner_output)
         if report is not None:
             self.calibrator.hear(report)
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
+            self._trace(report)
             self._count_run_ahead(report)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
         self._count_commits(scheduler_output, requests)
@@ -292,8 +355,24 @@ class CanvasScheduler(Scheduler):
                 request = requests.get(output.request_id)
                 if request is not None and request.spec_decode_metrics is not None:
                     output.spec_decode_metrics = request.spec_decode_metrics
-                    output.kv_transfer_params = {KEY: describe(request, request.canvas_about)}
+                    about = describe(request, request.canvas_about, request.canvas_weights, self._weights)
+                    trace = self._tracer.take(output.request_id, len(output.new_token_ids))
+                    if trace is not None:
+                        about[TRACE] = trace
+                    output.kv_transfer_params = {KEY: about}
         return outputs
+
+    def _trace(self, report: StepReport) -> None:
+        """Take in what is traced; the step that is reported is not counted yet."""
+        if report.recorded is None:
+            return
+        requests = (self.requests.get(req_id) for req_id in report.recorded.req_ids)
+        forwards = {
+            request.request_id: num_forwards(request) + 1
+            for request in requests
+            if request is not None and self._spec(request).options.return_trace
+        }
+        self._tracer.hear(report.recorded, forwards)
 
     def _count_run_ahead(self, report: StepReport) -> None:
         """Count second steps: those that were of use are forwards of their requests like others."""

@@ -34,7 +34,7 @@ from vllm_osdt.options import (
     validate_for_family,
 )
 from vllm_osdt.policies import POLICIES
-from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
+from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_limits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -135,8 +135,7 @@ def check_sampling_params(params: "SamplingParams") -> None:
         _refuse_prompt_scores(sent)
     if refused:
         raise InvalidOptionError(
-            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(words for *_, words in refused))}. "
-            "Supported: temperature, seed, stop, stop_token_ids, max_tokens, n, ignore_eos and the osdt_ options.",
+            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(words for *_, words in refused))}.",
             refusal="sampling-parameter",
             parameter=refused[0][0],
             value=refused[0][1],
@@ -229,6 +228,7 @@ class FrontEnd:
         extra = merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
         traits = self._config.model_config.hf_config.traits
+        check_limits(params, self._config.model_config.get_vocab_size(), traits.mask_token_id)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")

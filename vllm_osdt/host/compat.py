@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import round_up
 
 from vllm_osdt.errors import InvalidOptionError, OSDTError
-from vllm_osdt.messages import KEY
+from vllm_osdt.messages import KEY, TRACE, join_traces
 from vllm_osdt.models.registry import is_canvas_model
 from vllm_osdt.options import OPTION_NAMES, PREFIX, operator_help, parse_operator_json
 
@@ -28,6 +29,7 @@ ASKED: ContextVar[Mapping[str, Any]] = ContextVar("ASKED", default=MappingProxyT
 ASKED_NAMES = ("dtype", "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "diffusion_config")
 
 _MARK = "_vllm_osdt_patched"
+TRACE_SO_FAR = "osdt_trace"  # attribute of vLLM's state of a request in the front end
 
 
 def _wrap(owner: Any, name: str, make: Any) -> None:
@@ -59,7 +61,7 @@ class RefusedRequestError(VLLMValidationError, ValueError):
 
 @contextmanager
 def _http_400() -> Iterator[None]:
-    """Our refusals leave as a ValueError that is also vLLM's own kind; options have the names of a request."""
+    """Our refusals leave as a ValueError that is also vLLM's own kind, an option by the name that a request has."""
     try:
         yield
     except InvalidOptionError as error:
@@ -150,6 +152,9 @@ def patch_early_refusals(admission: ModuleType, response: ModuleType) -> None:
 def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_request: Any) -> None:
     """Refuse a request now, with one line in the log; vLLM's own checks of its parameters follow ours."""
     try:
+        if params.bad_words:
+            params = copy(params)
+            params.update_from_tokenizer(engine.renderer.tokenizer)
         with _http_400():
             check_early(params, prompt, lora_request, engine.vllm_config)
         params.verify(
@@ -428,7 +433,12 @@ def patch_response_field() -> None:
         def make_request_output(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs):
             params, rest = (args[0], args[1:]) if args else (kwargs.pop("kv_transfer_params", None), ())
             if params is not None and KEY in params:
-                setattr(self.spec_decode_metrics, KEY, params[KEY])
+                about = params[KEY]
+                if TRACE in about:  # the engine sends that of new tokens
+                    before = getattr(self, TRACE_SO_FAR, None)
+                    about[TRACE] = about[TRACE] if before is None else join_traces(before, about[TRACE])
+                    setattr(self, TRACE_SO_FAR, about[TRACE])
+                setattr(self.spec_decode_metrics, KEY, about)
                 params = None
             return original(self, new_token_ids, pooling_output, finish_reason, stop_reason, params, *rest, **kwargs)
 
@@ -701,9 +711,11 @@ def patch_config_parser() -> None:
 
 
 def patch_engine_core() -> None:
-    """An engine core answers ``calibration_profiles``, as it answers vLLM's own utility calls.
+    """An engine core answers ``calibration_profiles``, and its scheduler hears of other weights.
 
-    Goes when a scheduler can register utility calls.
+    A caller's RPC may change the workers' weights in many ways, and vLLM leaves it to him to reset the prefix cache.
+    His label for weights goes no further than vLLM's own outputs. Goes when a scheduler can register utility calls, and
+    is told of weight updates.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -712,7 +724,33 @@ def patch_engine_core() -> None:
         calibrator = getattr(self.scheduler, "calibrator", None)
         return [] if calibrator is None else calibrator.profiles()
 
+    def hear_weights(core) -> Any:
+        """The scheduler of a canvas model, which now knows its workers' weights; None for other models."""
+        if not is_canvas_model(core.vllm_config.model_config):
+            return None
+        core.scheduler.hear_weights(core.model_executor.collective_rpc("held_weights")[0])
+        return core.scheduler
+
+    def make_collective_rpc(original):
+        def collective_rpc(self, *args, **kwargs):
+            results = original(self, *args, **kwargs)
+            hear_weights(self)
+            return results
+
+        return collective_rpc
+
+    def make_set_weight_version(original):
+        def set_weight_version(self, weight_version):
+            scheduler = hear_weights(self)
+            original(self, weight_version)
+            if scheduler is not None:
+                scheduler.name_weights(weight_version)
+
+        return set_weight_version
+
     EngineCore.calibration_profiles = calibration_profiles
+    _wrap(EngineCore, "collective_rpc", make_collective_rpc)
+    _wrap(EngineCore, "set_weight_version", make_set_weight_version)
 
 
 def apply(admission: ModuleType, response: ModuleType, prometheus_metrics: Callable[..., Any]) -> None:
