@@ -251,7 +251,10 @@ def test_every_choice_of_several_says_how_it_was_decoded(server: Server) -> None
     ids = post(server, "/tokenize", prompt=prompts[0]).json()["tokens"]
     tokens = post(server, "/inference/v1/generate", token_ids=ids, sampling_params={**sampled, "max_tokens": 96}).json()
     assert [told(choice) for choice in tokens["choices"]] == [told(choice) for choice in four["choices"][:2]]
-    assert not any("osdt" in answer for answer in (both, four, chat, tokens))
+    content = [[{"role": "user", "content": prompt.removesuffix(" Answer:")}] for prompt in prompts]
+    batch = post(server, "/v1/chat/completions/batch", messages=content, temperature=0, max_tokens=96).json()
+    assert [told(choice) for choice in batch["choices"]] == alone
+    assert not any("osdt" in answer for answer in (both, four, chat, tokens, batch))
 
 
 def test_the_openai_client_has_it_as_an_attribute(server: Server) -> None:

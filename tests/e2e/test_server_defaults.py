@@ -181,6 +181,24 @@ def test_a_refusal_names_what_the_client_sent(server: Server, path: str, fields:
     assert "StructuredOutputsParams" not in message
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_multiple_choice_of_lm_eval_is_told_what_to_run_instead(server: Server, max_tokens: int) -> None:
+    """Its body for ``loglikelihood``: it prints the answer's text and gives up."""
+    ids = post(server, "/tokenize", prompt=QUIZ).json()["tokens"]
+    body = {"prompt": [ids], "temperature": 0, "max_tokens": max_tokens, "logprobs": 1, "seed": 1234, "echo": True}
+    response = post(server, COMPLETIONS, **body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == "echo"
+    for words in ("no next-token probabilities of a prompt", "generate_until", "multiple-choice (loglikelihood)"):
+        assert words in error["message"]
+
+
+def test_structured_decisions_are_answered_as_not_implemented(server: Server) -> None:
+    questions = {"q": {"type": "boolean", "instructions": "Is it a beast?"}}
+    response = post(server, "/v1/systemone", state="a dog", questions=questions)
+    assert response.status_code == 501 and "does not support" in response.json()["error"]["message"]
+
+
 def test_the_log_says_in_one_paragraph_what_was_decided_and_nothing_of_each_weight(server: Server) -> None:
     log = server.log.read_text()
     [line] = [line for line in log.splitlines() if "vllm-osdt decodes with policy osdt" in line]

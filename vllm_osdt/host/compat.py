@@ -289,6 +289,7 @@ def patch_answers(response: ModuleType) -> None:
         response: ``frontend.response``, which finds the place in an answer.
     """
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.context import ParsableContext, SimpleContext
@@ -332,6 +333,19 @@ def patch_answers(response: ModuleType) -> None:
 
         return full_generator
 
+    def make_batch(original):
+        async def chat_completion_full_generator_batch(self, request, generators, *args, **kwargs):
+            if not is_canvas_model(self.model_config):
+                return await original(self, request, generators, *args, **kwargs)
+            told: dict[int, Any] = {}
+            noted = [
+                response.noting(results, told, lambda _, index=index: index) for index, results in enumerate(generators)
+            ]
+            answer = await original(self, request, noted, *args, **kwargs)
+            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, len(generators))
+
+        return chat_completion_full_generator_batch
+
     def make_stream(original):
         def stream_generator(self, request, result_generator, *args, **kwargs):
             if not is_canvas_model(self.model_config):
@@ -346,6 +360,7 @@ def patch_answers(response: ModuleType) -> None:
     _wrap(OpenAIServingCompletion, "completion_stream_generator", make_completion_stream)
     _wrap(OpenAIServingChat, "chat_completion_full_generator", make_full)
     _wrap(OpenAIServingChat, "chat_completion_stream_generator", make_stream)
+    _wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", make_batch)
     _wrap(ServingTokens, "serve_tokens_full_generator", make_full)
     _wrap(ServingTokens, "serve_tokens_stream_generator", make_stream)
 
