@@ -308,3 +308,22 @@ def test_log_probabilities_come_with_every_endpoint(server: Server) -> None:
     assert [one["logprob"] for one in of_reply][: len(content)] == pytest.approx(
         [one["logprob"] for one in content], abs=1e-3
     )
+
+
+def test_a_suffix_and_a_template_are_filled(server: Server) -> None:
+    suffix = " so the answer is A ."
+    body = {"prompt": QUIZ, "max_tokens": 24, "temperature": 0, "suffix": suffix}
+    answer = post(server, COMPLETIONS, **body, return_token_ids=True).raise_for_status().json()
+    [choice] = answer["choices"]
+    assert len(choice["token_ids"]) == 24 and suffix not in choice["text"] and choice["finish_reason"] == "length"
+    parts = [" so the answer is", 1, " ."]
+    for path in (CHAT, COMPLETIONS):
+        fields = {name: value for name, value in ENDPOINTS[path].items() if name != "max_tokens"}
+        filled = post(server, path, **fields, temperature=0, osdt_infill=parts, osdt_return_trace=True)
+        body = filled.raise_for_status().json()
+        [choice] = body["choices"]
+        text = choice.get("text") or choice["message"]["content"]
+        assert text.startswith(" so the answer is") and text.endswith(" .") and len(text.split()) == 6
+        assert body["osdt"]["trace"]["confidence"].count(None) == 5
+    refused = post(server, COMPLETIONS, prompt=QUIZ, osdt_infill=parts, stream=True, max_tokens=2)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
