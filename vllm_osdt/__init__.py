@@ -59,8 +59,10 @@ def describe(completion: Any) -> dict[str, Any] | None:
 
     Returns:
         ``policy``, ``task`` (the one it was found to belong to), ``profile`` (id of the calibration profile it used, or
-        None), ``calibrating`` (whether it was recorded for one), ``nfe`` (forward passes it took part in) and
-        ``tokens_per_forward``. None for other models.
+        None), ``calibrating`` (whether it was recorded for one), ``nfe`` (forward passes it took part in),
+        ``tokens_per_forward``, ``weights_version`` (number of weight updates before its last tokens were decided, or
+        the caller's label of the weights) and ``weights_version_at_start`` (the same for its first tokens). None for
+        other models.
     """
     return getattr(completion.spec_decode_metrics, "osdt", None)
 

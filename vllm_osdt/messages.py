@@ -126,6 +126,7 @@ class StepReport:
         num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
         recorded: The requests that calibrate, None without any.
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
+        num_weight_updates: Updates of the weights since the engine's start, by the end of this step.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)
@@ -133,3 +134,4 @@ class StepReport:
     num_fallbacks: np.ndarray | None = None
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
+    num_weight_updates: int = 0

@@ -109,6 +109,8 @@ def test_a_response_says_how_it_was_decoded(llm, calibrated):
         "calibrating": False,
         "nfe": nfe(completion),
         "tokens_per_forward": len(completion.token_ids) / nfe(completion),
+        "weights_version": 0,
+        "weights_version_at_start": 0,
     }
     [static] = decode(llm, PROBLEMS["code"][:1], policy="static_threshold")
     assert vllm_osdt.describe(static)["policy"] == "static_threshold"

@@ -224,6 +224,17 @@ class ProfileRegistry:
         self._stale[profile.key] = profile.profile_id
         _shrink(self._stale, self._max_profiles)
 
+    def forget(self) -> None:
+        """The weights are others: drop every profile and every calibration under way.
+
+        From now on profiles are kept in memory only. The store tells weights apart by their files, and there are none
+        of these.
+        """
+        self.flush()
+        self._store = None
+        for table in (self.profiles, self._rounds, self._pinned, self._stale, self._seen):
+            table.clear()
+
     def _load(self, task: str, ask: Callable[[ProfileStore], CalibrationProfile | None]) -> CalibrationProfile | None:
         assert self._store is not None
         self._wait_for(task)

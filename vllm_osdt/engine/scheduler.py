@@ -22,6 +22,7 @@ from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
 from vllm_osdt.engine.statistics import describe, num_forwards
+from vllm_osdt.engine.weights import Weights
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
 from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, RequestSpec, StepReport
@@ -60,6 +61,7 @@ class CanvasScheduler(Scheduler):
         self.calibrator = Calibrator.of_engine(self.vllm_config)
         options = server_options(self.vllm_config)
         self._auditor = Auditor(options.audit)
+        self._weights = Weights()
         self._is_fused = options.fused_commit
         self._traits: Traits = self.vllm_config.model_config.hf_config.traits
         # vLLM would apply it to a canvas too.
@@ -99,8 +101,13 @@ class CanvasScheduler(Scheduler):
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
+            if not request.num_output_tokens:
+                request.canvas_weights = self._weights
             step.assignments[new.req_id] = self.calibrator.assign(
-                new.req_id, self._spec(request), request.sampling_params.max_tokens
+                new.req_id,
+                self._spec(request),
+                request.sampling_params.max_tokens,
+                is_kept=request.canvas_weights is not self._weights,
             )
             request.canvas_about = self.calibrator.about(new.req_id)
         if self._traits.logits_shift:
@@ -148,6 +155,27 @@ class CanvasScheduler(Scheduler):
         """As vLLM does; audits give their pages back."""
         self._stop_audits()
         return super().reset_prefix_cache(*args, **kwargs)
+
+    def hear_weights(self, num_updates: int) -> None:
+        """If the workers' weights have changed, use nothing any more that other weights made.
+
+        Pages and profiles go, and so do calibrations and audits under way. Requests that run keep their output, compute
+        all keys and values anew, and decide their active block from its start.
+
+        Args:
+            num_updates: That the workers count.
+        """
+        if num_updates == self._weights.num_updates:
+            return
+        self._weights = Weights(num_updates)
+        self.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        self._auditor.forget()
+        self.calibrator.forget()
+        logger.info("The weights have changed (update %d); calibration starts anew, in memory only.", num_updates)
+
+    def name_weights(self, label: str) -> None:
+        """Give the weights that are served the caller's label."""
+        self._weights.label = label
 
     def _spec(self, request: Request) -> RequestSpec:
         spec: RequestSpec | None = getattr(request, "canvas_spec", None)
@@ -276,6 +304,11 @@ class CanvasScheduler(Scheduler):
         """
         audits = self._auditor.running
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
+        if report is not None and report.num_weight_updates != self._weights.num_updates:
+            # Not told between two steps: this one had pages and profiles of other weights. It is void, as vLLM's rule
+            # for requests that are preempted while they are in flight has it.
+            self.hear_weights(report.num_weight_updates)
+            return super().update_from_output(scheduler_output, model_runner_output)
         if report is not None:
             self.calibrator.hear(report)
             for req_id, confidence in report.mean_confidence.items():
@@ -292,7 +325,9 @@ class CanvasScheduler(Scheduler):
                 request = requests.get(output.request_id)
                 if request is not None and request.spec_decode_metrics is not None:
                     output.spec_decode_metrics = request.spec_decode_metrics
-                    output.kv_transfer_params = {KEY: describe(request, request.canvas_about)}
+                    output.kv_transfer_params = {
+                        KEY: describe(request, request.canvas_about, request.canvas_weights, self._weights)
+                    }
         return outputs
 
     def _count_run_ahead(self, report: StepReport) -> None:

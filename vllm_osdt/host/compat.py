@@ -541,9 +541,11 @@ def patch_config_parser() -> None:
 
 
 def patch_engine_core() -> None:
-    """An engine core answers ``calibration_profiles``, as it answers vLLM's own utility calls.
+    """An engine core answers ``calibration_profiles``, and its scheduler hears of other weights.
 
-    Goes when a scheduler can register utility calls.
+    A caller's RPC may change the workers' weights in many ways, and vLLM leaves it to him to reset the prefix cache.
+    His label for weights goes no further than vLLM's own outputs. Goes when a scheduler can register utility calls, and
+    is told of weight updates.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -552,7 +554,33 @@ def patch_engine_core() -> None:
         calibrator = getattr(self.scheduler, "calibrator", None)
         return [] if calibrator is None else calibrator.profiles()
 
+    def hear_weights(core) -> Any:
+        """The scheduler of a canvas model, which now knows its workers' weights; None for other models."""
+        if not is_canvas_model(core.vllm_config.model_config):
+            return None
+        core.scheduler.hear_weights(max(core.model_executor.collective_rpc("num_weight_updates")))
+        return core.scheduler
+
+    def make_collective_rpc(original):
+        def collective_rpc(self, *args, **kwargs):
+            results = original(self, *args, **kwargs)
+            hear_weights(self)
+            return results
+
+        return collective_rpc
+
+    def make_set_weight_version(original):
+        def set_weight_version(self, weight_version):
+            scheduler = hear_weights(self)
+            original(self, weight_version)
+            if scheduler is not None:
+                scheduler.name_weights(weight_version)
+
+        return set_weight_version
+
     EngineCore.calibration_profiles = calibration_profiles
+    _wrap(EngineCore, "collective_rpc", make_collective_rpc)
+    _wrap(EngineCore, "set_weight_version", make_set_weight_version)
 
 
 def apply(admission: ModuleType, prometheus_metrics: Callable[..., Any]) -> None:

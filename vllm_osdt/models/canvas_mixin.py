@@ -20,7 +20,13 @@ def _is_no_rounding(record: logging.LogRecord) -> bool:
 
 
 class CanvasMixin:
-    """Put before vLLM's model class: the model state of a canvas, and hidden states of the rows that are read."""
+    """Put before vLLM's model class: the model state of a canvas, and hidden states of the rows that are read.
+
+    Attributes:
+        num_loads: Calls of ``load_weights``, whoever makes them (``worker.weights``).
+    """
+
+    num_loads = 0
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -29,6 +35,7 @@ class CanvasMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM does, without a line for every weight of a float32 checkpoint that is served in another dtype."""
+        self.num_loads += 1
         logger = logging.getLogger(LOADER_LOG)
         logger.addFilter(_is_no_rounding)
         try:

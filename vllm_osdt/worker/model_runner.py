@@ -35,6 +35,7 @@ from vllm_osdt.worker.step_plan import (
 )
 from vllm_osdt.worker.transfer import send
 from vllm_osdt.worker.warmup import warm_up
+from vllm_osdt.worker.weights import WeightUpdatesMixin, WeightWatch
 
 
 class CanvasRunnerMixin:
@@ -55,7 +56,17 @@ class CanvasRunnerMixin:
     attn_groups: list[list[AttentionGroup]]
     kv_cache_config: KVCacheConfig
     replays_graphs = True
+    model: Any
+    weights: WeightWatch | None = None
     _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, and watch for other weights."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if self.weights is None:
+            self.weights = WeightWatch(self.model)
+        else:
+            self.weights.replace(self.model)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, unless it has chosen attention that cannot take a block-causal model's blocks."""
@@ -71,11 +82,15 @@ class CanvasRunnerMixin:
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does; a step without rows has an output of its own, which takes our report."""
-        return self.model_state.recorder.attach_to(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+        return self._report(super().execute_model(*args, **kwargs))  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, and report."""
-        return self.model_state.recorder.attach_to(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+        return self._report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def _report(self, output: Any) -> Any:
+        num_updates = 0 if self.weights is None else self.weights.settle()
+        return self.model_state.recorder.attach_to(output, num_updates)
 
     def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request."""
@@ -215,8 +230,8 @@ class CanvasRunnerMixin:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""
 
 
-class CanvasWorkerMixin:
-    """What the CPU and the GPU worker have in common: a warm-up of our own."""
+class CanvasWorkerMixin(WeightUpdatesMixin):
+    """What the CPU and the GPU worker have in common: a warm-up of our own, and a count of weight updates."""
 
     model_runner: CanvasRunnerMixin
     vllm_config: VllmConfig

@@ -85,19 +85,24 @@ class StepRecorder:
         enters = host.is_watched[slots] & (batch.step_np == 0)
         return (enters | host.reports_confidence[slots]) & batch.is_active
 
-    def attach_to(self, output: Any) -> Any:
-        """The output with the report of its step."""
+    def attach_to(self, output: Any, num_weight_updates: int = 0) -> Any:
+        """The output with the report of its step.
+
+        Args:
+            output: vLLM's.
+            num_weight_updates: See ``StepReport``.
+        """
         if isinstance(output, AsyncModelRunnerOutput):
-            return ReportedOutput(output, self._report_later())
+            return ReportedOutput(output, self._report_later(num_weight_updates))
         if isinstance(output, ModelRunnerOutput):
             output = copy(output)  # vLLM shares the empty one
-            setattr(output, STEP_REPORT, self._report_later()())
+            setattr(output, STEP_REPORT, self._report_later(num_weight_updates)())
         return output
 
-    def _report_later(self) -> Callable[[], StepReport]:
+    def _report_later(self, num_weight_updates: int) -> Callable[[], StepReport]:
         seen, self._seen = self._seen, None
         host = self._states.host
-        report = StepReport(num_fallbacks=self._states.take_fallbacks())
+        report = StepReport(num_fallbacks=self._states.take_fallbacks(), num_weight_updates=num_weight_updates)
         if seen is None:
             return lambda: report
         # The tables are those of the next step when the report is read.
