@@ -115,6 +115,19 @@ class RecordedStep(NamedTuple):
     tokens: np.ndarray
 
 
+class HeldWeights(NamedTuple):
+    """The weights that a rank holds.
+
+    Attributes:
+        num_updates: How often they have changed since the engine's start.
+        checkpoint: Model and revision from whose files all of them were read anew; None where a caller gave them, and
+            before the first update.
+    """
+
+    num_updates: int = 0
+    checkpoint: tuple[str, str | None] | None = None
+
+
 @dataclass
 class StepReport:
     """What a step tells the engine core beside its tokens.
@@ -126,7 +139,7 @@ class StepReport:
         num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
         recorded: The requests that calibrate, None without any.
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
-        num_weight_updates: Updates of the weights since the engine's start, by the end of this step.
+        weights: That the rank had by the end of the step.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)
@@ -134,4 +147,4 @@ class StepReport:
     num_fallbacks: np.ndarray | None = None
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
-    num_weight_updates: int = 0
+    weights: HeldWeights = field(default_factory=HeldWeights)

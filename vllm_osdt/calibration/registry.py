@@ -224,14 +224,15 @@ class ProfileRegistry:
         self._stale[profile.key] = profile.profile_id
         _shrink(self._stale, self._max_profiles)
 
-    def forget(self) -> None:
+    def forget(self, store: ProfileStore | None = None) -> None:
         """The weights are others: drop every profile and every calibration under way.
 
-        From now on profiles are kept in memory only. The store tells weights apart by their files, and there are none
-        of these.
+        Args:
+            store: That of the new weights; None to keep their profiles in memory only. A store knows weights by their
+                files.
         """
         self.flush()
-        self._store = None
+        self._store = store
         for table in (self.profiles, self._rounds, self._pinned, self._stale, self._seen):
             table.clear()
 

@@ -17,7 +17,7 @@ from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Settin
 from vllm_osdt.calibration.recording import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.calibration.selection import upper_bound
-from vllm_osdt.calibration.store import open_store
+from vllm_osdt.calibration.store import ProfileStore, open_store
 from vllm_osdt.calibration.thresholds import CONFORMAL, Fallback
 from vllm_osdt.engine.audit import Subject
 from vllm_osdt.engine.canvas_plan import decides_first_alone
@@ -196,12 +196,15 @@ class Calibrator:
         is_shared = _has_early_thresholds(options) and not options.recalibrate
         return self.registry.claim(key, req_id, options.num_calibration_requests, is_shared=is_shared)
 
-    def forget(self) -> None:
+    def forget(self, store: ProfileStore | None = None) -> None:
         """The weights are others: forget profiles, calibrations under way, and what guards have seen.
 
         Requests that go on are assigned anew when they resume.
+
+        Args:
+            store: See :meth:`ProfileRegistry.forget`.
         """
-        self.registry.forget()
+        self.registry.forget(store)
         if self.guard is not None:
             self.guard.forget()
         self._agreement_guard = AgreementGuard()

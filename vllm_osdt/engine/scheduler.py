@@ -17,6 +17,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_osdt.calibration.store import open_store
 from vllm_osdt.engine.audit import Auditor
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
@@ -25,7 +26,7 @@ from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.engine.weights import Weights
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
-from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, RequestSpec, StepReport
+from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, HeldWeights, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
 
@@ -156,22 +157,29 @@ class CanvasScheduler(Scheduler):
         self._stop_audits()
         return super().reset_prefix_cache(*args, **kwargs)
 
-    def hear_weights(self, num_updates: int) -> None:
+    def hear_weights(self, held: HeldWeights) -> None:
         """If the workers' weights have changed, use nothing any more that other weights made.
 
         Pages and profiles go, and so do calibrations and audits under way. Requests that run keep their output, compute
         all keys and values anew, and decide their active block from its start.
 
         Args:
-            num_updates: That the workers count.
+            held: What the workers hold.
         """
-        if num_updates == self._weights.num_updates:
+        if held.num_updates == self._weights.num_updates:
             return
-        self._weights = Weights(num_updates)
+        self._weights = Weights(held.num_updates)
         self.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
         self._auditor.forget()
-        self.calibrator.forget()
-        logger.info("The weights have changed (update %d); calibration starts anew, in memory only.", num_updates)
+        store = None
+        if held.checkpoint is not None:
+            store = open_store(server_options(self.vllm_config).profile_dir, self.vllm_config, held.checkpoint)
+        self.calibrator.forget(store)
+        logger.info(
+            "The weights have changed (update %d). Profiles are now %s.",
+            held.num_updates,
+            "kept in memory only" if store is None else f"those of {store.model}",
+        )
 
     def name_weights(self, label: str) -> None:
         """Give the weights that are served the caller's label."""
@@ -304,10 +312,10 @@ class CanvasScheduler(Scheduler):
         """
         audits = self._auditor.running
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
-        if report is not None and report.num_weight_updates != self._weights.num_updates:
+        if report is not None and report.weights.num_updates != self._weights.num_updates:
             # Not told between two steps: this one had pages and profiles of other weights. It is void, as vLLM's rule
             # for requests that are preempted while they are in flight has it.
-            self.hear_weights(report.num_weight_updates)
+            self.hear_weights(report.weights)
             return super().update_from_output(scheduler_output, model_runner_output)
         if report is not None:
             self.calibrator.hear(report)

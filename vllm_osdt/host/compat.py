@@ -558,7 +558,7 @@ def patch_engine_core() -> None:
         """The scheduler of a canvas model, which now knows its workers' weights; None for other models."""
         if not is_canvas_model(core.vllm_config.model_config):
             return None
-        core.scheduler.hear_weights(max(core.model_executor.collective_rpc("num_weight_updates")))
+        core.scheduler.hear_weights(core.model_executor.collective_rpc("held_weights")[0])
         return core.scheduler
 
     def make_collective_rpc(original):

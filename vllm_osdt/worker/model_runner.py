@@ -35,10 +35,10 @@ from vllm_osdt.worker.step_plan import (
 )
 from vllm_osdt.worker.transfer import send
 from vllm_osdt.worker.warmup import warm_up
-from vllm_osdt.worker.weights import WeightUpdatesMixin, WeightWatch
+from vllm_osdt.worker.weights import WatchedRunnerMixin, WatchedWorkerMixin
 
 
-class CanvasRunnerMixin:
+class CanvasRunnerMixin(WatchedRunnerMixin):
     """Overrides of ``GPUModelRunner``, shared by the CPU and the GPU runner.
 
     Stock ``prepare_inputs`` takes rows from prompt and draft tables and reads logits of every draft row; here rows come
@@ -56,17 +56,7 @@ class CanvasRunnerMixin:
     attn_groups: list[list[AttentionGroup]]
     kv_cache_config: KVCacheConfig
     replays_graphs = True
-    model: Any
-    weights: WeightWatch | None = None
     _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does, and watch for other weights."""
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
-        if self.weights is None:
-            self.weights = WeightWatch(self.model)
-        else:
-            self.weights.replace(self.model)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, unless it has chosen attention that cannot take a block-causal model's blocks."""
@@ -89,8 +79,7 @@ class CanvasRunnerMixin:
         return self._report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
     def _report(self, output: Any) -> Any:
-        num_updates = 0 if self.weights is None else self.weights.settle()
-        return self.model_state.recorder.attach_to(output, num_updates)
+        return self.model_state.recorder.attach_to(output, self.held_weights())
 
     def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request."""
@@ -230,8 +219,8 @@ class CanvasRunnerMixin:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""
 
 
-class CanvasWorkerMixin(WeightUpdatesMixin):
-    """What the CPU and the GPU worker have in common: a warm-up of our own, and a count of weight updates."""
+class CanvasWorkerMixin(WatchedWorkerMixin):
+    """What the CPU and the GPU worker have in common: a warm-up of our own, and a watch on their weights."""
 
     model_runner: CanvasRunnerMixin
     vllm_config: VllmConfig
