@@ -101,7 +101,12 @@ def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def start(start_llm):
     if "folder" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine("folder", FolderEngine)
-    arguments = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "weight_transfer_config": {"backend": "folder"}}
+    arguments = {
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+        "block_size": 32,  # a page is shorter than the prompts
+        "weight_transfer_config": {"backend": "folder"},
+    }
     return lambda folder, **more: start_llm(folder, tokenizer=str(folder), **arguments, **more)
 
 
@@ -133,7 +138,9 @@ def llada_folders(new_weights):
 
 
 def prompts_of(llm: Any, number: int) -> list[list[int]]:
-    return [llm.get_tokenizer().encode(problem.prompt) for problem in problems_of("code", "held_out", number, seed=3)]
+    """Prompts that begin alike, for more than a page."""
+    first, *others = [problem.prompt for problem in problems_of("code", "held_out", number + 1, seed=3)]
+    return [llm.get_tokenizer().encode(first + other) for other in others]
 
 
 def two_batches(llm: Any) -> tuple[list[list[int]], list[dict[str, Any]]]:
@@ -142,7 +149,12 @@ def two_batches(llm: Any) -> tuple[list[list[int]], list[dict[str, Any]]]:
     The first prompt comes twice, so that its pages are in the prefix cache.
     """
     prompts, params = prompts_of(llm, 6), sampling(MAX_TOKENS, ignore_eos=False, **ONE_SHOT)
-    completions = generate(llm, prompts[:1], params) + generate(llm, prompts, params)
+    outputs = []
+    for batch in (prompts[:1], prompts):
+        outputs += llm.generate([{"prompt_token_ids": prompt} for prompt in batch], params, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    if llm.llm_engine.model_config.hf_config.traits.is_block_causal:
+        assert [output.num_cached_tokens > 0 for output in outputs[:2]] == [False, True]
     about = [vllm_osdt.describe(completion) for completion in completions]
     assert about[0]["calibrating"]
     assert len({one["profile"] for one in about[1:]}) == 1 and about[1]["profile"] is not None

@@ -169,6 +169,9 @@ class CanvasScheduler(Scheduler):
         if held.num_updates == self._weights.num_updates:
             return
         self._weights = Weights(held.num_updates)
+        for request in self.running:
+            if request.prefill_stats is not None:  # nothing of it has been told
+                request.prefill_stats.set(request.num_prompt_tokens, 0, 0)
         self.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
         self._auditor.forget()
         store = None
