@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -17,6 +16,7 @@ from vllm.distributed.weight_transfer.base import (
 
 import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, registry, sampling, scheduler, submit, tokens
+from tests.e2e.trained import train
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import generate as problems_of
 
@@ -26,7 +26,6 @@ MAX_TOKENS = 64
 ONE_SHOT = {"task": "code", "num_calibration_requests": 1, "statistic": "q1"}
 BLOCK_LENGTH = 8
 UNCALIBRATED = {"policy": "fixed_steps", "steps": MAX_TOKENS // 2, "block_length": BLOCK_LENGTH}
-NOISE = 0.1  # of a weight's own size: other tokens, and confidences that are not all near 1
 
 
 class FolderEngine(WeightTransferEngine):
@@ -86,12 +85,7 @@ def new_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp("trained") / f"new-{name}"
         shutil.copytree(model_path(name), folder)
-        generator = torch.Generator().manual_seed(0)
-        weights = {
-            key: (value.float() * (1 + NOISE * torch.randn(value.shape, generator=generator))).to(value.dtype)
-            for key, value in load_file(folder / "model.safetensors").items()
-        }
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        train(folder)
         return folder
 
     return make
@@ -191,6 +185,7 @@ def test_after_an_update_an_engine_is_as_one_that_began_with_the_weights(sdar, e
     names = [old.name, new.name] if update is by_transfer else [first + 2, first + 1]
     assert versions(before_about) == {(first, first)}
     assert versions(after_about) == {(names[1], names[1])} and versions(again_about) == {(names[0], names[0])}
+    assert scheduler(sdar)._weights.num_updates == first + 2
     assert without_versions(after_about) == without_versions(expected_about)
     assert without_versions(again_about) == without_versions(before_about)
     assert_idle(sdar)

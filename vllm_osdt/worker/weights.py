@@ -116,6 +116,6 @@ class WatchedWorkerMixin:
 
     def add_lora(self, lora_request: Any) -> bool:
         """As vLLM does; an adapter that takes the place of one of its name computes something else."""
-        if lora_request.load_inplace:
+        if lora_request.load_inplace and lora_request.lora_int_id in self.list_loras():  # type: ignore[attr-defined]
             self.weights_changed()
         return super().add_lora(lora_request)  # type: ignore[misc]
