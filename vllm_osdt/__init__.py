@@ -44,7 +44,10 @@ def sampling_params(**values: Any) -> "SamplingParams":
             close = did_you_mean(name, (*OPTION_NAMES, *fields))
             raise InvalidOptionError(
                 f"{name!r} is neither a sampling parameter of vLLM nor a decoding option{close}; the decoding options "
-                f"are {', '.join(OPTION_NAMES)}."
+                f"are {', '.join(OPTION_NAMES)}.",
+                refusal="neither-parameter-nor-option",
+                parameter=name,
+                value=values[name],
             )
     own = {PREFIX + name: values.pop(name) for name in (*OPTION_NAMES, *FORMER_NAMES) if name in values}
     extra_args = {**(values.pop("extra_args", None) or {}), **own}

@@ -19,6 +19,7 @@ RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
 STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
+TRACE = "trace"  # in a response's field, see engine.trace
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,8 @@ class StepReport:
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
     weights: HeldWeights = field(default_factory=HeldWeights)
+
+
+def join_traces(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The trace of two parts of an answer that follow each other (see ``engine.trace``)."""
+    return {name: first[name] + second[name] for name in first}

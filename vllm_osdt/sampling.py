@@ -1,20 +1,15 @@
-"""Which of vLLM's sampling parameters these model families implement."""
+"""Which of vLLM's sampling parameters these model families implement, and within which limits."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-# Sampling parameters that are not implemented, and the values that ask for nothing. top_k is 0 or -1 when off.
+from vllm_osdt.errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+# Sampling parameters that are not implemented, and the values that ask for nothing.
 UNSUPPORTED_SAMPLING_PARAMS: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
-    "min_tokens": (0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "logit_bias": (None, {}),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None, []),
-    "logprobs": (None,),
     "prompt_logprobs": (None,),
     "logprob_token_ids": (None, []),
     "prompt_logprob_token_ids": (None,),
@@ -23,3 +18,90 @@ UNSUPPORTED_SAMPLING_PARAMS: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (None,),
     "trace_decode_token_ids": (None, []),
 }
+
+MAX_LOGPROBS = 128  # of a token; they are kept for every position of every running request's block
+MAX_TOKEN_IDS = 1024  # in vLLM's tables of a request: of allowed_token_ids, and of logit_bias and bad_words together
+MAX_STOP_TOKEN_IDS = 128  # likewise, where min_tokens is set
+
+
+def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int) -> None:
+    """Refuse values of implemented parameters that the worker has no room or no meaning for.
+
+    Args:
+        params: As vLLM has completed them; words are tokens where it has a tokenizer.
+        vocabulary: Token ids of the model.
+        mask_token_id: Never generated.
+
+    Raises:
+        InvalidOptionError: Names the parameter, its value and the limit.
+    """
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        raise InvalidOptionError(
+            f"logprobs is {params.logprobs}; this diffusion model returns 0 to {MAX_LOGPROBS} of each token. Send a "
+            "number in that range.",
+            refusal="logprobs-number",
+            parameter="logprobs",
+            value=params.logprobs,
+        )
+    for word in params.bad_words_token_ids or ():
+        if len(word) > 1:
+            raise InvalidOptionError(
+                f"bad_words holds {_word_of(word, params)}, which is {len(word)} tokens; it must be one token, since "
+                "the positions of a canvas are decided in any order. Ban single tokens, or use stop.",
+                refusal="bad-words",
+                parameter="bad_words",
+                value=params.bad_words,
+            )
+    banned = {word[0] for word in params.bad_words_token_ids or ()}
+    biased, allowed = dict.fromkeys([*(params.logit_bias or ()), *banned]), params.allowed_token_ids or []
+    _check_ids("logit_bias", biased, vocabulary)
+    _check_ids("allowed_token_ids", allowed, vocabulary)
+    if allowed and not set(allowed) - banned - {mask_token_id}:
+        raise InvalidOptionError(
+            "allowed_token_ids leaves no token: all of them are mask tokens or in bad_words. Allow another one.",
+            refusal="allowed-none",
+            parameter="allowed_token_ids",
+            value=allowed,
+        )
+    stops = params.all_stop_token_ids
+    if params.min_tokens and len(stops) > MAX_STOP_TOKEN_IDS:
+        raise InvalidOptionError(
+            f"min_tokens is set beside {len(stops)} stop tokens; at most {MAX_STOP_TOKEN_IDS} can be held back. Send "
+            "fewer stop_token_ids, or leave min_tokens out.",
+            refusal="min-tokens-stops",
+            parameter="min_tokens",
+            value=params.min_tokens,
+        )
+    if params.min_tokens and allowed and not set(allowed) - set(stops) - banned - {mask_token_id}:
+        raise InvalidOptionError(
+            f"min_tokens is {params.min_tokens}, but all of allowed_token_ids are stop tokens; allow another token, or "
+            "leave min_tokens out.",
+            refusal="allowed-stops",
+            parameter="min_tokens",
+            value=params.min_tokens,
+        )
+
+
+def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
+    ids = list(ids)
+    if len(ids) > MAX_TOKEN_IDS:
+        raise InvalidOptionError(
+            f"{name} has {len(ids)} tokens; at most {MAX_TOKEN_IDS} are possible. Send fewer.",
+            refusal="token-ids-number",
+            parameter=name,
+            value=len(ids),
+        )
+    wrong = next((one for one in ids if not 0 <= one < vocabulary), None)
+    if wrong is not None:
+        raise InvalidOptionError(
+            f"{name} has token id {wrong}; this model's are 0 to {vocabulary - 1}. Send one of these.",
+            refusal="token-ids-range",
+            parameter=name,
+            value=wrong,
+        )
+
+
+def _word_of(token_ids: list[int], params: "SamplingParams") -> str:
+    """The word that was sent, as far as it can be told."""
+    words = params.bad_words or []
+    return repr(words[0]) if len(words) == 1 else f"a word of the tokens {token_ids}"

@@ -16,8 +16,9 @@ from vllm_osdt.mini import model_path
 # The second is of a step that is launched ahead behind the first.
 MAX_COPIES_PER_STEP = 2
 PAGE_TABLES = "gpu/buffer_utils.py"
-# Copies to the host of a step that records nothing: tokens, their numbers, and masks.
-MAX_COPIES_BACK = 3
+# Copies to the host of a step that records nothing: tokens, their numbers, masks, and, where another step was launched
+# behind it, whether that was of use.
+MAX_COPIES_BACK = 4
 OTHER_POLICIES = ("fixed_steps", "factor", "joint_bound", "entropy_bound", "local_leap", "bacd")
 
 

@@ -201,19 +201,26 @@ def test_a_literal_mask_token_in_the_prompt_is_no_hole(tasks_llm, tasks_twin, pr
 
 
 REFUSED = [
-    ("top_p", 0.9),
-    ("top_k", 5),
-    ("min_p", 0.1),
-    ("min_tokens", 3),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", 0.5),
-    ("repetition_penalty", 1.2),
-    ("logit_bias", {3: 1.0}),
-    ("bad_words", ["Ann"]),
-    ("allowed_token_ids", [3, 4]),
-    ("logprobs", 1),
     ("prompt_logprobs", 1),
+    ("logprob_token_ids", [3]),
+    ("thinking_token_budget", 5),
 ]
+BEYOND_LIMITS = [
+    ({"logit_bias": {192: 1.0}}, "192. in logit_bias contain out-of-vocab"),
+    ({"allowed_token_ids": [3] * 1025}, "has 1025 tokens; at most 1024"),
+    ({"allowed_token_ids": [3, -1]}, "allowed_token_ids contains out-of-vocab"),
+    ({"allowed_token_ids": [MASK]}, "leaves no token"),
+    ({"allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 2}, "min_tokens is 2"),
+    ({"stop_token_ids": list(range(129)), "min_tokens": 2}, "at most 128"),
+    ({"bad_words": ["def def"]}, "bad_words holds 'def def', which is 2 tokens"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), BEYOND_LIMITS, ids=[words for _, words in BEYOND_LIMITS])
+def test_a_value_beyond_its_limit_is_refused_by_name(tasks_llm, prompts, still_working, values, words):
+    with pytest.raises(VLLMValidationError, match=words):
+        generate(tasks_llm, prompts[:1], SamplingParams(max_tokens=16, **values))
+    still_working()
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +239,7 @@ def still_working(tasks_llm, prompts):
 def test_a_parameter_that_would_be_ignored_is_refused_by_name(tasks_llm, prompts, still_working, name, value):
     # Greedy parameters of vLLM drop some of these, so the request samples.
     params = SamplingParams(max_tokens=16, temperature=0.7, **{name: value})
-    with pytest.raises(VLLMValidationError, match=rf"\b{name}="):
+    with pytest.raises(VLLMValidationError, match=rf"\b{name}\b"):
         generate(tasks_llm, prompts[:1], params)
     still_working()
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.outputs import CompletionOutput
 
 import vllm_osdt
 from vllm_osdt.engine.statistics import About, EngineStatistics, describe, num_forwards
@@ -144,5 +145,7 @@ def test_a_request_of_which_no_step_was_counted_took_no_forward():
 
 
 def test_a_completion_of_another_model_has_no_description():
-    assert vllm_osdt.describe(SimpleNamespace(spec_decode_metrics=None)) is None
-    assert vllm_osdt.describe(SimpleNamespace(spec_decode_metrics=SimpleNamespace(osdt=ABOUT))) == ABOUT
+    completion = CompletionOutput(0, "", [], None, None)
+    assert vllm_osdt.describe(completion) is None
+    completion.spec_decode_metrics = SimpleNamespace(osdt=ABOUT)
+    assert vllm_osdt.describe(completion) == ABOUT

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.reference.decode import Decoded, Rule, sureness
+from tests.reference.decode import Decoded, Rule, Shape, sureness
 from tests.reference.rope import rotate
 
 MAX_POST_STEPS = 16  # of LLaDA2.1's editing
@@ -194,6 +194,7 @@ def decode_block_causal(
     max_tokens: int,
     end_token_ids: tuple[int, ...] = (),
     edit_threshold: float | None = None,
+    shape: Shape | None = None,
 ) -> Decoded:
     """Decode a request with the whole sequence in every forward.
 
@@ -206,8 +207,11 @@ def decode_block_causal(
         end_token_ids: Where output ends.
         edit_threshold: LLaDA2.1's token editing: a written token is replaced where another is surer than this, until a
             step without masks edits nothing, at most MAX_POST_STEPS of them.
+        shape: Changes the logits from which a token is proposed; its confidence stays the model's.
     """
     ids, result = list(prompt), Decoded()
+    chosen_from: dict[int, torch.Tensor] = {}
+    steps: dict[int, tuple[int, int, float]] = {}
     first_block = len(prompt) // block_length
     while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] not in end_token_ids):
         block, start = len(ids) // block_length, len(ids)
@@ -220,8 +224,11 @@ def decode_block_causal(
         for step in range(block_length + MAX_POST_STEPS):
             logits = model.forward(canvas, block_length)
             result.nfe += 1
-            probability = logits.double().softmax(dim=-1)
+            probability, own = logits.double().softmax(dim=-1), logits.clone()
             logits[:, model.mask_token_id] = -torch.inf
+            if shape is not None:
+                before = [token for token, known in zip(canvas.tolist(), decided, strict=True) if known]
+                logits = torch.stack([shape(row, before, place - len(prompt)) for place, row in enumerate(logits)])
             top = logits.topk(2, dim=-1)
             masked, edits = {}, []
             for position in range(start, end):
@@ -243,6 +250,8 @@ def decode_block_causal(
                 result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
             for position in chosen + edits:
                 canvas[position], decided[position] = top.indices[position, 0], True
+                chosen_from[position] = own[position]
+                steps[position] = step, result.nfe, masked.get(position, 0.0)
             result.num_edits += len(edits)
             is_open = edit_threshold is not None and (masked or (edits and num_post_steps < MAX_POST_STEPS))
             ready = None if is_open else _ready(canvas.tolist(), decided, start, needed, end_token_ids)
@@ -251,6 +260,8 @@ def decode_block_causal(
         assert ready is not None
         ids += ready
     result.tokens = ids[len(prompt) :]
+    result.chosen_from = [chosen_from[place] for place in range(len(prompt), len(ids))]
+    result.steps = [steps[place] for place in range(len(prompt), len(ids))]
     result.rule_margin = getattr(rule, "margin", float("inf"))
     return result
 

@@ -15,6 +15,8 @@ from tests.reference.llada import ReferenceLLaDA
 
 # (block, step in the block, masked positions with their confidences) -> positions to unmask
 Rule = Callable[[int, int, dict[int, float]], list[int]]
+# (logits of a position, decided tokens of prompt and canvas, index of the position in the output) -> other logits
+Shape = Callable[[torch.Tensor, list[int], int], torch.Tensor]
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Decoded:
         rule_margin: Smallest distance of a confidence from the rule's cutoff, where the rule tells.
         edit_margin: Smallest distance of a confidence from the editing threshold.
         num_edits: Tokens that were replaced.
+        chosen_from: The model's logits of each output token in the step that unmasked it, float32 ``[vocabulary]``.
+        steps: That step of each output token's block, from 0; the same among all forwards, from 1; the confidence then.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -40,6 +44,8 @@ class Decoded:
     num_edits: int = 0
     refresh_margin: float = float("inf")
     num_refreshes: int = 0
+    chosen_from: list[torch.Tensor] = field(default_factory=list)
+    steps: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 class ThresholdRule:
@@ -177,6 +183,7 @@ def decode(
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
     first_length: int | None = None,
+    shape: Shape | None = None,
 ) -> Decoded:
     """Decode a request.
 
@@ -195,12 +202,15 @@ def decode(
             refresh, unless it was one.
         first_length: Positions of the canvas that are there at first, whole blocks; None for all. A block joins when
             all before it are decided.
+        shape: Changes the logits from which a token is proposed; its confidence stays the model's.
     """
     end, shift = len(prompt) + gen_length, model.logits_shift
     kept, refreshed, is_unsure = None, -1, False
     wanted = gen_length if max_tokens is None else min(max_tokens, gen_length)
     ids = torch.tensor(prompt + [model.mask_token_id] * gen_length)
     decided = [True] * len(prompt) + [False] * gen_length
+    chosen_from: dict[int, torch.Tensor] = {}
+    steps: dict[int, tuple[int, int, float]] = {}
     result = Decoded()
     for block in range(-(-gen_length // block_length)):
         first = len(prompt) + block * block_length
@@ -239,8 +249,13 @@ def decode(
                 logits, _ = model.forward(ids[first:last], torch.arange(first, last), rest)
                 logits = logits.roll(shift, dims=0)
             result.nfe += 1
-            probability = logits.double().softmax(dim=-1)
+            probability, own = logits.double().softmax(dim=-1), logits.clone()
             logits[:, model.mask_token_id] = -torch.inf
+            if shape is not None:
+                before = [token for token, known in zip(ids.tolist(), decided, strict=True) if known]
+                logits = torch.stack(
+                    [shape(row, before, first + offset - len(prompt)) for offset, row in enumerate(logits)]
+                )
             proposal = logits.argmax(dim=-1).tolist()
             top = logits.topk(2, dim=-1).values
             masked = {}
@@ -260,6 +275,8 @@ def decode(
             for offset in chosen:
                 ids[first + offset] = proposal[offset]
                 decided[first + offset] = True
+                chosen_from[first + offset - len(prompt)] = own[offset]
+                steps[first + offset - len(prompt)] = step, result.nfe, masked[offset]
             ready = _ready(ids[first:last].tolist(), decided[first:last], num_needed, end_token_ids)
             if ready is not None:
                 break
@@ -268,6 +285,8 @@ def decode(
         if len(result.tokens) >= wanted or result.tokens[-1] in end_token_ids:
             break
     result.rule_margin = getattr(rule, "margin", float("inf"))
+    result.chosen_from = [chosen_from[k] for k in range(len(result.tokens))]
+    result.steps = [steps[k] for k in range(len(result.tokens))]
     return result
 
 

@@ -31,7 +31,10 @@ def fill(states, slot, req_id, profile=None, chosen=None, **options):
     thresholds = None if profile is None else profile.thresholds(setting)
     schedule = POLICIES[options.policy].schedule(options, DecodeShape(2, LENGTH), thresholds)
     new = SimpleNamespace(
-        req_id=req_id, sampling_params=SamplingParams(temperature=0.0), prefill_token_ids=PROMPT, prompt_len=len(PROMPT)
+        req_id=req_id,
+        sampling_params=SamplingParams(temperature=0.0),
+        prefill_token_ids=PROMPT,
+        prompt_token_ids=PROMPT,
     )
     states.add_request(slot, new, RequestSpec(options, canvas), Assignment(schedule, policy=chosen))
 

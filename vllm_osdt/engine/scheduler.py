@@ -23,10 +23,21 @@ from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
 from vllm_osdt.engine.statistics import describe, num_forwards
+from vllm_osdt.engine.trace import Tracer
 from vllm_osdt.engine.weights import Weights
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
-from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, HeldWeights, RequestSpec, StepReport
+from vllm_osdt.messages import (
+    CANVAS_STEP,
+    KEY,
+    STEP_REPORT,
+    TRACE,
+    CanvasStep,
+    Decides,
+    HeldWeights,
+    RequestSpec,
+    StepReport,
+)
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
 
@@ -63,6 +74,7 @@ class CanvasScheduler(Scheduler):
         options = server_options(self.vllm_config)
         self._auditor = Auditor(options.audit)
         self._weights = Weights()
+        self._tracer = Tracer(self.max_num_running_reqs)
         self._is_fused = options.fused_commit
         self._traits: Traits = self.vllm_config.model_config.hf_config.traits
         # vLLM would apply it to a canvas too.
@@ -89,6 +101,7 @@ class CanvasScheduler(Scheduler):
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
         self._rows.clear()
+        self._tracer.keep(self.running)
         self._admit_audits()
         order = self.running
         waited, self._postponed = self._postponed, {}
@@ -104,12 +117,12 @@ class CanvasScheduler(Scheduler):
             request = self.requests[new.req_id]
             if not request.num_output_tokens:
                 request.canvas_weights = self._weights
-            step.assignments[new.req_id] = self.calibrator.assign(
-                new.req_id,
-                self._spec(request),
-                request.sampling_params.max_tokens,
-                is_kept=request.canvas_weights is not self._weights,
-            )
+            spec, is_kept = self._spec(request), request.canvas_weights is not self._weights
+            assignment = self.calibrator.assign(new.req_id, spec, request.sampling_params.max_tokens, is_kept=is_kept)
+            if spec.options.return_trace:
+                assignment = assignment._replace(is_recorded=True)
+                self._tracer.begin(new.req_id, assignment.schedule)
+            step.assignments[new.req_id] = assignment
             request.canvas_about = self.calibrator.about(new.req_id)
         if self._traits.logits_shift:
             step.first_position = frozenset(
@@ -325,6 +338,7 @@ class CanvasScheduler(Scheduler):
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
+            self._trace(report)
             self._count_run_ahead(report)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
         self._count_commits(scheduler_output, requests)
@@ -336,10 +350,24 @@ class CanvasScheduler(Scheduler):
                 request = requests.get(output.request_id)
                 if request is not None and request.spec_decode_metrics is not None:
                     output.spec_decode_metrics = request.spec_decode_metrics
-                    output.kv_transfer_params = {
-                        KEY: describe(request, request.canvas_about, request.canvas_weights, self._weights)
-                    }
+                    about = describe(request, request.canvas_about, request.canvas_weights, self._weights)
+                    trace = self._tracer.take(output.request_id, len(output.new_token_ids))
+                    if trace is not None:
+                        about[TRACE] = trace
+                    output.kv_transfer_params = {KEY: about}
         return outputs
+
+    def _trace(self, report: StepReport) -> None:
+        """Take in what is traced; the step that is reported is not counted yet."""
+        if report.recorded is None:
+            return
+        requests = (self.requests.get(req_id) for req_id in report.recorded.req_ids)
+        forwards = {
+            request.request_id: num_forwards(request) + 1
+            for request in requests
+            if request is not None and self._spec(request).options.return_trace
+        }
+        self._tracer.hear(report.recorded, forwards)
 
     def _count_run_ahead(self, report: StepReport) -> None:
         """Count second steps: those that were of use are forwards of their requests like others."""

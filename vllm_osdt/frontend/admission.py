@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore, open_store
-from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.auto_task import AutoTasks
-from vllm_osdt.geometry import Canvas, Limits
+from vllm_osdt.geometry import PROMPT, Canvas, Limits
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
 from vllm_osdt.options import (
     AUTO_TASK,
@@ -34,7 +34,7 @@ from vllm_osdt.options import (
     validate_for_family,
 )
 from vllm_osdt.policies import POLICIES
-from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
+from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_limits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,6 +48,7 @@ MAX_PINS = 1024  # pinned profiles whose keys are remembered
 SENT = "osdt_sent"  # attribute of sampling parameters that come from an HTTP request
 # What an endpoint calls fields of the chat request that it makes of its own, while it does.
 FIELD_NAMES: ContextVar[Mapping[str, str]] = ContextVar("FIELD_NAMES", default=MappingProxyType({}))
+PROMPT_NAMES = ("messages", "input", "token_ids", PROMPT)
 MESSAGES_NAMES = {"response_format": "output_config.format", "thinking_token_budget": "thinking.budget_tokens"}
 
 
@@ -60,12 +61,14 @@ class Sent:
         max_tokens_name: The field that holds it.
         options: Fields ``osdt_...`` at the top of the body, which vLLM drops.
         fields: For a sampling parameter that vLLM makes of another field: that field's name and value.
+        prompt_name: The field that holds the prompt.
     """
 
     max_tokens: int | None
     max_tokens_name: str = "max_tokens"
     options: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    prompt_name: str = PROMPT
 
 
 def sent_by(request: Any) -> Sent:
@@ -100,7 +103,8 @@ def sent_by(request: Any) -> Sent:
     if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
         name = "max_tokens"
     own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
-    return Sent(limit, name, own, fields)
+    prompt_name = next((one for one in PROMPT_NAMES if getattr(request, one, None) is not None), PROMPT)
+    return Sent(limit, name, own, fields, prompt_name)
 
 
 def _plain(value: Any) -> Any:
@@ -126,23 +130,47 @@ def check_sampling_params(params: "SamplingParams") -> None:
         elif name == "structured_outputs":
             value = {key: asked for key, asked in asdict(value).items() if asked and not key.startswith("_")}
         remedy = "leave it out" if neutral[0] is None else f"send {neutral[0]!r} or leave it out"
-        refused.append(f"{name}={value!r} ({remedy})")
+        refused.append((name, value, f"{name}={shown(value)} ({remedy})"))
+    if any(name in ("echo", "prompt_logprobs") for name, *_ in refused):
+        _refuse_prompt_scores(sent)
     if refused:
         raise InvalidOptionError(
-            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(refused))}. Supported: temperature, "
-            "seed, stop, stop_token_ids, max_tokens, n, ignore_eos and the osdt_ options."
+            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(words for *_, words in refused))}.",
+            refusal="sampling-parameter",
+            parameter=refused[0][0],
+            value=refused[0][1],
         )
 
 
-def refuse(what: str) -> None:
+def _refuse_prompt_scores(sent: Sent | None) -> None:
+    """Refuse to score a prompt, which a harness does for multiple choice; clients often show the message alone."""
+    is_echo = sent is not None and "prompt_logprobs" in sent.fields
+    asked = "echo=True with logprobs" if is_echo else "prompt_logprobs"
+    raise InvalidOptionError(
+        f"{asked} asks for log probabilities of the prompt, but these diffusion models have no next-token "
+        "probabilities of a prompt, so nothing can be scored by loglikelihood: leave it out and let the model answer, "
+        "with lm-eval in a task of output_type generate_until in place of a multiple-choice (loglikelihood) task.",
+        refusal="prompt-scores",
+        parameter="echo" if is_echo else "prompt_logprobs",
+        value=True if is_echo else None,
+    )
+
+
+def refuse(what: str, parameter: str | None = None) -> None:
     """Refuse a kind of request that these models cannot answer.
+
+    Args:
+        what: Its name, as the message begins.
+        parameter: The field that asks for it; None where the endpoint does.
 
     Raises:
         InvalidOptionError: Always.
     """
     raise InvalidOptionError(
         f"{what} is not implemented for this diffusion model: it needs probabilities of the next token alone, but a "
-        "canvas is decided many positions at a time. Send an ordinary completion."
+        "canvas is decided many positions at a time; send an ordinary completion.",
+        refusal="kind-of-request",
+        parameter=parameter,
     )
 
 
@@ -200,6 +228,7 @@ class FrontEnd:
         extra = merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
         traits = self._config.model_config.hf_config.traits
+        check_limits(params, self._config.model_config.get_vocab_size(), traits.mask_token_id)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
@@ -212,13 +241,18 @@ class FrontEnd:
         bounded = params.max_tokens is not None and params.max_tokens < room
         if sent.max_tokens is None and options.gen_length is not None:
             bounded = bounded and self._is_capped  # a canvas of the request's own: the checkpoint's length is not asked
-        return resolve_canvas(
-            options,
-            prompt_length=prompt_length,
-            max_tokens=params.max_tokens if bounded else sent.max_tokens,
-            limits=self._limits,
-            max_tokens_name=sent.max_tokens_name,
-        )
+        try:
+            return resolve_canvas(
+                options,
+                prompt_length=prompt_length,
+                max_tokens=params.max_tokens if bounded else sent.max_tokens,
+                limits=self._limits,
+                max_tokens_name=sent.max_tokens_name,
+            )
+        except InvalidOptionError as error:
+            if error.parameter == PROMPT:
+                error.parameter = sent.prompt_name
+            raise
 
     def follows_choice(self, params: "SamplingParams", asked: "SamplingParams") -> bool:
         """Whether a request leaves it to its task's profile how positions are chosen; arguments of :meth:`check`."""
@@ -246,20 +280,34 @@ class FrontEnd:
     def _check_pin(self, options: DecodingOptions) -> None:
         if not POLICIES[options.policy].calibrates:
             raise InvalidOptionError(
-                f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out."
+                f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out.",
+                refusal="pin-policy",
+                parameter="profile",
+                value=options.profile,
             )
         if options.recalibrate or options.task == AUTO_TASK:
             what = "recalibrate" if options.recalibrate else f"task {AUTO_TASK!r}"
             raise InvalidOptionError(
                 f"profile is {options.profile!r}, which {what} contradicts; name the profile's own task and leave "
-                "recalibrate out."
+                "recalibrate out.",
+                refusal="pin-contradicted",
+                parameter="profile",
+                value=options.profile,
             )
         if options.task is None:
-            raise InvalidOptionError(f"profile is {options.profile!r}, but no task is named; send the profile's own.")
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, but no task is named; send the profile's own.",
+                refusal="pin-task",
+                parameter="profile",
+                value=options.profile,
+            )
         if self._store is None:
             raise InvalidOptionError(
                 f"profile is {options.profile!r}, but this server keeps profiles in memory only; start it with a "
-                "profile_dir."
+                "profile_dir.",
+                refusal="pin-memory",
+                parameter="profile",
+                value=options.profile,
             )
         assert options.profile is not None
         pin = (options.task, options.profile)
@@ -267,8 +315,11 @@ class FrontEnd:
             found = self._store.load_id(*pin)
             if found is None:
                 raise InvalidOptionError(
-                    f"profile is {options.profile!r}, but task {options.task!r} of this model has no such profile in "
-                    f"{self._store.folder}. `vllm-osdt profiles list` shows them; `profiles import` brings one back."
+                    f"profile is {options.profile!r}, but task {options.task!r} of this model has no such profile; "
+                    "send an id that `vllm-osdt profiles list` shows, or bring it back with `profiles import`.",
+                    refusal="pin-unknown",
+                    parameter="profile",
+                    value=options.profile,
                 )
             self._pins[pin] = found.key
             if len(self._pins) > MAX_PINS:
@@ -288,7 +339,10 @@ class FrontEnd:
                     )
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "
-                    f"{remedy}."
+                    f"{remedy}.",
+                    refusal="pin-made-with",
+                    parameter="profile",
+                    value=options.profile,
                 )
 
 
@@ -324,12 +378,19 @@ def merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str,
         InvalidOptionError: They contradict each other, or hold what the server sets.
     """
     if RESOLVED_KEY in extra or RESOLVED_KEY in top_level:
-        raise InvalidOptionError(f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.")
+        raise InvalidOptionError(
+            f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.",
+            refusal="reserved",
+            parameter=RESOLVED_KEY,
+        )
     for name in extra.keys() & top_level.keys():
         if extra[name] != top_level[name]:
             raise InvalidOptionError(
-                f"{name} is {top_level[name]!r} at the top of the body and {extra[name]!r} in vllm_xargs; send one of "
-                "them."
+                f"{name} is {shown(top_level[name])} at the top of the body and {shown(extra[name])} in vllm_xargs; "
+                "send one of them.",
+                refusal="two-places",
+                parameter=name,
+                value=top_level[name],
             )
     return {**extra, **top_level}
 
@@ -368,9 +429,18 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "Sampl
     """
     params = request.sampling_params
     if params is None or request.prompt_token_ids is None:
-        raise InvalidOptionError("This diffusion model takes token prompts and generates text, nothing else.")
+        raise InvalidOptionError(
+            "This diffusion model takes prompts of text or token ids and generates text, nothing else; send such a "
+            "prompt to a completion or chat.",
+            refusal="no-token-prompt",
+            parameter=PROMPT,
+        )
     if request.resumable:
-        raise InvalidOptionError("Streaming input sessions are not implemented for this diffusion model.")
+        raise InvalidOptionError(
+            "A streaming input session is not implemented for this diffusion model; send the whole prompt at once.",
+            refusal="streaming-input",
+            parameter=PROMPT,
+        )
     front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
     asked = params if asked is None else asked

@@ -10,18 +10,16 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat import patch_scheduler_metadata
 from vllm_osdt.options import server_options
-from vllm_osdt.worker.graphs import CanvasGraphManager, Ends, StepDescriptor
-from vllm_osdt.worker.head import Head, choose_head
+from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
+from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
 
 logger = init_logger("vllm.vllm_osdt.worker.gpu_worker")
@@ -31,18 +29,12 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
     """Canvas runner on the GPU."""
 
     cudagraph_manager: CanvasGraphManager | None
-    head: Head
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self._options = server_options(vllm_config)
         # Of a step with another one behind it: blocks that were not ready, and those for which the second was of use.
         self._is_open, self._is_used = torch.zeros(2, self.max_num_reqs, dtype=torch.bool, device=device)
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does, and choose what makes proposals of hidden states."""
-        super().load_model(*args, **kwargs)
-        self.head = choose_head(self.model, self.sampler, is_fused=self._options.fused_lm_head)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, with graphs of whole steps."""
@@ -93,7 +85,9 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """The graph of a step, its arrays on the device, and its queries."""
         manager, ends = self.cudagraph_manager, Ends.DECIDED
         assert manager is not None
-        if denoise.policies:
+        if denoise.shaped_slots.size or denoise.scored_slots.size:
+            ends = Ends.MODEL
+        elif denoise.policies:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED
@@ -101,27 +95,24 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         sent = manager.fill(graph, arrays)
         if "edit_threshold" not in arrays:
             sent.pop("edit_threshold", None)
+        if ends == Ends.MODEL:  # without the padding
+            sent |= {name: sent[name][: arrays[name].shape[0]] for name in LOGIT_ARRAYS if name in arrays}
         return graph, sent, manager.queries(graph, sent)
 
-    def sample(
-        self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
-    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        """In place of vLLM's, which wants logits; a graph has sampled already."""
-        assert isinstance(input_batch, CanvasInputBatch) and input_batch.denoise is not None
+    def _decide(
+        self, hidden_states: torch.Tensor, input_batch: CanvasInputBatch
+    ) -> tuple[Decision, torch.Tensor | None]:
+        """As its base does; a graph has decided already, or has gone part of the way."""
         graph: StepDescriptor | None = input_batch.graph
-        batch, manager, ran_ahead = input_batch.denoise, self.cudagraph_manager, None
+        manager = self.cudagraph_manager
         if graph is None:
-            proposals = self.head.propose(hidden_states[input_batch.logits_indices], batch)
-            decision = self.sampler.decide(batch, proposals, keeps_masks=batch.recorded is not None)
-        elif graph.ends == Ends.PROPOSED:
-            assert manager is not None
-            decision = self.sampler.decide(batch, manager.proposals[graph], keeps_masks=True)
-        else:
-            assert manager is not None
-            decision = manager.decisions[graph]
-            ran_ahead = self._run_ahead(input_batch, graph)
-        output = self.sampler.finish(input_batch, decision, ran_ahead)
-        return output, output.num_sampled, output.num_rejected
+            return super()._decide(hidden_states, input_batch)
+        assert manager is not None and input_batch.denoise is not None
+        if graph.ends == Ends.MODEL:
+            return self._decide_by_rows(manager.hidden_of[graph], input_batch), None
+        if graph.ends == Ends.PROPOSED:
+            return self.sampler.decide(input_batch.denoise, manager.proposals[graph], keeps_masks=True), None
+        return manager.decisions[graph], self._run_ahead(input_batch, graph)
 
     def _run_ahead(self, input_batch: CanvasInputBatch, graph: StepDescriptor) -> torch.Tensor | None:
         """Launch the next step of the same rows behind this one, if most of its blocks should not be finished by it.

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 LOGIT_SHARES = (4, 2, 1)  # logit rows of a graph: its rows, divided by each
 BYTES_PER_REQUEST = 512  # of arrays that only some steps have
+BYTES_PER_LOGIT_ROW = 128  # likewise
+LOGIT_ARRAYS = ("position", "temperature", "noise_key", "by_entropy", "logit_slots", "logit_rows")  # one entry a row
 
 
 class Ends(Enum):
@@ -52,6 +54,8 @@ class Ends(Enum):
     """Likewise, after tokens have been edited: logits are read in whole blocks."""
     PROPOSED = "proposed"
     """Tokens are proposed; policies that adjust the step decide outside."""
+    MODEL = "model"
+    """The model has run; what follows reads more of the logits than their best token."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
         "parameter": Field(np.float32, (reqs,), 2),
         "min_unmask": Field(np.int32, (reqs,), 0),
     }
-    if graph.ends == Ends.EDITED or (graph.ends == Ends.PROPOSED and shapes.can_edit):
+    if graph.ends == Ends.EDITED or (graph.ends in (Ends.PROPOSED, Ends.MODEL) and shapes.can_edit):
         fields["edit_threshold"] = Field(np.float32, (reqs,), np.inf)
     if shapes.is_block_causal:
         fields["block_query_start_loc"] = Field(np.int32, (graph.num_queries + 1,), -1)
@@ -167,6 +171,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self.chosen: StepDescriptor | None = None  # the graph of the step that is being prepared
         self.decisions: dict[StepDescriptor, Decision] = {}  # what each graph writes
         self.proposals: dict[StepDescriptor, Proposals] = {}  # likewise, where it ends with them
+        self.hidden_of: dict[StepDescriptor, torch.Tensor] = {}  # likewise
         self._sizes: list[StepDescriptor] = []  # one of each number of rows, ascending
         self._layouts: dict[StepDescriptor, Layout] = {}
         self._views: dict[StepDescriptor, dict[str, torch.Tensor]] = {}
@@ -175,7 +180,8 @@ class CanvasGraphManager(ModelCudaGraphManager):
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len)
         num_bytes = max((layout.num_bytes for layout in self._layouts.values()), default=0)
         most = max((graph.num_reqs or 0 for graph in self._layouts), default=0)
-        self._buffer = StagedBuffer(num_bytes + most * BYTES_PER_REQUEST, device)
+        most_rows = max((graph.num_logits for graph in self._layouts), default=0)
+        self._buffer = StagedBuffer(num_bytes + most * BYTES_PER_REQUEST + most_rows * BYTES_PER_LOGIT_ROW, device)
         for graph, layout in self._layouts.items():
             self._views[graph] = self._buffer.views(
                 {name: (layout.offsets[name], field.dtype, field.shape) for name, field in layout.fields.items()}
@@ -206,7 +212,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
             self._sizes.append(whole)
             numbers = sorted({max(1, num_tokens // share) for share in LOGIT_SHARES})
             graphs += [replace(whole, num_logits=number) for number in numbers]
-            graphs.append(replace(whole, ends=Ends.PROPOSED))
+            graphs += [replace(whole, ends=ends) for ends in (Ends.PROPOSED, Ends.MODEL)]
             if self.shapes.can_edit:
                 graphs.append(replace(whole, ends=Ends.EDITED))
         graphs.sort(key=lambda graph: (graph.num_tokens, graph.num_logits), reverse=True)
@@ -321,6 +327,9 @@ class CanvasGraphManager(ModelCudaGraphManager):
                     is_padding=views["is_padding"],
                 ):
                     hidden_states = model(input_ids, views["positions"], None, None, logit_rows=views["logit_rows"])
+                if graph.ends == Ends.MODEL:
+                    self.hidden_of[graph] = hidden_states
+                    return
                 proposals = self._head.propose(hidden_states, batch)
                 if graph.ends == Ends.PROPOSED:
                     self.proposals[graph] = proposals
@@ -372,6 +381,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         super().release_graphs()
         self.decisions.clear()
         self.proposals.clear()
+        self.hidden_of.clear()
 
 
 def _write(staged: np.ndarray, offset: int, field: Field, array: np.ndarray | None, padding: float) -> None:

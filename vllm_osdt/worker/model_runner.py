@@ -12,13 +12,17 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_osdt.host.attention import check_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
+from vllm_osdt.options import server_options
+from vllm_osdt.worker.head import Head, choose_head
 from vllm_osdt.worker.model_state import CanvasModelState
+from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.step_plan import (
     BlockQueries,
@@ -55,8 +59,16 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     sampler: CanvasSampler
     attn_groups: list[list[AttentionGroup]]
     kv_cache_config: KVCacheConfig
+    vllm_config: VllmConfig
+    model: Any
+    head: Head
     replays_graphs = True
     _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, and choose what makes proposals of hidden states."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self.head = choose_head(self.model, self.sampler, is_fused=server_options(self.vllm_config).fused_lm_head)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, unless it has chosen attention that cannot take a block-causal model's blocks."""
@@ -214,6 +226,36 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     ) -> tuple[Any, dict[str, torch.Tensor], Queries]:
         """The graph of a step, its arrays on the device, and its queries; only a GPU's runner has graphs."""
         raise NotImplementedError
+
+    def sample(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """In place of vLLM's, which has one row of logits for each token that it samples."""
+        assert isinstance(input_batch, CanvasInputBatch)
+        decision, ran_ahead = self._decide(hidden_states, input_batch)
+        output = self.sampler.finish(input_batch, decision, ran_ahead)
+        return output, output.num_sampled, output.num_rejected
+
+    def _decide(
+        self, hidden_states: torch.Tensor, input_batch: CanvasInputBatch
+    ) -> tuple[Decision, torch.Tensor | None]:
+        """What a step decides, and whether a second one behind it was of use (see ``CanvasSampler.finish``)."""
+        return self._decide_by_rows(hidden_states[input_batch.logits_indices], input_batch), None
+
+    def _decide_by_rows(self, hidden_states: torch.Tensor, input_batch: CanvasInputBatch) -> Decision:
+        """What a step decides.
+
+        Args:
+            hidden_states: ``[at least M, hidden_size]``, of the rows whose logits are read.
+            input_batch: The step.
+        """
+        batch = input_batch.denoise
+        assert batch is not None
+        if batch.needs_logits:
+            logits = self.model.compute_logits(hidden_states[: batch.position.shape[0]])
+            return self.sampler.decide_by_logits(logits, batch)
+        proposals = self.head.propose(hidden_states, batch)
+        return self.sampler.decide(batch, proposals, keeps_masks=batch.recorded is not None)
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""

@@ -47,7 +47,7 @@ class CanvasModelState(ModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """The sampler of canvas models; there is no rejection sampler."""
-        return CanvasSampler(self.canvas_states, self.recorder), None
+        return CanvasSampler(sampler, self.canvas_states, self.recorder), None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Fill the request's slot; vLLM's own warm-up requests have no canvas and get none."""

@@ -14,7 +14,9 @@ from csrc_triton import Proposals, implementations
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
+from vllm_osdt.worker.logprobs import LogprobStore
 from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
+from vllm_osdt.worker.shaping import CHUNK_ELEMENTS, LogitShaping
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch
 
@@ -30,17 +32,36 @@ class CanvasSampler:
     penalties_state = SimpleNamespace(output_bin_counts=None)
     compute_nans = False
 
-    def __init__(self, states: CanvasStates, recorder: StepRecorder) -> None:
+    def __init__(self, sampler: Any, states: CanvasStates, recorder: StepRecorder) -> None:
+        """Take the place of a sampler.
+
+        Args:
+            sampler: vLLM's own.
+            states: Tables of the canvases.
+            recorder: Of what a step saw.
+        """
         self.states = states
         self.recorder = recorder
+        self.shaping = LogitShaping(sampler, states)
+        mode = sampler.logprobs_mode
+        self._reads_processed = mode.startswith("processed")
+        self._logprobs = LogprobStore(
+            states.host.block_length.size, states.device, is_normalized=mode.endswith("logprobs")
+        )
         self._confidence, self._unmask, *_ = implementations(states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
-        """Nothing: ``CanvasStates.add_request`` has read the parameters."""
+        """Take in the parameters that ``CanvasStates.add_request`` has not read."""
+        self.shaping.add_request(req_idx, sampling_params)
+        num_logprobs = sampling_params.logprobs
+        self.states.host.num_logprobs[req_idx] = -1 if num_logprobs is None else num_logprobs
+        if num_logprobs is not None:
+            self._logprobs.make_room(num_logprobs)
 
     def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
+        """Bring new parameters to the device."""
+        self.shaping.apply_staged_writes()
 
     def __call__(self, logits: torch.Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
         """Sample one step.
@@ -53,22 +74,68 @@ class CanvasSampler:
         batch: DenoiseBatch | None = getattr(input_batch, "denoise", None)
         if batch is None:
             token, _ = self._confidence(logits, self.states.mask_token_id, None, None)
+            self.shaping.measure()
             none = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
             return SamplerOutput(token[:, None], None, None, num_sampled=none, num_rejected=none)
 
-        return self.finish(
-            input_batch, self.decide(batch, self.propose(logits, batch), keeps_masks=batch.recorded is not None)
-        )
+        return self.finish(input_batch, self.decide_by_logits(logits, batch))
+
+    def decide_by_logits(self, logits: torch.Tensor, batch: DenoiseBatch) -> Decision:
+        """Propose and decide, and keep the log probabilities that are asked for.
+
+        Args:
+            logits: ``[M, vocabulary]``.
+            batch: The step.
+        """
+        proposals, blocks = self.propose(logits, batch), batch.blocks
+        edits = batch.scored is not None and batch.edit_threshold is not None
+        written = blocks.cells[blocks.canvas_index] if edits else None
+        decision = self.decide(batch, proposals, keeps_masks=batch.recorded is not None)
+        if batch.scored is not None:
+            self._keep_logprobs(logits, batch, decision, written)
+        return decision
+
+    def _keep_logprobs(
+        self, logits: torch.Tensor, batch: DenoiseBatch, decision: Decision, written: torch.Tensor | None
+    ) -> None:
+        """Keep what the tokens of this step were chosen from; those that stay masked are asked about again.
+
+        Args:
+            logits: ``[M, vocabulary]``.
+            batch, decision: The step.
+            written: int32 ``[R, W]``, tokens before it, where some requests edit; None: none does.
+        """
+        scored, proposals = batch.scored, decision.proposals
+        assert scored is not None
+        is_kept, width = None, decision.canvas.shape[1]
+        if written is not None:
+            assert decision.is_masked is not None
+            is_kept = decision.is_masked | (proposals.of_grid(written) != proposals.of_grid(decision.canvas))
+        step = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        for start in range(0, scored.rows.shape[0], step):
+            part = scored.part(start, start + step)
+            own = logits.index_select(0, part.rows).float()
+            if self._reads_processed:
+                temperature = None if batch.temperature is None else batch.temperature[part.rows]
+                own = self.shaping.shape(own, part, temperature)
+                if temperature is not None:
+                    own = own / torch.where(temperature > 0, temperature, 1.0)[:, None]
+            self._logprobs.keep(
+                own,
+                part.slots,
+                proposals.position[part.rows] % width,
+                proposals.token[part.rows],
+                batch.num_scores,
+                None if is_kept is None else is_kept[part.rows],
+            )
 
     def propose(self, logits: torch.Tensor, batch: DenoiseBatch) -> Proposals:
         """What the model proposes where logits were read."""
-        found = self._confidence(
-            logits[: batch.position.shape[0]],
-            self.states.mask_token_id,
-            batch.temperature,
-            batch.noise_key,
-            batch.by_entropy,
-        )
+        logits = logits[: batch.position.shape[0]]
+        noise = batch.temperature, batch.noise_key
+        found = self._confidence(logits, self.states.mask_token_id, *noise, batch.by_entropy)
+        if batch.shaped is not None:
+            self.shaping.propose(logits, batch.shaped, *noise, *found, batch.by_entropy)
         return Proposals(batch.position, *found)
 
     def decide(self, batch: DenoiseBatch, proposals: Proposals, *, keeps_masks: bool) -> Decision:
@@ -109,9 +176,13 @@ class CanvasSampler:
         if batch.recorded is not None:
             recorded = grids_to_record(self.states, batch, decision)
         self.recorder.see(input_batch.req_ids, batch, decision, recorded, ran_ahead)
+        logprobs = None
+        if batch.num_scores >= 0:
+            asks = self.states.host.num_logprobs[batch.slots_np] >= 0
+            logprobs = self._logprobs.take(batch.slots[:num_reqs], asks, width, batch.num_scores)
         return SamplerOutput(
             sampled_token_ids=decision.canvas[:num_reqs],
-            logprobs_tensors=None,
+            logprobs_tensors=logprobs,
             num_nans=None,
             num_sampled=decision.num_ready[:num_reqs],
             num_rejected=self._no_rejected[:num_reqs],

@@ -70,6 +70,12 @@ class HostTables(NamedTuple):
     sub_block_length: np.ndarray  # int64, 0: none
     sub_block_cache: np.ndarray  # bool
     adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
+    prompt_end: np.ndarray  # int64, prompt tokens
+    is_shaped: np.ndarray  # bool, its logits are changed before a token is proposed
+    penalizes: np.ndarray  # bool, by the tokens that are there among other things
+    penalties: np.ndarray  # float32 [slots, 3], presence, frequency, repetition
+    filters_confidence: np.ndarray  # bool, its confidence is the proposal's share of what is left
+    num_logprobs: np.ndarray  # int32, log probabilities of each token besides its own; -1: none at all
 
 
 class CanvasStates:
@@ -132,6 +138,12 @@ class CanvasStates:
             sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
             sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
             adjusts=np.zeros(max_num_reqs, dtype=np.int8),
+            prompt_end=np.zeros(max_num_reqs, dtype=np.int64),
+            is_shaped=np.zeros(max_num_reqs, dtype=bool),
+            penalizes=np.zeros(max_num_reqs, dtype=bool),
+            penalties=np.zeros((max_num_reqs, 3), dtype=np.float32),
+            filters_confidence=np.zeros(max_num_reqs, dtype=bool),
+            num_logprobs=np.full(max_num_reqs, -1, dtype=np.int32),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -166,6 +178,8 @@ class CanvasStates:
         host.edit_threshold[slot] = np.inf if options.edit_threshold is None else options.edit_threshold
         host.sub_block_length[slot] = options.sub_block_length or 0
         host.sub_block_cache[slot] = options.sub_block_cache
+        host.prompt_end[slot] = len(new.prompt_token_ids or ())
+        host.filters_confidence[slot] = options.filtered_confidence
         if assignment.is_recorded or assignment.is_watched or options.refresh_confidence > 0:
             self.observed.add(new.req_id)
         policy = assignment.policy or options.policy
@@ -185,6 +199,8 @@ class CanvasStates:
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
             host.adjusts[slot] = 0
+            host.is_shaped[slot] = False
+            host.num_logprobs[slot] = -1
 
     def take_fallbacks(self) -> np.ndarray | None:
         """Denoising steps by kind of fallback since the last call, None when there were none."""

@@ -26,6 +26,31 @@ class AdjustedRows(NamedTuple):
     step_index: torch.Tensor  # int64 [S], denoising steps that the block has seen before
 
 
+class LogitRows(NamedTuple):
+    """Some of a step's M logit rows, S of them; their requests want more than the best token.
+
+    Attributes:
+        slots_np: int64 ``[S]`` slot of each, on the host.
+        rows: int64 ``[S]``, which of the M.
+        slots: int32 ``[S]``, the same as ``slots_np``.
+        place: int64 ``[S]``, position of the token that each predicts.
+        asks_share: bool ``[S]``, whose confidence is their share of what is left; None when no row's is.
+        penalties: float64 ``[S, 5]``, presence, frequency and repetition penalty, end of prompt, end of canvas; None
+            when no row has a penalty.
+    """
+
+    slots_np: np.ndarray
+    rows: torch.Tensor
+    slots: torch.Tensor
+    place: torch.Tensor
+    asks_share: torch.Tensor | None = None
+    penalties: torch.Tensor | None = None
+
+    def part(self, start: int, stop: int) -> "LogitRows":
+        """Rows ``start`` to ``stop`` of them."""
+        return LogitRows._make(None if one is None else one[start:stop] for one in self)
+
+
 @dataclass(frozen=True)
 class DenoiseBatch:
     """What the sampler needs of a step; R requests, W the longest block among them, M positions with logits.
@@ -46,6 +71,10 @@ class DenoiseBatch:
         adjusted: The requests whose policy adjusts the step, by policy.
         recorded_np: int64 ``[C]``, on the host: which of the batch's requests calibrate.
         recorded: The same on the device, None where none does.
+        shaped: Rows whose logits are changed before a token is proposed; None without any.
+        scored: Rows whose log probabilities are returned; None without any.
+        num_scores: Log probabilities returned of each token, besides its own, of the request that asks for most; -1
+            when none asks.
     """
 
     slots_np: np.ndarray
@@ -62,6 +91,14 @@ class DenoiseBatch:
     adjusted: list[AdjustedRows]
     recorded_np: np.ndarray
     recorded: torch.Tensor | None
+    shaped: LogitRows | None = None
+    scored: LogitRows | None = None
+    num_scores: int = -1
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the step needs more of its logits than the best token and its confidence."""
+        return self.shaped is not None or self.scored is not None
 
 
 class BlockQueries(NamedTuple):
@@ -326,6 +363,9 @@ class DenoisePlan(NamedTuple):
     policies: list[Policy]  # that adjust the step
     recorded: np.ndarray  # int64 [C], requests that calibrate
     arrays: dict[str, np.ndarray]  # for the device
+    shaped_slots: np.ndarray  # int64 [S], of the rows whose logits are changed
+    scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
+    num_scores: int  # log probabilities of each token, -1: none
 
 
 def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoisePlan:
@@ -351,11 +391,22 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         "position": plan.position,
     }
     temperature = host.temperature[slots]
-    if temperature.any():
+    is_shaped, num_scores = host.is_shaped[slots], host.num_logprobs[slots]
+    is_scored = num_scores >= 0
+    shaped_slots = scored_slots = _NONE
+    if temperature.any() or is_shaped.any() or is_scored.any():
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
-        positions = host.block_start[slots][row_req] + row_pos
-        arrays["temperature"] = temperature[row_req]
-        arrays["noise_key"] = noise_keys(host.seed[slots][row_req], positions, step[row_req])
+        places = host.block_start[slots][row_req] + row_pos
+        if temperature.any():
+            arrays["temperature"] = temperature[row_req]
+            arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
+        shaped_slots = _some_rows(arrays, "shaped", np.flatnonzero(is_shaped[row_req]), slots[row_req], places)
+        scored_slots = _some_rows(arrays, "scored", np.flatnonzero(is_scored[row_req]), slots[row_req], places)
+        if host.filters_confidence[shaped_slots].any():
+            arrays["shaped_asks_share"] = host.filters_confidence[shaped_slots]
+        if host.penalizes[shaped_slots].any():
+            ends = np.stack([host.prompt_end[shaped_slots], host.canvas_end[shaped_slots]], axis=1)
+            arrays["shaped_penalties"] = np.concatenate([host.penalties[shaped_slots], ends], axis=1, dtype=np.float64)
     asks_entropy = host.rule[slots] == ENTROPY_BOUND
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
@@ -368,7 +419,34 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         recorded = np.flatnonzero(host.is_recorded[slots] & is_active)
         if recorded.size:
             arrays["recorded"] = recorded
-    return DenoisePlan(slots, is_active, step, policies, recorded, arrays | of_policies)
+    return DenoisePlan(
+        slots,
+        is_active,
+        step,
+        policies,
+        recorded,
+        arrays | of_policies,
+        shaped_slots,
+        scored_slots,
+        int(num_scores.max(initial=-1)),
+    )
+
+
+def _some_rows(
+    arrays: dict[str, np.ndarray], name: str, rows: np.ndarray, slots: np.ndarray, places: np.ndarray
+) -> np.ndarray:
+    """Add the arrays of ``LogitRows`` for some of the M logit rows; returns their slots.
+
+    Args:
+        arrays: For the device, added to.
+        name: Which rows they are.
+        rows: int64 ``[S]``.
+        slots, places: int64 ``[M]``.
+    """
+    if rows.size:
+        arrays[f"{name}_rows"], arrays[f"{name}_place"] = rows, places[rows]
+        arrays[f"{name}_slots"] = slots[rows].astype(np.int32)
+    return slots[rows]
 
 
 def _adjusting(
@@ -389,7 +467,7 @@ def _adjusting(
 
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {})
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {}, _NONE, _NONE, -1)
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -425,4 +503,20 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         ],
         recorded_np=plan.recorded,
         recorded=sent.get("recorded"),
+        shaped=_logit_rows("shaped", plan.shaped_slots, sent),
+        scored=_logit_rows("scored", plan.scored_slots, sent),
+        num_scores=plan.num_scores,
+    )
+
+
+def _logit_rows(name: str, slots: np.ndarray, sent: Mapping[str, torch.Tensor]) -> LogitRows | None:
+    if not slots.size:
+        return None
+    return LogitRows(
+        slots,
+        sent[f"{name}_rows"],
+        sent[f"{name}_slots"],
+        sent[f"{name}_place"],
+        sent.get(f"{name}_asks_share"),
+        sent.get(f"{name}_penalties"),
     )

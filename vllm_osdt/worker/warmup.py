@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+# Of requests whose logits are changed, in every way that has compiled code.
+_SHAPED: dict[str, Any] = {
+    "logprobs": 1,
+    "top_p": 0.9,
+    "top_k": 2,
+    "min_p": 0.01,
+    "logit_bias": {0: 1.0},
+    "presence_penalty": 0.1,
+    "repetition_penalty": 1.1,
+}
 # What the compiled code is specialized for: number of requests, temperature, and whether entropies are asked for.
 _STEPS = ((1, 0.0, False), (2, 0.0, False), (2, 1.0, False), (2, 0.0, True), (2, 1.0, True))
 
@@ -53,12 +63,15 @@ def warm_up(
         vllm_config.scheduler_config.max_num_batched_tokens // _num_rows(defaults),
         (kv_cache_config.num_blocks - 1) // max(1, sum(_num_pages(kv_cache_config, defaults))),
     )
-    for index, (number, temperature, options, by_entropy) in enumerate(steps):
-        if by_entropy:
-            options = replace(options, policy="entropy_bound")
+    kinds = [
+        (number, replace(options, policy="entropy_bound") if by_entropy else options, {"temperature": temperature})
+        for number, temperature, options, by_entropy in steps
+    ]
+    kinds.append((2, defaults, {"temperature": 1.0, **_SHAPED}))
+    for index, (number, options, sampling) in enumerate(kinds):
         req_ids = [f"_warm_up_{index}_{i}" for i in range(min(number, room))]
         if req_ids:
-            output = _first_step(kv_cache_config, options, req_ids, temperature)
+            output = _first_step(kv_cache_config, options, req_ids, sampling)
             execute_model(output)
             sample_tokens(None)
             end = SchedulerOutput.make_empty()
@@ -79,7 +92,7 @@ def _num_pages(kv_cache_config: "KVCacheConfig", options: DecodingOptions) -> li
 
 
 def _first_step(
-    kv_cache_config: "KVCacheConfig", options: DecodingOptions, req_ids: list[str], temperature: float
+    kv_cache_config: "KVCacheConfig", options: DecodingOptions, req_ids: list[str], sampling: dict[str, Any]
 ) -> SchedulerOutput:
     """The step with which the scheduler would begin these requests."""
     num_rows, pages = _num_rows(options), _num_pages(kv_cache_config, options)
@@ -87,7 +100,7 @@ def _first_step(
         1, options.block_length, num_rows - 1, options.block_length, is_block_causal=options.is_block_causal
     )
     extra_args = RequestSpec(options, canvas).as_extra_args()
-    params = SamplingParams(temperature=temperature, max_tokens=num_rows - 1, extra_args=extra_args)
+    params = SamplingParams(**sampling, max_tokens=num_rows - 1, extra_args=extra_args)
     shape = DecodeShape(canvas.num_blocks, canvas.block_length, options.sub_block_length)
     assignment = Assignment(POLICIES[options.policy].schedule(options, shape), is_recorded=True, is_watched=True)
     step = CanvasStep({req_id: assignment for req_id in req_ids})

@@ -263,6 +263,84 @@ def expand_idx_mapping_np(
     return expanded_idx_mapping, expanded_local_pos
 
 
+def apply_logit_bias_np(
+    logits: torch.Tensor,
+    expanded_idx_mapping: torch.Tensor,
+    pos: torch.Tensor,
+    num_allowed_token_ids: torch.Tensor,
+    allowed_token_ids: torch.Tensor,
+    num_logit_bias: torch.Tensor,
+    logit_bias_token_ids: torch.Tensor,
+    logit_bias: torch.Tensor,
+    min_lens: torch.Tensor,
+    num_stop_token_ids: torch.Tensor,
+    restore_when_all_masked: torch.Tensor,
+    stop_token_ids: torch.Tensor,
+    check_all_masked_rows: bool = False,
+) -> None:
+    """Leave the allowed tokens of every row, add its biases, and take its stop tokens out below its least length."""
+    _bias_rows(
+        logits.numpy(),
+        *(
+            one.numpy()
+            for one in (
+                expanded_idx_mapping,
+                pos,
+                num_allowed_token_ids,
+                allowed_token_ids,
+                num_logit_bias,
+                logit_bias_token_ids,
+                logit_bias,
+                min_lens,
+                num_stop_token_ids,
+                restore_when_all_masked,
+                stop_token_ids,
+            )
+        ),
+        check_all_masked_rows,
+    )
+
+
+@compiled()
+def _bias_rows(
+    logits: np.ndarray,
+    slots: np.ndarray,
+    pos: np.ndarray,
+    num_allowed: np.ndarray,
+    allowed: np.ndarray,
+    num_biases: np.ndarray,
+    bias_ids: np.ndarray,
+    biases: np.ndarray,
+    min_lens: np.ndarray,
+    num_stops: np.ndarray,
+    restores: np.ndarray,
+    stop_ids: np.ndarray,
+    checks: bool,
+) -> None:
+    for row in range(logits.shape[0]):
+        slot, line = slots[row], logits[row]
+        if num_allowed[slot] > 0:
+            ids = allowed[slot, : num_allowed[slot]]
+            kept = line[ids]
+            line[:] = -np.inf
+            line[ids] = kept
+        for k in range(num_biases[slot]):
+            line[bias_ids[slot, k]] += biases[slot, k]
+        if num_stops[slot] > 0 and pos[row] + 1 < min_lens[slot]:
+            ids = stop_ids[slot, : num_stops[slot]]
+            kept = line[ids]
+            line[ids] = -np.inf
+            if checks and restores[slot] and line.max() == -np.inf:
+                line[ids] = kept
+
+
+def apply_min_p_np(logits: torch.Tensor, expanded_idx_mapping: torch.Tensor, min_p: torch.Tensor) -> None:
+    """Take out the tokens of every row whose probability is below its share of the most probable one's."""
+    share = min_p[expanded_idx_mapping]
+    cutoff = torch.where(share > 0, logits.amax(dim=-1) + share.log(), -torch.inf)
+    logits.masked_fill_(logits < cutoff[:, None], -torch.inf)
+
+
 @dataclass(frozen=True)
 class Replacement:
     """A name in vLLM and the function that takes its place."""
@@ -286,6 +364,8 @@ REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement(f"{_GPU}.buffer_utils", "StagedWriteTensor.apply_write", apply_write_np),
     Replacement(f"{_GPU}.block_table", "BlockTables.gather_block_tables", gather_block_tables_np),
     Replacement(f"{_GPU}.block_table", "BlockTables.compute_slot_mappings", compute_slot_mappings_np),
+    Replacement(f"{_GPU}.sample.logit_bias", "apply_logit_bias", apply_logit_bias_np),
+    Replacement(f"{_GPU}.sample.states", "apply_min_p", apply_min_p_np),
     # The model runner has imported the functions by name.
     *(
         Replacement(f"{_GPU}.{module}", name, function)
