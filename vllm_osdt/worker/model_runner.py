@@ -67,7 +67,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, and choose what makes proposals of hidden states."""
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        super().load_model(*args, **kwargs)
         self.head = choose_head(self.model, self.sampler, is_fused=server_options(self.vllm_config).fused_lm_head)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
