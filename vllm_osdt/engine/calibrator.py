@@ -98,20 +98,22 @@ class Calibrator:
         registry = ProfileRegistry(options.max_profiles, store)
         return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement)
 
-    def assign(self, req_id: str, spec: RequestSpec, max_tokens: int) -> Assignment:
+    def assign(self, req_id: str, spec: RequestSpec, max_tokens: int, *, has_grammar: bool = False) -> Assignment:
         """The schedule of a request and its part in calibration; decided once, when it is first planned.
 
         Args:
             req_id: Its id.
             spec: As admission made it.
             max_tokens: Output tokens that it may get.
+            has_grammar: Whether a grammar says which. It then uses its task's profile, but says nothing of the task: it
+                neither calibrates nor is watched or audited.
         """
         found = self._decodings.get(req_id)
         if found is None:
-            found = self._decodings[req_id] = self._decide(req_id, spec, max_tokens)
+            found = self._decodings[req_id] = self._decide(req_id, spec, max_tokens, has_grammar)
         return found.assignment
 
-    def _decide(self, req_id: str, spec: RequestSpec, max_tokens: int) -> _Decoding:
+    def _decide(self, req_id: str, spec: RequestSpec, max_tokens: int, has_grammar: bool) -> _Decoding:
         options, canvas = spec.options, spec.canvas
         policy = POLICIES[options.policy]
         shape = DecodeShape(
@@ -129,7 +131,7 @@ class Calibrator:
                 options = self._choose(options, profile)
                 policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
-            if is_own and self._calibrates(req_id, options, key, max_tokens, profile):
+            if is_own and not has_grammar and self._calibrates(req_id, options, key, max_tokens, profile):
                 profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
             elif is_own and profile is None and _has_early_thresholds(options):
                 profile, is_early = self.registry.early(key), True
@@ -145,12 +147,19 @@ class Calibrator:
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
         is_own_profile = profile is not None and options.profile is None and not is_early
-        is_watched = self.guard is not None and is_own_profile and not policy.ranks_by_entropy  # it has probabilities
+        has_probabilities = not (
+            policy.ranks_by_entropy or has_grammar
+        )  # of what the profile's requests were free to say
+        is_watched = self.guard is not None and is_own_profile and has_probabilities
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
         assignment = Assignment(
-            schedule, is_recorded=recorder is not None, is_watched=is_watched, policy=options.policy
+            schedule,
+            is_recorded=recorder is not None,
+            is_watched=is_watched,
+            policy=options.policy,
+            has_grammar=has_grammar,
         )
         return _Decoding(options, key, shape, about, assignment, profile, is_early, recorder)
 
@@ -253,7 +262,7 @@ class Calibrator:
     def subject(self, req_id: str) -> Subject | None:
         """What an audit of a request would look at; None where it uses no finished profile."""
         found = self._decodings.get(req_id)
-        if found is None or found.profile is None or found.is_early:
+        if found is None or found.profile is None or found.is_early or found.assignment.has_grammar:
             return None
         return Subject(found.profile, self._share_that_may_change(found.options, found.profile))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
@@ -21,6 +21,7 @@ from vllm_osdt.engine.audit import Auditor
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
+from vllm_osdt.engine.grammar import Grammars
 from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
@@ -61,7 +62,9 @@ class CanvasScheduler(Scheduler):
         options = server_options(self.vllm_config)
         self._auditor = Auditor(options.audit)
         self._is_fused = options.fused_commit
-        self._traits: Traits = self.vllm_config.model_config.hf_config.traits
+        model = self.vllm_config.model_config
+        self._traits: Traits = model.hf_config.traits
+        self._grammars = Grammars(self.structured_output_manager, model.get_vocab_size(), self._traits.mask_token_id)
         # vLLM would apply it to a canvas too.
         self._long_prefill_threshold = self.scheduler_config.long_prefill_token_threshold
         self.scheduler_config.long_prefill_token_threshold = 0
@@ -99,8 +102,12 @@ class CanvasScheduler(Scheduler):
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
+            self._grammars.forget(new.req_id)
             step.assignments[new.req_id] = self.calibrator.assign(
-                new.req_id, self._spec(request), request.sampling_params.max_tokens
+                new.req_id,
+                self._spec(request),
+                request.sampling_params.max_tokens,
+                has_grammar=request.use_structured_output,
             )
             request.canvas_about = self.calibrator.about(new.req_id)
         if self._traits.logits_shift:
@@ -109,6 +116,15 @@ class CanvasScheduler(Scheduler):
             )
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """What the grammars of a step's requests allow in their active blocks; made while the model runs."""
+        requests = map(self.requests.__getitem__, scheduler_output.num_scheduled_tokens)
+        return self._grammars.allow(
+            (request, self._plan(request).active_length(request.num_tokens))
+            for request in requests
+            if request.use_structured_output and self._rows[request.request_id].decides != Decides.NOTHING
+        )
 
     def _admit_audits(self) -> None:
         """Have one audit run while no request waits; stop it when one does.
@@ -282,6 +298,8 @@ class CanvasScheduler(Scheduler):
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
             self._count_run_ahead(report)
+            if report.recorded is not None:
+                self._fail(self._grammars.hear(report.recorded, self.requests), model_runner_output)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
         self._count_commits(scheduler_output, requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -294,6 +312,13 @@ class CanvasScheduler(Scheduler):
                     output.spec_decode_metrics = request.spec_decode_metrics
                     output.kv_transfer_params = {KEY: describe(request, request.canvas_about)}
         return outputs
+
+    def _fail(self, req_ids: list[str], model_runner_output: ModelRunnerOutput) -> None:
+        """End requests with an error, as those whose grammar fails to compile, and without this step's tokens."""
+        self.grammar_compile_error_reqs.update(req_ids)
+        for req_id in req_ids:
+            logger.error("Request %s ends: no token that it may have continues its structured output.", req_id)
+            model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]] = []
 
     def _count_run_ahead(self, report: StepReport) -> None:
         """Count second steps: those that were of use are forwards of their requests like others."""
@@ -336,6 +361,7 @@ class CanvasScheduler(Scheduler):
             about = self.calibrator.about(request.request_id)
             self.calibrator.statistics.ended(about, num_forwards(request), request.num_output_tokens)
         self.calibrator.finish_request(request.request_id, ended_well=ended_well)
+        self._grammars.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:
