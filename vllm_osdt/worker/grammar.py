@@ -3,7 +3,8 @@
 A mask of the engine core's ``GrammarChain`` holds behind the tokens that the chain names. So a position may be unmasked
 only where those before it are decided, or are unmasked in the same step with these tokens. The rules of the op
 ``unmask`` take the most confident positions, the lower one among equals: with the least confidence so far in place of
-each one's own, they take the first positions of a chain.
+each one's own, they take the first positions of a chain. Where a token is the only one that is allowed behind those
+before it, nothing is to be found out about it: it does not take a step of its own.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from vllm.v1.core.sched.output import GrammarOutput
 
+from csrc_triton import Rules
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.messages import ANY_TOKEN, GRAMMAR_CHAINS, ONE_TOKEN, GrammarChain
 from vllm_osdt.worker.transfer import send
@@ -33,6 +35,7 @@ class GrammarRows(NamedTuple):
         requests: int64 ``[Q]``, which of the batch's requests.
         chain: int64 ``[Q, W]``, by position of the block: the token behind which the next position's mask holds,
             ``ANY_TOKEN``, ``DECIDED`` or ``OUTSIDE``.
+        leads: bool ``[Q, W]``, the first masked position, and those of a chain that only one token is allowed at.
     """
 
     rows_np: np.ndarray
@@ -42,6 +45,7 @@ class GrammarRows(NamedTuple):
     rows: torch.Tensor
     requests: torch.Tensor
     chain: torch.Tensor
+    leads: torch.Tensor
 
     def ban(self, logits: torch.Tensor, rows_np: np.ndarray) -> torch.Tensor:
         """Make -inf what is not allowed.
@@ -72,22 +76,27 @@ class GrammarRows(NamedTuple):
         is_only = token[self.rows] == self.only
         confidence[self.rows] = confidence[self.rows].masked_fill(is_only, 1.0)
 
-    def restrict(self, token: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-        """Scores by which only first positions of a chain are unmasked.
+    def restrict(self, token: torch.Tensor, score: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, Rules]:
+        """Scores and rules by which only first positions of a chain are unmasked.
 
-        The first masked position always has one, so that every step decides a token.
+        Those are at least the first masked position, and the ones right behind it at which only one token is allowed.
 
         Args:
             token, score: int64 and fp32 ``[R, W]`` of the batch's blocks; not modified.
+            rules: Theirs; not modified.
         """
         own, chain = score[self.requests], self.chain
         is_other = (chain != token[self.requests]) & (chain != ANY_TOKEN) & (chain != DECIDED)
         is_reached = is_other.cumsum(dim=1) - is_other.int() == 0  # no position before it has another token
         own = own.nan_to_num(nan=LOWEST).clamp(min=LOWEST).masked_fill(chain == DECIDED, torch.inf)
         least = own.cummin(dim=1).values
-        restricted = score.clone()
-        restricted[self.requests] = torch.where(is_reached & (chain >= ANY_TOKEN), least, NO_CONFIDENCE)
-        return restricted
+        is_reached &= chain >= ANY_TOKEN
+        restricted, min_unmask = score.clone(), rules.min_unmask.clone()
+        restricted[self.requests] = torch.where(is_reached, least, NO_CONFIDENCE)
+        num_led = ((is_reached & self.leads) | (chain == DECIDED)).cumprod(dim=1) - (chain == DECIDED).int()
+        least_unmask = num_led.sum(dim=1, dtype=min_unmask.dtype)
+        min_unmask[self.requests] = torch.maximum(min_unmask[self.requests], least_unmask)
+        return restricted, rules._replace(min_unmask=min_unmask)
 
 
 def grammar_rows(
@@ -108,14 +117,17 @@ def grammar_rows(
     chains: dict[str, GrammarChain] = getattr(output, GRAMMAR_CHAINS)
     requests = [index for index, req_id in enumerate(req_ids) if req_id in chains]
     table = np.full((len(requests), width), OUTSIDE, dtype=np.int64)
+    leads = np.zeros(table.shape, dtype=bool)
     rows: list[int] = []
     masks: list[int] = []
     only: list[int] = []
-    for line, index in zip(table, requests, strict=True):
+    for line, leading, index in zip(table, leads, requests, strict=True):
         chain, first = chains[req_ids[index]], int(cu_num_logits[index])
         length = min(len(chain.masks), int(cu_num_logits[index + 1]) - first)
         line[: chain.start] = DECIDED
         line[chain.start : chain.start + length] = chain.tokens[:length]
+        leading[chain.start : chain.start + length] = np.equal(chain.masks[:length], ONE_TOKEN)
+        leading[chain.start : chain.start + 1] = True
         for place, (token, mask) in enumerate(zip(chain.tokens[:length], chain.masks, strict=False)):
             if mask >= ONE_TOKEN:
                 rows.append(first + place)
@@ -128,5 +140,6 @@ def grammar_rows(
         "rows": np.array(rows, dtype=np.int64),
         "requests": np.array(requests, dtype=np.int64),
         "chain": table,
+        "leads": leads,
     }
     return GrammarRows(arrays["rows"], **send(arrays, device))

@@ -156,8 +156,9 @@ class CanvasSampler:
             canvas, confidence, result = self._unmask_adjusted(batch, proposals)
         elif batch.grammar is not None:
             token, confidence = proposals.to_grids(*blocks.canvas_index.shape)
-            score = proposals.of_grid(batch.grammar.restrict(token, confidence))
-            canvas, _, result = self._unmask(blocks, proposals._replace(confidence=score), batch.rules)
+            score, rules = batch.grammar.restrict(token, confidence, batch.rules)
+            allowed = proposals._replace(confidence=proposals.of_grid(score))
+            canvas, _, result = self._unmask(blocks, allowed, rules)
         else:
             canvas, confidence, result = self._unmask(blocks, proposals, batch.rules)
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
@@ -212,9 +213,11 @@ class CanvasSampler:
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
             steps.append((adjusted, step, masked[rows]))
-        allowed = score if batch.grammar is None else batch.grammar.restrict(token, score)
+        allowed, rules = score, batch.rules._replace(parameter=parameter)
+        if batch.grammar is not None:
+            allowed, rules = batch.grammar.restrict(token, score, rules)
         changed = proposals._replace(confidence=proposals.of_grid(allowed))
-        canvas, _, result = self._unmask(batch.blocks, changed, batch.rules._replace(parameter=parameter))
+        canvas, _, result = self._unmask(batch.blocks, changed, rules)
         for adjusted, step, before in steps:
             after = self.states.masked[adjusted.slots, :width]
             adjusted.policy.observe(step, before & ~after)
