@@ -104,6 +104,39 @@ def save_word_tokenizer(golden: Golden, folder: Path) -> None:
     )
 
 
+FRAGMENTS = (
+    '{" ": ", "} [" "] :" tr ue true fa al se false nu ll null in am me na name id ag ge age '
+    "yes no ab cd 12 34 00 -1 .5 e1"
+)
+
+
+def save_text_tokenizer(golden: Golden, folder: Path) -> None:
+    """Save a tokenizer of a recorded checkpoint's vocabulary that can write JSON.
+
+    Printable ASCII, fragments of JSON, and words in angle brackets for what is left of the ids.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    named = {golden.config["eos_token_id"]: "<|eos|>", golden.config["mask_token_id"]: "<|mask|>"}
+    texts = [*map(chr, range(33, 127)), "\u0120", "\u010a"]  # a space and a line feed
+    merges = []
+    for word in FRAGMENTS.split():
+        for split in range(1, len(word)):
+            if word not in texts and word[:split] in texts and word[split:] in texts:
+                merges.append((word[:split], word[split:]))
+                texts.append(word)
+    free = (token_id for token_id in range(golden.config["vocab_size"]) if token_id not in named)
+    words = {word: token_id for token_id, word in named.items()} | dict(zip(texts, free, strict=False))
+    words |= {f"<{token_id}>": token_id for token_id in free}
+    tokenizer = Tokenizer(BPE(words, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    eos, mask = (named[golden.config[name]] for name in ("eos_token_id", "mask_token_id"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, mask_token=mask).save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tasks_tokenizer(golden_tasks: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The task model's tokenizer."""

@@ -1,8 +1,9 @@
 """What travels between front end, engine core and workers: one typed message each way.
 
 ``RequestSpec`` goes from the front end to the engine core in a request's sampling parameters. ``CanvasStep`` goes from
-the scheduler to every rank with vLLM's ``SchedulerOutput``, ``StepReport`` comes back from the first rank with its
-``ModelRunnerOutput``; both as one attribute of vLLM's object (:data:`CANVAS_STEP`, :data:`STEP_REPORT`).
+the scheduler to every rank with vLLM's ``SchedulerOutput``, and so does a ``GrammarChain`` of each request with a
+grammar, with ``GrammarOutput``; ``StepReport`` comes back from the first rank with its ``ModelRunnerOutput``. Each is
+one attribute of vLLM's object (:data:`CANVAS_STEP`, :data:`GRAMMAR_CHAINS`, :data:`STEP_REPORT`).
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from vllm_osdt.policies import Schedule
 RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
 STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
+GRAMMAR_CHAINS = "grammar_chains"  # attribute of GrammarOutput: GrammarChain by request id
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
 TRACE = "trace"  # in a response's field, see engine.trace
 
@@ -77,12 +79,14 @@ class Assignment(NamedTuple):
         is_recorded: Whether its steps are recorded for a calibration.
         is_watched: Whether the guard wants its confidence at block entry.
         policy: Name of its policy, where the task's profile has chosen it; None for that of its options.
+        has_grammar: Whether a grammar says which tokens it may have; its steps are reported as those of a calibration.
     """
 
     schedule: Schedule
     is_recorded: bool = False
     is_watched: bool = False
     policy: str | None = None
+    has_grammar: bool = False
 
 
 @dataclass
@@ -99,8 +103,30 @@ class CanvasStep:
     first_position: frozenset[str] = frozenset()
 
 
+class GrammarChain(NamedTuple):
+    """What a grammar allows from the first masked position of a block on, n positions in a row.
+
+    The mask of each position holds behind the tokens of all before it: what is decided, then one token of the chain for
+    each position. So a position may be unmasked once those before it have these tokens.
+
+    Attributes:
+        start: Place of the first masked position in its block.
+        tokens: int, n of them: behind which token the next position's mask holds, ``ANY_TOKEN`` for any.
+        masks: int, n of them: row of the step's bitmask, ``ONE_TOKEN`` where only the token of ``tokens`` is allowed,
+            or ``NO_MASK`` where every token is.
+    """
+
+    start: int
+    tokens: list[int]
+    masks: list[int]
+
+
+ANY_TOKEN = -1  # in GrammarChain.tokens
+ONE_TOKEN, NO_MASK = -1, -2  # in GrammarChain.masks
+
+
 class RecordedStep(NamedTuple):
-    """One denoising step of C requests that calibrate, blocks of up to W positions; NumPy arrays.
+    """One denoising step of C requests that calibrate or have a grammar, blocks of up to W positions; NumPy arrays.
 
     Attributes:
         req_ids: Their ids.
@@ -145,7 +171,7 @@ class StepReport:
             that entered a block in this step.
         mean_confidence: Mean confidence of the step's masked positions, by id, of the requests whose cache mode asks.
         num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
-        recorded: The requests that calibrate, None without any.
+        recorded: The requests that calibrate or have a grammar, None without any.
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
         weights: That the rank had by the end of the step.
     """

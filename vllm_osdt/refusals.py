@@ -154,6 +154,22 @@ REFUSALS = {
     "min-tokens-stops": Refusal(
         "`min_tokens`", "Beside more than 128 stop tokens.", "Send fewer, or leave `min_tokens` out."
     ),
+    "grammar-edits": Refusal(
+        "`osdt_edit_threshold`",
+        "Beside structured output: a written token must not change.",
+        "Send `null`, or leave structured output out.",
+    ),
+    "grammar-ignore-eos": Refusal("`ignore_eos`", "Beside structured output, which has an end.", "Leave it out."),
+    "grammar-backend": Refusal(
+        "structured output",
+        "vLLM chose another backend than `xgrammar` and `guidance`.",
+        "The operator can set `structured_outputs_config.backend`.",
+    ),
+    "grammar-reasoning": Refusal(
+        "structured output",
+        "The server has a reasoning parser, and grammars hold behind the reasoning alone.",
+        "The operator can set `structured_outputs_config.enable_in_reasoning`.",
+    ),
     "vllm-diffusion": Refusal(
         "`diffusion_canvas_length`, `diffusion_max_steps`, `diffusion_read_only`, `diffusion_constrained`",
         "Always: they are of vLLM's own diffusion models.",

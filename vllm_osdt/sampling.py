@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_osdt.errors import InvalidOptionError
 
 if TYPE_CHECKING:
+    from vllm.config import StructuredOutputsConfig
     from vllm.sampling_params import SamplingParams
 
 # Sampling parameters that are not implemented, and the values that ask for nothing.
@@ -13,7 +14,6 @@ UNSUPPORTED_SAMPLING_PARAMS: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "logprob_token_ids": (None, []),
     "prompt_logprob_token_ids": (None,),
-    "structured_outputs": (None,),
     "thinking_token_budget": (None,),
     "repetition_detection": (None,),
     "trace_decode_token_ids": (None, []),
@@ -22,6 +22,55 @@ UNSUPPORTED_SAMPLING_PARAMS: dict[str, tuple[Any, ...]] = {
 MAX_LOGPROBS = 128  # of a token; they are kept for every position of every running request's block
 MAX_TOKEN_IDS = 1024  # in vLLM's tables of a request: of allowed_token_ids, and of logit_bias and bad_words together
 MAX_STOP_TOKEN_IDS = 128  # likewise, where min_tokens is set
+
+
+GRAMMAR_BACKENDS = ("xgrammar", "guidance")  # that can be led back any number of tokens
+
+
+def check_grammar(params: "SamplingParams", edit_threshold: float | None, config: "StructuredOutputsConfig") -> None:
+    """Refuse what cannot be combined with structured output.
+
+    Args:
+        params: As vLLM has completed them: their backend is known once vLLM has verified them.
+        edit_threshold: Option of the request.
+        config: Of the engine.
+
+    Raises:
+        InvalidOptionError: Names what stands in the way, and the remedy.
+    """
+    asked = params.structured_outputs
+    if asked is None or asked.all_constraints_none():
+        return
+    if edit_threshold is not None:
+        raise InvalidOptionError(
+            f"edit_threshold is {edit_threshold:g}, but the request asks for structured output: a token that is "
+            "written must not change, since those behind it continue it. Send osdt_edit_threshold = null.",
+            refusal="grammar-edits",
+            parameter="edit_threshold",
+            value=edit_threshold,
+        )
+    if params.ignore_eos:
+        raise InvalidOptionError(
+            "ignore_eos is set, but structured output ends where its document does. Leave ignore_eos out.",
+            refusal="grammar-ignore-eos",
+            parameter="ignore_eos",
+            value=True,
+        )
+    if asked._backend not in (None, "auto", *GRAMMAR_BACKENDS):
+        raise InvalidOptionError(
+            f"Structured output has the backend {asked._backend!r}, which cannot be led back within a block. Start the "
+            f"server with structured_outputs_config.backend = {' or '.join(map(repr, GRAMMAR_BACKENDS))}.",
+            refusal="grammar-backend",
+            parameter="structured_outputs",
+        )
+    if config.reasoning_parser and not config.enable_in_reasoning:
+        raise InvalidOptionError(
+            f"Structured output behind the reasoning that parser {config.reasoning_parser!r} finds is not implemented "
+            "for this diffusion model. Start the server without a reasoning parser, or with "
+            "structured_outputs_config.enable_in_reasoning.",
+            refusal="grammar-reasoning",
+            parameter="structured_outputs",
+        )
 
 
 def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int) -> None:

@@ -102,7 +102,7 @@ def test_chat_without_max_tokens_is_served(server: Server) -> None:
         ({"prompt_logprobs": 2}, ["prompt_logprobs=2"]),
         ({"bad_words": ["def two"]}, ["bad_words", "'def two'", "one token"]),
         ({"bad_words": ["def two"], "stream": True}, ["bad_words", "'def two'", "one token"]),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, ["structured_outputs"]),
+        ({"structured_outputs": {"choice": ["A", "B"]}, "ignore_eos": True}, ["ignore_eos", "document"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )

@@ -155,8 +155,6 @@ def test_a_task_at_the_top_of_the_body_is_heard(server: Server, path: str) -> No
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-ANTHROPIC = {"type": "json_schema", "schema": {"type": "object"}}
-SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
 
 
 @pytest.mark.parametrize(
@@ -167,10 +165,8 @@ SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
         ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [5]}, "Generative scoring is not"),
         (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo=True with logprobs asks for"),
         (COMPLETIONS, {"prompt_logprobs": 2}, "prompt_logprobs asks for log probabilities of the prompt"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format={'type': 'json_object'} (leave it out)"),
-        ("/v1/responses", {"text": {"format": SCHEMA}}, "text.format={'name': 'n', "),
-        ("/v1/messages", {"output_config": {"format": ANTHROPIC}}, "output_config.format={'"),
-        (COMPLETIONS, {"structured_outputs": {"choice": ["a"]}}, "structured_outputs={'choice': ['a']} (leave it out)"),
+        (CHAT, {"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos is set"),
+        (COMPLETIONS, {"structured_outputs": {"regex": "(A"}}, "regex"),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, 'tool_choice="required" requires'),
     ],
 )
@@ -197,6 +193,17 @@ def test_structured_decisions_are_answered_as_not_implemented(server: Server) ->
     questions = {"q": {"type": "boolean", "instructions": "Is it a beast?"}}
     response = post(server, "/v1/systemone", state="a dog", questions=questions)
     assert response.status_code == 501 and "does not support" in response.json()["error"]["message"]
+
+
+def test_an_answer_is_one_of_the_choices_that_are_asked_for(server: Server) -> None:
+    """The model's words have spaces between them: a choice of one word each."""
+    for words in (["A", "B", "C", "D"], ["teal", "recipe"]):
+        for path, fields in ((CHAT, {"messages": MESSAGES}), (COMPLETIONS, {"prompt": QUIZ})):
+            body = post(server, path, **fields, structured_outputs={"choice": words}).raise_for_status().json()
+            [choice] = body["choices"]
+            text = choice["message"]["content"] if path == CHAT else choice["text"]
+            assert text.strip() in words
+            assert choice["finish_reason"] == "stop"
 
 
 def test_the_log_says_in_one_paragraph_what_was_decided_and_nothing_of_each_weight(server: Server) -> None:

@@ -99,7 +99,9 @@ class Calibrator:
         registry = ProfileRegistry(options.max_profiles, store)
         return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement)
 
-    def assign(self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool = False) -> Assignment:
+    def assign(
+        self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool = False, has_grammar: bool = False
+    ) -> Assignment:
         """The schedule of a request and its part in calibration; decided once, when it is first planned.
 
         Args:
@@ -108,13 +110,19 @@ class Calibrator:
             max_tokens: Output tokens that it may get.
             is_kept: Whether other weights have decided some of its tokens (:meth:`forget`). It is then neither recorded
                 nor watched.
+            has_grammar: Whether a grammar says which. It then uses its task's profile, but says nothing of the task: it
+                neither calibrates nor is watched or audited.
         """
         found = self._decodings.get(req_id)
         if found is None:
-            found = self._decodings[req_id] = self._decide(req_id, spec, max_tokens, is_kept=is_kept)
+            found = self._decodings[req_id] = self._decide(
+                req_id, spec, max_tokens, is_kept=is_kept, has_grammar=has_grammar
+            )
         return found.assignment
 
-    def _decide(self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool) -> _Decoding:
+    def _decide(
+        self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool, has_grammar: bool
+    ) -> _Decoding:
         options, canvas = spec.options, spec.canvas
         policy = POLICIES[options.policy]
         shape = DecodeShape(
@@ -132,7 +140,7 @@ class Calibrator:
                 options = self._choose(options, profile)
                 policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
-            is_usual = not is_kept and spec.pinned is None
+            is_usual = not (is_kept or has_grammar) and spec.pinned is None
             if is_own and is_usual and self._calibrates(req_id, options, key, max_tokens, profile):
                 profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
             elif is_own and profile is None and _has_early_thresholds(options):
@@ -156,7 +164,11 @@ class Calibrator:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
         assignment = Assignment(
-            schedule, is_recorded=recorder is not None, is_watched=is_watched, policy=options.policy
+            schedule,
+            is_recorded=recorder is not None,
+            is_watched=is_watched,
+            policy=options.policy,
+            has_grammar=has_grammar,
         )
         return _Decoding(options, key, shape, about, assignment, profile, is_early, is_kept, recorder)
 
@@ -274,7 +286,9 @@ class Calibrator:
     def subject(self, req_id: str) -> Subject | None:
         """What an audit of a request would look at; None where it uses no finished profile."""
         found = self._decodings.get(req_id)
-        if found is None or found.profile is None or found.is_early or found.is_kept:
+        if found is None or found.profile is None or found.is_early:
+            return None
+        if found.is_kept or found.assignment.has_grammar:
             return None
         return Subject(found.profile, self._share_that_may_change(found.options, found.profile))
 

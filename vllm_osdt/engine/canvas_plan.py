@@ -45,6 +45,9 @@ class CanvasPlan(Protocol):
     def schedule(self, num_tokens: int, rows: Rows) -> None:
         """These rows run."""
 
+    def active_length(self, num_tokens: int) -> int:
+        """Positions of the active block that are not prompt."""
+
     def pages_needed(self, rows: Rows) -> int:
         """The position up to which KV pages are to be had before these rows run."""
 
@@ -106,6 +109,10 @@ class FullAttentionPlan:
         if rows.start == 0:
             block.refreshed_block = block.canvas.block_index(num_tokens)
 
+    def active_length(self, num_tokens: int) -> int:
+        """See ``CanvasPlan``; the last block may be shorter."""
+        return min(self.block_length, self._block.canvas_end - num_tokens)
+
     def pages_needed(self, rows: Rows) -> int:
         """All of the canvas that is there: a refresh writes them all."""
         return self._block.canvas_end
@@ -166,6 +173,10 @@ class BlockCausalPlan:
     def schedule(self, num_tokens: int, rows: Rows) -> None:
         """See ``CanvasPlan``."""
         self.num_final = min(rows.end, self._block_of(num_tokens))
+
+    def active_length(self, num_tokens: int) -> int:
+        """See ``CanvasPlan``."""
+        return self._block_of(num_tokens) + self.block_length - num_tokens
 
     def pages_needed(self, rows: Rows) -> int:
         """Pages are taken as the request grows."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
@@ -22,6 +22,7 @@ from vllm_osdt.engine.audit import Auditor
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
+from vllm_osdt.engine.grammar import Grammars
 from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.engine.trace import Tracer
 from vllm_osdt.engine.weights import Weights
@@ -76,7 +77,9 @@ class CanvasScheduler(Scheduler):
         self._weights = Weights()
         self._tracer = Tracer(self.max_num_running_reqs)
         self._is_fused = options.fused_commit
-        self._traits: Traits = self.vllm_config.model_config.hf_config.traits
+        model = self.vllm_config.model_config
+        self._traits: Traits = model.hf_config.traits
+        self._grammars = Grammars(self.structured_output_manager, model.get_vocab_size(), self._traits.mask_token_id)
         # vLLM would apply it to a canvas too.
         self._long_prefill_threshold = self.scheduler_config.long_prefill_token_threshold
         self.scheduler_config.long_prefill_token_threshold = 0
@@ -115,10 +118,17 @@ class CanvasScheduler(Scheduler):
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
+            self._grammars.forget(new.req_id)
             if not request.num_output_tokens:
                 request.canvas_weights = self._weights
-            spec, is_kept = self._spec(request), request.canvas_weights is not self._weights
-            assignment = self.calibrator.assign(new.req_id, spec, request.sampling_params.max_tokens, is_kept=is_kept)
+            spec = self._spec(request)
+            assignment = self.calibrator.assign(
+                new.req_id,
+                spec,
+                request.sampling_params.max_tokens,
+                is_kept=request.canvas_weights is not self._weights,
+                has_grammar=request.use_structured_output,
+            )
             if spec.options.return_trace:
                 assignment = assignment._replace(is_recorded=True)
                 self._tracer.begin(new.req_id, assignment.schedule)
@@ -130,6 +140,15 @@ class CanvasScheduler(Scheduler):
             )
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """What the grammars of a step's requests allow in their active blocks; made while the model runs."""
+        requests = map(self.requests.__getitem__, scheduler_output.num_scheduled_tokens)
+        return self._grammars.allow(
+            (request, self._plan(request).active_length(request.num_tokens))
+            for request in requests
+            if request.use_structured_output and self._rows[request.request_id].decides != Decides.NOTHING
+        )
 
     def _admit_audits(self) -> None:
         """Have one audit run while no request waits; stop it when one does.
@@ -340,6 +359,8 @@ class CanvasScheduler(Scheduler):
                     self._plan(self.requests[req_id]).hear(confidence)
             self._trace(report)
             self._count_run_ahead(report)
+            if report.recorded is not None:
+                self._fail(self._grammars.hear(report.recorded, self.requests), model_runner_output)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
         self._count_commits(scheduler_output, requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -368,6 +389,13 @@ class CanvasScheduler(Scheduler):
             if request is not None and self._spec(request).options.return_trace
         }
         self._tracer.hear(report.recorded, forwards)
+
+    def _fail(self, req_ids: list[str], model_runner_output: ModelRunnerOutput) -> None:
+        """End requests with an error, as those whose grammar fails to compile, and without this step's tokens."""
+        self.grammar_compile_error_reqs.update(req_ids)
+        for req_id in req_ids:
+            logger.error("Request %s ends: no token that it may have continues its structured output.", req_id)
+            model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]] = []
 
     def _count_run_ahead(self, report: StepReport) -> None:
         """Count second steps: those that were of use are forwards of their requests like others."""
@@ -410,6 +438,7 @@ class CanvasScheduler(Scheduler):
             about = self.calibrator.about(request.request_id)
             self.calibrator.statistics.ended(about, num_forwards(request), request.num_output_tokens)
         self.calibrator.finish_request(request.request_id, ended_well=ended_well)
+        self._grammars.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:

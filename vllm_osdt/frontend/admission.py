@@ -35,7 +35,7 @@ from vllm_osdt.options import (
     validate_for_family,
 )
 from vllm_osdt.policies import POLICIES
-from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_limits
+from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_grammar, check_limits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -240,6 +240,7 @@ class FrontEnd:
         check_limits(params, vocabulary, traits.mask_token_id)
         template = Reader(encode, vocabulary, traits.mask_token_id).read(extra, sent.max_tokens)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
+        check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:

@@ -91,6 +91,34 @@ def patch_sampling_validation(check_sampling_params: Callable[[Any], None]) -> N
     _wrap(SamplingParams, "_validate_diffusion", make)
 
 
+def patch_structured_output_validation() -> None:
+    """vLLM answers 400 for structured output of a diffusion model; ours have it. All other checks are vLLM's.
+
+    Goes when vLLM lets a model declare the sampling parameters it supports.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    class Autoregressive:
+        """A model's config, but for one property."""
+
+        is_diffusion = False
+
+        def __init__(self, model_config):
+            self._model_config = model_config
+
+        def __getattr__(self, name):
+            return getattr(self._model_config, name)
+
+    def make(original):
+        def _validate_structured_outputs(self, model_config, *args, **kwargs):
+            own = is_canvas_model(model_config)
+            original(self, Autoregressive(model_config) if own else model_config, *args, **kwargs)
+
+        return _validate_structured_outputs
+
+    _wrap(SamplingParams, "_validate_structured_outputs", make)
+
+
 def patch_admission(admit: Callable[..., None]) -> None:
     """Options are checked where prompt and parameters meet, in the front end, for LLM.generate and the server alike.
 
@@ -782,6 +810,7 @@ def apply(admission: ModuleType, response: ModuleType, prometheus_metrics: Calla
         prometheus_metrics: Class of the metrics that the front end exports.
     """
     patch_sampling_validation(admission.check_sampling_params)
+    patch_structured_output_validation()
     patch_admission(admission.admit)
     patch_early_refusals(admission, response)
     patch_beam_search(admission.refuse)

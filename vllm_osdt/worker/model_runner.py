@@ -1,6 +1,7 @@
 """The thin runner: vLLM's Model Runner V2 with inputs that come from canvas tables."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_osdt.host.attention import check_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
 from vllm_osdt.options import server_options
+from vllm_osdt.worker.grammar import grammar_rows
 from vllm_osdt.worker.head import Head, choose_head
 from vllm_osdt.worker.model_state import CanvasModelState
 from vllm_osdt.worker.recorder import Decision
@@ -232,6 +234,11 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """In place of vLLM's, which has one row of logits for each token that it samples."""
         assert isinstance(input_batch, CanvasInputBatch)
+        if grammar_output is not None:
+            assert input_batch.denoise is not None
+            width = input_batch.denoise.blocks.canvas_index.shape[1]
+            rows = grammar_rows(grammar_output, input_batch.req_ids, input_batch.cu_num_logits_np, width, self.device)
+            input_batch.denoise = replace(input_batch.denoise, grammar=rows)
         decision, ran_ahead = self._decide(hidden_states, input_batch)
         output = self.sampler.finish(input_batch, decision, ran_ahead)
         return output, output.num_sampled, output.num_rejected

@@ -117,7 +117,7 @@ class CanvasSampler:
             own = logits.index_select(0, part.rows).float()
             if self._reads_processed:
                 temperature = None if batch.temperature is None else batch.temperature[part.rows]
-                own = self.shaping.shape(own, part, temperature)
+                own = self.shaping.shape(own, part, temperature, batch.grammar)
                 if temperature is not None:
                     own = own / torch.where(temperature > 0, temperature, 1.0)[:, None]
             self._logprobs.keep(
@@ -135,7 +135,7 @@ class CanvasSampler:
         noise = batch.temperature, batch.noise_key
         found = self._confidence(logits, self.states.mask_token_id, *noise, batch.by_entropy)
         if batch.shaped is not None:
-            self.shaping.propose(logits, batch.shaped, *noise, *found, batch.by_entropy)
+            self.shaping.propose(logits, batch.shaped, *noise, *found, batch.by_entropy, batch.grammar)
         return Proposals(batch.position, *found)
 
     def decide(self, batch: DenoiseBatch, proposals: Proposals, *, keeps_masks: bool) -> Decision:
@@ -154,6 +154,11 @@ class CanvasSampler:
             is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
         if batch.adjusted:
             canvas, confidence, result = self._unmask_adjusted(batch, proposals)
+        elif batch.grammar is not None:
+            token, confidence = proposals.to_grids(*blocks.canvas_index.shape)
+            score, rules = batch.grammar.restrict(token, confidence, batch.rules)
+            allowed = proposals._replace(confidence=proposals.of_grid(score))
+            canvas, _, result = self._unmask(blocks, allowed, rules)
         else:
             canvas, confidence, result = self._unmask(blocks, proposals, batch.rules)
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
@@ -191,7 +196,7 @@ class CanvasSampler:
     def _unmask_adjusted(self, batch: DenoiseBatch, proposals: Proposals) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy."""
         width = batch.blocks.canvas_index.shape[1]
-        _, score = proposals.to_grids(*batch.blocks.canvas_index.shape)
+        token, score = proposals.to_grids(*batch.blocks.canvas_index.shape)
         parameter = batch.rules.parameter.clone()
         masked = self.states.masked[batch.blocks.slots, :width]
         score.masked_fill_(~masked, NO_CONFIDENCE)  # a request that edits has logits of written positions too
@@ -208,10 +213,13 @@ class CanvasSampler:
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
             steps.append((adjusted, step, masked[rows]))
-        changed = proposals._replace(confidence=proposals.of_grid(score))
-        found = self._unmask(batch.blocks, changed, batch.rules._replace(parameter=parameter))
+        allowed, rules = score, batch.rules._replace(parameter=parameter)
+        if batch.grammar is not None:
+            allowed, rules = batch.grammar.restrict(token, score, rules)
+        changed = proposals._replace(confidence=proposals.of_grid(allowed))
+        canvas, _, result = self._unmask(batch.blocks, changed, rules)
         for adjusted, step, before in steps:
             after = self.states.masked[adjusted.slots, :width]
             adjusted.policy.observe(step, before & ~after)
             self.states.policy_state[adjusted.slots] = step.state
-        return found
+        return canvas, score, result

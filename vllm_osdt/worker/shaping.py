@@ -1,9 +1,10 @@
 """Logits that a request's sampling parameters change before a token is proposed.
 
-Biases, banned and allowed tokens, ``min_tokens`` and penalties change what the model says; ``min_p``, ``top_k`` and
-``top_p`` then leave tokens out. The states of the requests and the functions are vLLM's own. A proposal comes from what
-is left; its confidence is the model's own probability of it, or, where the request asks for that, its share of what is
-left, both without temperature.
+A grammar leaves out what its text cannot have next. Biases, banned and allowed tokens, ``min_tokens`` and penalties
+change what the model says; ``min_p``, ``top_k`` and ``top_p`` then leave tokens out. The states of the requests and the
+functions are vLLM's own. A proposal comes from what is left; its confidence is the model's own probability of it, or,
+where the request asks for that, its share of what is left, both without temperature. The only token that a grammar
+allows is certain.
 """
 
 from copy import copy
@@ -17,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.penalties import use_penalty
 
 from csrc_triton import implementations
+from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import LogitRows
 
@@ -46,7 +48,8 @@ class LogitShaping:
         )
         penalizes = use_penalty(params)
         biases = self._biases.add_request(slot, _with_banned_words(params))
-        host, is_shaped = self._states.host, filters or penalizes or biases
+        host = self._states.host
+        is_shaped = filters or penalizes or biases or host.has_grammar[slot]
         host.penalties[slot] = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
         host.penalizes[slot], host.is_shaped[slot] = penalizes, is_shaped
         self._has_news |= is_shaped
@@ -72,6 +75,7 @@ class LogitShaping:
         token: torch.Tensor,
         confidence: torch.Tensor,
         by_entropy: torch.Tensor | None,
+        grammar: GrammarRows | None = None,
     ) -> None:
         """Put the proposals of the rows of :class:`LogitRows` in place of the model's own.
 
@@ -80,6 +84,7 @@ class LogitShaping:
             shaped: The rows.
             temperature, noise_key, by_entropy: ``[M]``, see ``csrc_triton.confidence``.
             token, confidence: int64 and fp32 ``[M]``, written in place.
+            grammar: What the step's grammars allow.
         """
         size = shaped.rows.shape[0]
         step = max(1, CHUNK_ELEMENTS // logits.shape[1])
@@ -87,7 +92,7 @@ class LogitShaping:
             part = shaped.part(start, start + step)
             own = logits.index_select(0, part.rows).float()
             of_part = [None if one is None else one[part.rows] for one in (temperature, noise_key, by_entropy)]
-            left = self.shape(own.clone(), part, of_part[0])
+            left = self.shape(own.clone(), part, of_part[0], grammar)
             found, share = self._confidence(left, self._states.mask_token_id, *of_part)
             probability = torch.exp(own.gather(1, found[:, None]).squeeze(1) - own.logsumexp(dim=1)).nan_to_num(nan=0.0)
             if part.asks_share is not None:
@@ -95,15 +100,26 @@ class LogitShaping:
             if of_part[2] is not None:
                 probability = torch.where(of_part[2], confidence[part.rows], probability)
             token[part.rows], confidence[part.rows] = found, probability
+        if grammar is not None:
+            grammar.settle(token, confidence)
 
-    def shape(self, logits: torch.Tensor, rows: LogitRows, temperature: torch.Tensor | None) -> torch.Tensor:
+    def shape(
+        self,
+        logits: torch.Tensor,
+        rows: LogitRows,
+        temperature: torch.Tensor | None,
+        grammar: GrammarRows | None = None,
+    ) -> torch.Tensor:
         """Logits as the requests' parameters change them; what is left out becomes -inf. No temperature is applied.
 
         Args:
             logits: fp32 ``[S, vocabulary]``, changed in place.
             rows: Whose they are; S so small that a few copies of the logits fit.
             temperature: fp32 ``[S]``, by which probabilities for ``min_p`` and ``top_p`` are made; None: 0.
+            grammar: What the step's grammars allow.
         """
+        if grammar is not None:
+            logits = grammar.ban(logits, rows.rows_np)
         slots_np, filters = rows.slots_np, self._filters
         # vLLM numbers a row by the position that it is read at, which is that of the token before.
         context = LogitsContext(rows.slots, rows.slots, slots_np, rows.slots, rows.slots, rows.place - 1, slots_np)

@@ -63,7 +63,8 @@ class HostTables(NamedTuple):
     temperature: np.ndarray  # float32
     seed: np.ndarray  # int64
     end_token_ids: np.ndarray  # int64 [slots, MAX_END_TOKENS], -1 for none
-    is_recorded: np.ndarray  # bool, the request calibrates its task
+    is_recorded: np.ndarray  # bool, the request calibrates its task, or has a grammar
+    has_grammar: np.ndarray  # bool, a grammar says which tokens it may have
     is_watched: np.ndarray  # bool, the guard wants its confidence at block entry
     reports_confidence: np.ndarray  # bool, its cache mode wants the confidence of every step
     edit_threshold: np.ndarray  # float32, infinite for none
@@ -133,6 +134,7 @@ class CanvasStates:
             seed=np.zeros(max_num_reqs, dtype=np.int64),
             end_token_ids=np.full((max_num_reqs, MAX_END_TOKENS), -1, dtype=np.int64),
             is_recorded=np.zeros(max_num_reqs, dtype=bool),
+            has_grammar=np.zeros(max_num_reqs, dtype=bool),
             is_watched=np.zeros(max_num_reqs, dtype=bool),
             reports_confidence=np.zeros(max_num_reqs, dtype=bool),
             edit_threshold=np.full(max_num_reqs, np.inf, dtype=np.float32),
@@ -179,7 +181,8 @@ class CanvasStates:
         host.temperature[slot] = params.temperature
         host.seed[slot] = _seed(new.req_id, params.seed)
         host.end_token_ids[slot] = -1 if spec.pinned is not None else _end_token_ids(params)
-        host.is_recorded[slot] = assignment.is_recorded
+        host.has_grammar[slot] = assignment.has_grammar
+        host.is_recorded[slot] = assignment.is_recorded or assignment.has_grammar
         host.is_watched[slot] = assignment.is_watched
         host.reports_confidence[slot] = options.refresh_confidence > 0
         host.edit_threshold[slot] = np.inf if options.edit_threshold is None else options.edit_threshold
@@ -187,7 +190,7 @@ class CanvasStates:
         host.sub_block_cache[slot] = options.sub_block_cache
         host.prompt_end[slot] = len(new.prompt_token_ids or ())
         host.filters_confidence[slot] = options.filtered_confidence
-        if assignment.is_recorded or assignment.is_watched or options.refresh_confidence > 0:
+        if host.is_recorded[slot] or assignment.is_watched or options.refresh_confidence > 0:
             self.observed.add(new.req_id)
         policy = assignment.policy or options.policy
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
@@ -206,7 +209,7 @@ class CanvasStates:
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
             host.adjusts[slot] = 0
-            host.is_shaped[slot] = False
+            host.is_shaped[slot] = host.has_grammar[slot] = False
             host.num_logprobs[slot] = -1
 
     def take_fallbacks(self) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
 from vllm_osdt.policies import POLICIES, Policy
+from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -31,6 +32,7 @@ class LogitRows(NamedTuple):
 
     Attributes:
         slots_np: int64 ``[S]`` slot of each, on the host.
+        rows_np: int64 ``[S]``, the same as ``rows``, likewise.
         rows: int64 ``[S]``, which of the M.
         slots: int32 ``[S]``, the same as ``slots_np``.
         place: int64 ``[S]``, position of the token that each predicts.
@@ -40,6 +42,7 @@ class LogitRows(NamedTuple):
     """
 
     slots_np: np.ndarray
+    rows_np: np.ndarray
     rows: torch.Tensor
     slots: torch.Tensor
     place: torch.Tensor
@@ -69,12 +72,13 @@ class DenoiseBatch:
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
         adjusted: The requests whose policy adjusts the step, by policy.
-        recorded_np: int64 ``[C]``, on the host: which of the batch's requests calibrate.
+        recorded_np: int64 ``[C]``, on the host: which of the batch's requests calibrate or have a grammar.
         recorded: The same on the device, None where none does.
         shaped: Rows whose logits are changed before a token is proposed; None without any.
         scored: Rows whose log probabilities are returned; None without any.
         num_scores: Log probabilities returned of each token, besides its own, of the request that asks for most; -1
             when none asks.
+        grammar: What grammars allow, which comes after the model has run; None where no request has one.
     """
 
     slots_np: np.ndarray
@@ -94,6 +98,7 @@ class DenoiseBatch:
     shaped: LogitRows | None = None
     scored: LogitRows | None = None
     num_scores: int = -1
+    grammar: GrammarRows | None = None
 
     @property
     def needs_logits(self) -> bool:
@@ -361,7 +366,7 @@ class DenoisePlan(NamedTuple):
     is_active: np.ndarray  # bool [R]
     step: np.ndarray  # int64 [R], denoising steps that the block has seen before
     policies: list[Policy]  # that adjust the step
-    recorded: np.ndarray  # int64 [C], requests that calibrate
+    recorded: np.ndarray  # int64 [C], requests that calibrate or have a grammar
     arrays: dict[str, np.ndarray]  # for the device
     shaped_slots: np.ndarray  # int64 [S], of the rows whose logits are changed
     scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
@@ -503,17 +508,20 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         ],
         recorded_np=plan.recorded,
         recorded=sent.get("recorded"),
-        shaped=_logit_rows("shaped", plan.shaped_slots, sent),
-        scored=_logit_rows("scored", plan.scored_slots, sent),
+        shaped=_logit_rows("shaped", plan.shaped_slots, plan.arrays, sent),
+        scored=_logit_rows("scored", plan.scored_slots, plan.arrays, sent),
         num_scores=plan.num_scores,
     )
 
 
-def _logit_rows(name: str, slots: np.ndarray, sent: Mapping[str, torch.Tensor]) -> LogitRows | None:
+def _logit_rows(
+    name: str, slots: np.ndarray, arrays: Mapping[str, np.ndarray], sent: Mapping[str, torch.Tensor]
+) -> LogitRows | None:
     if not slots.size:
         return None
     return LogitRows(
         slots,
+        arrays[f"{name}_rows"],
         sent[f"{name}_rows"],
         sent[f"{name}_slots"],
         sent[f"{name}_place"],
