@@ -3,6 +3,31 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def extras_of(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """What four prompts are answered with parameters that change logits or ask for them, and in a template."""
+    import vllm_osdt
+    from tests.e2e.engine import generate, sampling, tokens
+
+    extras = [
+        {"logit_bias": {5: 2.0, 9: -100.0}, "logprobs": 1},
+        {"repetition_penalty": 1.5, "logprobs": 0},
+        {"temperature": 1.0, "seed": 3, "top_p": 0.9, "top_k": 9, "return_trace": True},
+    ]
+    asked = [sampling(32, policy="static_threshold", threshold=0.3, **extra) for extra in extras]
+    template = sampling(None, policy="static_threshold", threshold=0.3)
+    template.extra_args["osdt_infill"] = [[7, 8], 12, [9]]
+    shaped = generate(llm, prompts, [*asked, template])
+    return {
+        "tokens": tokens(shaped),
+        "logprobs": [
+            [place[token].logprob for place, token in zip(one.logprobs, one.token_ids, strict=True)]
+            for one in shaped[:2]
+        ],
+        "trace": vllm_osdt.describe(shaped[2])["trace"]["step"],
+    }
 
 
 def main(folder: Path, outcome: Path) -> None:
@@ -33,7 +58,9 @@ def main(folder: Path, outcome: Path) -> None:
         "same": tokens(again) == tokens(calibrated),
         "used": [vllm_osdt.describe(completion)["profile"] for completion in again],
     }
-    result = {"decided": decided, "held": held, "used": used, "calibrated": tokens(calibrated), "reloaded": reloaded}
+    extra = extras_of(llm, prompts[:4])
+    result = {"extra": extra, "decided": decided, "held": held, "used": used, "calibrated": tokens(calibrated)}
+    result["reloaded"] = reloaded
     outcome.write_text(json.dumps(result))
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.e2e import tensor_parallel_program
 from tests.e2e.jobs import MIN_MARGIN, above
 from tests.reference.block_causal import ReferenceLLaDA2, ReferenceSDAR, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_llada2_checkpoint, make_sdar_checkpoint
@@ -31,7 +32,7 @@ def run_on_two_ranks(program, *arguments):
 
 
 @needs_two_cores
-def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, tmp_path):
+def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, random_llm, tmp_path):
     run_on_two_ranks("tensor_parallel_program", golden_random.folder, tmp_path / "outcome")
     result = json.loads((tmp_path / "outcome").read_text())
     assert result["decided"] == [case["output_token_ids"] for case in golden_random.cases]
@@ -47,6 +48,12 @@ def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, t
     assert len(list(tmp_path.rglob("*.json"))) == 2
     # The same files once more: other weights to the engine, whose profiles are those of the files.
     assert result["reloaded"] == {"updates": [1, 1], "versions": [0, 0, 1, 1], "same": True, "used": result["used"]}
+    prompts = [case["prompt_token_ids"] for case in golden_random.cases[:4]]
+    alone = tensor_parallel_program.extras_of(random_llm, prompts)  # one rank
+    for name in ("tokens", "trace"):
+        assert result["extra"][name] == alone[name]
+    for got, expected in zip(result["extra"]["logprobs"], alone["logprobs"], strict=True):
+        assert got == pytest.approx(expected, abs=1e-4)
 
 
 def decode_on_two_ranks(tmp_path, engine, prompts, options):
