@@ -43,7 +43,7 @@ def ask(url: str) -> None:
         model="mini", prompt=f"{QUESTION} Answer:", max_tokens=96, extra_body=options
     )
     print("completion:", completion.choices[0].text)
-    print("decoded:", completion.model_extra["metrics"]["speculative_decoding"]["osdt"])
+    print("decoded:", completion.osdt)
     messages = [{"role": "user", "content": QUESTION}]
     chat = client.chat.completions.create(model="mini", messages=messages, extra_body=options)
     print("chat:", chat.choices[0].message.content)

@@ -22,15 +22,13 @@ def main() -> None:
         prompt=args.prompt,
         max_tokens=96,
         stream=True,
-        stream_options={"include_usage": True},  # the last piece then has usage and metrics
         extra_body={"osdt_task": "quiz"},
     )
     for piece in stream:
         if piece.choices and piece.choices[0].text:
             print("piece:", repr(piece.choices[0].text), flush=True)
-        metrics = (piece.model_extra or {}).get("metrics")
-        if metrics:
-            print("decoded:", metrics["speculative_decoding"]["osdt"])
+        if hasattr(piece, "osdt"):  # the last one
+            print("decoded:", piece.osdt)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The generated pages say what the declarations say."""
 
+import ast
 import json
 import re
 import subprocess
@@ -11,6 +12,8 @@ from packaging.requirements import Requirement
 from tests.conftest import REPOSITORY
 from vllm_osdt.declaration import defaults
 from vllm_osdt.options import DEFAULTS, OPTION_NAMES, SERVER_OPTION_NAMES, ServerOptions, operator_help
+from vllm_osdt.refusals import REFUSALS
+from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
 
 
 def test_the_pages_are_up_to_date():
@@ -41,3 +44,27 @@ def test_pages_name_the_range_of_vllm_that_the_package_asks_for():
     for page in ("README.md", "docs/index.md"):
         [named] = re.findall(r"\(`(>=[^`]*)`\)", (REPOSITORY / page).read_text())
         assert set(named.split(",")) == bounds
+
+
+def refusals_in_code():
+    """Place and keywords of every refusal that the package can raise."""
+    for path in sorted((REPOSITORY / "vllm_osdt").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "InvalidOptionError":
+                keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+                yield f"{path.relative_to(REPOSITORY)}:{node.lineno}", keywords
+
+
+def test_every_refusal_has_its_row_and_names_the_parameter():
+    found = dict(refusals_in_code())
+    rows = {place: getattr(keywords.get("refusal"), "value", None) for place, keywords in found.items()}
+    assert [place for place, row in rows.items() if row not in REFUSALS] == []
+    assert set(rows.values()) == set(REFUSALS)  # no row of a refusal that is gone
+    assert [place for place, keywords in found.items() if "parameter" not in keywords] == []
+
+
+def test_the_page_of_refusals_has_every_row():
+    page = (REPOSITORY / "docs" / "refusals.md").read_text()
+    assert all(f"| {' | '.join(row)} |" in page for row in REFUSALS.values())
+    refused = page.split("## Sampling parameters")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", refused, flags=re.MULTILINE) == list(UNSUPPORTED_SAMPLING_PARAMS)

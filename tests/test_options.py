@@ -333,7 +333,7 @@ def test_steps_default_to_one_token_a_step_of_fixed_steps_and_to_no_quota_of_a_t
     [
         (
             {"factor": 0.5},
-            "osdt_factor is 0.5, which policy 'osdt' does not use. Leave it out, or send osdt_policy = 'factor'",
+            "osdt_factor is 0.5, which policy 'osdt' does not use: leave it out, or send osdt_policy = 'factor'",
         ),
         ({"entropy": 0.5, "policy": "factor"}, "osdt_entropy is 0.5, which policy 'factor' does not use"),
         ({"delta": 0.5, "policy": "factor"}, "osdt_delta is 0.5, which policy 'factor' does not use"),
@@ -414,7 +414,7 @@ def test_the_conformal_statistic_cannot_use_committed_positions_alone(prefix):
 )
 def test_too_few_calibrations_for_the_risk_are_refused_with_how_many_it_takes(values, given, needed):
     words = (
-        rf"num_calibration_requests is {given}; .*risk {values.get('risk', 0.02):g} needs at least {needed}\. .*\"q1\""
+        rf"num_calibration_requests is {given}; .*risk {values.get('risk', 0.02):g} needs at least {needed}: .*\"q1\""
     )
     with pytest.raises(InvalidOptionError, match=words):
         parse_options(values, base=BASE)

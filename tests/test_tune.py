@@ -328,9 +328,9 @@ class Handler(BaseHTTPRequestHandler):
         if body["prompt"] == "broken":
             return self._answer(500, {"error": {"message": "out of memory"}})
         about = {"nfe": body["max_tokens"], "profile": None, "policy": body["vllm_xargs"]["osdt_policy"]}
-        metrics = {"speculative_decoding": {"osdt": about} if body["prompt"] != "plain" else {}}
+        told = {"osdt": about} if body["prompt"] != "plain" else {}
         text = f"{body['prompt']} at {body['temperature']:g}"
-        return self._answer(200, {"choices": [{"text": text}], "usage": {"completion_tokens": 3}, "metrics": metrics})
+        return self._answer(200, {"choices": [{"text": text}], "usage": {"completion_tokens": 3}, **told})
 
 
 @pytest.fixture

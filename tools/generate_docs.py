@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documentation from the declarations: ``docs/options.md`` and ``docs/metrics.md``.
+"""Writes the generated parts of the documentation from the declarations: options, refusals and metrics.
 
     python tools/generate_docs.py           # write
     python tools/generate_docs.py --check   # fail when a page is not up to date
@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from vllm_osdt.frontend.metrics import LABELS, METRICS
 from vllm_osdt.options import FORMER_NAMES, ReferenceRow, reference_rows
+from vllm_osdt.refusals import REFUSALS, sampling_rows
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
 
 _SECTION = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -72,6 +73,8 @@ def _sections() -> dict[str, Callable[[], str]]:
             ("Former name", "Name"), [(f"`{former}`", f"`{name}`") for former, name in FORMER_NAMES.items()]
         ),
         "refused-parameters": lambda: ", ".join(f"`{name}`" for name in UNSUPPORTED_SAMPLING_PARAMS) + ".\n",
+        "refusals": lambda: table(("Parameter", "When", "What to do"), list(REFUSALS.values())),
+        "refused-values": lambda: table(("Parameter", "Refused", "What to do"), sampling_rows()),
         "metrics": _metrics,
     }
 
@@ -88,7 +91,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is not up to date")
     args = parser.parse_args()
     status = 0
-    for page in (ROOT / "docs" / "options.md", ROOT / "docs" / "metrics.md"):
+    for page in (ROOT / "docs" / f"{name}.md" for name in ("options", "refusals", "metrics")):
         before = page.read_text(encoding="utf-8")
         after = fill(before)
         if after != before and args.check:

@@ -44,7 +44,10 @@ def sampling_params(**values: Any) -> "SamplingParams":
             close = did_you_mean(name, (*OPTION_NAMES, *fields))
             raise InvalidOptionError(
                 f"{name!r} is neither a sampling parameter of vLLM nor a decoding option{close}; the decoding options "
-                f"are {', '.join(OPTION_NAMES)}."
+                f"are {', '.join(OPTION_NAMES)}.",
+                refusal="neither-parameter-nor-option",
+                parameter=name,
+                value=values[name],
             )
     own = {PREFIX + name: values.pop(name) for name in (*OPTION_NAMES, *FORMER_NAMES) if name in values}
     extra_args = {**(values.pop("extra_args", None) or {}), **own}
@@ -59,8 +62,10 @@ def describe(completion: Any) -> dict[str, Any] | None:
 
     Returns:
         ``policy``, ``task`` (the one it was found to belong to), ``profile`` (id of the calibration profile it used, or
-        None), ``calibrating`` (whether it was recorded for one), ``nfe`` (forward passes it took part in) and
-        ``tokens_per_forward``. None for other models.
+        None), ``calibrating`` (whether it was recorded for one), ``nfe`` (forward passes it took part in),
+        ``tokens_per_forward``, ``weights_version`` (number of weight updates before its last tokens were decided, or
+        the caller's label of the weights) and ``weights_version_at_start`` (the same for its first tokens). None for
+        other models.
     """
     return getattr(completion.spec_decode_metrics, "osdt", None)
 

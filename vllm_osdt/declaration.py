@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.errors import InvalidOptionError, shown
 
 _STRICT = ConfigDict(strict=True)
 
@@ -106,7 +106,12 @@ class Declaration:
             hint = did_you_mean(value, self.schema["enum"])
         elif self.schema["type"] in ("number", "integer") and _is_wrong_type(self.schema["type"], value):
             hint = f" ({type(value).__name__})"
-        raise InvalidOptionError(f"{name} is {value!r}{hint}; expected {self.expectation}.") from None
+        raise InvalidOptionError(
+            f"{name} is {shown(value)}{hint}; expected {self.expectation}.",
+            refusal="option-value",
+            parameter=name,
+            value=value,
+        ) from None
 
 
 def _is_wrong_type(kind: str, value: Any) -> bool:

@@ -12,6 +12,7 @@ BlockLength = count(1, MAX_BLOCK_LENGTH)
 BLOCK_CACHE = "block"  # cache mode of block-causal models, the only one they have
 CANVAS_CACHES = ("none", "prefix", "dual")  # those of models whose positions see the whole canvas
 CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
+PROMPT = "prompt"  # parameter of refusals for the prompt's length; each endpoint has its own name for it
 USUAL_LENGTH = 128  # of a canvas at first, where neither operator nor checkpoint names one
 
 
@@ -156,25 +157,36 @@ def full_attention_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
     room = limit - prompt_length
     if room < 1:
         raise InvalidOptionError(
-            f"The prompt has {prompt_length} tokens and leaves no room for output in {bound}. Shorten the prompt."
+            f"The prompt has {prompt_length} tokens and leaves no room for output in {bound}; shorten the prompt.",
+            refusal="prompt-room",
+            parameter=PROMPT,
         )
     if gen_length is not None:
         if gen_length % block:
             raise InvalidOptionError(
                 f"gen_length is {gen_length}, no multiple of block_length {block}; use "
-                f"{math.ceil(gen_length / block) * block}."
+                f"{math.ceil(gen_length / block) * block}.",
+                refusal="gen-length-blocks",
+                parameter="gen_length",
+                value=gen_length,
             )
         if gen_length > room:
             raise InvalidOptionError(
                 f"gen_length is {gen_length}, but the prompt of {prompt_length} tokens leaves {room} of "
-                f"{bound}. Lower gen_length or shorten the prompt."
+                f"{bound}; lower gen_length or shorten the prompt.",
+                refusal="gen-length-room",
+                parameter="gen_length",
+                value=gen_length,
             )
         length = first_length = gen_length
     else:
         if max_tokens is not None and max_tokens > room:
             raise InvalidOptionError(
-                f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of {bound}. Lower "
-                f"{name} or shorten the prompt."
+                f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of {bound}; lower "
+                f"{name} or shorten the prompt.",
+                refusal="max-tokens-room",
+                parameter=name,
+                value=max_tokens,
             )
         first_length = math.ceil(limits.first_length / block) * block
         open_ended = (limits.open_ended or room) if asked.can_grow else first_length
@@ -202,20 +214,28 @@ def block_causal_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
     if 2 * block > limits.max_num_batched_tokens:
         raise InvalidOptionError(
             f"block_length is {block}; a step computes up to two blocks, but one forward pass holds "
-            f"max_num_batched_tokens {limits.max_num_batched_tokens}. Lower block_length or start the engine with a "
-            "larger --max-num-batched-tokens."
+            f"max_num_batched_tokens {limits.max_num_batched_tokens}: lower block_length or start the engine with a "
+            "larger --max-num-batched-tokens.",
+            refusal="block-length-rows",
+            parameter="block_length",
+            value=block,
         )
     start, end = canvas_start(prompt_length, block, is_block_causal=True), limit // block * block
     if prompt_length >= end:
         raise InvalidOptionError(
             f"The prompt has {prompt_length} tokens; its first block of {block} new ones would end at "
-            f"{start + block}, beyond max_model_len {limit}. Shorten the prompt."
+            f"{start + block}, beyond max_model_len {limit}: shorten the prompt.",
+            refusal="prompt-room",
+            parameter=PROMPT,
         )
     room = end - prompt_length
     if max_tokens is not None and max_tokens > room:
         raise InvalidOptionError(
             f"{name} is {max_tokens}, but the prompt of {prompt_length} tokens leaves {room} of "
-            f"max_model_len {limit} in whole blocks of {block}. Lower {name} or shorten the prompt."
+            f"max_model_len {limit} in whole blocks of {block}; lower {name} or shorten the prompt.",
+            refusal="max-tokens-room",
+            parameter=name,
+            value=max_tokens,
         )
     if max_tokens is None:
         max_tokens = room if limits.open_ended is None else min(limits.open_ended, room)

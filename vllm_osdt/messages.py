@@ -21,6 +21,7 @@ CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
 STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
 GRAMMAR_CHAINS = "grammar_chains"  # attribute of GrammarOutput: GrammarChain by request id
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
+TRACE = "trace"  # in a response's field, see engine.trace
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,22 @@ class RequestSpec:
         canvas: Its positions.
         follows_choice: Whether neither the request nor the operator says how positions are chosen, so that the task's
             profile may.
+        pinned: Token ids from the prompt's end on, -1 where the model writes; None where that is everywhere.
     """
 
     options: DecodingOptions
     canvas: Canvas
     follows_choice: bool = False
+    pinned: list[int] | None = None
 
     def as_extra_args(self) -> dict[str, Any]:
         """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
-        values = {"options": self.options.as_dict(), "canvas": list(self.canvas), "follows": self.follows_choice}
+        values = {
+            "options": self.options.as_dict(),
+            "canvas": list(self.canvas),
+            "follows": self.follows_choice,
+            "pinned": self.pinned,
+        }
         return {RESOLVED_KEY: values}
 
     @classmethod
@@ -49,7 +57,7 @@ class RequestSpec:
         found = (getattr(sampling_params, "extra_args", None) or {}).get(RESOLVED_KEY)
         if found is None:
             return None
-        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]), found["follows"])
+        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]), found["follows"], found["pinned"])
 
 
 class Decides(IntEnum):
@@ -141,6 +149,19 @@ class RecordedStep(NamedTuple):
     tokens: np.ndarray
 
 
+class HeldWeights(NamedTuple):
+    """The weights that a rank holds.
+
+    Attributes:
+        num_updates: How often they have changed since the engine's start.
+        checkpoint: Model and revision from whose files all of them were read anew; None where a caller gave them, and
+            before the first update.
+    """
+
+    num_updates: int = 0
+    checkpoint: tuple[str, str | None] | None = None
+
+
 @dataclass
 class StepReport:
     """What a step tells the engine core beside its tokens.
@@ -152,6 +173,7 @@ class StepReport:
         num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
         recorded: The requests that calibrate or have a grammar, None without any.
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
+        weights: That the rank had by the end of the step.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)
@@ -159,3 +181,9 @@ class StepReport:
     num_fallbacks: np.ndarray | None = None
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
+    weights: HeldWeights = field(default_factory=HeldWeights)
+
+
+def join_traces(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The trace of two parts of an answer that follow each other (see ``engine.trace``)."""
+    return {name: first[name] + second[name] for name in first}

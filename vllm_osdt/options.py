@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 
 from vllm_osdt.calibration.profile import Choice, cache_key
 from vllm_osdt.declaration import Declaration, Flag, count, declarations, defaults, did_you_mean, number, option
-from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.geometry import (
     BLOCK_CACHE,
     CACHE_MODES,
@@ -414,8 +414,11 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
     if options.is_block_causal != base.is_block_causal:
         allowed = (BLOCK_CACHE,) if base.is_block_causal else CANVAS_CACHES
         raise InvalidOptionError(
-            f"{prefix}cache_mode is {options.cache_mode!r}; this model's attention allows {', '.join(allowed)}. Leave "
-            "it out."
+            f"{prefix}cache_mode is {options.cache_mode!r}; this model's attention allows {', '.join(allowed)}: leave "
+            "it out.",
+            refusal="cache-mode",
+            parameter=f"{prefix}cache_mode",
+            value=options.cache_mode,
         )
     return options
 
@@ -426,20 +429,31 @@ def _check_values(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for key, value in values.items():
         name = key.removeprefix(prefix) if key.startswith(prefix) else ""
         if prefix and name in SERVER_OPTION_NAMES:
-            raise InvalidOptionError(f"{key!r} is for the operator of the server; set {name} in --osdt-config.")
+            raise InvalidOptionError(
+                f"{key!r} is for the operator of the server; set {name} in --osdt-config.",
+                refusal="operator-option",
+                parameter=key,
+                value=value,
+            )
         if name in FORMER_NAMES:
             name = _present_name(name, prefix, values)
         if name not in DECLARED:
             own = [prefix + option for option in (OPTION_NAMES if prefix else (*OPTION_NAMES, *SERVER_OPTION_NAMES))]
             raise InvalidOptionError(
-                f"Unknown option {key!r}{did_you_mean(key, own)}; this model's options are {', '.join(own)}."
+                f"Unknown option {shown(key)}{did_you_mean(key, own)}; this model's options are {', '.join(own)}.",
+                refusal="unknown-option",
+                parameter=key,
+                value=value,
             )
         changes[name] = DECLARED[name].check(key, value)
     for name, value in changes.items():
         other = DECLARED[name].excludes
         if value is not None and changes.get(other) is not None:
             raise InvalidOptionError(
-                f"{prefix}{name} is {value} and {prefix}{other} {changes[other]}; send one of them."
+                f"{prefix}{name} is {value} and {prefix}{other} {changes[other]}; send one of them.",
+                refusal="excludes",
+                parameter=f"{prefix}{name}",
+                value=value,
             )
     return changes
 
@@ -452,7 +466,12 @@ def _present_name(former: str, prefix: str, values: Mapping[str, Any]) -> str:
     """
     name = FORMER_NAMES[former]
     if prefix + name in values:
-        raise InvalidOptionError(f"{prefix}{former} and {prefix}{name} are the same option; send {prefix}{name} alone.")
+        raise InvalidOptionError(
+            f"{prefix}{former} and {prefix}{name} are the same option; send {prefix}{name} alone.",
+            refusal="two-names",
+            parameter=prefix + former,
+            value=values[prefix + former],
+        )
     if former not in _warned:
         _warned.add(former)
         logger.warning("The option %r is now called %r; the old name is accepted until the next release.", former, name)
@@ -483,14 +502,20 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
             if name == "policy" or (DECLARED[name].needs_task and value != DEFAULTS[name]):
                 raise InvalidOptionError(
                     f"{PREFIX}{name} is {value!r}, but the request names no task, so that nothing is calibrated for "
-                    f"it and it is decoded with the static threshold. Send {PREFIX}task, or leave {PREFIX}{name} out."
+                    f"it and it is decoded with the static threshold: send {PREFIX}task, or leave {PREFIX}{name} out.",
+                    refusal="needs-task",
+                    parameter=PREFIX + name,
+                    value=value,
                 )
     for name, value in asked.items():
         policies = policies_of(name)
         if options.policy not in policies and value != DEFAULTS[name]:
             raise InvalidOptionError(
-                f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use. Leave it out, or send "
-                f"{PREFIX}policy = {' or '.join(map(repr, policies))}."
+                f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use: leave it out, or send "
+                f"{PREFIX}policy = {' or '.join(map(repr, policies))}.",
+                refusal="policy-does-not-use",
+                parameter=PREFIX + name,
+                value=value,
             )
 
 
@@ -504,7 +529,10 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     if options.gen_length is not None and traits.is_block_causal:
         raise InvalidOptionError(
             f"gen_length is {options.gen_length}, but no block of this model sees a later one, so a longer canvas "
-            "changes nothing. Leave it out and send max_tokens."
+            "changes nothing: leave it out and send max_tokens.",
+            refusal="gen-length-block-causal",
+            parameter="gen_length",
+            value=options.gen_length,
         )
     if options.cache_mode in (BLOCK_CACHE, "none"):
         for name in ("refresh_interval", "refresh_confidence"):
@@ -513,35 +541,52 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
                 reason = "finished blocks of this model need no refresh"
                 if not traits.is_block_causal:
                     reason = "with cache_mode 'none' every step is a refresh"
-                raise InvalidOptionError(f"{name} is {value}, but {reason}. Leave it out.")
+                raise InvalidOptionError(
+                    f"{name} is {value}, but {reason}; leave it out.", refusal="refresh", parameter=name, value=value
+                )
     if options.edit_threshold is not None and not traits.can_edit:
         raise InvalidOptionError(
             f"edit_threshold is {options.edit_threshold:g}, but this model was not trained to replace tokens that it "
-            "has written; leave it out."
+            "has written; leave it out.",
+            refusal="edit-model",
+            parameter="edit_threshold",
+            value=options.edit_threshold,
         )
     if options.edit_threshold is not None and POLICIES[options.policy].ranks_by_entropy:
         raise InvalidOptionError(
             f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy {options.policy!r} looks at "
-            "entropies; leave it out or choose another policy."
+            "entropies; leave it out or choose another policy.",
+            refusal="edit-entropy",
+            parameter="edit_threshold",
+            value=options.edit_threshold,
         )
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     if own is not None and options.policy == "static_threshold" and steps is not None:
         raise InvalidOptionError(
             f"steps is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
-            "need. Leave it out, or choose policy 'fixed_steps'."
+            "need: leave it out, or choose policy 'fixed_steps'.",
+            refusal="sub-blocks-steps",
+            parameter="steps" if options.steps else "steps_per_block",
+            value=steps,
         )
     if own is None:
         if options.sub_block_length is not None or options.sub_block_cache:
             raise InvalidOptionError(
                 f"sub_block_length is {options.sub_block_length}, sub_block_cache {options.sub_block_cache}; this "
-                "model's blocks have no sub-blocks. Leave both out."
+                "model's blocks have no sub-blocks: leave both out.",
+                refusal="sub-blocks-model",
+                parameter="sub_block_cache" if options.sub_block_length is None else "sub_block_length",
+                value=options.sub_block_length or options.sub_block_cache,
             )
         return options
     sub_block = own if options.sub_block_length is None else options.sub_block_length
     if options.block_length % sub_block:
         raise InvalidOptionError(
-            f"sub_block_length is {sub_block}; it must divide block_length {options.block_length}. Send another one."
+            f"sub_block_length is {sub_block}; it must divide block_length {options.block_length}: send another one.",
+            refusal="sub-blocks-divide",
+            parameter="sub_block_length",
+            value=sub_block,
         )
     return replace(options, sub_block_length=sub_block)
 
@@ -553,6 +598,7 @@ def resolve_canvas(
     max_tokens: int | None,
     limits: Limits,
     max_tokens_name: str = "max_tokens",
+    canvas: Canvas | None = None,
 ) -> tuple[DecodingOptions, Canvas]:
     """Fix the canvas and check that prompt and canvas fit.
 
@@ -562,6 +608,7 @@ def resolve_canvas(
         max_tokens: The request's limit on output tokens; None when it names none.
         limits: See there.
         max_tokens_name: What the client calls its limit.
+        canvas: The canvas, where it is known already.
 
     Returns:
         The options with ``gen_length``, and what the policy makes of it (``steps``), and the canvas. A canvas is whole
@@ -580,8 +627,9 @@ def resolve_canvas(
         options.is_block_causal,
         can_grow=options.steps is None,  # which is shared out among all blocks
     )
-    find = block_causal_canvas if options.is_block_causal else full_attention_canvas
-    canvas = find(asked, limits)
+    if canvas is None:
+        find = block_causal_canvas if options.is_block_causal else full_attention_canvas
+        canvas = find(asked, limits)
     resolved = POLICIES[options.policy].resolve(options, asked, canvas)
     return replace(options, gen_length=canvas.length, **resolved), canvas
 

@@ -44,22 +44,32 @@ def check_grammar(params: "SamplingParams", edit_threshold: float | None, config
     if edit_threshold is not None:
         raise InvalidOptionError(
             f"edit_threshold is {edit_threshold:g}, but the request asks for structured output: a token that is "
-            "written must not change, since those behind it continue it. Send osdt_edit_threshold = null."
+            "written must not change, since those behind it continue it. Send osdt_edit_threshold = null.",
+            refusal="grammar-edits",
+            parameter="edit_threshold",
+            value=edit_threshold,
         )
     if params.ignore_eos:
         raise InvalidOptionError(
-            "ignore_eos is set, but structured output ends where its document does. Leave ignore_eos out."
+            "ignore_eos is set, but structured output ends where its document does. Leave ignore_eos out.",
+            refusal="grammar-ignore-eos",
+            parameter="ignore_eos",
+            value=True,
         )
     if asked._backend not in (None, "auto", *GRAMMAR_BACKENDS):
         raise InvalidOptionError(
             f"Structured output has the backend {asked._backend!r}, which cannot be led back within a block. Start the "
-            f"server with structured_outputs_config.backend = {' or '.join(map(repr, GRAMMAR_BACKENDS))}."
+            f"server with structured_outputs_config.backend = {' or '.join(map(repr, GRAMMAR_BACKENDS))}.",
+            refusal="grammar-backend",
+            parameter="structured_outputs",
         )
     if config.reasoning_parser and not config.enable_in_reasoning:
         raise InvalidOptionError(
             f"Structured output behind the reasoning that parser {config.reasoning_parser!r} finds is not implemented "
             "for this diffusion model. Start the server without a reasoning parser, or with "
-            "structured_outputs_config.enable_in_reasoning."
+            "structured_outputs_config.enable_in_reasoning.",
+            refusal="grammar-reasoning",
+            parameter="structured_outputs",
         )
 
 
@@ -77,43 +87,66 @@ def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int) 
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
         raise InvalidOptionError(
             f"logprobs is {params.logprobs}; this diffusion model returns 0 to {MAX_LOGPROBS} of each token. Send a "
-            "number in that range."
+            "number in that range.",
+            refusal="logprobs-number",
+            parameter="logprobs",
+            value=params.logprobs,
         )
     for word in params.bad_words_token_ids or ():
         if len(word) > 1:
             raise InvalidOptionError(
                 f"bad_words holds {_word_of(word, params)}, which is {len(word)} tokens; it must be one token, since "
-                "the positions of a canvas are decided in any order. Ban single tokens, or use stop."
+                "the positions of a canvas are decided in any order. Ban single tokens, or use stop.",
+                refusal="bad-words",
+                parameter="bad_words",
+                value=params.bad_words,
             )
     banned = {word[0] for word in params.bad_words_token_ids or ()}
     biased, allowed = dict.fromkeys([*(params.logit_bias or ()), *banned]), params.allowed_token_ids or []
-    _check_ids("logit_bias and bad_words", biased, vocabulary)
+    _check_ids("logit_bias", biased, vocabulary)
     _check_ids("allowed_token_ids", allowed, vocabulary)
     if allowed and not set(allowed) - banned - {mask_token_id}:
         raise InvalidOptionError(
-            "allowed_token_ids leaves no token: all of them are mask tokens or in bad_words. Allow another one."
+            "allowed_token_ids leaves no token: all of them are mask tokens or in bad_words. Allow another one.",
+            refusal="allowed-none",
+            parameter="allowed_token_ids",
+            value=allowed,
         )
     stops = params.all_stop_token_ids
     if params.min_tokens and len(stops) > MAX_STOP_TOKEN_IDS:
         raise InvalidOptionError(
             f"min_tokens is set beside {len(stops)} stop tokens; at most {MAX_STOP_TOKEN_IDS} can be held back. Send "
-            "fewer stop_token_ids, or leave min_tokens out."
+            "fewer stop_token_ids, or leave min_tokens out.",
+            refusal="min-tokens-stops",
+            parameter="min_tokens",
+            value=params.min_tokens,
         )
     if params.min_tokens and allowed and not set(allowed) - set(stops) - banned - {mask_token_id}:
         raise InvalidOptionError(
             f"min_tokens is {params.min_tokens}, but all of allowed_token_ids are stop tokens; allow another token, or "
-            "leave min_tokens out."
+            "leave min_tokens out.",
+            refusal="allowed-stops",
+            parameter="min_tokens",
+            value=params.min_tokens,
         )
 
 
 def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
     ids = list(ids)
     if len(ids) > MAX_TOKEN_IDS:
-        raise InvalidOptionError(f"{name} has {len(ids)} tokens; at most {MAX_TOKEN_IDS} are possible. Send fewer.")
+        raise InvalidOptionError(
+            f"{name} has {len(ids)} tokens; at most {MAX_TOKEN_IDS} are possible. Send fewer.",
+            refusal="token-ids-number",
+            parameter=name,
+            value=len(ids),
+        )
     wrong = next((one for one in ids if not 0 <= one < vocabulary), None)
     if wrong is not None:
         raise InvalidOptionError(
-            f"{name} has token id {wrong}; this model's are 0 to {vocabulary - 1}. Send one of these."
+            f"{name} has token id {wrong}; this model's are 0 to {vocabulary - 1}. Send one of these.",
+            refusal="token-ids-range",
+            parameter=name,
+            value=wrong,
         )
 
 

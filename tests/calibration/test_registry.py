@@ -339,3 +339,29 @@ def test_pins_and_stale_marks_are_bounded(store):
         registry.mark_stale(profile)
         assert same(registry.find_pinned(profile.key.task, profile.profile_id), profile)
     assert len(registry._stale) == len(registry._pinned) == 2 and not registry.profiles
+
+
+def test_other_weights_find_no_profile_and_write_none(tmp_path):
+    registry = ProfileRegistry(store=ProfileStore(tmp_path, MODEL))
+    old = calibrate(registry)
+    assert registry.claim(OTHER, "under way")
+    registry.forget()
+    files = sorted(tmp_path.rglob("*"))
+    assert registry.find(KEY) is registry.find_pinned(KEY.task, old.profile_id) is registry.early(OTHER) is None
+    assert registry.num_calibrating == 0
+    new = calibrate(registry, first=5)
+    assert registry.find(KEY) is new and sorted(tmp_path.rglob("*")) == files
+
+
+def test_weights_that_come_back_find_the_profiles_of_their_files(tmp_path):
+    stores = [ProfileStore(tmp_path, replace(MODEL, weights=name)) for name in ("old", "new")]
+    registry = ProfileRegistry(store=stores[0])
+    old = calibrate(registry)
+    registry.forget(stores[1])
+    assert registry.find(KEY) is None
+    new = calibrate(registry, first=5)
+    registry.forget(stores[0])
+    assert registry.find(KEY).profile_id == old.profile_id
+    assert registry.find_pinned(KEY.task, new.profile_id) is None
+    registry.forget(stores[1])
+    assert registry.find(KEY).profile_id == new.profile_id

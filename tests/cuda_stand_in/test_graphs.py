@@ -98,6 +98,40 @@ def test_structured_requests_decode_the_same(pair, prompts):
     assert {graph.ends for graph in replayed} >= {Ends.MODEL}
 
 
+SHAPED = [
+    {"logit_bias": {5: 2.0, 9: -100.0}},
+    {"repetition_penalty": 1.5, "presence_penalty": 0.5},
+    {"temperature": 1.0, "seed": 3, "top_k": 4},
+    {"temperature": 1.0, "seed": 4, "top_p": 0.8, "min_p": 0.01},
+    {"min_tokens": 12},
+]
+
+
+def test_requests_that_change_logits_or_want_them_replay_the_model(pair, prompts):
+    replayed = count_replays(pair.with_graphs)
+    asked = [
+        params(**{"policy": str(policy), "max_tokens": 24, **values}, logprobs=number, return_trace=number is not None)
+        for (policy, number), values in zip(
+            [
+                ("static_threshold", 2),
+                ("factor", None),
+                ("static_threshold", 0),
+                ("local_leap", None),
+                ("joint_bound", 1),
+            ],
+            SHAPED,
+            strict=True,
+        )
+    ]
+    texts = [prompts[index % len(prompts)] for index in range(len(asked))]
+    outcomes = [generate(llm, texts, asked) for llm in (pair.with_graphs, pair.without)]
+    assert tokens(outcomes[0]) == tokens(outcomes[1])
+    assert [str(one.logprobs) for one in outcomes[0]] == [str(one.logprobs) for one in outcomes[1]]
+    told = [[vllm_osdt.describe(one).get("trace") for one in found] for found in outcomes]
+    assert told[0] == told[1] and sum(one is not None for one in told[0]) == 3
+    assert Ends.MODEL in {graph.ends for graph in replayed}
+
+
 def test_what_a_request_records_is_the_same(pair, prompts):
     options = {"policy": "osdt", "task": "recorded", "statistic": "q1", "num_calibration_requests": 2}
     replayed = count_replays(pair.with_graphs)

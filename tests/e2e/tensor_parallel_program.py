@@ -25,7 +25,16 @@ def main(folder: Path, outcome: Path) -> None:
     # Both ranks are given the table that the engine core has read; its requests decode as they do on one rank.
     calibrated = generate(llm, prompts[:2], sampling(64, task="shared", num_calibration_requests=2, statistic="q1"))
     used = [vllm_osdt.describe(completion)["profile"] for completion in calibrated]
-    outcome.write_text(json.dumps({"decided": decided, "held": held, "used": used, "calibrated": tokens(calibrated)}))
+    llm.collective_rpc("reload_weights")
+    again = generate(llm, prompts[:2], sampling(64, task="shared", num_calibration_requests=2, statistic="q1"))
+    reloaded = {
+        "updates": [num_updates for num_updates, _ in llm.collective_rpc("held_weights")],
+        "versions": [vllm_osdt.describe(completion)["weights_version"] for completion in calibrated + again],
+        "same": tokens(again) == tokens(calibrated),
+        "used": [vllm_osdt.describe(completion)["profile"] for completion in again],
+    }
+    result = {"decided": decided, "held": held, "used": used, "calibrated": tokens(calibrated), "reloaded": reloaded}
+    outcome.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

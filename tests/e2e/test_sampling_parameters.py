@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, submit, tokens
 from tests.e2e.jobs import MIN_MARGIN
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
@@ -195,6 +196,32 @@ def test_log_probabilities_do_not_depend_on_the_batch_or_on_streaming(served):
         assert list(alone.token_ids) == list(beside.token_ids)
         values = [[(token, found.logprob) for token, found in place.items()] for place in alone.logprobs]
         assert values == [[(token, found.logprob) for token, found in place.items()] for place in beside.logprobs]
+
+
+def test_a_trace_says_when_each_token_was_unmasked(served):
+    jobs = []
+    for prompt in served.prompts[:10]:
+        done = served.decode(prompt, static())
+        if min(done.proposal_margin, done.rule_margin) > MIN_MARGIN:
+            jobs.append((prompt, done))
+    asks = [asked(served.llm, return_trace=True, logprobs=0) for _ in jobs]
+    got = generate(served.llm, [prompt for prompt, _ in jobs], asks)
+    for one, (prompt, done) in zip(got, jobs, strict=True):
+        assert list(one.token_ids) == done.tokens
+        trace = vllm_osdt.describe(one)["trace"]
+        assert trace["step"] == [step for step, _, _ in done.steps]
+        if served.decode.func is decode:  # fused commits have a count of their own
+            assert trace["forward"] == [forward for _, forward, _ in done.steps]
+        assert max(trace["forward"]) == nfe(one) and trace["forward"][0] >= 1
+        assert trace["confidence"] == pytest.approx([confidence for _, _, confidence in done.steps], abs=1e-4)
+        assert sum(block["num_tokens"] for block in trace["blocks"]) == len(done.tokens)
+        assert {block["rule"] for block in trace["blocks"]} == {"threshold"}
+        first = (BLOCK - len(prompt) % BLOCK) if served.decode.func is decode_block_causal else BLOCK
+        assert trace["blocks"][0]["num_tokens"] == first
+        assert trace["blocks"][0]["thresholds"] == pytest.approx([THRESHOLD] * (1 + max(trace["step"][:first])))
+    [alone] = generate(served.llm, [jobs[0][0]], [asked(served.llm)])
+    assert "trace" not in vllm_osdt.describe(alone)
+    assert_idle(served.llm)
 
 
 FILTERS: list[dict[str, Any]] = [

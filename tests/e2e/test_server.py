@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def nfe_of(body: dict) -> int:
     """Forward passes that a response says it took."""
-    return body["metrics"]["speculative_decoding"]["num_spec_steps"]
+    return body["osdt"]["nfe"]
 
 
 def test_completion_is_repeatable_and_says_its_nfe(server: Server) -> None:
@@ -176,7 +176,19 @@ ONE_SHOT = {"osdt_policy": "osdt", "osdt_statistic": "q1", "osdt_num_calibration
 
 def told(body: dict) -> dict:
     """What a response or the last piece of a stream says of its decoding."""
-    return body["metrics"]["speculative_decoding"]["osdt"]
+    return body["osdt"]
+
+
+def post(server: Server, path: str, **fields) -> httpx.Response:
+    """POST a body; a stream is read to its end."""
+    response = httpx.post(f"{server.url}{path}", json={"model": "llada-mini", **fields}, timeout=120)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def pieces_of(response: httpx.Response) -> list[dict]:
+    """The JSON of a stream's pieces, in order."""
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
 
 
 def test_every_kind_of_response_says_how_it_was_decoded(server: Server) -> None:
@@ -188,16 +200,72 @@ def test_every_kind_of_response_says_how_it_was_decoded(server: Server) -> None:
     about = told(whole)
     assert len(about["profile"]) == 16 and not about["calibrating"] and about["nfe"] == nfe_of(whole)
     assert about["tokens_per_forward"] == whole["usage"]["completion_tokens"] / about["nfe"]
-    messages = [{"role": "user", "content": prompt.removesuffix(" Answer:")}]
-    for path, content in (("completions", {"prompt": prompt}), ("chat/completions", {"messages": messages})):
-        body = {**BASE, **content, "vllm_xargs": options}
-        answers = [httpx.post(f"{server.url}/v1/{path}", json=body, timeout=120).raise_for_status().json()]
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        with httpx.stream("POST", f"{server.url}/v1/{path}", json=body, timeout=120) as stream:
-            pieces = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
-        answers.append([piece for piece in pieces if piece.get("metrics")][-1])
-        assert [told(answer) for answer in answers] == [about, about]
-        assert all("kv_transfer_params" not in answer or not answer["kv_transfer_params"] for answer in answers)
+    assert whole["metrics"]["speculative_decoding"]["osdt"] == about  # where it was in the last release
+    content = prompt.removesuffix(" Answer:")
+    greedy = {"temperature": 0, "vllm_xargs": options}
+    bodies = {
+        "/v1/completions": {**greedy, "prompt": prompt, "max_tokens": 96},
+        "/v1/chat/completions": {**greedy, "messages": [{"role": "user", "content": content}], "max_tokens": 96},
+        "/v1/responses": {**greedy, "input": content, "max_output_tokens": 96},
+        "/v1/messages": {**greedy, "messages": [{"role": "user", "content": content}], "max_tokens": 96},
+    }
+    for path, body in bodies.items():
+        answer = post(server, path, **body).json()
+        assert told(answer) == about, path
+        assert not answer.get("kv_transfer_params")
+        for more in [{}, {"stream_options": {"include_usage": True}}] if "completions" in path else [{}]:
+            pieces = pieces_of(post(server, path, **body, stream=True, **more))
+            says = [
+                index for index, piece in enumerate(pieces) if "osdt" in piece or "osdt" in piece.get("response", {})
+            ]
+            [last] = says
+            if path == "/v1/messages":
+                assert [piece["type"] for piece in pieces[last:]] == ["message_delta", "message_stop"]
+            else:
+                assert last == len(pieces) - 1
+            assert told(pieces[last].get("response", pieces[last])) == about, path
+    ids = post(server, "/tokenize", prompt=prompt).json()["tokens"]
+    body = {"token_ids": ids, "sampling_params": {"temperature": 0, "max_tokens": 96}, **options}
+    assert told(post(server, "/inference/v1/generate", **body).json()) == about
+    assert told(pieces_of(post(server, "/inference/v1/generate", **body, stream=True))[-1]) == about
+
+
+def test_every_choice_of_several_says_how_it_was_decoded(server: Server) -> None:
+    prompts = [problem.prompt for problem in (PROMPTS["code"][0], PROMPTS["word_problems"][0])]
+    alone = [told(server.complete(prompt).json()) for prompt in prompts]
+    both = server.complete(prompts).json()
+    assert alone[0] != alone[1] and [told(choice) for choice in both["choices"]] == alone
+    sampled = {"n": 2, "temperature": 0.7, "seed": 5}
+    four = server.complete(prompts, **sampled).json()
+    streamed = {}
+    for piece in pieces_of(server.complete(prompts, **sampled, stream=True)):
+        assert "osdt" not in piece
+        for choice in piece["choices"]:
+            assert ("osdt" in choice) == (choice["finish_reason"] is not None)
+            if "osdt" in choice:
+                streamed[choice["index"]] = told(choice)
+    assert [streamed[index] for index in range(4)] == [told(choice) for choice in four["choices"]]
+    messages = [{"role": "user", "content": prompts[0].removesuffix(" Answer:")}]
+    chat = post(server, "/v1/chat/completions", messages=messages, max_tokens=96, **sampled).json()
+    assert [told(choice) for choice in chat["choices"]] == [told(choice) for choice in four["choices"][:2]]
+    ids = post(server, "/tokenize", prompt=prompts[0]).json()["tokens"]
+    tokens = post(server, "/inference/v1/generate", token_ids=ids, sampling_params={**sampled, "max_tokens": 96}).json()
+    assert [told(choice) for choice in tokens["choices"]] == [told(choice) for choice in four["choices"][:2]]
+    content = [[{"role": "user", "content": prompt.removesuffix(" Answer:")}] for prompt in prompts]
+    batch = post(server, "/v1/chat/completions/batch", messages=content, temperature=0, max_tokens=96).json()
+    assert [told(choice) for choice in batch["choices"]] == alone
+    assert not any("osdt" in answer for answer in (both, four, chat, tokens, batch))
+
+
+def test_the_openai_client_has_it_as_an_attribute(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    prompt = PROMPTS["code"][0].prompt
+    answer = client.completions.create(prompt=prompt, **BASE)
+    assert answer.osdt["policy"] == "static_threshold" and answer.osdt["nfe"] >= 1
+    *pieces, last = client.completions.create(prompt=prompt, stream=True, **BASE)
+    assert last.osdt == answer.osdt and not any(hasattr(piece, "osdt") for piece in pieces)
+    response = client.responses.create(model="llada-mini", input=prompt, temperature=0, max_output_tokens=32)
+    assert response.osdt["nfe"] >= 1 and "osdt" not in response.output_text
 
 
 def test_a_pinned_profile_is_used_over_http_and_an_unknown_one_refused(server: Server) -> None:

@@ -84,7 +84,7 @@ def test_clients_that_send_nothing_but_messages_lose_no_answer(server: Server, s
     given = answers(bodies)
     assert [expected[problem.prompt] for problem in ORDERS[order]] == given
     assert all(check(problem, text) for problem, text in zip(ORDERS[order], given, strict=True))
-    told = [body["metrics"]["speculative_decoding"]["osdt"] for body in bodies]
+    told = [body["osdt"] for body in bodies]
     assert {(one["task"], one["profile"], one["calibrating"]) for one in told} == {(None, None, False)}
 
 
@@ -110,17 +110,21 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
 def test_a_refusal_is_http_400_with_its_reason_on_every_endpoint(server: Server, path: str, stream: bool) -> None:
     fields = ENDPOINTS[path]
     limit = next(name for name in fields if "tokens" in name)
-    bad = {
-        "osdt_treshold is no option": ({"osdt_treshold": 0.5}, "did you mean 'osdt_threshold'?"),
-        "too long": ({limit: 505}, f"{limit} is 505, but the prompt of "),
-        "no value": ({"vllm_xargs": {"osdt_threshold": 7}}, "osdt_threshold is 7; expected a number in (0, 1]"),
-        "not implemented": ({"vllm_xargs": {"osdt_threshold": 0.5}, "osdt_threshold": 0.6}, "send one of them"),
-    }
+    bad: list[tuple[dict[str, Any], str, str]] = [
+        ({"osdt_treshold": 0.5}, "osdt_treshold", "did you mean 'osdt_threshold'?"),
+        ({limit: 505}, limit, f"{limit} is 505, but the prompt of "),
+        ({"vllm_xargs": {"osdt_threshold": 7}}, "osdt_threshold", "osdt_threshold is 7; expected a number in (0, 1]"),
+        ({"osdt_gen_length": 40}, "osdt_gen_length", "gen_length is 40, no multiple of block_length 32; use 64."),
+        ({"vllm_xargs": {"osdt_profile": "f" * 16}}, "osdt_profile", "but the request names no task"),
+    ]
     before = server.log.read_text()
-    for change, words in bad.values():
+    for change, parameter, words in bad:
         response = post(server, path, **{**fields, **change, "stream": stream})
         assert response.status_code == 400, response.text
-        assert words in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert words in error["message"] and "(parameter=" not in error["message"]
+        # The messages API's errors have no such field.
+        assert error.get("param") == (None if path == "/v1/messages" else parameter), error
     said = server.log.read_text()[len(before) :].splitlines()
     said = [line for line in said if "[loggers.py" not in line and "[metrics.py" not in line]  # vLLM's, every 10 s
     assert len([line for line in said if "Refused a request: " in line]) == len(bad)
@@ -159,8 +163,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         (CHAT, {"use_beam_search": True, "n": 2}, "use_beam_search is not implemented"),
         (COMPLETIONS, {"use_beam_search": True, "n": 2}, "use_beam_search is not implemented"),
         ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [5]}, "Generative scoring is not"),
-        (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo=True"),
-        (COMPLETIONS, {"prompt_logprobs": 2}, "prompt_logprobs=2 (leave it out)"),
+        (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo=True with logprobs asks for"),
+        (COMPLETIONS, {"prompt_logprobs": 2}, "prompt_logprobs asks for log probabilities of the prompt"),
         (CHAT, {"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos is set"),
         (COMPLETIONS, {"structured_outputs": {"regex": "(A"}}, "regex"),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, 'tool_choice="required" requires'),
@@ -171,6 +175,24 @@ def test_a_refusal_names_what_the_client_sent(server: Server, path: str, fields:
     message = response.json()["error"]["message"]
     assert response.status_code == 400 and words in message, message
     assert "StructuredOutputsParams" not in message
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_multiple_choice_of_lm_eval_is_told_what_to_run_instead(server: Server, max_tokens: int) -> None:
+    """Its body for ``loglikelihood``: it prints the answer's text and gives up."""
+    ids = post(server, "/tokenize", prompt=QUIZ).json()["tokens"]
+    body = {"prompt": [ids], "temperature": 0, "max_tokens": max_tokens, "logprobs": 1, "seed": 1234, "echo": True}
+    response = post(server, COMPLETIONS, **body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == "echo"
+    for words in ("no next-token probabilities of a prompt", "generate_until", "multiple-choice (loglikelihood)"):
+        assert words in error["message"]
+
+
+def test_structured_decisions_are_answered_as_not_implemented(server: Server) -> None:
+    questions = {"q": {"type": "boolean", "instructions": "Is it a beast?"}}
+    response = post(server, "/v1/systemone", state="a dog", questions=questions)
+    assert response.status_code == 501 and "does not support" in response.json()["error"]["message"]
 
 
 def test_an_answer_is_one_of_the_choices_that_are_asked_for(server: Server) -> None:
@@ -198,7 +220,7 @@ def test_a_running_server_follows_what_tune_chooses_though_it_has_a_profile(serv
     prompts, asked = [problem.prompt for problem in problems[:64]], problems[64].prompt
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda prompt: server.complete(prompt, osdt_task="tuned", osdt_early=False), prompts))
-    before = server.complete(asked, osdt_task="tuned").json()["metrics"]["speculative_decoding"]["osdt"]
+    before = server.complete(asked, osdt_task="tuned").json()["osdt"]
     assert before["policy"] == "osdt" and before["profile"] is not None
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in problems))
@@ -208,7 +230,7 @@ def test_a_running_server_follows_what_tune_chooses_though_it_has_a_profile(serv
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "does not follow" not in done.stderr
-    after = server.complete(asked, osdt_task="tuned").json()["metrics"]["speculative_decoding"]["osdt"]
+    after = server.complete(asked, osdt_task="tuned").json()["osdt"]
     assert after["policy"] == "static_threshold" and after["profile"] == json.loads(done.stdout)["profile"]
     assert after["profile"] != before["profile"] and after["nfe"] >= before["nfe"]
 
@@ -217,3 +239,99 @@ def test_the_server_still_serves(server: Server) -> None:
     """Last: after all those refusals."""
     assert post(server, CHAT, messages=MESSAGES).status_code == 200
     assert "EngineDeadError" not in server.log.read_text()
+
+
+def ask(server: Server, path: str, **fields: Any) -> list[dict[str, Any]]:
+    """The choices of a completion or a chat, each with its ``text``."""
+    body = {**ENDPOINTS[path], "temperature": 0, **fields}
+    response = post(server, path, **body)
+    assert response.status_code == 200, response.text
+    choices = response.json()["choices"]
+    return [{**one, "text": one.get("text", one.get("message", {}).get("content"))} for one in choices]
+
+
+BOTH = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+
+
+@BOTH
+def test_parameters_that_change_logits_are_heard(server: Server, path: str) -> None:
+    [plain] = ask(server, path, return_token_ids=True)
+    ids = plain["token_ids"]
+    hot = {"temperature": 2.0, "seed": 5}
+    [sampled] = ask(server, path, **hot)
+    assert sampled["text"] != plain["text"]
+    for greedy in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert ask(server, path, **hot, **greedy)[0]["text"] == plain["text"]
+    [banned] = ask(server, path, logit_bias={str(ids[0]): -100}, return_token_ids=True)
+    assert ids[0] not in banned["token_ids"]
+    [only] = ask(server, path, allowed_token_ids=ids[:2], return_token_ids=True)
+    assert set(only["token_ids"]) <= set(ids[:2])
+    word = plain["text"].split()[0]
+    assert word not in ask(server, path, bad_words=[word])[0]["text"].split()
+    [long] = ask(server, path, min_tokens=len(ids) + 3, return_token_ids=True)
+    assert len(long["token_ids"]) >= len(ids) + 3
+    [varied] = ask(server, path, frequency_penalty=2.0, presence_penalty=2.0, ignore_eos=True, return_token_ids=True)
+    [repeated] = ask(server, path, ignore_eos=True, return_token_ids=True)
+    assert len(set(varied["token_ids"])) > len(set(repeated["token_ids"]))
+    [penalized] = ask(server, path, repetition_penalty=1.9, ignore_eos=True, return_token_ids=True)
+    assert penalized["token_ids"] != repeated["token_ids"]
+
+
+@BOTH
+def test_several_answers_stop_strings_and_echo_are_heard(server: Server, path: str) -> None:
+    several = ask(server, path, n=3, temperature=2.0, seed=1)
+    assert len({one["text"] for one in several}) > 1
+    assert [one["text"] for one in ask(server, path, n=3, temperature=2.0, seed=1)] == [one["text"] for one in several]
+    [plain] = ask(server, path)
+    word = plain["text"].split()[1]
+    [cut], [kept] = ask(server, path, stop=[word]), ask(server, path, stop=[word], include_stop_str_in_output=True)
+    assert word not in cut["text"] and kept["text"].rstrip() == cut["text"].rstrip() + " " + word
+    [endless] = ask(server, path, ignore_eos=True)
+    assert (endless["finish_reason"], plain["finish_reason"]) == ("length", "stop")
+    [special] = ask(server, path, skip_special_tokens=False, ignore_eos=True)
+    assert "<eos>" in special["text"] and "<eos>" not in endless["text"]
+    [echoed] = ask(server, path, echo=True)
+    # A chat echoes the assistant's last message, and there is none.
+    assert echoed["text"] == (QUIZ if path == COMPLETIONS else "") + plain["text"]
+
+
+def test_log_probabilities_come_with_every_endpoint(server: Server) -> None:
+    [completion] = ask(server, COMPLETIONS, logprobs=2)
+    found = completion["logprobs"]
+    assert "".join(found["tokens"]).replace("<eos>", "") == completion["text"].replace(" ", "")
+    assert all(value <= 0 for value in found["token_logprobs"]) and sum(found["token_logprobs"]) > -10
+    assert {len(top) for top in found["top_logprobs"]} == {2}
+    [chat] = ask(server, CHAT, logprobs=True, top_logprobs=2)
+    content = chat["logprobs"]["content"]
+    assert [one["logprob"] for one in content] == pytest.approx(found["token_logprobs"], abs=1e-3)
+    assert {len(one["top_logprobs"]) for one in content} == {2}
+    body = {**ENDPOINTS[CHAT], "temperature": 0, "logprobs": True, "top_logprobs": 2, "stream": True}
+    stream = post(server, CHAT, **body).raise_for_status().text
+    chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    streamed = [one for chunk in chunks for one in ((chunk["choices"][0].get("logprobs") or {}).get("content") or [])]
+    assert streamed == content
+    fields = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "temperature": 0}
+    reply = post(server, "/v1/responses", **{**ENDPOINTS["/v1/responses"], **fields}).raise_for_status().json()
+    of_reply = reply["output"][0]["content"][0]["logprobs"]
+    assert [one["logprob"] for one in of_reply][: len(content)] == pytest.approx(
+        [one["logprob"] for one in content], abs=1e-3
+    )
+
+
+def test_a_suffix_and_a_template_are_filled(server: Server) -> None:
+    suffix = " so the answer is A ."
+    body = {"prompt": QUIZ, "max_tokens": 24, "temperature": 0, "suffix": suffix}
+    answer = post(server, COMPLETIONS, **body, return_token_ids=True).raise_for_status().json()
+    [choice] = answer["choices"]
+    assert len(choice["token_ids"]) == 24 and suffix not in choice["text"] and choice["finish_reason"] == "length"
+    parts = [" so the answer is", 1, " ."]
+    for path in (CHAT, COMPLETIONS):
+        fields = {name: value for name, value in ENDPOINTS[path].items() if name != "max_tokens"}
+        filled = post(server, path, **fields, temperature=0, osdt_infill=parts, osdt_return_trace=True)
+        body = filled.raise_for_status().json()
+        [choice] = body["choices"]
+        text = choice.get("text") or choice["message"]["content"]
+        assert text.startswith(" so the answer is") and text.endswith(" .") and len(text.split()) == 6
+        assert body["osdt"]["trace"]["confidence"].count(None) == 5
+    refused = post(server, COMPLETIONS, prompt=QUIZ, osdt_infill=parts, stream=True, max_tokens=2)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"

@@ -102,14 +102,20 @@ def test_a_response_says_how_it_was_decoded(llm, calibrated):
     [profile] = [profile for profile in vllm_osdt.profiles(llm) if profile["task"] == "code"]
     [completion] = decode(llm, PROBLEMS["code"][:1], task="code")
     about = vllm_osdt.describe(completion)
-    assert about == {
-        "policy": "osdt",
-        "task": "code",
-        "profile": profile["id"],
-        "calibrating": False,
-        "nfe": nfe(completion),
-        "tokens_per_forward": len(completion.token_ids) / nfe(completion),
-    }
+    assert (
+        completion.osdt
+        == about
+        == {
+            "policy": "osdt",
+            "task": "code",
+            "profile": profile["id"],
+            "calibrating": False,
+            "nfe": nfe(completion),
+            "tokens_per_forward": len(completion.token_ids) / nfe(completion),
+            "weights_version": 0,
+            "weights_version_at_start": 0,
+        }
+    )
     [static] = decode(llm, PROBLEMS["code"][:1], policy="static_threshold")
     assert vllm_osdt.describe(static)["policy"] == "static_threshold"
     assert vllm_osdt.describe(static)["profile"] is None

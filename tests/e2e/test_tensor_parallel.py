@@ -45,6 +45,8 @@ def test_two_ranks_take_the_stock_decisions_and_calibrate_alike(golden_random, t
         expected = decode(network, case["prompt_token_ids"], rule, gen_length=64, block_length=32, cache_mode="dual")
         assert got == expected.tokens
     assert len(list(tmp_path.rglob("*.json"))) == 2
+    # The same files once more: other weights to the engine, whose profiles are those of the files.
+    assert result["reloaded"] == {"updates": [1, 1], "versions": [0, 0, 1, 1], "same": True, "used": result["used"]}
 
 
 def decode_on_two_ranks(tmp_path, engine, prompts, options):

@@ -27,12 +27,12 @@ def make_calibrator(registry=None, guard=None, is_strict=False):
     return Calibrator(registry or ProfileRegistry(), guard, traits)
 
 
-def start(calibrator, req_id, max_tokens=2 * LENGTH, follows_choice=False, **options):
+def start(calibrator, req_id, max_tokens=2 * LENGTH, follows_choice=False, is_kept=False, **options):
     """Plan a request of two blocks for the first time; returns what is decided."""
     canvas = Canvas(PROMPT_LENGTH, PROMPT_LENGTH + 2 * LENGTH, PROMPT_LENGTH + max_tokens, LENGTH)
     defaults = {"task": "gsm", "statistic": "q1", "num_calibration_requests": 1}
     options = DecodingOptions(**defaults | {"block_length": LENGTH, "gen_length": 2 * LENGTH} | options)
-    assignment = calibrator.assign(req_id, RequestSpec(options, canvas, follows_choice), max_tokens)
+    assignment = calibrator.assign(req_id, RequestSpec(options, canvas, follows_choice), max_tokens, is_kept=is_kept)
     decided = calibrator._decodings[req_id]
     assert assignment is decided.assignment and assignment.is_recorded == (decided.recorder is not None)
     return decided
@@ -472,3 +472,34 @@ def test_audits_that_disagree_are_the_guards_business(action, caplog):
     assert told == [["audits", "changed", 20], ["audits", "same", 1], *events]
     assert (start(calibrator, "d", **CONFORMAL).recorder is not None) == (action == "recalibrate")
     assert sum("no longer has the answers" in record.message for record in caplog.records) == len(events)
+
+
+def test_other_weights_use_nothing_that_was_learned_before():
+    calibrator = make_calibrator(guard=DriftGuard("recalibrate", WINDOW, 0.1, 0.9))
+    start(calibrator, "first")
+    see_step(calibrator, "first", 0.8)
+    end(calibrator, "first")
+    used = start(calibrator, "watched")
+    assert used.profile is not None and used.assignment.is_watched
+    start(calibrator, "under way", task="code")
+    see_step(calibrator, "under way", 0.8)
+    calibrator.forget()
+    end(calibrator, "watched", "under way")  # what they saw is of the old weights
+    assert not calibrator.registry.profiles and calibrator.registry.num_calibrating == 0
+    assert start(calibrator, "anew").recorder is not None
+    assert not calibrator.guard._cohorts
+
+
+def test_a_request_that_two_weights_decode_is_neither_recorded_nor_watched_nor_audited():
+    calibrator = make_calibrator(guard=DriftGuard("recalibrate", WINDOW, 0.1, 0.9))
+    kept = start(calibrator, "kept", is_kept=True)
+    assert kept.recorder is None and kept.profile is None and not kept.about.calibrating
+    start(calibrator, "first")
+    see_step(calibrator, "first", 0.8)
+    end(calibrator, "first")
+    kept = start(calibrator, "kept too", is_kept=True)
+    assert kept.profile is not None and not kept.assignment.is_watched
+    assert calibrator.subject("kept too") is None
+    assert start(calibrator, "new").assignment.is_watched and calibrator.subject("new") is not None
+    kinds = {kind: number for (name, kind), number in calibrator.statistics.counts.items() if name == "requests"}
+    assert kinds == {"calibrating": 1, "calibrated": 1}

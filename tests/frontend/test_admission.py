@@ -63,7 +63,7 @@ def request(token_ids=(1, 2, 3), adapter=None, **options):
 def resolve(front_end, vllm_config, token_ids=(1, 2, 3), adapter=None, **values):
     """The options of a request after the front end."""
     asked = request(token_ids, adapter, **values)
-    options, _ = front_end.check(asked.sampling_params, asked.sampling_params, len(token_ids), adapter or "")
+    options, *_ = front_end.check(asked.sampling_params, asked.sampling_params, len(token_ids), adapter or "")
     return front_end.name_task(options, asked.prompt_token_ids, adapter or "")
 
 

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm.outputs import CompletionOutput
 
 import vllm_osdt
 from vllm_osdt.engine.statistics import About, EngineStatistics, describe, num_forwards
+from vllm_osdt.engine.weights import Weights
 from vllm_osdt.frontend.metrics import (
     KEY,
     LABELS,
@@ -111,10 +113,19 @@ def test_task_labels_are_bounded_and_the_first_ones_stay(scraped):
 
 
 def test_a_request_is_described_by_what_was_decided_and_its_own_counts():
-    assert describe(request("a"), About(**ABOUT)) == {**ABOUT, "nfe": 3, "tokens_per_forward": 4.0}
+    first = Weights()
+    weights = {"weights_version": 0, "weights_version_at_start": 0}
+    about = describe(request("a"), About(**ABOUT), first, first)
+    assert about == {**ABOUT, "nfe": 3, "tokens_per_forward": 4.0, **weights}
     unknown = {"policy": None, "task": None, "profile": None, "calibrating": False}
     other = request("b", histogram=(), num_output_tokens=0)
-    assert describe(other, About()) == {**unknown, "nfe": 0, "tokens_per_forward": 0.0}
+    assert describe(other, About(), first, first) == {**unknown, "nfe": 0, "tokens_per_forward": 0.0, **weights}
+
+
+@pytest.mark.parametrize(("label", "version"), [(None, 3), ("step 3", "step 3"), ("", "")])
+def test_weights_have_the_callers_label_or_else_a_number(label, version):
+    about = describe(request("a"), About(**ABOUT), Weights(1), Weights(3, label))
+    assert (about["weights_version_at_start"], about["weights_version"]) == (1, version)
 
 
 def test_what_the_engine_tells_is_plain_enough_to_cross_processes_and_be_counted(scraped):
@@ -134,5 +145,7 @@ def test_a_request_of_which_no_step_was_counted_took_no_forward():
 
 
 def test_a_completion_of_another_model_has_no_description():
-    assert vllm_osdt.describe(SimpleNamespace(spec_decode_metrics=None)) is None
-    assert vllm_osdt.describe(SimpleNamespace(spec_decode_metrics=SimpleNamespace(osdt=ABOUT))) == ABOUT
+    completion = CompletionOutput(0, "", [], None, None)
+    assert vllm_osdt.describe(completion) is None
+    completion.spec_decode_metrics = SimpleNamespace(osdt=ABOUT)
+    assert vllm_osdt.describe(completion) == ABOUT

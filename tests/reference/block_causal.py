@@ -195,6 +195,7 @@ def decode_block_causal(
     end_token_ids: tuple[int, ...] = (),
     edit_threshold: float | None = None,
     shape: Shape | None = None,
+    pinned: dict[int, int] | None = None,
 ) -> Decoded:
     """Decode a request with the whole sequence in every forward.
 
@@ -208,15 +209,20 @@ def decode_block_causal(
         edit_threshold: LLaDA2.1's token editing: a written token is replaced where another is surer than this, until a
             step without masks edits nothing, at most MAX_POST_STEPS of them.
         shape: Changes the logits from which a token is proposed; its confidence stays the model's.
+        pinned: Tokens of the output that are given, by their index.
     """
     ids, result = list(prompt), Decoded()
     chosen_from: dict[int, torch.Tensor] = {}
+    steps: dict[int, tuple[int, int, float]] = {}
     first_block = len(prompt) // block_length
     while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] not in end_token_ids):
         block, start = len(ids) // block_length, len(ids)
         end = (block + 1) * block_length
         canvas = torch.tensor(ids + [model.mask_token_id] * (end - start))
         decided = [True] * start + [False] * (end - start)
+        for place, token in (pinned or {}).items():
+            if start <= len(prompt) + place < end:
+                canvas[len(prompt) + place], decided[len(prompt) + place] = token, True
         needed = min(end, len(prompt) + max_tokens)
         result.record.append([])
         num_post_steps = 0
@@ -250,6 +256,7 @@ def decode_block_causal(
             for position in chosen + edits:
                 canvas[position], decided[position] = top.indices[position, 0], True
                 chosen_from[position] = own[position]
+                steps[position] = step, result.nfe, masked.get(position, 0.0)
             result.num_edits += len(edits)
             is_open = edit_threshold is not None and (masked or (edits and num_post_steps < MAX_POST_STEPS))
             ready = None if is_open else _ready(canvas.tolist(), decided, start, needed, end_token_ids)
@@ -258,7 +265,9 @@ def decode_block_causal(
         assert ready is not None
         ids += ready
     result.tokens = ids[len(prompt) :]
-    result.chosen_from = [chosen_from[place] for place in range(len(prompt), len(ids))]
+    if not pinned:
+        result.chosen_from = [chosen_from[place] for place in range(len(prompt), len(ids))]
+        result.steps = [steps[place] for place in range(len(prompt), len(ids))]
     result.rule_margin = getattr(rule, "margin", float("inf"))
     return result
 

@@ -32,6 +32,7 @@ class Decoded:
         edit_margin: Smallest distance of a confidence from the editing threshold.
         num_edits: Tokens that were replaced.
         chosen_from: The model's logits of each output token in the step that unmasked it, float32 ``[vocabulary]``.
+        steps: That step of each output token's block, from 0; the same among all forwards, from 1; the confidence then.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Decoded:
     refresh_margin: float = float("inf")
     num_refreshes: int = 0
     chosen_from: list[torch.Tensor] = field(default_factory=list)
+    steps: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 class ThresholdRule:
@@ -182,6 +184,7 @@ def decode(
     refresh_confidence: float = 0.0,
     first_length: int | None = None,
     shape: Shape | None = None,
+    pinned: dict[int, int] | None = None,
 ) -> Decoded:
     """Decode a request.
 
@@ -201,13 +204,17 @@ def decode(
         first_length: Positions of the canvas that are there at first, whole blocks; None for all. A block joins when
             all before it are decided.
         shape: Changes the logits from which a token is proposed; its confidence stays the model's.
+        pinned: Tokens of the canvas that are given, by their index.
     """
     end, shift = len(prompt) + gen_length, model.logits_shift
     kept, refreshed, is_unsure = None, -1, False
     wanted = gen_length if max_tokens is None else min(max_tokens, gen_length)
     ids = torch.tensor(prompt + [model.mask_token_id] * gen_length)
     decided = [True] * len(prompt) + [False] * gen_length
+    for place, token in (pinned or {}).items():
+        ids[len(prompt) + place], decided[len(prompt) + place] = token, True
     chosen_from: dict[int, torch.Tensor] = {}
+    steps: dict[int, tuple[int, int, float]] = {}
     result = Decoded()
     for block in range(-(-gen_length // block_length)):
         first = len(prompt) + block * block_length
@@ -263,16 +270,17 @@ def decode(
                     masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))
                     margin = (top[offset, 0] - top[offset, 1]).item()
                     result.proposal_margin = min(result.proposal_margin, margin)
-            mean = sum(masked.values()) / len(masked)
+            mean = sum(masked.values()) / len(masked) if masked else 1.0
             result.refresh_margin = min(result.refresh_margin, abs(mean - refresh_confidence))
             is_unsure = refresh_confidence > 0 and mean < refresh_confidence and not is_refresh
             result.num_refreshes += is_refresh
-            chosen = [0] if is_alone else rule(block, step, masked)
+            chosen = [0] if is_alone and masked else rule(block, step, masked) if masked else []
             result.record[block].append([(c, offset in chosen) for offset, c in masked.items()])
             for offset in chosen:
                 ids[first + offset] = proposal[offset]
                 decided[first + offset] = True
                 chosen_from[first + offset - len(prompt)] = own[offset]
+                steps[first + offset - len(prompt)] = step, result.nfe, masked[offset]
             ready = _ready(ids[first:last].tolist(), decided[first:last], num_needed, end_token_ids)
             if ready is not None:
                 break
@@ -281,7 +289,9 @@ def decode(
         if len(result.tokens) >= wanted or result.tokens[-1] in end_token_ids:
             break
     result.rule_margin = getattr(rule, "margin", float("inf"))
-    result.chosen_from = [chosen_from[k] for k in range(len(result.tokens))]
+    if not pinned:
+        result.chosen_from = [chosen_from[k] for k in range(len(result.tokens))]
+        result.steps = [steps[k] for k in range(len(result.tokens))]
     return result
 
 

@@ -65,14 +65,26 @@ def weights_folder(model: str, revision: str | None) -> Path | None:
     return config.parent if isinstance(config, Path) else None
 
 
-def model_fingerprint(vllm_config: "VllmConfig") -> ModelFingerprint:
-    """The identity of an engine's model."""
+def model_fingerprint(
+    vllm_config: "VllmConfig", checkpoint: tuple[str, str | None] | None = None
+) -> ModelFingerprint | None:
+    """The identity of an engine's model.
+
+    Args:
+        vllm_config: The engine's configuration.
+        checkpoint: Model and revision whose files its weights are, where it has read them anew.
+
+    Returns:
+        None where a checkpoint has no files of a known kind here.
+    """
     model = vllm_config.model_config
     weights = None
     if vllm_config.load_config.load_format != "dummy":
-        folder = weights_folder(model.model, model.revision)
+        folder = weights_folder(*(checkpoint or (model.model, model.revision)))
         weights = hash_weights(folder) if folder is not None else None
-    if weights is None:  # no files of a known kind here
+    if weights is None and checkpoint is not None:
+        return None
+    if weights is None:
         commit = getattr(model.hf_config, "_commit_hash", None)
         weights = f"{model.model}@{commit or model.revision}"
     return ModelFingerprint(

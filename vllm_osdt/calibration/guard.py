@@ -74,6 +74,10 @@ class DriftGuard:
         # By profile id: cohorts that are not complete, the newest last; None once it has drifted.
         self._cohorts: OrderedDict[str, list[_Cohort] | None] = OrderedDict()
 
+    def forget(self) -> None:
+        """Forget all that was seen."""
+        self._cohorts.clear()
+
     def begin(self, profile: CalibrationProfile, req_id: str) -> None:
         """A request begins that uses the profile."""
         cohorts = self._cohorts.setdefault(profile.profile_id, [])

@@ -224,6 +224,18 @@ class ProfileRegistry:
         self._stale[profile.key] = profile.profile_id
         _shrink(self._stale, self._max_profiles)
 
+    def forget(self, store: ProfileStore | None = None) -> None:
+        """The weights are others: drop every profile and every calibration under way.
+
+        Args:
+            store: That of the new weights; None to keep their profiles in memory only. A store knows weights by their
+                files.
+        """
+        self.flush()
+        self._store = store
+        for table in (self.profiles, self._rounds, self._pinned, self._stale, self._seen):
+            table.clear()
+
     def _load(self, task: str, ask: Callable[[ProfileStore], CalibrationProfile | None]) -> CalibrationProfile | None:
         assert self._store is not None
         self._wait_for(task)

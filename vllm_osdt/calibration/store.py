@@ -90,19 +90,26 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "vllm-osdt" / "profiles"
 
 
-def open_store(folder: str | None, vllm_config: "VllmConfig") -> "ProfileStore | None":
+def open_store(
+    folder: str | None, vllm_config: "VllmConfig", checkpoint: tuple[str, str | None] | None = None
+) -> "ProfileStore | None":
     """Where an engine's profiles outlive it; None when they do not.
 
     Args:
         folder: The operator's; None for the user's data folder, "" for none.
         vllm_config: The engine's configuration, which says what its model is.
+        checkpoint: Model and revision whose files the engine's weights are; None for those it started with. Without
+            local files there is no store, since others may have come under the name.
     """
     if folder is None:
         folder = str(default_folder())
     if not folder:
         return None
-    name = model_name(vllm_config.model_config.model)
-    return ProfileStore(Path(folder).expanduser(), model_fingerprint(vllm_config), name)
+    fingerprint = model_fingerprint(vllm_config, checkpoint)
+    if fingerprint is None:
+        return None
+    name = model_name(vllm_config.model_config.model if checkpoint is None else checkpoint[0])
+    return ProfileStore(Path(folder).expanduser(), fingerprint, name)
 
 
 class ProfileStore:

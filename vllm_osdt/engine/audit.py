@@ -120,6 +120,11 @@ class Auditor:
         self._running.clear()
         return stopped
 
+    def forget(self) -> None:
+        """Drop all audits that wait: their requests were decoded by other weights."""
+        self._waiting.clear()
+        self._num_offered = 0
+
     def end(self, request: Request, *, ended_well: bool) -> tuple[Subject, bool] | None:
         """A request of the engine's own has ended.
 

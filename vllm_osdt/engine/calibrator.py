@@ -17,7 +17,7 @@ from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Settin
 from vllm_osdt.calibration.recording import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.calibration.selection import upper_bound
-from vllm_osdt.calibration.store import open_store
+from vllm_osdt.calibration.store import ProfileStore, open_store
 from vllm_osdt.calibration.thresholds import CONFORMAL, Fallback
 from vllm_osdt.engine.audit import Subject
 from vllm_osdt.engine.canvas_plan import decides_first_alone
@@ -49,6 +49,7 @@ class _Decoding:
     assignment: Assignment
     profile: CalibrationProfile | None = None
     is_early: bool = False  # the profile is one that is being made
+    is_kept: bool = False  # other weights have decided some of its tokens
     recorder: Recorder | None = None
     entries: dict[int, float] = field(default_factory=dict)  # mean confidence at block entry, by block
 
@@ -98,22 +99,30 @@ class Calibrator:
         registry = ProfileRegistry(options.max_profiles, store)
         return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement)
 
-    def assign(self, req_id: str, spec: RequestSpec, max_tokens: int, *, has_grammar: bool = False) -> Assignment:
+    def assign(
+        self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool = False, has_grammar: bool = False
+    ) -> Assignment:
         """The schedule of a request and its part in calibration; decided once, when it is first planned.
 
         Args:
             req_id: Its id.
             spec: As admission made it.
             max_tokens: Output tokens that it may get.
+            is_kept: Whether other weights have decided some of its tokens (:meth:`forget`). It is then neither recorded
+                nor watched.
             has_grammar: Whether a grammar says which. It then uses its task's profile, but says nothing of the task: it
                 neither calibrates nor is watched or audited.
         """
         found = self._decodings.get(req_id)
         if found is None:
-            found = self._decodings[req_id] = self._decide(req_id, spec, max_tokens, has_grammar)
+            found = self._decodings[req_id] = self._decide(
+                req_id, spec, max_tokens, is_kept=is_kept, has_grammar=has_grammar
+            )
         return found.assignment
 
-    def _decide(self, req_id: str, spec: RequestSpec, max_tokens: int, has_grammar: bool) -> _Decoding:
+    def _decide(
+        self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool, has_grammar: bool
+    ) -> _Decoding:
         options, canvas = spec.options, spec.canvas
         policy = POLICIES[options.policy]
         shape = DecodeShape(
@@ -131,12 +140,14 @@ class Calibrator:
                 options = self._choose(options, profile)
                 policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
-            if is_own and not has_grammar and self._calibrates(req_id, options, key, max_tokens, profile):
+            is_usual = not (is_kept or has_grammar) and spec.pinned is None
+            if is_own and is_usual and self._calibrates(req_id, options, key, max_tokens, profile):
                 profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
             elif is_own and profile is None and _has_early_thresholds(options):
                 profile, is_early = self.registry.early(key), True
             kind = "calibrating" if recorder else "static" if profile is None else "early" if is_early else "calibrated"
-            self.statistics.counts["requests", kind] += 1
+            if not is_kept:  # it was counted when it began
+                self.statistics.counts["requests", kind] += 1
         thresholds = None
         if profile is not None and policy.calibrates:
             thresholds = profile.thresholds(replace(setting_of(options), is_early=is_early))
@@ -147,10 +158,8 @@ class Calibrator:
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
         is_own_profile = profile is not None and options.profile is None and not is_early
-        has_probabilities = not (
-            policy.ranks_by_entropy or has_grammar
-        )  # of what the profile's requests were free to say
-        is_watched = self.guard is not None and is_own_profile and has_probabilities
+        has_probabilities = not policy.ranks_by_entropy
+        is_watched = self.guard is not None and is_own_profile and has_probabilities and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
@@ -161,7 +170,7 @@ class Calibrator:
             policy=options.policy,
             has_grammar=has_grammar,
         )
-        return _Decoding(options, key, shape, about, assignment, profile, is_early, recorder)
+        return _Decoding(options, key, shape, about, assignment, profile, is_early, is_kept, recorder)
 
     def _choose(self, options: DecodingOptions, profile: CalibrationProfile) -> DecodingOptions:
         """The options of a request that leaves it to its profile how positions are chosen."""
@@ -199,6 +208,21 @@ class Calibrator:
             return False
         is_shared = _has_early_thresholds(options) and not options.recalibrate
         return self.registry.claim(key, req_id, options.num_calibration_requests, is_shared=is_shared)
+
+    def forget(self, store: ProfileStore | None = None) -> None:
+        """The weights are others: forget profiles, calibrations under way, and what guards have seen.
+
+        Requests that go on are assigned anew when they resume.
+
+        Args:
+            store: See :meth:`ProfileRegistry.forget`.
+        """
+        self.registry.forget(store)
+        if self.guard is not None:
+            self.guard.forget()
+        self._agreement_guard = AgreementGuard()
+        self._decodings.clear()
+        self._refused.clear()
 
     def about(self, req_id: str) -> About:
         """How a request is decoded."""
@@ -262,7 +286,9 @@ class Calibrator:
     def subject(self, req_id: str) -> Subject | None:
         """What an audit of a request would look at; None where it uses no finished profile."""
         found = self._decodings.get(req_id)
-        if found is None or found.profile is None or found.is_early or found.assignment.has_grammar:
+        if found is None or found.profile is None or found.is_early:
+            return None
+        if found.is_kept or found.assignment.has_grammar:
             return None
         return Subject(found.profile, self._share_that_may_change(found.options, found.profile))
 

@@ -17,15 +17,28 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_osdt.calibration.store import open_store
 from vllm_osdt.engine.audit import Auditor
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
 from vllm_osdt.engine.grammar import Grammars
 from vllm_osdt.engine.statistics import describe, num_forwards
+from vllm_osdt.engine.trace import Tracer
+from vllm_osdt.engine.weights import Weights
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
-from vllm_osdt.messages import CANVAS_STEP, KEY, STEP_REPORT, CanvasStep, Decides, RequestSpec, StepReport
+from vllm_osdt.messages import (
+    CANVAS_STEP,
+    KEY,
+    STEP_REPORT,
+    TRACE,
+    CanvasStep,
+    Decides,
+    HeldWeights,
+    RequestSpec,
+    StepReport,
+)
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
 
@@ -61,6 +74,8 @@ class CanvasScheduler(Scheduler):
         self.calibrator = Calibrator.of_engine(self.vllm_config)
         options = server_options(self.vllm_config)
         self._auditor = Auditor(options.audit)
+        self._weights = Weights()
+        self._tracer = Tracer(self.max_num_running_reqs)
         self._is_fused = options.fused_commit
         model = self.vllm_config.model_config
         self._traits: Traits = model.hf_config.traits
@@ -89,6 +104,7 @@ class CanvasScheduler(Scheduler):
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
         self._rows.clear()
+        self._tracer.keep(self.running)
         self._admit_audits()
         order = self.running
         waited, self._postponed = self._postponed, {}
@@ -103,12 +119,20 @@ class CanvasScheduler(Scheduler):
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
             self._grammars.forget(new.req_id)
-            step.assignments[new.req_id] = self.calibrator.assign(
+            if not request.num_output_tokens:
+                request.canvas_weights = self._weights
+            spec = self._spec(request)
+            assignment = self.calibrator.assign(
                 new.req_id,
-                self._spec(request),
+                spec,
                 request.sampling_params.max_tokens,
+                is_kept=request.canvas_weights is not self._weights,
                 has_grammar=request.use_structured_output,
             )
+            if spec.options.return_trace:
+                assignment = assignment._replace(is_recorded=True)
+                self._tracer.begin(new.req_id, assignment.schedule)
+            step.assignments[new.req_id] = assignment
             request.canvas_about = self.calibrator.about(new.req_id)
         if self._traits.logits_shift:
             step.first_position = frozenset(
@@ -164,6 +188,37 @@ class CanvasScheduler(Scheduler):
         """As vLLM does; audits give their pages back."""
         self._stop_audits()
         return super().reset_prefix_cache(*args, **kwargs)
+
+    def hear_weights(self, held: HeldWeights) -> None:
+        """If the workers' weights have changed, use nothing any more that other weights made.
+
+        Pages and profiles go, and so do calibrations and audits under way. Requests that run keep their output, compute
+        all keys and values anew, and decide their active block from its start.
+
+        Args:
+            held: What the workers hold.
+        """
+        if held.num_updates == self._weights.num_updates:
+            return
+        self._weights = Weights(held.num_updates)
+        for request in self.running:
+            if request.prefill_stats is not None:  # nothing of it has been told
+                request.prefill_stats.set(request.num_prompt_tokens, 0, 0)
+        self.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        self._auditor.forget()
+        store = None
+        if held.checkpoint is not None:
+            store = open_store(server_options(self.vllm_config).profile_dir, self.vllm_config, held.checkpoint)
+        self.calibrator.forget(store)
+        logger.info(
+            "The weights have changed (update %d). Profiles are now %s.",
+            held.num_updates,
+            "kept in memory only" if store is None else f"those of {store.model}",
+        )
+
+    def name_weights(self, label: str) -> None:
+        """Give the weights that are served the caller's label."""
+        self._weights.label = label
 
     def _spec(self, request: Request) -> RequestSpec:
         spec: RequestSpec | None = getattr(request, "canvas_spec", None)
@@ -292,11 +347,17 @@ class CanvasScheduler(Scheduler):
         """
         audits = self._auditor.running
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
+        if report is not None and report.weights.num_updates != self._weights.num_updates:
+            # Not told between two steps: this one had pages and profiles of other weights. It is void, as vLLM's rule
+            # for requests that are preempted while they are in flight has it.
+            self.hear_weights(report.weights)
+            return super().update_from_output(scheduler_output, model_runner_output)
         if report is not None:
             self.calibrator.hear(report)
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
+            self._trace(report)
             self._count_run_ahead(report)
             if report.recorded is not None:
                 self._fail(self._grammars.hear(report.recorded, self.requests), model_runner_output)
@@ -310,8 +371,24 @@ class CanvasScheduler(Scheduler):
                 request = requests.get(output.request_id)
                 if request is not None and request.spec_decode_metrics is not None:
                     output.spec_decode_metrics = request.spec_decode_metrics
-                    output.kv_transfer_params = {KEY: describe(request, request.canvas_about)}
+                    about = describe(request, request.canvas_about, request.canvas_weights, self._weights)
+                    trace = self._tracer.take(output.request_id, len(output.new_token_ids))
+                    if trace is not None:
+                        about[TRACE] = trace
+                    output.kv_transfer_params = {KEY: about}
         return outputs
+
+    def _trace(self, report: StepReport) -> None:
+        """Take in what is traced; the step that is reported is not counted yet."""
+        if report.recorded is None:
+            return
+        requests = (self.requests.get(req_id) for req_id in report.recorded.req_ids)
+        forwards = {
+            request.request_id: num_forwards(request) + 1
+            for request in requests
+            if request is not None and self._spec(request).options.return_trace
+        }
+        self._tracer.hear(report.recorded, forwards)
 
     def _fail(self, req_ids: list[str], model_runner_output: ModelRunnerOutput) -> None:
         """End requests with an error, as those whose grammar fails to compile, and without this step's tokens."""

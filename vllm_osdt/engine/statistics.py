@@ -7,6 +7,8 @@ in the entry for their parameters. ``host.compat`` leads both to the front end (
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_osdt.engine.weights import Weights
+
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
@@ -63,14 +65,26 @@ class EngineStatistics:
         return news
 
 
-def describe(request: "Request", about: About) -> dict[str, Any]:
+def describe(request: "Request", about: About, first: Weights, last: Weights) -> dict[str, Any]:
     """How a request is decoded.
 
-    :class:`About`, ``nfe`` (the forward passes it took part in so far) and ``tokens_per_forward``.
+    Args:
+        request: vLLM's, which counts its forwards.
+        about: What holds for it.
+        first, last: The weights that decided its first and its last tokens so far.
+
+    Returns:
+        :class:`About`, ``nfe`` (the forward passes it took part in so far), ``tokens_per_forward``,
+        ``weights_version`` (of ``last``) and ``weights_version_at_start`` (of ``first``).
     """
     nfe = num_forwards(request)
-    per_forward = request.num_output_tokens / nfe if nfe else 0.0
-    return {**about._asdict(), "nfe": nfe, "tokens_per_forward": per_forward}
+    return {
+        **about._asdict(),
+        "nfe": nfe,
+        "tokens_per_forward": request.num_output_tokens / nfe if nfe else 0.0,
+        "weights_version": last.version,
+        "weights_version_at_start": first.version,
+    }
 
 
 def num_forwards(request: Any) -> int:

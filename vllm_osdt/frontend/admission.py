@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore, open_store
-from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.auto_task import AutoTasks
-from vllm_osdt.geometry import Canvas, Limits
+from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_company, template_canvas
+from vllm_osdt.geometry import PROMPT, Canvas, Limits
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
 from vllm_osdt.options import (
     AUTO_TASK,
@@ -42,12 +43,14 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
+SUFFIX_FIELD = SUFFIX  # where the completion endpoint's suffix goes
 MAX_PINS = 1024  # pinned profiles whose keys are remembered
 
 
 SENT = "osdt_sent"  # attribute of sampling parameters that come from an HTTP request
 # What an endpoint calls fields of the chat request that it makes of its own, while it does.
 FIELD_NAMES: ContextVar[Mapping[str, str]] = ContextVar("FIELD_NAMES", default=MappingProxyType({}))
+PROMPT_NAMES = ("messages", "input", "token_ids", PROMPT)
 MESSAGES_NAMES = {"response_format": "output_config.format", "thinking_token_budget": "thinking.budget_tokens"}
 
 
@@ -60,12 +63,14 @@ class Sent:
         max_tokens_name: The field that holds it.
         options: Fields ``osdt_...`` at the top of the body, which vLLM drops.
         fields: For a sampling parameter that vLLM makes of another field: that field's name and value.
+        prompt_name: The field that holds the prompt.
     """
 
     max_tokens: int | None
     max_tokens_name: str = "max_tokens"
     options: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    prompt_name: str = PROMPT
 
 
 def sent_by(request: Any) -> Sent:
@@ -100,7 +105,8 @@ def sent_by(request: Any) -> Sent:
     if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
         name = "max_tokens"
     own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
-    return Sent(limit, name, own, fields)
+    prompt_name = next((one for one in PROMPT_NAMES if getattr(request, one, None) is not None), PROMPT)
+    return Sent(limit, name, own, fields, prompt_name)
 
 
 def _plain(value: Any) -> Any:
@@ -126,20 +132,47 @@ def check_sampling_params(params: "SamplingParams") -> None:
         elif name == "structured_outputs":
             value = {key: asked for key, asked in asdict(value).items() if asked and not key.startswith("_")}
         remedy = "leave it out" if neutral[0] is None else f"send {neutral[0]!r} or leave it out"
-        refused.append(f"{name}={value!r} ({remedy})")
+        refused.append((name, value, f"{name}={shown(value)} ({remedy})"))
+    if any(name in ("echo", "prompt_logprobs") for name, *_ in refused):
+        _refuse_prompt_scores(sent)
     if refused:
-        raise InvalidOptionError(f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(refused))}.")
+        raise InvalidOptionError(
+            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(words for *_, words in refused))}.",
+            refusal="sampling-parameter",
+            parameter=refused[0][0],
+            value=refused[0][1],
+        )
 
 
-def refuse(what: str) -> None:
+def _refuse_prompt_scores(sent: Sent | None) -> None:
+    """Refuse to score a prompt, which a harness does for multiple choice; clients often show the message alone."""
+    is_echo = sent is not None and "prompt_logprobs" in sent.fields
+    asked = "echo=True with logprobs" if is_echo else "prompt_logprobs"
+    raise InvalidOptionError(
+        f"{asked} asks for log probabilities of the prompt, but these diffusion models have no next-token "
+        "probabilities of a prompt, so nothing can be scored by loglikelihood: leave it out and let the model answer, "
+        "with lm-eval in a task of output_type generate_until in place of a multiple-choice (loglikelihood) task.",
+        refusal="prompt-scores",
+        parameter="echo" if is_echo else "prompt_logprobs",
+        value=True if is_echo else None,
+    )
+
+
+def refuse(what: str, parameter: str | None = None) -> None:
     """Refuse a kind of request that these models cannot answer.
+
+    Args:
+        what: Its name, as the message begins.
+        parameter: The field that asks for it; None where the endpoint does.
 
     Raises:
         InvalidOptionError: Always.
     """
     raise InvalidOptionError(
         f"{what} is not implemented for this diffusion model: it needs probabilities of the next token alone, but a "
-        "canvas is decided many positions at a time. Send an ordinary completion."
+        "canvas is decided many positions at a time; send an ordinary completion.",
+        refusal="kind-of-request",
+        parameter=parameter,
     )
 
 
@@ -179,15 +212,21 @@ class FrontEnd:
         return not is_own or model.override_generation_config.get("max_new_tokens") is not None
 
     def check(
-        self, params: "SamplingParams", asked: "SamplingParams", prompt_length: int | None, adapter: str
-    ) -> tuple[DecodingOptions, Canvas | None]:
-        """The options of a request and its canvas; changes nothing.
+        self,
+        params: "SamplingParams",
+        asked: "SamplingParams",
+        prompt_length: int | None,
+        adapter: str,
+        encode: Encode | None = None,
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None]:
+        """The options of a request, its canvas, and what is pinned in it; changes nothing.
 
         Args:
             params: Its sampling parameters; vLLM may have bounded their ``max_tokens``.
             asked: The same as they came.
             prompt_length: Prompt tokens, None when that is not known yet: the canvas is then not looked at.
             adapter: Name of its adapter, "" for none.
+            encode: Text to token ids; None without a tokenizer.
 
         Raises:
             InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or the profile that it
@@ -197,27 +236,37 @@ class FrontEnd:
         extra = merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
         traits = self._config.model_config.hf_config.traits
-        check_limits(params, self._config.model_config.get_vocab_size(), traits.mask_token_id)
+        vocabulary = self._config.model_config.get_vocab_size()
+        check_limits(params, vocabulary, traits.mask_token_id)
+        template = Reader(encode, vocabulary, traits.mask_token_id).read(extra, sent.max_tokens)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
+        if template is not None:
+            check_company(template, options, asked, PREFIX + "gen_length" in extra)
         if prompt_length is None:
-            return options, None
+            return options, None, template
         room = self._limits.max_model_len - prompt_length
         # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
         bounded = params.max_tokens is not None and params.max_tokens < room
         if sent.max_tokens is None and options.gen_length is not None:
             bounded = bounded and self._is_capped  # a canvas of the request's own: the checkpoint's length is not asked
-        return resolve_canvas(
-            options,
-            prompt_length=prompt_length,
-            max_tokens=params.max_tokens if bounded else sent.max_tokens,
-            limits=self._limits,
-            max_tokens_name=sent.max_tokens_name,
-        )
+        try:
+            return *resolve_canvas(
+                options,
+                prompt_length=prompt_length,
+                max_tokens=params.max_tokens if bounded else sent.max_tokens,
+                limits=self._limits,
+                max_tokens_name=sent.max_tokens_name,
+                canvas=None if template is None else template_canvas(template, prompt_length, options, self._limits),
+            ), template
+        except InvalidOptionError as error:
+            if error.parameter == PROMPT:
+                error.parameter = sent.prompt_name
+            raise
 
     def follows_choice(self, params: "SamplingParams", asked: "SamplingParams") -> bool:
         """Whether a request leaves it to its task's profile how positions are chosen; arguments of :meth:`check`."""
@@ -245,20 +294,34 @@ class FrontEnd:
     def _check_pin(self, options: DecodingOptions) -> None:
         if not POLICIES[options.policy].calibrates:
             raise InvalidOptionError(
-                f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out."
+                f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out.",
+                refusal="pin-policy",
+                parameter="profile",
+                value=options.profile,
             )
         if options.recalibrate or options.task == AUTO_TASK:
             what = "recalibrate" if options.recalibrate else f"task {AUTO_TASK!r}"
             raise InvalidOptionError(
                 f"profile is {options.profile!r}, which {what} contradicts; name the profile's own task and leave "
-                "recalibrate out."
+                "recalibrate out.",
+                refusal="pin-contradicted",
+                parameter="profile",
+                value=options.profile,
             )
         if options.task is None:
-            raise InvalidOptionError(f"profile is {options.profile!r}, but no task is named; send the profile's own.")
+            raise InvalidOptionError(
+                f"profile is {options.profile!r}, but no task is named; send the profile's own.",
+                refusal="pin-task",
+                parameter="profile",
+                value=options.profile,
+            )
         if self._store is None:
             raise InvalidOptionError(
                 f"profile is {options.profile!r}, but this server keeps profiles in memory only; start it with a "
-                "profile_dir."
+                "profile_dir.",
+                refusal="pin-memory",
+                parameter="profile",
+                value=options.profile,
             )
         assert options.profile is not None
         pin = (options.task, options.profile)
@@ -266,8 +329,11 @@ class FrontEnd:
             found = self._store.load_id(*pin)
             if found is None:
                 raise InvalidOptionError(
-                    f"profile is {options.profile!r}, but task {options.task!r} of this model has no such profile in "
-                    f"{self._store.folder}. `vllm-osdt profiles list` shows them; `profiles import` brings one back."
+                    f"profile is {options.profile!r}, but task {options.task!r} of this model has no such profile; "
+                    "send an id that `vllm-osdt profiles list` shows, or bring it back with `profiles import`.",
+                    refusal="pin-unknown",
+                    parameter="profile",
+                    value=options.profile,
                 )
             self._pins[pin] = found.key
             if len(self._pins) > MAX_PINS:
@@ -287,7 +353,10 @@ class FrontEnd:
                     )
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "
-                    f"{remedy}."
+                    f"{remedy}.",
+                    refusal="pin-made-with",
+                    parameter="profile",
+                    value=options.profile,
                 )
 
 
@@ -323,18 +392,29 @@ def merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str,
         InvalidOptionError: They contradict each other, or hold what the server sets.
     """
     if RESOLVED_KEY in extra or RESOLVED_KEY in top_level:
-        raise InvalidOptionError(f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.")
+        raise InvalidOptionError(
+            f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.",
+            refusal="reserved",
+            parameter=RESOLVED_KEY,
+        )
     for name in extra.keys() & top_level.keys():
         if extra[name] != top_level[name]:
             raise InvalidOptionError(
-                f"{name} is {top_level[name]!r} at the top of the body and {extra[name]!r} in vllm_xargs; send one of "
-                "them."
+                f"{name} is {shown(top_level[name])} at the top of the body and {shown(extra[name])} in vllm_xargs; "
+                "send one of them.",
+                refusal="two-places",
+                parameter=name,
+                value=top_level[name],
             )
     return {**extra, **top_level}
 
 
 def check_early(
-    params: "SamplingParams", prompt: Any, lora_request: "LoRARequest | None", vllm_config: "VllmConfig"
+    params: "SamplingParams",
+    prompt: Any,
+    lora_request: "LoRARequest | None",
+    vllm_config: "VllmConfig",
+    encode: Encode | None = None,
 ) -> None:
     """What :func:`admit` would refuse, before an answer begins.
 
@@ -343,6 +423,7 @@ def check_early(
         prompt: vLLM's engine input, or a raw prompt, of which nothing is checked.
         lora_request: The request's adapter.
         vllm_config: The engine's configuration.
+        encode: Text to token ids; None without a tokenizer.
 
     Raises:
         InvalidOptionError: See :func:`admit`.
@@ -350,10 +431,15 @@ def check_early(
     token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) and "type" in prompt else None
     adapter = lora_request.lora_name if lora_request is not None else ""
     check_sampling_params(params)
-    _front_end(vllm_config).check(params, params, None if token_ids is None else len(token_ids), adapter)
+    _front_end(vllm_config).check(params, params, None if token_ids is None else len(token_ids), adapter, encode)
 
 
-def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "SamplingParams | None" = None) -> None:
+def admit(
+    request: "EngineCoreRequest",
+    vllm_config: "VllmConfig",
+    asked: "SamplingParams | None" = None,
+    encode: Encode | None = None,
+) -> None:
     """Resolve a request's options in place.
 
     Args:
@@ -361,23 +447,40 @@ def admit(request: "EngineCoreRequest", vllm_config: "VllmConfig", asked: "Sampl
         vllm_config: The engine's configuration.
         asked: The sampling parameters as they came, before vLLM filled in what they leave open; the request's own when
             None.
+        encode: Text to token ids; None without a tokenizer.
 
     Raises:
         InvalidOptionError: An option is unknown or out of range, the canvas does not fit, or there is no such profile.
     """
     params = request.sampling_params
     if params is None or request.prompt_token_ids is None:
-        raise InvalidOptionError("This diffusion model takes token prompts and generates text, nothing else.")
+        raise InvalidOptionError(
+            "This diffusion model takes prompts of text or token ids and generates text, nothing else; send such a "
+            "prompt to a completion or chat.",
+            refusal="no-token-prompt",
+            parameter=PROMPT,
+        )
     if request.resumable:
-        raise InvalidOptionError("Streaming input sessions are not implemented for this diffusion model.")
+        raise InvalidOptionError(
+            "A streaming input session is not implemented for this diffusion model; send the whole prompt at once.",
+            refusal="streaming-input",
+            parameter=PROMPT,
+        )
     front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
     asked = params if asked is None else asked
-    options, canvas = front_end.check(params, asked, len(token_ids), adapter)
+    options, canvas, template = front_end.check(params, asked, len(token_ids), adapter, encode)
     options = front_end.name_task(options, token_ids, adapter)
     if vllm_config.cache_config.enable_prefix_caching:
         _keep_pages_apart(request, options.block_length, vllm_config)
     assert canvas is not None
     params.max_tokens = canvas.max_output_end - len(token_ids)
-    spec = RequestSpec(options, canvas, follows_choice=front_end.follows_choice(params, asked))
+    if template is not None:
+        params.min_tokens = params.max_tokens  # a hole has no end but its own
+    spec = RequestSpec(
+        options,
+        canvas,
+        follows_choice=front_end.follows_choice(params, asked),
+        pinned=None if template is None else template.tokens,
+    )
     params.extra_args = spec.as_extra_args()

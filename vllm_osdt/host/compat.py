@@ -16,10 +16,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.math_utils import round_up
 
-from vllm_osdt.errors import OSDTError
-from vllm_osdt.messages import KEY
+from vllm_osdt.errors import InvalidOptionError, OSDTError
+from vllm_osdt.messages import KEY, TRACE, join_traces
 from vllm_osdt.models.registry import is_canvas_model
-from vllm_osdt.options import operator_help, parse_operator_json
+from vllm_osdt.options import OPTION_NAMES, PREFIX, operator_help, parse_operator_json
 
 logger = init_logger("vllm.vllm_osdt.host.compat")
 
@@ -29,6 +29,7 @@ ASKED: ContextVar[Mapping[str, Any]] = ContextVar("ASKED", default=MappingProxyT
 ASKED_NAMES = ("dtype", "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling", "diffusion_config")
 
 _MARK = "_vllm_osdt_patched"
+TRACE_SO_FAR = "osdt_trace"  # attribute of vLLM's state of a request in the front end
 
 
 def _wrap(owner: Any, name: str, make: Any) -> None:
@@ -49,14 +50,23 @@ def _wrap(owner: Any, name: str, make: Any) -> None:
 
 
 class RefusedRequestError(VLLMValidationError, ValueError):
-    """A refusal as vLLM's own kind, which its server answers with HTTP 400."""
+    """A refusal as vLLM's own kind, which its server answers with HTTP 400; the message has parameter and value."""
+
+    def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter, value=value)
+
+    def __str__(self) -> str:
+        return ValueError.__str__(self)
 
 
 @contextmanager
 def _http_400() -> Iterator[None]:
-    """Our refusals leave as a ValueError that is also vLLM's own kind."""
+    """Our refusals leave as a ValueError that is also vLLM's own kind, an option by the name that a request has."""
     try:
         yield
+    except InvalidOptionError as error:
+        parameter = PREFIX + error.parameter if error.parameter in OPTION_NAMES else error.parameter
+        raise RefusedRequestError(str(error), parameter=parameter, value=error.value) from error
     except OSDTError as error:
         raise RefusedRequestError(str(error)) from error
 
@@ -121,7 +131,7 @@ def patch_admission(admit: Callable[..., None]) -> None:
             request = original(self, request_id, prompt, params, *args, **kwargs)
             if is_canvas_model(self.model_config):
                 with _http_400():
-                    admit(request, self.vllm_config, params)
+                    admit(request, self.vllm_config, params, _encoder(self.tokenizer))
             return request
 
         return process_inputs
@@ -129,12 +139,13 @@ def patch_admission(admit: Callable[..., None]) -> None:
     _wrap(InputProcessor, "process_inputs", make)
 
 
-def patch_early_refusals(admission: ModuleType) -> None:
+def patch_early_refusals(admission: ModuleType, response: ModuleType) -> None:
     """A server checks a request before it begins to answer, and knows what the client sent.
 
     vLLM admits a request when its answer is first read, which for a stream is after HTTP 200 has been sent; and what
     it makes of a body no longer tells an absent ``max_tokens``, ``response_format`` or a field of ours at the top. The
-    server's classes are patched when an engine of ours starts in its process: other processes need not import them.
+    server's classes, those of its answers included (:func:`patch_answers`), are patched when an engine of ours starts
+    in its process: other processes need not import them.
     Goes when ``validate_request`` (see :func:`patch_admission`) is open to models and called before an answer begins.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -146,6 +157,10 @@ def patch_early_refusals(admission: ModuleType) -> None:
                     patch_server(admission)
                 except (ImportError, KeyError) as error:  # serving goes on, as before these patches
                     logger.warning("Requests are checked when their answer is first read: %r", error)
+                try:
+                    patch_answers(response)
+                except (ImportError, KeyError) as error:
+                    logger.warning("Answers of some endpoints do not say how they were decoded: %r", error)
             original(self, vllm_config, *args, **kwargs)
 
         return __init__
@@ -162,6 +177,11 @@ def patch_early_refusals(admission: ModuleType) -> None:
     _wrap(AsyncLLM, "generate", make_generate)
 
 
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]] | None:
+    """Text to token ids, as the text stands there."""
+    return None if tokenizer is None else functools.partial(tokenizer.encode, add_special_tokens=False)
+
+
 def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_request: Any) -> None:
     """Refuse a request now, with one line in the log; vLLM's own checks of its parameters follow ours."""
     try:
@@ -169,7 +189,7 @@ def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_r
             params = copy(params)
             params.update_from_tokenizer(engine.renderer.tokenizer)
         with _http_400():
-            check_early(params, prompt, lora_request, engine.vllm_config)
+            check_early(params, prompt, lora_request, engine.vllm_config, _encoder(engine.renderer.tokenizer))
         params.verify(
             engine.model_config,
             engine.vllm_config.speculative_config,
@@ -192,17 +212,32 @@ def patch_server(admission: ModuleType) -> None:
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+    from vllm.renderers.online_renderer import OnlineRenderer
 
     def make_to_sampling_params(original):
         def to_sampling_params(self, *args, **kwargs):
             params = original(self, *args, **kwargs)
             setattr(params, admission.SENT, admission.sent_by(self))
+            if getattr(self, "echo", False) and not self.logprobs and self.prompt_logprobs is None:
+                params.prompt_logprobs = None  # a chat that is echoed has 0 of them, though none was asked for
             return params
 
         return to_sampling_params
 
     for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         _wrap(request, "to_sampling_params", make_to_sampling_params)
+
+    def make_render_completion(original):
+        # vLLM asks the model's renderer to put a suffix into the prompt; a canvas has a place for it.
+        async def render_completion(self, request, *args, **kwargs):
+            if is_canvas_model(self.model_config) and request.suffix is not None:
+                setattr(request, admission.SUFFIX_FIELD, request.suffix)
+                request.suffix = None
+            return await original(self, request, *args, **kwargs)
+
+        return render_completion
+
+    _wrap(OnlineRenderer, "render_completion", make_render_completion)
 
     def make_generate(original):
         # The responses API calls the engine when its answer is first read.
@@ -228,7 +263,8 @@ def patch_server(admission: ModuleType) -> None:
                 with _http_400():
                     params.extra_args = admission.merge_options(params.extra_args or {}, own)
                 is_limited = request.is_sampling_param_provided("max_tokens")
-                setattr(params, admission.SENT, admission.Sent(params.max_tokens if is_limited else None))
+                limit = params.max_tokens if is_limited else None
+                setattr(params, admission.SENT, admission.Sent(limit, prompt_name="token_ids"))
             return await original(self, request, raw_request)
 
         return serve_tokens
@@ -255,22 +291,160 @@ def patch_server(admission: ModuleType) -> None:
 
     _wrap(AnthropicServingMessages, "create_messages", make_create_messages)
 
-    def make_refusal(what):
+    def make_refusal(what, parameter=None):
         def make(original):
             def refused(self, *args, **kwargs):
                 if is_canvas_model(self.model_config):
                     logger.info("Refused a request: %s", what)
                     with _http_400():
-                        admission.refuse(what)
+                        admission.refuse(what, parameter)
                 return original(self, *args, **kwargs)
 
             return refused
 
         return make
 
-    _wrap(BeamSearchOnlineMixin, "beam_search", make_refusal("use_beam_search"))
+    _wrap(BeamSearchOnlineMixin, "beam_search", make_refusal("use_beam_search", "use_beam_search"))
     _wrap(ServingGenerativeScoring, "create_generative_scoring", make_refusal("Generative scoring"))
     _wrap(ServingStructuredDecisions, "create_decision", make_refusal("A structured decision"))
+
+
+def patch_answers(response: ModuleType) -> None:
+    """Every endpoint's answer has the key ``osdt``, which says how its request was decoded.
+
+    Where an endpoint makes its answer, it has the engine's outputs, but no field and no hook for what they say. Goes
+    when vLLM's answers carry what a plugin says of a request.
+
+    Args:
+        response: ``frontend.response``, which finds the place in an answer.
+    """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.context import ParsableContext, SimpleContext
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    def num_choices(request):
+        return getattr(request, "sampling_params", request).n or 1
+
+    def make_completion_response(original):
+        def request_output_to_completion_response(self, final_res_batch, request, *args, **kwargs):
+            answer = original(self, final_res_batch, request, *args, **kwargs)
+            told: dict[int, Any] = {}
+            n = num_choices(request)
+            for index, output in enumerate(final_res_batch):
+                response.note(output.outputs, told, index * n)
+            return response.tell(answer, told, len(final_res_batch) * n)
+
+        return request_output_to_completion_response
+
+    def make_completion_stream(original):
+        def completion_stream_generator(self, request, engine_inputs, result_generator, *args, **kwargs):
+            if not is_canvas_model(self.model_config):
+                return original(self, request, engine_inputs, result_generator, *args, **kwargs)
+            told: dict[int, Any] = {}
+            n = num_choices(request)
+            results = response.noting(result_generator, told, lambda result: result[0] * n)
+            pieces = original(self, request, engine_inputs, results, *args, **kwargs)
+            return response.in_stream(pieces, told, len(engine_inputs) * n)
+
+        return completion_stream_generator
+
+    def make_full(original):
+        async def full_generator(self, request, result_generator, *args, **kwargs):
+            if not is_canvas_model(self.model_config):
+                return await original(self, request, result_generator, *args, **kwargs)
+            told: dict[int, Any] = {}
+            answer = await original(self, request, response.noting(result_generator, told), *args, **kwargs)
+            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, num_choices(request))
+
+        return full_generator
+
+    def make_batch(original):
+        async def chat_completion_full_generator_batch(self, request, generators, *args, **kwargs):
+            if not is_canvas_model(self.model_config):
+                return await original(self, request, generators, *args, **kwargs)
+            told: dict[int, Any] = {}
+            noted = [
+                response.noting(results, told, lambda _, index=index: index) for index, results in enumerate(generators)
+            ]
+            answer = await original(self, request, noted, *args, **kwargs)
+            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, len(generators))
+
+        return chat_completion_full_generator_batch
+
+    def make_stream(original):
+        def stream_generator(self, request, result_generator, *args, **kwargs):
+            if not is_canvas_model(self.model_config):
+                return original(self, request, result_generator, *args, **kwargs)
+            told: dict[int, Any] = {}
+            pieces = original(self, request, response.noting(result_generator, told), *args, **kwargs)
+            return response.in_stream(pieces, told, num_choices(request))
+
+        return stream_generator
+
+    _wrap(OpenAIServingCompletion, "request_output_to_completion_response", make_completion_response)
+    _wrap(OpenAIServingCompletion, "completion_stream_generator", make_completion_stream)
+    _wrap(OpenAIServingChat, "chat_completion_full_generator", make_full)
+    _wrap(OpenAIServingChat, "chat_completion_stream_generator", make_stream)
+    _wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", make_batch)
+    _wrap(ServingTokens, "serve_tokens_full_generator", make_full)
+    _wrap(ServingTokens, "serve_tokens_stream_generator", make_stream)
+
+    def make_append_output(original):
+        # The responses API hands its answer's maker the context, not the outputs; after tool calls, the last turn's.
+        def append_output(self, output):
+            told: dict[int, Any] = {}
+            response.note(output.outputs, told)
+            setattr(self, KEY, told)
+            original(self, output)
+
+        return append_output
+
+    for context in (SimpleContext, ParsableContext):
+        _wrap(context, "append_output", make_append_output)
+
+    def make_responses(original):
+        async def responses_full_generator(self, request, sampling_params, result_generator, context, *args, **kwargs):
+            answer = await original(self, request, sampling_params, result_generator, context, *args, **kwargs)
+            if isinstance(answer, ErrorResponse):
+                return answer
+            return response.tell(answer, getattr(context, KEY, {}), 1)
+
+        return responses_full_generator
+
+    _wrap(OpenAIServingResponses, "responses_full_generator", make_responses)
+
+    def make_messages(original):
+        def messages_full_converter(self, generator):
+            about = getattr(generator, KEY, None)
+            return response.tell(original(self, generator), {} if about is None else {0: about}, 1)
+
+        return messages_full_converter
+
+    def make_message_stream(original):  # vLLM 0.32 makes its events of the chunks of a chat
+        def message_stream_converter(self, generator):
+            told: dict[int, Any] = {}
+            return response.in_events(original(self, response.sniffing(generator, told)), told)
+
+        return message_stream_converter
+
+    def make_event_stream(original):  # vLLM 0.33 makes them of the engine's outputs
+        def chat_completion_stream_generator(self, request, result_generator, *args, **kwargs):
+            told: dict[int, Any] = {}
+            results = response.noting(result_generator, told)
+            return response.in_events(original(self, request, results, *args, **kwargs), told)
+
+        return chat_completion_stream_generator
+
+    _wrap(AnthropicServingMessages, "messages_full_converter", make_messages)
+    if "chat_completion_stream_generator" in AnthropicServingMessages.__dict__:
+        _wrap(AnthropicServingMessages, "chat_completion_stream_generator", make_event_stream)
+    else:
+        _wrap(AnthropicServingMessages, "message_stream_converter", make_message_stream)
 
 
 def patch_beam_search(refuse: Callable[[str], None]) -> None:
@@ -292,11 +466,14 @@ def patch_beam_search(refuse: Callable[[str], None]) -> None:
 
 
 def patch_response_field() -> None:
-    """A response says how its request was decoded: ``osdt`` beside vLLM's own per-request figures.
+    """A completion says how it was decoded: ``CompletionOutput.osdt``, which is None for other models.
 
-    The engine's message has no field for it, so it travels in that of KV connectors and is moved here. Goes when vLLM's
-    per-request metrics carry a plugin's values.
+    The engine's message has no field for it, so it travels in that of KV connectors. Here it is moved to vLLM's
+    per-request figures, which reach the finished completion however its pieces are merged. Its plain values are also
+    told among them (``metrics.speculative_decoding.osdt``), which goes with the next release. The rest goes when
+    vLLM's per-request metrics carry a plugin's values.
     """
+    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.output_processor import RequestState
     from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
@@ -304,7 +481,12 @@ def patch_response_field() -> None:
         def make_request_output(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs):
             params, rest = (args[0], args[1:]) if args else (kwargs.pop("kv_transfer_params", None), ())
             if params is not None and KEY in params:
-                setattr(self.spec_decode_metrics, KEY, params[KEY])
+                about = params[KEY]
+                if TRACE in about:  # the engine sends that of new tokens
+                    before = getattr(self, TRACE_SO_FAR, None)
+                    about[TRACE] = about[TRACE] if before is None else join_traces(before, about[TRACE])
+                    setattr(self, TRACE_SO_FAR, about[TRACE])
+                setattr(self.spec_decode_metrics, KEY, about)
                 params = None
             return original(self, new_token_ids, pooling_output, finish_reason, stop_reason, params, *rest, **kwargs)
 
@@ -313,12 +495,16 @@ def patch_response_field() -> None:
     def make_to_dict(original):
         def to_dict(self):
             found = getattr(self, KEY, None)
-            return original(self) if found is None else {**original(self), KEY: found}
+            if found is None:
+                return original(self)
+            plain = {name: value for name, value in found.items() if not isinstance(value, list | dict)}
+            return {**original(self), KEY: plain}
 
         return to_dict
 
     _wrap(RequestState, "make_request_output", make_request_output)
     _wrap(RequestSpecDecodeMetrics, "to_dict", make_to_dict)
+    setattr(CompletionOutput, KEY, property(lambda self: getattr(self.spec_decode_metrics, KEY, None)))
 
 
 def patch_metrics(prometheus_metrics: Callable[..., Any]) -> None:
@@ -573,9 +759,11 @@ def patch_config_parser() -> None:
 
 
 def patch_engine_core() -> None:
-    """An engine core answers ``calibration_profiles``, as it answers vLLM's own utility calls.
+    """An engine core answers ``calibration_profiles``, and its scheduler hears of other weights.
 
-    Goes when a scheduler can register utility calls.
+    A caller's RPC may change the workers' weights in many ways, and vLLM leaves it to him to reset the prefix cache.
+    His label for weights goes no further than vLLM's own outputs. Goes when a scheduler can register utility calls, and
+    is told of weight updates.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -584,20 +772,47 @@ def patch_engine_core() -> None:
         calibrator = getattr(self.scheduler, "calibrator", None)
         return [] if calibrator is None else calibrator.profiles()
 
+    def hear_weights(core) -> Any:
+        """The scheduler of a canvas model, which now knows its workers' weights; None for other models."""
+        if not is_canvas_model(core.vllm_config.model_config):
+            return None
+        core.scheduler.hear_weights(core.model_executor.collective_rpc("held_weights")[0])
+        return core.scheduler
+
+    def make_collective_rpc(original):
+        def collective_rpc(self, *args, **kwargs):
+            results = original(self, *args, **kwargs)
+            hear_weights(self)
+            return results
+
+        return collective_rpc
+
+    def make_set_weight_version(original):
+        def set_weight_version(self, weight_version):
+            scheduler = hear_weights(self)
+            original(self, weight_version)
+            if scheduler is not None:
+                scheduler.name_weights(weight_version)
+
+        return set_weight_version
+
     EngineCore.calibration_profiles = calibration_profiles
+    _wrap(EngineCore, "collective_rpc", make_collective_rpc)
+    _wrap(EngineCore, "set_weight_version", make_set_weight_version)
 
 
-def apply(admission: ModuleType, prometheus_metrics: Callable[..., Any]) -> None:
+def apply(admission: ModuleType, response: ModuleType, prometheus_metrics: Callable[..., Any]) -> None:
     """Apply every patch; safe to call twice.
 
     Args:
         admission: ``frontend.admission``, which the patches of the front end call.
+        response: ``frontend.response``, likewise.
         prometheus_metrics: Class of the metrics that the front end exports.
     """
     patch_sampling_validation(admission.check_sampling_params)
     patch_structured_output_validation()
     patch_admission(admission.admit)
-    patch_early_refusals(admission)
+    patch_early_refusals(admission, response)
     patch_beam_search(admission.refuse)
     patch_response_field()
     patch_metrics(prometheus_metrics)

@@ -20,7 +20,13 @@ def _is_no_rounding(record: logging.LogRecord) -> bool:
 
 
 class CanvasMixin:
-    """Put before vLLM's model class: the model state of a canvas, and hidden states of the rows that are read."""
+    """Put before vLLM's model class: the model state of a canvas, and hidden states of the rows that are read.
+
+    Attributes:
+        num_loads: Rises when ``load_weights`` begins and when it ends, whoever calls it (``worker.weights``).
+    """
+
+    num_loads = 0
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -29,11 +35,13 @@ class CanvasMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM does, without a line for every weight of a float32 checkpoint that is served in another dtype."""
+        self.num_loads += 1
         logger = logging.getLogger(LOADER_LOG)
         logger.addFilter(_is_no_rounding)
         try:
             return super().load_weights(weights)  # type: ignore[misc]
         finally:
+            self.num_loads += 1
             logger.removeFilter(_is_no_rounding)
 
     def forward(

@@ -39,7 +39,10 @@ class BACD(Policy):
         """The bounds must leave room."""
         if options.min_threshold > options.max_threshold:
             raise InvalidOptionError(
-                f"min_threshold is {options.min_threshold:g}, above max_threshold {options.max_threshold:g}; lower it."
+                f"min_threshold is {options.min_threshold:g}, above max_threshold {options.max_threshold:g}; lower it.",
+                refusal="bacd-bounds",
+                parameter="min_threshold",
+                value=options.min_threshold,
             )
 
     def schedule(self, options: BACDOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:

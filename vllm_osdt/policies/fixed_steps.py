@@ -112,6 +112,9 @@ def resolve_steps(options: StepsOptions, asked: CanvasRequest, canvas: Canvas) -
         if parts > num_asked:
             blocks += f", each {parts // num_asked} sub-blocks of {sub_block},"
         raise InvalidOptionError(
-            f"{name} is {steps}; with {blocks} it must be a multiple of {parts} from {parts} to {num_asked * block}."
+            f"{name} is {steps}; with {blocks} it must be a multiple of {parts} from {parts} to {num_asked * block}.",
+            refusal="steps-share",
+            parameter=name,
+            value=steps,
         )
     return steps // num_asked * num_blocks

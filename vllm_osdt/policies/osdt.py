@@ -128,14 +128,20 @@ class OSDT(Policy):
         if options.record != "masked":
             raise InvalidOptionError(
                 f'record is {options.record!r}; statistic "conformal" looks at masked positions that were not '
-                'committed. Leave record at "masked", or choose another statistic.'
+                'committed: leave record at "masked", or choose another statistic.',
+                refusal="conformal-record",
+                parameter="record",
+                value=options.record,
             )
         needed = num_requests_needed(options.risk)
         if options.num_calibration_requests < needed:
             raise InvalidOptionError(
                 f'num_calibration_requests is {options.num_calibration_requests}; statistic "conformal" with risk '
-                f"{options.risk:g} needs at least {needed}. Raise num_calibration_requests or risk, or choose another "
-                'statistic, such as "q1".'
+                f"{options.risk:g} needs at least {needed}: raise num_calibration_requests or risk, or choose another "
+                'statistic, such as "q1".',
+                refusal="conformal-requests",
+                parameter="num_calibration_requests",
+                value=options.num_calibration_requests,
             )
 
     def schedule(self, options: OSDTOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:

@@ -109,7 +109,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             return super()._decide(hidden_states, input_batch)
         assert manager is not None and input_batch.denoise is not None
         if graph.ends == Ends.MODEL:
-            return self._decide_by_rows(manager.hidden_states[graph], input_batch), None
+            return self._decide_by_rows(manager.hidden_of[graph], input_batch), None
         if graph.ends == Ends.PROPOSED:
             return self.sampler.decide(input_batch.denoise, manager.proposals[graph], keeps_masks=True), None
         return manager.decisions[graph], self._run_ahead(input_batch, graph)

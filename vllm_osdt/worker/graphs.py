@@ -171,7 +171,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self.chosen: StepDescriptor | None = None  # the graph of the step that is being prepared
         self.decisions: dict[StepDescriptor, Decision] = {}  # what each graph writes
         self.proposals: dict[StepDescriptor, Proposals] = {}  # likewise, where it ends with them
-        self.hidden_states: dict[StepDescriptor, torch.Tensor] = {}  # likewise
+        self.hidden_of: dict[StepDescriptor, torch.Tensor] = {}  # likewise
         self._sizes: list[StepDescriptor] = []  # one of each number of rows, ascending
         self._layouts: dict[StepDescriptor, Layout] = {}
         self._views: dict[StepDescriptor, dict[str, torch.Tensor]] = {}
@@ -328,7 +328,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
                 ):
                     hidden_states = model(input_ids, views["positions"], None, None, logit_rows=views["logit_rows"])
                 if graph.ends == Ends.MODEL:
-                    self.hidden_states[graph] = hidden_states
+                    self.hidden_of[graph] = hidden_states
                     return
                 proposals = self._head.propose(hidden_states, batch)
                 if graph.ends == Ends.PROPOSED:
@@ -381,7 +381,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         super().release_graphs()
         self.decisions.clear()
         self.proposals.clear()
-        self.hidden_states.clear()
+        self.hidden_of.clear()
 
 
 def _write(staged: np.ndarray, offset: int, field: Field, array: np.ndarray | None, padding: float) -> None:

@@ -77,21 +77,19 @@ class LogprobStore:
                 values = torch.where(keeps, values, table[slots, offset])
             table[slots, offset] = values
 
-    def take(self, slots: torch.Tensor, has_logprobs: np.ndarray, width: int, num_logprobs: int) -> LogprobsTensors:
+    def take(self, asking: torch.Tensor, asks: np.ndarray, width: int, num_logprobs: int) -> LogprobsTensors:
         """What is kept of the blocks of a batch, for the output of a step; vLLM reads of it what has been emitted.
 
         Args:
-            slots: int64 ``[R]``.
-            has_logprobs: bool ``[R]``, on the host: the requests that ask.
+            asking: int64 ``[A]``, slots of the requests that ask.
+            asks: bool ``[R]``, on the host: which of the batch's requests they are.
             width: W, positions of the longest block.
             num_logprobs: Of each token, besides its own.
         """
-        chosen = slots if has_logprobs.all() else slots[torch.from_numpy(np.flatnonzero(has_logprobs))]
-        first = np.cumsum(has_logprobs) - has_logprobs
-        size = num_logprobs + 1
+        first, size = np.cumsum(asks) - asks, num_logprobs + 1
         return LogprobsTensors(
-            self._token_ids[chosen, :width, :size].reshape(-1, size),
-            self._logprobs[chosen, :width, :size].reshape(-1, size),
-            self._ranks[chosen, :width].reshape(-1),
+            self._token_ids[asking, :width, :size].reshape(-1, size),
+            self._logprobs[asking, :width, :size].reshape(-1, size),
+            self._ranks[asking, :width].reshape(-1),
             cu_num_generated_tokens=(first * width).tolist(),
         )

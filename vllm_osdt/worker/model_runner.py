@@ -41,9 +41,10 @@ from vllm_osdt.worker.step_plan import (
 )
 from vllm_osdt.worker.transfer import send
 from vllm_osdt.worker.warmup import warm_up
+from vllm_osdt.worker.weights import WatchedRunnerMixin, WatchedWorkerMixin
 
 
-class CanvasRunnerMixin:
+class CanvasRunnerMixin(WatchedRunnerMixin):
     """Overrides of ``GPUModelRunner``, shared by the CPU and the GPU runner.
 
     Stock ``prepare_inputs`` takes rows from prompt and draft tables and reads logits of every draft row; here rows come
@@ -68,7 +69,7 @@ class CanvasRunnerMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, and choose what makes proposals of hidden states."""
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        super().load_model(*args, **kwargs)
         self.head = choose_head(self.model, self.sampler, is_fused=server_options(self.vllm_config).fused_lm_head)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
@@ -85,11 +86,14 @@ class CanvasRunnerMixin:
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does; a step without rows has an output of its own, which takes our report."""
-        return self.model_state.recorder.attach_to(super().execute_model(*args, **kwargs))  # type: ignore[misc]
+        return self._report(super().execute_model(*args, **kwargs))  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, and report."""
-        return self.model_state.recorder.attach_to(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+        return self._report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def _report(self, output: Any) -> Any:
+        return self.model_state.recorder.attach_to(output, self.held_weights())
 
     def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request."""
@@ -264,8 +268,8 @@ class CanvasRunnerMixin:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""
 
 
-class CanvasWorkerMixin:
-    """What the CPU and the GPU worker have in common: a warm-up of our own."""
+class CanvasWorkerMixin(WatchedWorkerMixin):
+    """What the CPU and the GPU worker have in common: a warm-up of our own, and a watch on their weights."""
 
     model_runner: CanvasRunnerMixin
     vllm_config: VllmConfig

@@ -15,7 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from csrc_triton import Proposals
 from csrc_triton.cpu import compiled
 from csrc_triton.types import NO_CONFIDENCE
-from vllm_osdt.messages import STEP_REPORT, RecordedStep, StepReport
+from vllm_osdt.messages import STEP_REPORT, HeldWeights, RecordedStep, StepReport
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import DenoiseBatch
 
@@ -85,19 +85,24 @@ class StepRecorder:
         enters = host.is_watched[slots] & (batch.step_np == 0)
         return (enters | host.reports_confidence[slots]) & batch.is_active
 
-    def attach_to(self, output: Any) -> Any:
-        """The output with the report of its step."""
+    def attach_to(self, output: Any, weights: HeldWeights) -> Any:
+        """The output with the report of its step.
+
+        Args:
+            output: vLLM's.
+            weights: That the step had.
+        """
         if isinstance(output, AsyncModelRunnerOutput):
-            return ReportedOutput(output, self._report_later())
+            return ReportedOutput(output, self._report_later(weights))
         if isinstance(output, ModelRunnerOutput):
             output = copy(output)  # vLLM shares the empty one
-            setattr(output, STEP_REPORT, self._report_later()())
+            setattr(output, STEP_REPORT, self._report_later(weights)())
         return output
 
-    def _report_later(self) -> Callable[[], StepReport]:
+    def _report_later(self, weights: HeldWeights) -> Callable[[], StepReport]:
         seen, self._seen = self._seen, None
         host = self._states.host
-        report = StepReport(num_fallbacks=self._states.take_fallbacks())
+        report = StepReport(num_fallbacks=self._states.take_fallbacks(), weights=weights)
         if seen is None:
             return lambda: report
         # The tables are those of the next step when the report is read.

@@ -182,9 +182,9 @@ class CanvasSampler:
             recorded = grids_to_record(self.states, batch, decision)
         self.recorder.see(input_batch.req_ids, batch, decision, recorded, ran_ahead)
         logprobs = None
-        if batch.num_scores >= 0:
+        if batch.asking is not None:
             asks = self.states.host.num_logprobs[batch.slots_np] >= 0
-            logprobs = self._logprobs.take(batch.slots[:num_reqs], asks, width, batch.num_scores)
+            logprobs = self._logprobs.take(batch.asking, asks, width, batch.num_scores)
         return SamplerOutput(
             sampled_token_ids=decision.canvas[:num_reqs],
             logprobs_tensors=logprobs,

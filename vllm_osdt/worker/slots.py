@@ -77,6 +77,7 @@ class HostTables(NamedTuple):
     penalties: np.ndarray  # float32 [slots, 3], presence, frequency, repetition
     filters_confidence: np.ndarray  # bool, its confidence is the proposal's share of what is left
     num_logprobs: np.ndarray  # int32, log probabilities of each token besides its own; -1: none at all
+    pinned: np.ndarray  # bool [slots, row_length], positions of the canvas that the request gives
 
 
 class CanvasStates:
@@ -146,6 +147,7 @@ class CanvasStates:
             penalties=np.zeros((max_num_reqs, 3), dtype=np.float32),
             filters_confidence=np.zeros(max_num_reqs, dtype=bool),
             num_logprobs=np.full(max_num_reqs, -1, dtype=np.int32),
+            pinned=np.zeros((max_num_reqs, row_length), dtype=bool),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -156,6 +158,11 @@ class CanvasStates:
         self._slot_of[new.req_id] = slot
         row = np.full(canvas.end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
+        host.pinned[slot] = False
+        if spec.pinned is not None:
+            tokens, start = np.array(spec.pinned, dtype=np.int32), len(new.prompt_token_ids or ())
+            given = start + np.flatnonzero(tokens >= 0)
+            row[given], host.pinned[slot, given] = tokens[given - start], True
         self.token_ids[slot, : canvas.end] = to_device(row, self.device)
         host.canvas_start[slot] = canvas.start
         host.canvas_end[slot] = 0
@@ -173,7 +180,7 @@ class CanvasStates:
             host.fallback[slot, : parameters.size] = schedule.fallback.ravel()
         host.temperature[slot] = params.temperature
         host.seed[slot] = _seed(new.req_id, params.seed)
-        host.end_token_ids[slot] = _end_token_ids(params)
+        host.end_token_ids[slot] = -1 if spec.pinned is not None else _end_token_ids(params)
         host.has_grammar[slot] = assignment.has_grammar
         host.is_recorded[slot] = assignment.is_recorded or assignment.has_grammar
         host.is_watched[slot] = assignment.is_watched
@@ -308,5 +315,6 @@ def _enter_blocks(
         host.step[slot] += num_active[req] > 0
         if is_new[req]:
             host.block_start[slot], host.step[slot] = block_start[req], 0
+            size = min(host.block_length[slot], num_active[req])
             for k in range(host.masked.shape[1]):
-                host.masked[slot, k] = k < min(host.block_length[slot], num_active[req])
+                host.masked[slot, k] = k < size and not host.pinned[slot, block_start[req] + k]

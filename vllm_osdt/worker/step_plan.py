@@ -79,6 +79,7 @@ class DenoiseBatch:
         num_scores: Log probabilities returned of each token, besides its own, of the request that asks for most; -1
             when none asks.
         grammar: What grammars allow, which comes after the model has run; None where no request has one.
+        asking: int64 ``[A]`` slots of the requests that ask for them, None when none does.
     """
 
     slots_np: np.ndarray
@@ -98,6 +99,7 @@ class DenoiseBatch:
     shaped: LogitRows | None = None
     scored: LogitRows | None = None
     num_scores: int = -1
+    asking: torch.Tensor | None = None
     grammar: GrammarRows | None = None
 
     @property
@@ -399,6 +401,8 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     is_shaped, num_scores = host.is_shaped[slots], host.num_logprobs[slots]
     is_scored = num_scores >= 0
     shaped_slots = scored_slots = _NONE
+    if is_scored.any():
+        arrays["asking"] = slots[is_scored]
     if temperature.any() or is_shaped.any() or is_scored.any():
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
@@ -511,6 +515,7 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         shaped=_logit_rows("shaped", plan.shaped_slots, plan.arrays, sent),
         scored=_logit_rows("scored", plan.scored_slots, plan.arrays, sent),
         num_scores=plan.num_scores,
+        asking=sent.get("asking"),
     )
 
 

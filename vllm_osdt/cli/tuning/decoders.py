@@ -147,13 +147,12 @@ class ServerDecoder:
     def _decode_one(self, body: Mapping[str, Any]) -> Decoded:
         answer = self._ask("/v1/completions", body)
         try:
-            about = answer["metrics"]["speculative_decoding"]["osdt"]
+            about = answer["osdt"]
             text, num_tokens = answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
             return Decoded(text, num_tokens, about["nfe"], about["profile"])
         except (KeyError, TypeError, IndexError):
             raise CommandError(
-                f"the answers of {self._url} have no metrics.speculative_decoding.osdt; start the server with "
-                "`vllm serve MODEL --plugin osdt`"
+                f"the answers of {self._url} have no key osdt; start the server with `vllm serve MODEL --plugin osdt`"
             ) from None
 
     def flush(self) -> None:

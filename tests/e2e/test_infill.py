@@ -1,0 +1,219 @@
+"""Infilling: pinned positions never change and holes are filled to their end, as a plain loop fills them."""
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+import vllm_osdt
+from tests.e2e.engine import assert_idle, generate, nfe, sampling, tokens
+from tests.e2e.jobs import MIN_MARGIN
+from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
+from tests.reference.decode import Decoded, Shape, ThresholdRule, decode
+
+pytestmark = pytest.mark.e2e
+
+BLOCK, THRESHOLD = 8, 0.6
+HOLE = -1
+OPTIONS = {"policy": "static_threshold", "threshold": THRESHOLD, "block_length": BLOCK}
+
+
+@pytest.fixture(scope="module")
+def sdar_llm(golden_sdar, start_llm):
+    return start_llm(golden_sdar.folder, max_num_seqs=16, max_model_len=256, block_size=32)
+
+
+def rule() -> ThresholdRule:
+    return ThresholdRule(lambda block, step: THRESHOLD, strict=False)
+
+
+def without_ends(llm: Any) -> Shape:
+    """A hole has no end but its own."""
+    ends = torch.tensor([llm.llm_engine.model_config.hf_config.eos_token_id])
+    return lambda row, before, index: row.index_fill(0, ends, -torch.inf)
+
+
+def random_template(rng: random.Random, vocabulary: int, length: int) -> list[int]:
+    """Runs of pinned tokens and holes; it begins with either."""
+    template: list[int] = []
+    while len(template) < length:
+        run = rng.randint(1, 7)
+        is_hole = not template or template[-1] != HOLE
+        template += [HOLE] * run if is_hole else [rng.randrange(3, vocabulary) for _ in range(run)]
+    if rng.random() < 0.5:
+        template = template[::-1]
+    return template[:length]
+
+
+def parts_of(template: list[int]) -> list[Any]:
+    """The template as the field ``osdt_infill`` has it."""
+    parts: list[Any] = []
+    for token in template:
+        is_hole = token == HOLE
+        if is_hole and parts and isinstance(parts[-1], int):
+            parts[-1] += 1
+        elif not is_hole and parts and isinstance(parts[-1], list):
+            parts[-1].append(token)
+        else:
+            parts.append(1 if is_hole else [token])
+    return parts
+
+
+def pins_of(template: list[int]) -> dict[int, int]:
+    return {place: token for place, token in enumerate(template) if token != HOLE}
+
+
+def asked(**values: Any) -> SamplingParams:
+    """Parameters with fields for infilling, by their whole names."""
+    own = {name: values.pop(name) for name in list(values) if name.startswith(("osdt_", "diffusion_"))}
+    params = sampling(values.pop("max_tokens", None), **OPTIONS, **values)
+    params.extra_args |= own
+    return params
+
+
+def jobs_of(prompts: list[list[int]], vocabulary: int, fill: Any, ways: list[dict[str, Any]]) -> list[Any]:
+    rng, found = random.Random(2), []
+    for index, prompt in enumerate(prompts):
+        template = random_template(rng, vocabulary, rng.choice([9, 16, 27, 40]))
+        values = ways[index % len(ways)]
+        done: Decoded = fill(prompt, template, **values)
+        if HOLE in template and min(done.proposal_margin, done.rule_margin) > MIN_MARGIN:
+            found.append((prompt, template, values, done))
+    assert len(found) >= 12
+    return found
+
+
+def assert_filled(llm: Any, jobs: list[Any]) -> None:
+    params = [asked(osdt_infill=parts_of(template), **values) for _, template, values, _ in jobs]
+    got = generate(llm, [prompt for prompt, *_ in jobs], params)
+    assert tokens(got) == [done.tokens for *_, done in jobs]
+    for one, (_, template, _, _) in zip(got, jobs, strict=True):
+        assert len(one.token_ids) == len(template) and one.finish_reason == "length"
+        assert all(one.token_ids[place] == token for place, token in pins_of(template).items())
+    for (prompt, _, _, done), one in list(zip(jobs, params, strict=True))[::4]:
+        [alone] = generate(llm, [prompt], [one])
+        assert (list(alone.token_ids), nfe(alone)) == (done.tokens, done.nfe)
+    assert_idle(llm)
+
+
+def test_templates_are_filled_as_by_the_plain_loop_where_positions_see_the_whole_canvas(
+    golden_tasks, tasks_twin, tasks_llm
+):
+    def fill(prompt: list[int], template: list[int], cache_mode: str) -> Decoded:
+        canvas = {"gen_length": len(template), "block_length": BLOCK, "cache_mode": cache_mode}
+        return decode(tasks_twin, prompt, rule(), pinned=pins_of(template), shape=without_ends(tasks_llm), **canvas)
+
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:24]]
+    ways = [{"cache_mode": mode} for mode in ("none", "prefix", "dual")]
+    assert_filled(tasks_llm, jobs_of(prompts, golden_tasks.config["vocab_size"], fill, ways))
+
+
+def test_templates_are_filled_as_by_the_plain_loop_within_blocks(golden_sdar, sdar_llm):
+    network = ReferenceSDAR.load(golden_sdar.folder)
+    loop = partial(decode_block_causal, network, block_length=BLOCK, shape=without_ends(sdar_llm))
+
+    def keep_within_blocks(prompt: list[int], template: list[int]) -> list[int]:
+        """Fill with text what follows a hole in a later block."""
+        kept = list(template)
+        for place, token in enumerate(template):
+            position = len(prompt) + place
+            is_cut = position % BLOCK == BLOCK - 1 and token == HOLE
+            if is_cut:
+                kept[place] = 5
+        return kept
+
+    prompts = [case["prompt_token_ids"] for case in golden_sdar.cases[:24]]
+    rng, jobs = random.Random(4), []
+    for prompt in prompts:
+        template = keep_within_blocks(prompt, random_template(rng, golden_sdar.config["vocab_size"] - 2, 26))
+        done = loop(prompt, rule(), max_tokens=len(template), pinned=pins_of(template))
+        if min(done.proposal_margin, done.rule_margin) > MIN_MARGIN:
+            jobs.append((prompt, template, {}, done))
+    assert len(jobs) >= 12
+    params = [asked(osdt_infill=parts_of(template)) for _, template, _, _ in jobs]
+    got = tokens(generate(sdar_llm, [prompt for prompt, *_ in jobs], params))
+    assert got == [done.tokens for *_, done in jobs]
+    assert_idle(sdar_llm)
+
+
+def test_text_behind_a_hole_in_a_later_block_is_refused_by_a_block_causal_model(golden_sdar, sdar_llm):
+    prompt = golden_sdar.cases[0]["prompt_token_ids"]
+    with pytest.raises(VLLMValidationError, match="later block of 8"):
+        generate(sdar_llm, [prompt], [asked(osdt_infill=[2 * BLOCK, [5, 6]])])
+    with pytest.raises(VLLMValidationError, match="later block of 8"):
+        generate(sdar_llm, [prompt], [asked(osdt_suffix=[5, 6], max_tokens=2 * BLOCK)])
+    inside = BLOCK - len(prompt) % BLOCK - 1
+    if inside:
+        [one] = generate(sdar_llm, [prompt], [asked(osdt_suffix=[5, 6], max_tokens=inside)])
+        assert len(one.token_ids) == inside
+
+
+def test_a_suffix_is_seen_and_not_output(golden_tasks, tasks_twin, tasks_llm):
+    for case in golden_tasks.cases[:6]:
+        prompt, suffix = case["prompt_token_ids"], [7, 8, 9, 10, 11]
+        canvas = {"gen_length": 25, "block_length": BLOCK, "cache_mode": "none"}
+        pinned = {20 + place: token for place, token in enumerate(suffix)}
+        canvas |= {"shape": without_ends(tasks_llm), "max_tokens": 20}
+        done = decode(tasks_twin, prompt, rule(), pinned=pinned, **canvas)
+        [one] = generate(tasks_llm, [prompt], [asked(osdt_suffix=suffix, max_tokens=20, cache_mode="none")])
+        assert list(one.token_ids) == done.tokens and len(one.token_ids) == 20
+
+
+def test_a_seed_canvas_has_the_names_that_vllm_gives_it(golden_tasks, tasks_llm):
+    """They are for canvases of the served length alone."""
+    prompt, mask = golden_tasks.cases[0]["prompt_token_ids"], golden_tasks.config["mask_token_id"]
+    template = [7, 8, HOLE, HOLE, HOLE, 9, HOLE, HOLE, 10, *[HOLE] * 22, 11]
+    seed = [mask if token == HOLE else token for token in template]
+    by_seed = asked(diffusion_seed_canvas=seed, diffusion_pinned=sorted(pins_of(template)))
+    by_parts = asked(osdt_infill=parts_of(template))
+    one, other = tokens(generate(tasks_llm, [prompt] * 2, [by_seed, by_parts]))
+    assert one == other and [one[place] for place in pins_of(template)] == list(pins_of(template).values())
+
+
+def test_text_is_pinned_as_it_stands_there_a_mask_token_included(tasks_llm, golden_tasks):
+    tokenizer = tasks_llm.get_tokenizer()
+    words = tokenizer.convert_ids_to_tokens([7, golden_tasks.config["mask_token_id"], 9])
+    params = asked(osdt_infill=[" ".join(words), 3, words[0]])
+    [one] = generate(tasks_llm, golden_tasks.cases[:1] and [golden_tasks.cases[0]["prompt_token_ids"]], [params])
+    assert list(one.token_ids[:3]) == tokenizer.convert_tokens_to_ids(words)
+    assert one.token_ids[6] == 7 and golden_tasks.config["mask_token_id"] not in one.token_ids[3:6]
+
+
+def test_a_template_is_traced_and_calibrates_nothing(tasks_llm, golden_tasks):
+    prompt = golden_tasks.cases[0]["prompt_token_ids"]
+    params = asked(osdt_infill=[[7, 8], 14], return_trace=True)
+    params.extra_args |= {"osdt_policy": "osdt", "osdt_task": "infilled"}
+    del params.extra_args["osdt_threshold"]
+    [one] = generate(tasks_llm, [prompt], [params])
+    about = vllm_osdt.describe(one)
+    assert not about["calibrating"] and about["trace"]["confidence"][:2] == [None, None]
+    assert all(0 <= value <= 1 for value in about["trace"]["confidence"][2:])
+
+
+REFUSED = [
+    ({"osdt_infill": []}, "osdt_infill has"),
+    ({"osdt_infill": [0, [5]]}, "osdt_infill has 0"),
+    ({"osdt_infill": [[5, 6]]}, "has no hole"),
+    ({"osdt_infill": [3, [500]]}, r"osdt_infill has \[500\]"),
+    ({"osdt_infill": [3, {"max": 4}]}, "expected text or a list of token ids"),
+    ({"osdt_infill": [3, [5]], "osdt_suffix": [5]}, "send one of"),
+    ({"diffusion_pinned": [0]}, "diffusion_seed_canvas"),
+    ({"diffusion_seed_canvas": [5] * 32, "diffusion_pinned": [0]}, "not pinned"),
+    ({"diffusion_max_steps": 3}, "diffusion_max_steps"),
+    ({"osdt_infill": [3, [5]], "max_tokens": 2}, "max_tokens is 2"),
+    ({"osdt_infill": [3, [5]], "gen_length": 8}, "gen_length cannot be sent with osdt_infill"),
+    ({"osdt_infill": [3, [5]], "logprobs": 1}, "logprobs cannot be sent"),
+    ({"osdt_infill": [3, [5]], "stop_token_ids": [4]}, "stop_token_ids cannot be sent"),
+    ({"osdt_infill": [400, [5]]}, "has 401 tokens"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_a_template_that_makes_no_sense_is_refused(tasks_llm, golden_tasks, values, words):
+    with pytest.raises(VLLMValidationError, match=words):
+        generate(tasks_llm, [golden_tasks.cases[0]["prompt_token_ids"]], [asked(**values)])
+    assert_idle(tasks_llm)

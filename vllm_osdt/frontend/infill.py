@@ -1,0 +1,227 @@
+"""Infilling: text that a request pins at positions of its canvas, and the holes that the model fills.
+
+Three ways to say it: ``osdt_infill``, a list of text and lengths of holes; ``osdt_suffix``, text behind an answer of
+``max_tokens``; vLLM's ``diffusion_seed_canvas`` with ``diffusion_pinned``, token ids of a canvas and the positions that
+hold theirs. Pinned positions never change, and every hole is filled to its end.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm_osdt.errors import InvalidOptionError, shown
+from vllm_osdt.geometry import Canvas, Limits, canvas_start
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_osdt.options import DecodingOptions
+
+HOLE = -1
+INFILL, SUFFIX, SEED, PINNED = "osdt_infill", "osdt_suffix", "diffusion_seed_canvas", "diffusion_pinned"
+NAMES = (INFILL, SUFFIX, SEED, PINNED)
+Encode = Callable[[str], list[int]]
+
+
+class Template(NamedTuple):
+    """Tokens of a canvas.
+
+    Attributes:
+        tokens: Token ids from the prompt's end on, ``HOLE`` where the model writes.
+        num_output: How many of them, from the first, are the request's output.
+        name: The field that says so.
+    """
+
+    tokens: list[int]
+    num_output: int
+    name: str
+
+
+class Reader(NamedTuple):
+    """What a template is read with.
+
+    Attributes:
+        encode: Text to token ids; None without a tokenizer.
+        vocabulary: Token ids of the model.
+        mask_token_id: With which a masked position begins.
+    """
+
+    encode: Encode | None
+    vocabulary: int
+    mask_token_id: int
+
+    def read(self, extra: dict[str, Any], max_tokens: int | None) -> Template | None:
+        """Take the template out of a request's ``extra_args``; None without one.
+
+        Args:
+            extra: Changed in place.
+            max_tokens: The limit that the client sent; None for none.
+
+        Raises:
+            InvalidOptionError: It cannot be read.
+        """
+        for name in extra:
+            if name.startswith("diffusion_") and name not in NAMES:
+                raise InvalidOptionError(
+                    f"{name} is {shown(extra[name])}, which is of vLLM's own diffusion models; leave it out.",
+                    refusal="vllm-diffusion",
+                    parameter=name,
+                )
+        found = {name: value for name in NAMES if (value := extra.pop(name, None)) is not None}
+        if not found:
+            return None
+        if len(set(found) - {PINNED}) != 1 or (PINNED in found and SEED not in found):
+            raise InvalidOptionError(
+                f"{' and '.join(found)} are sent; send one of {INFILL}, {SUFFIX}, and {SEED} with {PINNED}.",
+                refusal="infill-names",
+                parameter=next(iter(found)),
+            )
+        if INFILL in found:
+            template = self._of_parts(found[INFILL])
+        elif SUFFIX in found:
+            template = self._of_suffix(found[SUFFIX], max_tokens)
+        else:
+            template = self._of_seed(found[SEED], found.get(PINNED, []))
+        if HOLE not in template.tokens[: template.num_output]:
+            raise InvalidOptionError(
+                f"{template.name} has no hole; leave one to be filled.", refusal="infill-value", parameter=template.name
+            )
+        if max_tokens is not None and max_tokens < template.num_output:
+            raise InvalidOptionError(
+                f"max_tokens is {max_tokens}, but {template.name} has {template.num_output} tokens; send as many, or "
+                "leave max_tokens out.",
+                refusal="infill-length",
+                parameter="max_tokens",
+            )
+        return template
+
+    def _of_parts(self, parts: Any) -> Template:
+        if not isinstance(parts, list | tuple) or not parts:
+            raise _value(INFILL, parts)
+        tokens: list[int] = []
+        for part in parts:
+            is_length = isinstance(part, int) and not isinstance(part, bool)
+            if is_length and part < 1:
+                raise _value(INFILL, part)
+            tokens += [HOLE] * part if is_length else self._ids(INFILL, part)
+        return Template(tokens, len(tokens), INFILL)
+
+    def _of_suffix(self, suffix: Any, max_tokens: int | None) -> Template:
+        if max_tokens is None:
+            raise InvalidOptionError(
+                f"{SUFFIX} is sent without max_tokens, the length of what comes before it; send both.",
+                refusal="infill-length",
+                parameter=SUFFIX,
+            )
+        return Template([HOLE] * max_tokens + self._ids(SUFFIX, suffix), max_tokens, SUFFIX)
+
+    def _of_seed(self, seed: Any, pinned: Any) -> Template:
+        ids = self._ids(SEED, seed)
+        if not isinstance(pinned, list | tuple) or not all(
+            isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(ids) for place in pinned
+        ):
+            raise InvalidOptionError(
+                f"{PINNED} is {shown(pinned)}; expected positions in {SEED}, from 0 to {len(ids) - 1}.",
+                refusal="infill-value",
+                parameter=PINNED,
+            )
+        held = set(pinned)
+        stray = next((k for k, one in enumerate(ids) if k not in held and one != self.mask_token_id), None)
+        if stray is not None:
+            raise InvalidOptionError(
+                f"{SEED} has token {ids[stray]} at position {stray}, which is not pinned; a masked model begins there "
+                f"with its mask token, {self.mask_token_id}. Send that, or pin the position.",
+                refusal="infill-seed",
+                parameter=SEED,
+            )
+        return Template([one if k in held else HOLE for k, one in enumerate(ids)], len(ids), SEED)
+
+    def _ids(self, name: str, part: Any) -> list[int]:
+        """Token ids of a text, or of a list of them."""
+        if isinstance(part, str) and self.encode is not None:
+            return list(self.encode(part))
+        if isinstance(part, list | tuple) and all(
+            isinstance(one, int) and not isinstance(one, bool) and 0 <= one < self.vocabulary for one in part
+        ):
+            return list(part)
+        raise _value(name, part)
+
+
+def check_company(
+    template: Template, options: "DecodingOptions", asked: "SamplingParams", sent_gen_length: bool
+) -> None:
+    """Refuse what cannot be combined with a template.
+
+    Args:
+        template: Of the request.
+        options: Of the request.
+        asked: Its sampling parameters, as they came.
+        sent_gen_length: Whether it asks for a canvas length of its own.
+
+    Raises:
+        InvalidOptionError: Names the parameter.
+    """
+    others = {
+        "gen_length": sent_gen_length and "the template is as long as it is",
+        "edit_threshold": options.edit_threshold is not None and "pinned tokens must not be replaced",
+        "logprobs": asked.logprobs is not None and "no step chooses a pinned token",
+        "structured_outputs": asked.structured_outputs is not None and "a grammar does not know of holes",
+        "stop": bool(asked.stop) and "the template is always filled to its end",
+        "stop_token_ids": bool(asked.stop_token_ids) and "the template is always filled to its end",
+    }
+    for name, reason in others.items():
+        if reason:
+            raise InvalidOptionError(
+                f"{name} cannot be sent with {template.name}: {reason}. Leave one of them out.",
+                refusal="infill-company",
+                parameter=name,
+            )
+
+
+def template_canvas(template: Template, prompt_length: int, options: "DecodingOptions", limits: Limits) -> Canvas:
+    """The canvas of a template.
+
+    Where no block sees a later one, text that follows a hole has to be in the hole's block, or the model would not know
+    of it.
+
+    Raises:
+        InvalidOptionError: It does not fit, or a hole does not see what follows it.
+    """
+    length, block = len(template.tokens), options.block_length
+    start = canvas_start(prompt_length, block, is_block_causal=options.is_block_causal)
+    end, limit = prompt_length + length, limits.max_model_len
+    if options.is_block_causal:
+        end, limit = -(-end // block) * block, limit // block * block
+        _check_holes(template, prompt_length, block)
+    else:
+        limit = min(limit, limits.max_num_batched_tokens)
+    if end > limit:
+        raise InvalidOptionError(
+            f"{template.name} has {length} tokens, but the prompt of {prompt_length} leaves "
+            f"{max(limit - prompt_length, 0)} of {limit}. Shorten one of them.",
+            refusal="infill-room",
+            parameter=template.name,
+        )
+    return Canvas(start, end, prompt_length + template.num_output, block)
+
+
+def _check_holes(template: Template, prompt_length: int, block: int) -> None:
+    begin = None
+    for k, token in enumerate(template.tokens):
+        if token == HOLE:
+            begin = k if begin is None else begin
+        elif begin is not None:
+            first, last = (prompt_length + begin) // block, (prompt_length + k) // block
+            if first != last:
+                raise InvalidOptionError(
+                    f"{template.name} has a hole at position {begin} whose text behind it, at {k}, is in a later block "
+                    f"of {block}, which this block-causal model does not see while it fills the hole. Shorten the "
+                    "hole, or use a model whose positions see the whole canvas.",
+                    refusal="infill-blocks",
+                    parameter=template.name,
+                )
+            begin = None
+
+
+def _value(name: str, value: Any) -> InvalidOptionError:
+    kinds = "text or a list of token ids" + (", or the length of a hole" if name == INFILL else "")
+    return InvalidOptionError(f"{name} has {shown(value)}; expected {kinds}.", refusal="infill-value", parameter=name)
