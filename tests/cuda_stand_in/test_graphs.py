@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.sampling_params import StructuredOutputsParams
 
 import vllm_osdt
 from tests.cuda_stand_in.cuda import LEDGER
@@ -81,6 +82,20 @@ def test_random_requests_decode_the_same(pair, prompts, policies, ends):
         vllm_osdt.describe(one)["nfe"] for one in outcomes[1]
     ]
     assert ends in {graph.ends for graph in replayed}
+
+
+def test_structured_requests_decode_the_same(pair, prompts):
+    replayed = count_replays(pair.with_graphs)
+    outcomes = []
+    for llm in (pair.with_graphs, pair.without):
+        asked = [params(max_tokens=32) for _ in range(3)]
+        asked[0].structured_outputs = StructuredOutputsParams(choice=["A", "B"])
+        asked[1].structured_outputs = StructuredOutputsParams(regex=r"[\s\S]*")
+        outcomes.append(generate(llm, prompts[:3], asked))
+    assert tokens(outcomes[0]) == tokens(outcomes[1])
+    assert outcomes[0][0].text.strip() in ("A", "B") and outcomes[0][0].finish_reason == "stop"
+    assert list(outcomes[0][1].token_ids) == tokens(generate(pair.without, prompts[1:2], params(max_tokens=32)))[0]
+    assert {graph.ends for graph in replayed} >= {Ends.MODEL}
 
 
 SHAPED = [
