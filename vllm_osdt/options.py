@@ -253,9 +253,10 @@ class ServerOptions:
     fused_lm_head: bool = option(
         False,
         Flag,
-        "On a GPU: one kernel finds tokens and confidences from hidden states and the output weight, and logits are "
-        "never written. Saves their memory, and with tensor parallelism their gathering; its speed is not measured "
-        "yet. For unquantized output weights without a bias, and no adapters; refused elsewhere.",
+        "On a GPU: one kernel finds tokens and confidences from hidden states and the output weight, and no logits are "
+        "written but for requests that change or ask for them. Saves traffic of memory, and with tensor parallelism "
+        "their gathering; its speed is not measured yet. For unquantized output weights without a bias, and no "
+        "adapters; refused elsewhere.",
     )
 
 

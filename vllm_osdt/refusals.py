@@ -138,7 +138,7 @@ REFUSALS = {
     "logprobs-number": Refusal("`logprobs`, `top_logprobs`", "Below 0 or above 128.", "Send a number in that range."),
     "bad-words": Refusal(
         "`bad_words`",
-        "A word is more than one token: positions of a canvas are decided in any order.",
+        "A word is more than one token: positions of a canvas are decided in any order. Or there is no tokenizer.",
         "Ban single tokens, or use `stop`.",
     ),
     "token-ids-number": Refusal(
@@ -206,7 +206,8 @@ REFUSALS = {
         "Shorten the hole, or use a model whose positions see the whole canvas.",
     ),
     "infill-company": Refusal(
-        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output, `stop`, `stop_token_ids`",
+        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output, `allowed_token_ids`, `stop`, "
+        "`stop_token_ids`",
         "Beside a template or a suffix.",
         "Leave one of them out.",
     ),

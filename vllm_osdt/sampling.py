@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.errors import InvalidOptionError, shown
 
 if TYPE_CHECKING:
     from vllm.config import StructuredOutputsConfig
@@ -91,6 +91,13 @@ def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int) 
             refusal="logprobs-number",
             parameter="logprobs",
             value=params.logprobs,
+        )
+    if params.bad_words and params.bad_words_token_ids is None:
+        raise InvalidOptionError(
+            f"bad_words is {shown(params.bad_words)}, but the engine has no tokenizer; send logit_bias instead.",
+            refusal="bad-words",
+            parameter="bad_words",
+            value=params.bad_words,
         )
     for word in params.bad_words_token_ids or ():
         if len(word) > 1:

@@ -177,15 +177,6 @@ def apply_repetition_penalties_(
     logits.copy_(torch.where(logits > 0, logits / penalties, logits * penalties))
 
 
-def apply_top_k_top_p(
-    logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None, **hints: Any
-) -> torch.Tensor:
-    """vLLM's own function without Triton; what 0.33 says of the rows besides makes its kernel faster."""
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
-
-    return apply_top_k_top_p_pytorch(logits, k, p)
-
-
 IMPLEMENTATIONS = {
     "_C": (rms_norm, fused_add_rms_norm, silu_and_mul, rotary_embedding, apply_repetition_penalties_),
     "_C_cache_ops": (reshape_and_cache_flash,),
@@ -196,11 +187,8 @@ IMPLEMENTATIONS = {
 def register() -> list[torch.library.Library]:
     """Let the dispatcher and vLLM's attention find them. Returns what has to stay alive."""
     from vllm.v1.attention.backends import flash_attn
-    from vllm.v1.sample.ops import topk_topp_sampler
 
     flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
-    # The interpreter cannot run the Triton kernel of top-k and top-p; this is what vLLM does without Triton.
-    topk_topp_sampler.apply_top_k_top_p_triton = apply_top_k_top_p
     libraries = []
     for namespace, functions in IMPLEMENTATIONS.items():
         library = torch.library.Library(namespace, "IMPL")

@@ -87,6 +87,24 @@ def test_a_good_profile_agrees(llm):
     assert_idle(llm)
 
 
+def test_traced_requests_are_audited_without_a_trace(llm):
+    """An audit takes no place of theirs, with as many of them as fit."""
+    calibrate(llm, "traced")
+    for wave in range(3):
+        problems = problems_of("code", "held_out", 2 * MAX_NUM_SEQS, seed=20 + wave)
+        prompts = [llm.get_tokenizer().encode(problem.prompt) for problem in problems]
+        asked = sampling(96, ignore_eos=False, task="traced", return_trace=True, logprobs=0, **OPTIONS)
+        ids = [submit(llm, prompt, asked) for prompt in prompts[: MAX_NUM_SEQS - 1]]
+        for _ in range(200):
+            llm.llm_engine.step()
+            if scheduler(llm)._auditor.running:  # one has begun: now more come than there are places
+                break
+        ids += [submit(llm, prompt, asked) for prompt in prompts[MAX_NUM_SEQS - 1 :]]
+        drive(llm)
+        finish_audits(llm)
+    assert_idle(llm)
+
+
 def test_what_clients_get_and_how_long_they_wait_for_a_place_is_as_without(llm, monkeypatch):
     calibrate(llm, "busy")
     problems = problems_of("code", "held_out", 24, seed=9)

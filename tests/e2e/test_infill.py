@@ -14,6 +14,7 @@ from tests.e2e.engine import assert_idle, generate, nfe, sampling, tokens
 from tests.e2e.jobs import MIN_MARGIN
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.decode import Decoded, Shape, ThresholdRule, decode
+from tests.reference.dream import ReferenceDream
 
 pytestmark = pytest.mark.e2e
 
@@ -112,6 +113,41 @@ def test_templates_are_filled_as_by_the_plain_loop_where_positions_see_the_whole
     assert_filled(tasks_llm, jobs_of(prompts, golden_tasks.config["vocab_size"], fill, ways))
 
 
+def test_templates_are_filled_as_by_the_plain_loop_where_logits_are_shifted(golden_dream, start_llm):
+    """A block's first step decides its first position alone, or nothing where that is pinned."""
+    network = ReferenceDream.load(golden_dream.folder)
+    llm = start_llm(golden_dream.folder, max_num_seqs=32, max_model_len=512)
+
+    def fill(prompt: list[int], template: list[int], cache_mode: str) -> Decoded:
+        canvas = {"gen_length": len(template), "block_length": BLOCK, "cache_mode": cache_mode}
+        return decode(network, prompt, rule(), pinned=pins_of(template), shape=without_ends(llm), **canvas)
+
+    prompts = [case["prompt_token_ids"][:40] for case in golden_dream.cases[:24]]
+    ways = [{"cache_mode": mode} for mode in ("none", "prefix", "dual")]
+    assert_filled(llm, jobs_of(prompts, golden_dream.config["vocab_size"] - 2, fill, ways))
+
+
+def test_every_hole_of_a_model_with_sub_blocks_is_filled_by_the_model(golden_fast_dllm_v2, start_llm):
+    settings = {"hf_overrides": {"mask_token_id": 255}, "max_num_seqs": 16, "max_model_len": 256, "block_size": 32}
+    llm = start_llm(golden_fast_dllm_v2.folder, **settings)
+    prompt, parts = golden_fast_dllm_v2.cases[0]["prompt_token_ids"][:32], [[5, 6], 4, [7], 13]
+    for values in ({}, {"sub_block_cache": True}, {"sub_block_length": 2}):
+        params = sampling(None, policy="static_threshold", threshold=THRESHOLD, return_trace=True, **values)
+        params.extra_args["osdt_infill"] = parts
+        [one] = generate(llm, [prompt], [params])
+        assert list(one.token_ids[:2]) == [5, 6] and one.token_ids[6] == 7 and len(one.token_ids) == 20
+        confidence = vllm_osdt.describe(one)["trace"]["confidence"]
+        assert [place for place, value in enumerate(confidence) if value is None] == [0, 1, 6]
+    assert_idle(llm)
+
+
+def test_a_pinned_end_token_ends_nothing(golden_tasks, tasks_llm):
+    prompt, end = golden_tasks.cases[0]["prompt_token_ids"], tasks_llm.llm_engine.model_config.hf_config.eos_token_id
+    [one] = generate(tasks_llm, [prompt], [asked(osdt_infill=[[5, 6], 3, [end], 4, [7, end]], ignore_eos=False)])
+    assert len(one.token_ids) == 12 and one.finish_reason == "length"
+    assert [place for place, token in enumerate(one.token_ids) if token == end] == [5, 11]
+
+
 def test_templates_are_filled_as_by_the_plain_loop_within_blocks(golden_sdar, sdar_llm):
     network = ReferenceSDAR.load(golden_sdar.folder)
     loop = partial(decode_block_causal, network, block_length=BLOCK, shape=without_ends(sdar_llm))
@@ -208,7 +244,11 @@ REFUSED = [
     ({"osdt_infill": [3, [5]], "gen_length": 8}, "gen_length cannot be sent with osdt_infill"),
     ({"osdt_infill": [3, [5]], "logprobs": 1}, "logprobs cannot be sent"),
     ({"osdt_infill": [3, [5]], "stop_token_ids": [4]}, "stop_token_ids cannot be sent"),
-    ({"osdt_infill": [400, [5]]}, "has 401 tokens"),
+    ({"osdt_infill": [400, [5]]}, "has 400 tokens or more, but max_model_len is 256"),
+    ({"osdt_infill": [10**15]}, "max_model_len is 256"),
+    ({"osdt_suffix": [5], "max_tokens": 10**15}, "max_model_len is 256"),
+    ({"osdt_infill": [250, [5]]}, "has 251 tokens, but the prompt of"),
+    ({"osdt_infill": [3, [5]], "allowed_token_ids": [0]}, "allowed_token_ids cannot be sent"),
 ]
 
 

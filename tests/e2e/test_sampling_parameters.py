@@ -326,3 +326,14 @@ def test_words_of_several_tokens_cannot_be_banned(full):
     assert frequent(full)[0] not in one.token_ids
     with pytest.raises(VLLMValidationError, match=r"bad_words.*one token"):
         generate(full.llm, full.prompts[:1], [asked(full.llm, bad_words=[" ".join(words)])])
+
+
+def test_processed_log_probabilities_are_those_of_what_was_chosen_from(golden_tasks, start_llm):
+    """A greedy proposal is the best of what penalties leave, though its step has written it since."""
+    llm = start_llm(golden_tasks.folder, max_num_seqs=8, max_model_len=256, logprobs_mode="processed_logprobs")
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:6]]
+    for values in ({"presence_penalty": 2.0}, {"repetition_penalty": 5.0}, {"temperature": 1.0, "top_k": 3}):
+        for one in generate(llm, prompts, [asked(llm, logprobs=1, seed=1, **values)] * len(prompts)):
+            ranks = [place[token].rank for place, token in zip(one.logprobs, one.token_ids, strict=True)]
+            assert max(ranks) <= values.get("top_k", 1)
+            assert all(place[token].logprob > -40 for place, token in zip(one.logprobs, one.token_ids, strict=True))

@@ -83,6 +83,7 @@ def test_block_length_of_the_checkpoint_is_the_default_and_the_operators_wins(ch
         ({"additional_config": {"osdt": {"treshold": 0.5}}}, ["treshold", "threshold"]),
         ({"additional_config": {"osdt": {"threshold": 2}}}, ["threshold is 2"]),
         ({"scheduler_cls": "some.Scheduler"}, ["some.Scheduler"]),
+        ({"logits_processors": ["some.Processor"]}, ["logits_processors are set", "remove them"]),
         ({"prefill_schedule_interval": 4}, ["prefill_schedule_interval is 4", "1"]),
         (
             {"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2},

@@ -95,8 +95,10 @@ class Auditor:
         req_id = f"osdt-audit-{self._num_started}-{request.request_id}"
         self._running[req_id] = audit
         static = {"policy": "static_threshold", "task": None, "profile": None, "recalibrate": False}
+        static |= {"return_trace": False}
         options = DecodingOptions(**{**audit.spec.options.as_dict(), **static})
         params = request.sampling_params.clone()
+        params.logprobs = None  # nobody gets them
         params.extra_args = {
             **(params.extra_args or {}),
             **replace(audit.spec, options=options, follows_choice=False).as_extra_args(),

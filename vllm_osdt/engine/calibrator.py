@@ -49,7 +49,7 @@ class _Decoding:
     assignment: Assignment
     profile: CalibrationProfile | None = None
     is_early: bool = False  # the profile is one that is being made
-    is_kept: bool = False  # other weights have decided some of its tokens
+    is_usual: bool = True  # its text is the model's own, by one set of weights
     recorder: Recorder | None = None
     entries: dict[int, float] = field(default_factory=dict)  # mean confidence at block entry, by block
 
@@ -134,13 +134,13 @@ class Calibrator:
         )
         key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
         profile, recorder, is_early = None, None, False
+        is_usual = not (is_kept or has_grammar) and spec.pinned is None
         if policy.calibrates:
             profile = self._find_profile(options, key)
             if spec.follows_choice and profile is not None and not options.recalibrate:
                 options = self._choose(options, profile)
                 policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
-            is_usual = not (is_kept or has_grammar) and spec.pinned is None
             if is_own and is_usual and self._calibrates(req_id, options, key, max_tokens, profile):
                 profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
             elif is_own and profile is None and _has_early_thresholds(options):
@@ -170,7 +170,7 @@ class Calibrator:
             policy=options.policy,
             has_grammar=has_grammar,
         )
-        return _Decoding(options, key, shape, about, assignment, profile, is_early, is_kept, recorder)
+        return _Decoding(options, key, shape, about, assignment, profile, is_early, is_usual, recorder)
 
     def _choose(self, options: DecodingOptions, profile: CalibrationProfile) -> DecodingOptions:
         """The options of a request that leaves it to its profile how positions are chosen."""
@@ -288,7 +288,7 @@ class Calibrator:
         found = self._decodings.get(req_id)
         if found is None or found.profile is None or found.is_early:
             return None
-        if found.is_kept or found.assignment.has_grammar:
+        if not found.is_usual:
             return None
         return Subject(found.profile, self._share_that_may_change(found.options, found.profile))
 

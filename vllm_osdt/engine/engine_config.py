@@ -390,6 +390,10 @@ REFUSALS = (
         "speculative decoding is set, but a diffusion canvas is rewritten in place; remove speculative_config.",
     ),
     Refusal(
+        lambda config: bool(config.model_config.logits_processors),
+        "logits_processors are set, but nothing would call them for the many positions of a step; remove them.",
+    ),
+    Refusal(
         lambda config: config.kv_transfer_config is not None,
         "KV transfer is set, but a diffusion canvas is rewritten in place; remove kv_transfer_config.",
     ),

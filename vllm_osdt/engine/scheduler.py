@@ -43,6 +43,7 @@ from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
 
 logger = init_logger("vllm.vllm_osdt.engine.scheduler")
+NO_TOKEN = "no token that the request's other parameters allow continues its structured output."
 
 
 def _ended_well(request: Request) -> bool:
@@ -104,8 +105,8 @@ class CanvasScheduler(Scheduler):
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
         self._rows.clear()
-        self._tracer.keep(self.running)
         self._admit_audits()
+        self._tracer.keep(self.running)
         order = self.running
         waited, self._postponed = self._postponed, {}
         if waited:
@@ -392,9 +393,15 @@ class CanvasScheduler(Scheduler):
 
     def _fail(self, req_ids: list[str], model_runner_output: ModelRunnerOutput) -> None:
         """End requests with an error, as those whose grammar fails to compile, and without this step's tokens."""
-        self.grammar_compile_error_reqs.update(req_ids)
+        failed: Any = self.grammar_compile_error_reqs
+        if isinstance(failed, dict):  # vLLM 0.33 keeps what a client is told
+            from vllm.outputs import RequestError
+
+            failed.update((req_id, RequestError("validation_error", NO_TOKEN)) for req_id in req_ids)
+        else:
+            failed.update(req_ids)
         for req_id in req_ids:
-            logger.error("Request %s ends: no token that it may have continues its structured output.", req_id)
+            logger.error("Request %s ends: %s", req_id, NO_TOKEN)
             model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]] = []
 
     def _count_run_ahead(self, report: StepReport) -> None:

@@ -238,7 +238,8 @@ class FrontEnd:
         traits = self._config.model_config.hf_config.traits
         vocabulary = self._config.model_config.get_vocab_size()
         check_limits(params, vocabulary, traits.mask_token_id)
-        template = Reader(encode, vocabulary, traits.mask_token_id).read(extra, sent.max_tokens)
+        reader = Reader(encode, vocabulary, traits.mask_token_id, self._limits.max_model_len)
+        template = reader.read(extra, sent.max_tokens)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
@@ -476,7 +477,8 @@ def admit(
     assert canvas is not None
     params.max_tokens = canvas.max_output_end - len(token_ids)
     if template is not None:
-        params.min_tokens = params.max_tokens  # a hole has no end but its own
+        # A hole has no end but its own: end tokens are banned, and those that are pinned end nothing.
+        params.min_tokens, params.stop_token_ids, params._eos_token_id = params.max_tokens, [], None
     spec = RequestSpec(
         options,
         canvas,

@@ -43,11 +43,13 @@ class Reader(NamedTuple):
         encode: Text to token ids; None without a tokenizer.
         vocabulary: Token ids of the model.
         mask_token_id: With which a masked position begins.
+        max_model_len: The engine's limit on prompt and canvas.
     """
 
     encode: Encode | None
     vocabulary: int
     mask_token_id: int
+    max_model_len: int
 
     def read(self, extra: dict[str, Any], max_tokens: int | None) -> Template | None:
         """Take the template out of a request's ``extra_args``; None without one.
@@ -102,6 +104,7 @@ class Reader(NamedTuple):
             is_length = isinstance(part, int) and not isinstance(part, bool)
             if is_length and part < 1:
                 raise _value(INFILL, part)
+            self._check_length(INFILL, len(tokens) + (part if is_length else 0))
             tokens += [HOLE] * part if is_length else self._ids(INFILL, part)
         return Template(tokens, len(tokens), INFILL)
 
@@ -112,7 +115,17 @@ class Reader(NamedTuple):
                 refusal="infill-length",
                 parameter=SUFFIX,
             )
+        self._check_length(SUFFIX, max_tokens)
         return Template([HOLE] * max_tokens + self._ids(SUFFIX, suffix), max_tokens, SUFFIX)
+
+    def _check_length(self, name: str, length: int) -> None:
+        """Refuse what can fit no context, before it is made."""
+        if length > self.max_model_len:
+            raise InvalidOptionError(
+                f"{name} has {length} tokens or more, but max_model_len is {self.max_model_len}; shorten it.",
+                refusal="infill-room",
+                parameter=name,
+            )
 
     def _of_seed(self, seed: Any, pinned: Any) -> Template:
         ids = self._ids(SEED, seed)
@@ -165,6 +178,8 @@ def check_company(
         "edit_threshold": options.edit_threshold is not None and "pinned tokens must not be replaced",
         "logprobs": asked.logprobs is not None and "no step chooses a pinned token",
         "structured_outputs": asked.structured_outputs is not None and "a grammar does not know of holes",
+        "allowed_token_ids": bool(asked.allowed_token_ids)
+        and "a hole has no end token, which may be all it could have",
         "stop": bool(asked.stop) and "the template is always filled to its end",
         "stop_token_ids": bool(asked.stop_token_ids) and "the template is always filled to its end",
     }

@@ -185,7 +185,7 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]] | None:
 def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_request: Any) -> None:
     """Refuse a request now, with one line in the log; vLLM's own checks of its parameters follow ours."""
     try:
-        if params.bad_words:
+        if params.bad_words and engine.renderer.tokenizer is not None:
             params = copy(params)
             params.update_from_tokenizer(engine.renderer.tokenizer)
         with _http_400():

@@ -22,7 +22,13 @@ PLAIN_WEIGHTS = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
 
 
 class Head(Protocol):
-    """What stands between a model and the decision."""
+    """What stands between a model and the decision.
+
+    Attributes:
+        writes_logits: Whether its proposals are read off logits.
+    """
+
+    writes_logits: bool
 
     def propose(self, hidden_states: torch.Tensor, batch: "DenoiseBatch") -> Proposals:
         """What the model proposes where logits are read.
@@ -38,6 +44,8 @@ class Head(Protocol):
 
 class LogitHead:
     """The model writes logits, the sampler reads them."""
+
+    writes_logits = True
 
     def __init__(self, model: Any, sampler: "CanvasSampler") -> None:
         self._model = model
@@ -57,10 +65,24 @@ class FusedHead:
 
     With tensor parallelism each rank has a shard of the weight, whose last rows may be padding; ranks exchange what
     they keep, and all of them combine it.
+
+    Args:
+        lm_head: The output weight.
+        vocabulary: Token ids of the model.
+        mask_token_id: Never proposed.
+        device: Of both.
+        logits: What a step takes whose requests change logits or ask for them.
     """
 
+    writes_logits = False
+
     def __init__(
-        self, lm_head: VocabParallelEmbedding, vocabulary: int, mask_token_id: int, device: torch.device
+        self,
+        lm_head: VocabParallelEmbedding,
+        vocabulary: int,
+        mask_token_id: int,
+        device: torch.device,
+        logits: LogitHead,
     ) -> None:
         ops = implementations(device)
         self._lm_head_partials, self._combine_partials = ops.lm_head_partials, ops.combine_partials
@@ -68,6 +90,7 @@ class FusedHead:
         self._first_id = lm_head.shard_indices.padded_org_vocab_start_index  # also of a shard that is all padding
         self._vocabulary = vocabulary
         self._mask_token_id = mask_token_id
+        self._logits = logits
 
     def propose(self, hidden_states: torch.Tensor, batch: "DenoiseBatch") -> Proposals:
         """See ``Head``."""
@@ -79,6 +102,7 @@ class FusedHead:
     def measure(self, hidden_states: torch.Tensor) -> None:
         """See ``Head``."""
         self._find(hidden_states, None, None, None)
+        self._logits.measure(hidden_states)
 
     def _find(
         self,
@@ -116,12 +140,13 @@ def choose_head(model: Any, sampler: "CanvasSampler", *, is_fused: bool) -> Head
     """
     if not is_fused:
         return LogitHead(model, sampler)
+    logits = LogitHead(model, sampler)
     lm_head, processor = model.lm_head, model.logits_processor
     reason = _more_than_a_product(lm_head, processor)
     if reason is not None:
         raise OSDTError(f"fused_lm_head is true, but {reason}, which its kernel does not do; leave it out.")
     states = sampler.states
-    return FusedHead(lm_head, processor.org_vocab_size, states.mask_token_id, states.device)
+    return FusedHead(lm_head, processor.org_vocab_size, states.mask_token_id, states.device, logits)
 
 
 def _more_than_a_product(lm_head: Any, processor: Any) -> str | None:

@@ -10,6 +10,8 @@ from vllm.v1.outputs import LogprobsTensors
 
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 
+Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # token ids, log probabilities and ranks
+
 
 class LogprobStore:
     """Log probabilities of every slot's active block, by position in it.
@@ -45,13 +47,7 @@ class LogprobStore:
             self._token_ids[..., :width], self._logprobs[..., :width], self._ranks[:] = before
 
     def keep(
-        self,
-        logits: torch.Tensor,
-        slots: torch.Tensor,
-        offset: torch.Tensor,
-        token: torch.Tensor,
-        num_logprobs: int,
-        is_kept: torch.Tensor | None = None,
+        self, logits: torch.Tensor, slots: torch.Tensor, offset: torch.Tensor, token: torch.Tensor, num_logprobs: int
     ) -> None:
         """Take in what tokens are chosen from.
 
@@ -61,21 +57,31 @@ class LogprobStore:
             offset: int64 ``[S]``, position in the active block.
             token: int64 ``[S]``, the token that is, or would be, written there.
             num_logprobs: How many of the likeliest tokens are kept, besides that one.
-            is_kept: bool ``[S]``, which are taken in; all when None.
         """
         scores = logits.log_softmax(dim=-1) if self._is_normalized else logits
         own = scores.gather(1, token[:, None])
         best, best_ids = scores.topk(num_logprobs, dim=-1)
-        rank = (scores >= own).sum(dim=-1).to(torch.int32)
-        width = num_logprobs + 1
+        slots, width = slots.long(), num_logprobs + 1
+        self._token_ids[..., :width][slots, offset] = torch.cat([token[:, None], best_ids], dim=1).int()
+        self._logprobs[..., :width][slots, offset] = torch.cat([own, best], dim=1)
+        self._ranks[slots, offset] = (scores >= own).sum(dim=-1).to(torch.int32)
+
+    def read(self, slots: torch.Tensor, offset: torch.Tensor) -> Kept:
+        """What is kept of positions; arguments of :meth:`keep`."""
         slots = slots.long()
-        new = torch.cat([token[:, None], best_ids], dim=1).int(), torch.cat([own, best], dim=1), rank
-        tables = self._token_ids[..., :width], self._logprobs[..., :width], self._ranks
-        for table, values in zip(tables, new, strict=True):
-            if is_kept is not None:
-                keeps = is_kept.view(-1, *[1] * (values.dim() - 1))
-                values = torch.where(keeps, values, table[slots, offset])
-            table[slots, offset] = values
+        return self._token_ids[slots, offset], self._logprobs[slots, offset], self._ranks[slots, offset]
+
+    def restore(self, before: Kept, slots: torch.Tensor, offset: torch.Tensor, is_new: torch.Tensor) -> None:
+        """Put back what :meth:`read` gave, but at new tokens.
+
+        Args:
+            before, slots, offset: Of that call.
+            is_new: bool ``[S]``.
+        """
+        slots = slots.long()
+        for table, old in zip((self._token_ids, self._logprobs, self._ranks), before, strict=True):
+            now = table[slots, offset]
+            table[slots, offset] = torch.where(is_new.view(-1, *[1] * (now.dim() - 1)), now, old)
 
     def take(self, asking: torch.Tensor, asks: np.ndarray, width: int, num_logprobs: int) -> LogprobsTensors:
         """What is kept of the blocks of a batch, for the output of a step; vLLM reads of it what has been emitted.

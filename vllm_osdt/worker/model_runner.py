@@ -259,8 +259,10 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         batch = input_batch.denoise
         assert batch is not None
         if batch.needs_logits:
+            # Requests that want no logits have the proposals that they have without the others.
+            own = None if self.head.writes_logits else self.head.propose(hidden_states, batch)
             logits = self.model.compute_logits(hidden_states[: batch.position.shape[0]])
-            return self.sampler.decide_by_logits(logits, batch)
+            return self.sampler.decide_by_logits(logits, batch, own)
         proposals = self.head.propose(hidden_states, batch)
         return self.sampler.decide(batch, proposals, keeps_masks=batch.recorded is not None)
 

@@ -80,37 +80,45 @@ class CanvasSampler:
 
         return self.finish(input_batch, self.decide_by_logits(logits, batch))
 
-    def decide_by_logits(self, logits: torch.Tensor, batch: DenoiseBatch) -> Decision:
+    def decide_by_logits(
+        self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals | None = None
+    ) -> Decision:
         """Propose and decide, and keep the log probabilities that are asked for.
 
         Args:
             logits: ``[M, vocabulary]``.
             batch: The step.
+            proposals: What the model proposes by itself, where that is known; changed in place.
         """
-        proposals, blocks = self.propose(logits, batch), batch.blocks
-        edits = batch.scored is not None and batch.edit_threshold is not None
-        written = blocks.cells[blocks.canvas_index] if edits else None
-        decision = self.decide(batch, proposals, keeps_masks=batch.recorded is not None)
-        if batch.scored is not None:
-            self._keep_logprobs(logits, batch, decision, written)
+        proposals = self.propose(logits, batch, proposals)
+        blocks, scored = batch.blocks, batch.scored
+        keeps_masks = batch.recorded is not None
+        if scored is None:
+            return self.decide(batch, proposals, keeps_masks=keeps_masks)
+        offset = proposals.position[scored.rows] % blocks.canvas_index.shape[1]
+        before = written = None
+        if batch.edit_threshold is not None:
+            before, written = self._logprobs.read(scored.slots, offset), blocks.cells[blocks.canvas_index]
+        self._keep_logprobs(logits, batch, proposals)
+        decision = self.decide(batch, proposals, keeps_masks=keeps_masks)
+        if before is not None and written is not None:  # a written token that stays keeps its own
+            assert decision.is_masked is not None
+            is_new = decision.is_masked | (proposals.of_grid(written) != proposals.of_grid(decision.canvas))
+            self._logprobs.restore(before, scored.slots, offset, is_new[scored.rows])
         return decision
 
-    def _keep_logprobs(
-        self, logits: torch.Tensor, batch: DenoiseBatch, decision: Decision, written: torch.Tensor | None
-    ) -> None:
-        """Keep what the tokens of this step were chosen from; those that stay masked are asked about again.
+    def _keep_logprobs(self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals) -> None:
+        """Keep what the tokens of this step are chosen from; those that stay masked are asked about again.
+
+        Before the step decides, since penalties count the tokens that are there when it begins.
 
         Args:
             logits: ``[M, vocabulary]``.
-            batch, decision: The step.
-            written: int32 ``[R, W]``, tokens before it, where some requests edit; None: none does.
+            batch: The step.
+            proposals: Its proposals.
         """
-        scored, proposals = batch.scored, decision.proposals
+        scored, width = batch.scored, batch.blocks.canvas_index.shape[1]
         assert scored is not None
-        is_kept, width = None, decision.canvas.shape[1]
-        if written is not None:
-            assert decision.is_masked is not None
-            is_kept = decision.is_masked | (proposals.of_grid(written) != proposals.of_grid(decision.canvas))
         step = max(1, CHUNK_ELEMENTS // logits.shape[1])
         for start in range(0, scored.rows.shape[0], step):
             part = scored.part(start, start + step)
@@ -118,25 +126,23 @@ class CanvasSampler:
             if self._reads_processed:
                 temperature = None if batch.temperature is None else batch.temperature[part.rows]
                 own = self.shaping.shape(own, part, temperature, batch.grammar)
+                own[:, self.states.mask_token_id] = -torch.inf
                 if temperature is not None:
                     own = own / torch.where(temperature > 0, temperature, 1.0)[:, None]
-            self._logprobs.keep(
-                own,
-                part.slots,
-                proposals.position[part.rows] % width,
-                proposals.token[part.rows],
-                batch.num_scores,
-                None if is_kept is None else is_kept[part.rows],
-            )
+            offset, token = proposals.position[part.rows] % width, proposals.token[part.rows]
+            self._logprobs.keep(own, part.slots, offset, token, batch.num_scores)
 
-    def propose(self, logits: torch.Tensor, batch: DenoiseBatch) -> Proposals:
-        """What the model proposes where logits were read."""
+    def propose(self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals | None = None) -> Proposals:
+        """What the model proposes where logits were read; arguments of :meth:`decide_by_logits`."""
         logits = logits[: batch.position.shape[0]]
         noise = batch.temperature, batch.noise_key
-        found = self._confidence(logits, self.states.mask_token_id, *noise, batch.by_entropy)
+        if proposals is None:
+            found = self._confidence(logits, self.states.mask_token_id, *noise, batch.by_entropy)
+            proposals = Proposals(batch.position, *found)
         if batch.shaped is not None:
+            found = proposals.token, proposals.confidence
             self.shaping.propose(logits, batch.shaped, *noise, *found, batch.by_entropy, batch.grammar)
-        return Proposals(batch.position, *found)
+        return proposals
 
     def decide(self, batch: DenoiseBatch, proposals: Proposals, *, keeps_masks: bool) -> Decision:
         """Edit and unmask, by the requests' rules.

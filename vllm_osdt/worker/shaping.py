@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.utils import apply_penalties
 from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.penalties import use_penalty
@@ -23,7 +24,7 @@ from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import LogitRows
 
 CHUNK_ELEMENTS = 1 << 23  # logits that are changed at once: 32 MiB of fp32
-NUM_TEMPORARIES = 8  # copies of them, and counts by token of prompt and output, in 4 bytes each
+NUM_TEMPORARIES = 10  # copies of them, and counts by token of prompt and output, in 4 bytes each
 
 
 class LogitShaping:
@@ -134,9 +135,26 @@ class LogitShaping:
         if temperature is not None and removes.any():
             scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
             filters.apply_min_p(scaled, rows.slots, slots_np)
-            scaled = filters.apply_top_k_top_p(scaled, rows.slots, slots_np)
+            scaled = self._filter(scaled, filters.top_k.gpu[rows.slots], filters.top_p.gpu[rows.slots])
             logits = logits.masked_fill_(scaled == -torch.inf, -torch.inf)
         return logits
+
+    def _filter(self, logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+        """Leave ``top_k`` and ``top_p`` of every row.
+
+        vLLM's own kernel sums a row's probabilities in another order for another number of rows, or where other rows
+        ask for something else. On a GPU it is therefore vLLM's PyTorch function, always with as many rows.
+        """
+        num_rows, vocabulary = logits.shape
+        if logits.device.type == "cpu":
+            return apply_top_k_top_p_pytorch(logits, top_k, top_p)
+        size = max(num_rows, CHUNK_ELEMENTS // vocabulary, 1)
+        padded = logits.new_zeros(size, vocabulary)
+        padded[:num_rows] = logits
+        everything = top_k.new_full((size,), vocabulary), top_p.new_ones(size)
+        for whole, part in zip(everything, (top_k, top_p), strict=True):
+            whole[:num_rows] = part
+        return apply_top_k_top_p_pytorch(padded, *everything)[:num_rows]
 
     def _penalize(self, logits: torch.Tensor, rows: LogitRows, penalties: torch.Tensor) -> torch.Tensor:
         """Apply penalties for the tokens of prompt and canvas that are decided when the step starts."""

@@ -339,11 +339,15 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
             step_in_block = min(host.step[slot], host.block_length[slot] - 1)
             step = offset - offset % host.block_length[slot] + step_in_block
             host.num_fallbacks[host.fallback[slot, step]] += 1
-        plan.mask_rows[req] = slot if num_active > 0 else host.block_length.size
+        # Where only a first position is decided and the request gives it, nothing is, before the next step.
+        is_idle = decides_first and num_active > 0 and not host.masked[slot, 0] and host.masked[slot, :num_active].any()
+        plan.mask_rows[req] = slot if num_active > 0 and not is_idle else host.block_length.size
         plan.rule[req] = TOP_K if decides_first else host.rule[slot]
         plan.parameter[req] = 1.0 if decides_first else host.parameters[slot, step]
         plan.min_unmask[req] = 0 if decides_first else host.min_unmask[slot, step_in_block]
         plan.num_output_positions[req] = min(max(host.max_output_end[slot] - block_start, 0), num_active)
+        if is_idle:
+            plan.num_output_positions[req] = 0
     return num_logits
 
 
@@ -413,9 +417,10 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         scored_slots = _some_rows(arrays, "scored", np.flatnonzero(is_scored[row_req]), slots[row_req], places)
         if host.filters_confidence[shaped_slots].any():
             arrays["shaped_asks_share"] = host.filters_confidence[shaped_slots]
-        if host.penalizes[shaped_slots].any():
-            ends = np.stack([host.prompt_end[shaped_slots], host.canvas_end[shaped_slots]], axis=1)
-            arrays["shaped_penalties"] = np.concatenate([host.penalties[shaped_slots], ends], axis=1, dtype=np.float64)
+        for name, of_rows in (("shaped", shaped_slots), ("scored", scored_slots)):
+            if host.penalizes[of_rows].any():
+                ends = np.stack([host.prompt_end[of_rows], host.canvas_end[of_rows]], axis=1)
+                arrays[f"{name}_penalties"] = np.concatenate([host.penalties[of_rows], ends], axis=1, dtype=np.float64)
     asks_entropy = host.rule[slots] == ENTROPY_BOUND
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
