@@ -239,8 +239,12 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             width = input_batch.denoise.blocks.canvas_index.shape[1]
             rows = grammar_rows(grammar_output, input_batch.req_ids, input_batch.cu_num_logits_np, width, self.device)
             input_batch.denoise = replace(input_batch.denoise, grammar=rows)
-        decision, ran_ahead = self._decide(hidden_states, input_batch)
-        output = self.sampler.finish(input_batch, decision, ran_ahead)
+        if input_batch.graph is None and self.head.writes_logits:
+            logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
+            output = self.sampler(logits, input_batch)
+        else:
+            decision, ran_ahead = self._decide(hidden_states, input_batch)
+            output = self.sampler.finish(input_batch, decision, ran_ahead)
         return output, output.num_sampled, output.num_rejected
 
     def _decide(
