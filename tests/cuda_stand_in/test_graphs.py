@@ -97,7 +97,13 @@ def test_requests_that_change_logits_or_want_them_replay_the_model(pair, prompts
     asked = [
         params(**{"policy": str(policy), "max_tokens": 24, **values}, logprobs=number, return_trace=number is not None)
         for (policy, number), values in zip(
-            [("static_threshold", 2), ("factor", None), ("static_threshold", 0), ("local_leap", None), ("joint_bound", 1)],
+            [
+                ("static_threshold", 2),
+                ("factor", None),
+                ("static_threshold", 0),
+                ("local_leap", None),
+                ("joint_bound", 1),
+            ],
             SHAPED,
             strict=True,
         )

@@ -111,7 +111,7 @@ def patch_admission(admit: Callable[..., None]) -> None:
     _wrap(InputProcessor, "process_inputs", make)
 
 
-def patch_early_refusals(admission: ModuleType, response: ModuleType) -> None:
+def patch_early_refusals(admission: ModuleType, response: ModuleType, parsing: ModuleType) -> None:
     """A server checks a request before it begins to answer, and knows what the client sent.
 
     vLLM admits a request when its answer is first read, which for a stream is after HTTP 200 has been sent; and what
@@ -133,6 +133,10 @@ def patch_early_refusals(admission: ModuleType, response: ModuleType) -> None:
                     patch_answers(response)
                 except (ImportError, KeyError) as error:
                     logger.warning("Answers of some endpoints do not say how they were decoded: %r", error)
+                try:
+                    patch_parsers(parsing)
+                except (ImportError, KeyError) as error:
+                    logger.warning("Parsers of reasoning and tool calls get a block at a time in streams: %r", error)
             original(self, vllm_config, *args, **kwargs)
 
         return __init__
@@ -415,6 +419,31 @@ def patch_answers(response: ModuleType) -> None:
         _wrap(AnthropicServingMessages, "chat_completion_stream_generator", make_event_stream)
     else:
         _wrap(AnthropicServingMessages, "message_stream_converter", make_message_stream)
+
+
+def patch_parsers(parsing: ModuleType) -> None:
+    """Parsers of reasoning and of tool calls get a stream's tokens one at a time.
+
+    A chunk of ours has a block of them, and some parsers lose or leave markers in such a chunk. Goes when vLLM's
+    parsers say the same of a chunk as of its tokens.
+
+    Args:
+        parsing: ``frontend.parsing``, which hands out the tokens.
+    """
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    def make(original):
+        def make_parser(self, request, tokenizer, *args, **kwargs):
+            parser = original(self, request, tokenizer, *args, **kwargs)
+            if parser is None or not is_canvas_model(self.model_config):
+                return parser
+            return parsing.reading_token_by_token(parser, tokenizer)
+
+        return make_parser
+
+    _wrap(OpenAIServingChat, "_make_parser", make)
+    _wrap(OpenAIServingResponses, "_make_response_parser", make)
 
 
 def patch_beam_search(refuse: Callable[[str], None]) -> None:
@@ -771,17 +800,20 @@ def patch_engine_core() -> None:
     _wrap(EngineCore, "set_weight_version", make_set_weight_version)
 
 
-def apply(admission: ModuleType, response: ModuleType, prometheus_metrics: Callable[..., Any]) -> None:
+def apply(
+    admission: ModuleType, response: ModuleType, parsing: ModuleType, prometheus_metrics: Callable[..., Any]
+) -> None:
     """Apply every patch; safe to call twice.
 
     Args:
         admission: ``frontend.admission``, which the patches of the front end call.
         response: ``frontend.response``, likewise.
+        parsing: ``frontend.parsing``, likewise.
         prometheus_metrics: Class of the metrics that the front end exports.
     """
     patch_sampling_validation(admission.check_sampling_params)
     patch_admission(admission.admit)
-    patch_early_refusals(admission, response)
+    patch_early_refusals(admission, response, parsing)
     patch_beam_search(admission.refuse)
     patch_response_field()
     patch_metrics(prometheus_metrics)
