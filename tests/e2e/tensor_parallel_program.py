@@ -28,7 +28,7 @@ def main(folder: Path, outcome: Path) -> None:
     llm.collective_rpc("reload_weights")
     again = generate(llm, prompts[:2], sampling(64, task="shared", num_calibration_requests=2, statistic="q1"))
     reloaded = {
-        "updates": [held.num_updates for held in llm.collective_rpc("held_weights")],
+        "updates": [num_updates for num_updates, _ in llm.collective_rpc("held_weights")],
         "versions": [vllm_osdt.describe(completion)["weights_version"] for completion in calibrated + again],
         "same": tokens(again) == tokens(calibrated),
         "used": [vllm_osdt.describe(completion)["profile"] for completion in again],

@@ -146,3 +146,23 @@ def test_answers_that_get_worse_without_a_change_of_confidence_are_noticed(llm, 
     renewed = calibrate(llm, "unseen", "multiple_choice")
     assert renewed.profile_id == profile.profile_id  # made of the same requests
     assert share_right(asked, decode(llm, asked, task="unseen", **OPTIONS)) >= share_right(asked, worse) + 0.1
+
+
+@pytest.mark.parametrize("is_seen_at_once", [True, False])
+def test_answers_of_other_weights_are_not_audited(llm, is_seen_at_once):
+    calibrate(llm, "trained")
+    finish_audits(llm)
+    decode(llm, problems_of("code", "held_out", 3, seed=13), task="trained", **OPTIONS)
+    assert llm.llm_engine.step() == [] and scheduler(llm)._auditor.running
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    if is_seen_at_once:
+        llm.collective_rpc(lambda worker: worker.model_runner.reload_weights())
+    else:
+        runner.reload_weights()
+        assert llm.llm_engine.step() == []
+    count_news(llm)
+    before = audits()
+    assert not scheduler(llm)._auditor.running and finish_audits(llm) == 0
+    count_news(llm)
+    assert audits() == before
+    assert_idle(llm)

@@ -5,6 +5,7 @@ import random
 import pytest
 from vllm.sampling_params import RequestOutputKind
 
+import vllm_osdt
 from tests.e2e.engine import assert_idle, generate, sampling, scheduler
 from tests.reference.block_causal_checkpoints import make_fast_dllm_v2_checkpoint, make_sdar_checkpoint
 from tests.reference.llada import make_checkpoint
@@ -12,6 +13,7 @@ from tests.reference.llada import make_checkpoint
 pytestmark = pytest.mark.e2e
 
 NUM_REQUESTS = 100
+PROFILE = {"osdt_block_length": 8, "osdt_statistic": "q1", "osdt_num_calibration_requests": 1, "osdt_threshold": 0.4}
 # Little room, so that requests wait and are preempted: (checkpoint, engine, where pages are scarce).
 FAMILIES = {
     "SDAR": (make_sdar_checkpoint, {"max_num_batched_tokens": 120, "long_prefill_token_threshold": 72}),
@@ -20,7 +22,7 @@ FAMILIES = {
 }
 
 
-def random_request(rng, family, beginnings):
+def random_request(rng, family, beginnings, profile):
     """A prompt and its sampling parameters; policies that do not depend on what others calibrate."""
     block_length = rng.choice([4, 8, 16, 24, 32])
     options, own = {"block_length": block_length}, {}
@@ -43,24 +45,68 @@ def random_request(rng, family, beginnings):
     if rng.random() < 0.4:
         own["stop_token_ids"] = [rng.randrange(3, 99) for _ in range(rng.randrange(1, 12))]
     prompt = rng.choice(beginnings)[: rng.randrange(60)] + [rng.randrange(3, 99) for _ in range(rng.randrange(1, 20))]
-    return prompt, sampling(rng.randrange(1, 60), **options, **own)
+    max_tokens = rng.randrange(1, 60)
+    own |= random_parameters(rng, max_tokens, is_sampled="temperature" in own)
+    options["return_trace"] = rng.random() < 0.3
+    params = sampling(max_tokens, **options, **own)
+    if rng.random() < 0.15 and "stop_token_ids" not in own:
+        params.max_tokens, params.min_tokens, params.logprobs = None, 0, None
+        params.extra_args["osdt_infill"] = random_template(rng, family)
+    elif profile is not None and rng.random() < 0.2:
+        params.extra_args = {"osdt_task": "pinned", "osdt_profile": profile, **PROFILE}
+    return prompt, params
+
+
+def random_parameters(rng, max_tokens, *, is_sampled):
+    """Parameters that change logits or ask for them; filters matter where a request samples."""
+    own = {}
+    if is_sampled:
+        own |= rng.choice([{}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9}])
+    if rng.random() < 0.4:
+        some = [rng.randrange(3, 99) for _ in range(8)]
+        own |= rng.choice(
+            [
+                {"logit_bias": {some[0]: 3.0, some[1]: -100.0}},
+                {"allowed_token_ids": some},
+                {"repetition_penalty": 1.4},
+                {"presence_penalty": 0.8, "frequency_penalty": 0.3},
+                {"min_tokens": rng.randrange(max_tokens + 1)},
+            ]
+        )
+    if rng.random() < 0.3:
+        own["logprobs"] = rng.randrange(4)
+    return own
+
+
+def random_template(rng, family):
+    """Text and holes; a hole is the last part where a model does not see later blocks."""
+    text = [rng.randrange(3, 99) for _ in range(rng.randrange(1, 9))]
+    if family == "LLaDA":
+        return [rng.randrange(1, 9), text, rng.randrange(1, 15), text[:2]]
+    return [text, rng.randrange(1, 25)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
     make, arguments = FAMILIES[family]
     engine = {"max_num_seqs": 16, "max_model_len": 160, "num_gpu_blocks_override": 20, **arguments}
-    llm, rng = start_llm(make(tmp_path / "model", seed=1), **engine), random.Random(31)
+    config = {"osdt": {"profile_dir": str(tmp_path / "profiles")}}
+    llm = start_llm(make(tmp_path / "model", seed=1), additional_config=config, **engine)
+    rng = random.Random(31)
     beginnings = [[rng.randrange(3, 99) for _ in range(60)] for _ in range(3)]
-    requests = [random_request(rng, family, beginnings) for _ in range(NUM_REQUESTS)]
+    calibrating = sampling(32)
+    calibrating.extra_args = {"osdt_task": "pinned", **PROFILE}
+    generate(llm, [beginnings[0][:10]], calibrating)
+    [profile] = [one["id"] for one in vllm_osdt.profiles(llm) if one["task"] == "pinned"]
+    requests = [random_request(rng, family, beginnings, profile) for _ in range(NUM_REQUESTS)]
     preempted, preempt = [], scheduler(llm)._preempt_request
     scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
-    waiting, finished, aborted = list(range(NUM_REQUESTS)), {}, set()
+    waiting, pieces, finished, aborted = list(range(NUM_REQUESTS)), {}, {}, set()
     while waiting or llm.llm_engine.has_unfinished_requests():
         if waiting and rng.random() < 0.6:
             index = waiting.pop()
             prompt, params = requests[index][0], requests[index][1].clone()
-            params.output_kind = RequestOutputKind.FINAL_ONLY
+            params.output_kind = rng.choice([RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA])
             priority = rng.randrange(3) if "scheduling_policy" in engine else 0
             llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, params, priority=priority)
             if rng.random() < 0.1:  # at once, or in some steps
@@ -70,11 +116,22 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
         if rng.random() < 0.02:
             scheduler(llm).reset_prefix_cache(reset_running_requests=True)
         for output in llm.llm_engine.step():
+            parts = pieces.setdefault(int(output.request_id), [])
+            parts.append(output.outputs[0])
             if output.finished:
-                finished[int(output.request_id)] = list(output.outputs[0].token_ids)
+                finished[int(output.request_id)] = parts
     assert_idle(llm)
     assert preempted and finished.keys() | aborted == set(range(NUM_REQUESTS))
     for index in sorted(finished.keys() - aborted):
         prompt, params = requests[index]
         [alone] = generate(llm, [prompt], params)
-        assert finished[index] == list(alone.token_ids), params
+        assert what_came(finished[index]) == what_came([alone]), params
+
+
+def what_came(parts):
+    """Tokens, log probabilities and trace of an answer, whole or in pieces."""
+    tokens = [token for part in parts for token in part.token_ids]
+    logprobs = [{token: one.logprob for token, one in place.items()} for part in parts for place in part.logprobs or []]
+    trace = dict(vllm_osdt.describe(parts[-1]).get("trace", {}))
+    trace.pop("forward", None)  # a request that is preempted takes more of them
+    return tokens, logprobs, trace

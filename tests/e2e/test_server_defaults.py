@@ -284,7 +284,8 @@ def test_several_answers_stop_strings_and_echo_are_heard(server: Server, path: s
     [special] = ask(server, path, skip_special_tokens=False, ignore_eos=True)
     assert "<eos>" in special["text"] and "<eos>" not in endless["text"]
     [echoed] = ask(server, path, echo=True)
-    assert echoed["text"].endswith(plain["text"]) and len(echoed["text"]) > len(plain["text"])
+    # A chat echoes the assistant's last message, and there is none.
+    assert echoed["text"] == (QUIZ if path == COMPLETIONS else "") + plain["text"]
 
 
 def test_log_probabilities_come_with_every_endpoint(server: Server) -> None:
@@ -308,3 +309,22 @@ def test_log_probabilities_come_with_every_endpoint(server: Server) -> None:
     assert [one["logprob"] for one in of_reply][: len(content)] == pytest.approx(
         [one["logprob"] for one in content], abs=1e-3
     )
+
+
+def test_a_suffix_and_a_template_are_filled(server: Server) -> None:
+    suffix = " so the answer is A ."
+    body = {"prompt": QUIZ, "max_tokens": 24, "temperature": 0, "suffix": suffix}
+    answer = post(server, COMPLETIONS, **body, return_token_ids=True).raise_for_status().json()
+    [choice] = answer["choices"]
+    assert len(choice["token_ids"]) == 24 and suffix not in choice["text"] and choice["finish_reason"] == "length"
+    parts = [" so the answer is", 1, " ."]
+    for path in (CHAT, COMPLETIONS):
+        fields = {name: value for name, value in ENDPOINTS[path].items() if name != "max_tokens"}
+        filled = post(server, path, **fields, temperature=0, osdt_infill=parts, osdt_return_trace=True)
+        body = filled.raise_for_status().json()
+        [choice] = body["choices"]
+        text = choice.get("text") or choice["message"]["content"]
+        assert text.startswith(" so the answer is") and text.endswith(" .") and len(text.split()) == 6
+        assert body["osdt"]["trace"]["confidence"].count(None) == 5
+    refused = post(server, COMPLETIONS, prompt=QUIZ, osdt_infill=parts, stream=True, max_tokens=2)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from vllm_osdt.messages import HeldWeights
-from vllm_osdt.worker.weights import WatchedRunnerMixin, WatchedWorkerMixin
+from vllm_osdt.models.canvas_mixin import CanvasMixin
+from vllm_osdt.worker.weights import WatchedRunnerMixin, WatchedWorkerMixin, WeightWatch
 
 
 class HostRunner:
@@ -147,3 +148,25 @@ def test_only_weights_that_all_come_from_files_have_a_checkpoint(worker):
     assert worker.held_weights() == HeldWeights(4, None)
     runner.reload_weights([("a", 1)])
     assert worker.held_weights().checkpoint is None
+
+
+class HostModel:
+    def load_weights(self, weights: Any) -> set[str]:
+        return {name for name, _ in weights}
+
+
+class Model(CanvasMixin, HostModel):
+    pass
+
+
+def test_a_look_amid_a_load_does_not_hide_its_end():
+    model = Model()
+    watch, seen = WeightWatch(model), []
+
+    def weights():
+        for name in ("a", "b"):
+            yield name, None
+            seen.append(watch.look().num_updates)  # a step, while another thread loads
+
+    assert model.load_weights(weights()) == {"a", "b"}
+    assert seen == [1, 1] and watch.look().num_updates == 2

@@ -73,8 +73,8 @@ class CanvasScheduler(Scheduler):
         self.calibrator = Calibrator.of_engine(self.vllm_config)
         options = server_options(self.vllm_config)
         self._auditor = Auditor(options.audit)
-        self._tracer = Tracer(self.max_num_running_reqs)
         self._weights = Weights()
+        self._tracer = Tracer(self.max_num_running_reqs)
         self._is_fused = options.fused_commit
         self._traits: Traits = self.vllm_config.model_config.hf_config.traits
         # vLLM would apply it to a canvas too.
@@ -115,15 +115,10 @@ class CanvasScheduler(Scheduler):
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
-            spec = self._spec(request)
             if not request.num_output_tokens:
                 request.canvas_weights = self._weights
-            assignment = self.calibrator.assign(
-                new.req_id,
-                spec,
-                request.sampling_params.max_tokens,
-                is_kept=request.canvas_weights is not self._weights,
-            )
+            spec, is_kept = self._spec(request), request.canvas_weights is not self._weights
+            assignment = self.calibrator.assign(new.req_id, spec, request.sampling_params.max_tokens, is_kept=is_kept)
             if spec.options.return_trace:
                 assignment = assignment._replace(is_recorded=True)
                 self._tracer.begin(new.req_id, assignment.schedule)

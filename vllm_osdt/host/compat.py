@@ -194,6 +194,8 @@ def patch_server(admission: ModuleType) -> None:
         def to_sampling_params(self, *args, **kwargs):
             params = original(self, *args, **kwargs)
             setattr(params, admission.SENT, admission.sent_by(self))
+            if getattr(self, "echo", False) and not self.logprobs and self.prompt_logprobs is None:
+                params.prompt_logprobs = None  # a chat that is echoed has 0 of them, though none was asked for
             return params
 
         return to_sampling_params

@@ -23,7 +23,7 @@ class CanvasMixin:
     """Put before vLLM's model class: the model state of a canvas, and hidden states of the rows that are read.
 
     Attributes:
-        num_loads: Calls of ``load_weights``, whoever makes them (``worker.weights``).
+        num_loads: Rises when ``load_weights`` begins and when it ends, whoever calls it (``worker.weights``).
     """
 
     num_loads = 0
@@ -41,6 +41,7 @@ class CanvasMixin:
         try:
             return super().load_weights(weights)  # type: ignore[misc]
         finally:
+            self.num_loads += 1
             logger.removeFilter(_is_no_rounding)
 
     def forward(

@@ -4,6 +4,8 @@ The engine core asks after each of a caller's RPCs, and every step's report says
 values and profiles of other weights are then used no more.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from vllm_osdt.messages import HeldWeights
@@ -28,6 +30,15 @@ class WeightWatch:
     def change(self) -> None:
         """The weights have changed, perhaps without a load."""
         self._is_changed, self._checkpoint = True, None
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """The weights change, be it in part; a step of another thread may look meanwhile."""
+        self.change()
+        try:
+            yield
+        finally:
+            self.change()
 
     def replace(self, model: Any) -> None:
         """Another model is served."""
@@ -67,8 +78,8 @@ class WatchedRunnerMixin:
     def reload_weights(self, weights_iterator: Any = None, *args: Any, **kwargs: Any) -> None:
         """As vLLM does: the caller's weights, or those of a checkpoint's files."""
         assert self.weights is not None
-        self.weights.change()  # weights in the format of kernels are not loaded, but copied
-        super().reload_weights(weights_iterator, *args, **kwargs)  # type: ignore[misc]
+        with self.weights.changing():  # weights in the format of kernels are not loaded, but copied
+            super().reload_weights(weights_iterator, *args, **kwargs)  # type: ignore[misc]
         if weights_iterator is None:
             model = self.vllm_config.model_config
             self.weights.read(model.model, model.revision)
@@ -95,18 +106,18 @@ class WatchedWorkerMixin:
 
     def update_weights(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does; some of its backends write to parameters."""
-        self.weights_changed()
-        super().update_weights(*args, **kwargs)  # type: ignore[misc]
+        with self.model_runner.weights.changing():
+            super().update_weights(*args, **kwargs)  # type: ignore[misc]
 
     def finish_weight_update(self) -> None:
         """As vLLM does; the weights may be in place only now."""
-        self.weights_changed()
-        super().finish_weight_update()  # type: ignore[misc]
+        with self.model_runner.weights.changing():
+            super().finish_weight_update()  # type: ignore[misc]
 
     def reset_weights(self) -> None:
         """As vLLM does: all are 0."""
-        self.weights_changed()
-        super().reset_weights()  # type: ignore[misc]
+        with self.model_runner.weights.changing():
+            super().reset_weights()  # type: ignore[misc]
 
     def sleep(self, level: int = 1) -> None:
         """As vLLM does; level 2 forgets the weights."""
