@@ -185,6 +185,7 @@ def patch_server(admission: ModuleType) -> None:
     from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
@@ -231,6 +232,19 @@ def patch_server(admission: ModuleType) -> None:
         """Fields of ours at the top of a body whose class drops what it does not know."""
         body = await raw_request.json() if raw_request is not None else {}
         return {name: value for name, value in body.items() if name.startswith(admission.PREFIX)}
+
+    def make_create_completion(original):
+        # vLLM writes its default of 16 into the body before it checks the body.
+        async def create_completion(self, request, raw_request=None):
+            default = type(request).model_fields["max_tokens"].default
+            if is_canvas_model(self.model_config) and raw_request is not None and request.max_tokens == default:
+                is_absent = (await raw_request.json()).get("max_tokens") is None
+                setattr(request, admission.DEFAULT_LIMIT_FIELD, is_absent)
+            return await original(self, request, raw_request)
+
+        return create_completion
+
+    _wrap(OpenAIServingCompletion, "create_completion", make_create_completion)
 
     def make_serve_tokens(original):
         async def serve_tokens(self, request, raw_request=None):
