@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
 SUFFIX_FIELD = SUFFIX  # where the completion endpoint's suffix goes
+DEFAULT_LIMIT_FIELD = "max_tokens_by_default"  # what vLLM no longer tells of a completion's limit
 MAX_PINS = 1024  # pinned profiles whose keys are remembered
 
 
@@ -64,6 +65,7 @@ class Sent:
         options: Fields ``osdt_...`` at the top of the body, which vLLM drops.
         fields: For a sampling parameter that vLLM makes of another field: that field's name and value.
         prompt_name: The field that holds the prompt.
+        is_default_limit: Nobody sent ``max_tokens``: completions have 16 by default.
     """
 
     max_tokens: int | None
@@ -71,6 +73,7 @@ class Sent:
     options: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, tuple[str, Any]] = field(default_factory=dict)
     prompt_name: str = PROMPT
+    is_default_limit: bool = False
 
 
 def sent_by(request: Any) -> Sent:
@@ -106,7 +109,8 @@ def sent_by(request: Any) -> Sent:
         name = "max_tokens"
     own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
     prompt_name = next((one for one in PROMPT_NAMES if getattr(request, one, None) is not None), PROMPT)
-    return Sent(limit, name, own, fields, prompt_name)
+    is_default_limit = bool((request.model_extra or {}).get(DEFAULT_LIMIT_FIELD))
+    return Sent(limit, name, own, fields, prompt_name, is_default_limit)
 
 
 def _plain(value: Any) -> Any:
@@ -239,7 +243,7 @@ class FrontEnd:
         vocabulary = self._config.model_config.get_vocab_size()
         check_limits(params, vocabulary, traits.mask_token_id)
         reader = Reader(encode, vocabulary, traits.mask_token_id, self._limits.max_model_len)
-        template = reader.read(extra, sent.max_tokens)
+        template = reader.read(extra, sent.max_tokens, is_default_limit=sent.is_default_limit)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model

@@ -51,12 +51,13 @@ class Reader(NamedTuple):
     mask_token_id: int
     max_model_len: int
 
-    def read(self, extra: dict[str, Any], max_tokens: int | None) -> Template | None:
+    def read(self, extra: dict[str, Any], max_tokens: int | None, *, is_default_limit: bool = False) -> Template | None:
         """Take the template out of a request's ``extra_args``; None without one.
 
         Args:
             extra: Changed in place.
             max_tokens: The limit that the client sent; None for none.
+            is_default_limit: It did not, and a template is as long as it is.
 
         Raises:
             InvalidOptionError: It cannot be read.
@@ -87,7 +88,7 @@ class Reader(NamedTuple):
             raise InvalidOptionError(
                 f"{template.name} has no hole; leave one to be filled.", refusal="infill-value", parameter=template.name
             )
-        if max_tokens is not None and max_tokens < template.num_output:
+        if max_tokens is not None and not is_default_limit and max_tokens < template.num_output:
             raise InvalidOptionError(
                 f"max_tokens is {max_tokens}, but {template.name} has {template.num_output} tokens; send as many, or "
                 "leave max_tokens out.",

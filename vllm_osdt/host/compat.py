@@ -139,7 +139,7 @@ def patch_admission(admit: Callable[..., None]) -> None:
     _wrap(InputProcessor, "process_inputs", make)
 
 
-def patch_early_refusals(admission: ModuleType, response: ModuleType) -> None:
+def patch_early_refusals(admission: ModuleType, response: ModuleType, parsing: ModuleType) -> None:
     """A server checks a request before it begins to answer, and knows what the client sent.
 
     vLLM admits a request when its answer is first read, which for a stream is after HTTP 200 has been sent; and what
@@ -161,6 +161,10 @@ def patch_early_refusals(admission: ModuleType, response: ModuleType) -> None:
                     patch_answers(response)
                 except (ImportError, KeyError) as error:
                     logger.warning("Answers of some endpoints do not say how they were decoded: %r", error)
+                try:
+                    patch_parsers(parsing)
+                except (ImportError, KeyError) as error:
+                    logger.warning("Parsers of reasoning and tool calls get a block at a time in streams: %r", error)
             original(self, vllm_config, *args, **kwargs)
 
         return __init__
@@ -209,6 +213,7 @@ def patch_server(admission: ModuleType) -> None:
     from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
@@ -255,6 +260,19 @@ def patch_server(admission: ModuleType) -> None:
         """Fields of ours at the top of a body whose class drops what it does not know."""
         body = await raw_request.json() if raw_request is not None else {}
         return {name: value for name, value in body.items() if name.startswith(admission.PREFIX)}
+
+    def make_create_completion(original):
+        # vLLM writes its default of 16 into the body before it checks the body.
+        async def create_completion(self, request, raw_request=None):
+            default = type(request).model_fields["max_tokens"].default
+            if is_canvas_model(self.model_config) and raw_request is not None and request.max_tokens == default:
+                is_absent = (await raw_request.json()).get("max_tokens") is None
+                setattr(request, admission.DEFAULT_LIMIT_FIELD, is_absent)
+            return await original(self, request, raw_request)
+
+        return create_completion
+
+    _wrap(OpenAIServingCompletion, "create_completion", make_create_completion)
 
     def make_serve_tokens(original):
         async def serve_tokens(self, request, raw_request=None):
@@ -445,6 +463,31 @@ def patch_answers(response: ModuleType) -> None:
         _wrap(AnthropicServingMessages, "chat_completion_stream_generator", make_event_stream)
     else:
         _wrap(AnthropicServingMessages, "message_stream_converter", make_message_stream)
+
+
+def patch_parsers(parsing: ModuleType) -> None:
+    """Parsers of reasoning and of tool calls get a stream's tokens one at a time.
+
+    A chunk of ours has a block of them, and some parsers lose or leave markers in such a chunk. Goes when vLLM's
+    parsers say the same of a chunk as of its tokens.
+
+    Args:
+        parsing: ``frontend.parsing``, which hands out the tokens.
+    """
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    def make(original):
+        def make_parser(self, request, tokenizer, *args, **kwargs):
+            parser = original(self, request, tokenizer, *args, **kwargs)
+            if parser is None or not is_canvas_model(self.model_config):
+                return parser
+            return parsing.reading_token_by_token(parser, tokenizer)
+
+        return make_parser
+
+    _wrap(OpenAIServingChat, "_make_parser", make)
+    _wrap(OpenAIServingResponses, "_make_response_parser", make)
 
 
 def patch_beam_search(refuse: Callable[[str], None]) -> None:
@@ -801,18 +844,21 @@ def patch_engine_core() -> None:
     _wrap(EngineCore, "set_weight_version", make_set_weight_version)
 
 
-def apply(admission: ModuleType, response: ModuleType, prometheus_metrics: Callable[..., Any]) -> None:
+def apply(
+    admission: ModuleType, response: ModuleType, parsing: ModuleType, prometheus_metrics: Callable[..., Any]
+) -> None:
     """Apply every patch; safe to call twice.
 
     Args:
         admission: ``frontend.admission``, which the patches of the front end call.
         response: ``frontend.response``, likewise.
+        parsing: ``frontend.parsing``, likewise.
         prometheus_metrics: Class of the metrics that the front end exports.
     """
     patch_sampling_validation(admission.check_sampling_params)
     patch_structured_output_validation()
     patch_admission(admission.admit)
-    patch_early_refusals(admission, response)
+    patch_early_refusals(admission, response, parsing)
     patch_beam_search(admission.refuse)
     patch_response_field()
     patch_metrics(prometheus_metrics)
