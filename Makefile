@@ -1,6 +1,6 @@
 # make demo and make test work on a fresh machine with Python 3.11 and a C compiler; the rest is for development.
 .DEFAULT_GOAL := help
-.PHONY: help demo ladder test test-all test-engine test-newer test-cuda check install lint types docs bench gpu-check
+.PHONY: help demo ladder test test-all test-engine test-newer test-cuda test-clients check install lint types docs bench gpu-check
 .PHONY: fast-dllm-env cuda-env check-host clean
 
 PYTHON ?= python3
@@ -45,6 +45,9 @@ test-newer: $(NEWER)/.made ## all tests on a vLLM release without a CPU build, o
 test-cuda: $(CUDA_VENV)/.installed ## the GPU worker on a stand-in for CUDA, without a GPU (VLLM=0.32.0)
 	OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
 
+test-clients: $(INSTALLED) .venv-clients/.installed ## client libraries ask a server for objects and choices
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/clients $(PYTEST_ARGS)
+
 check: $(INSTALLED) ## lint, types and the tests that start no engine
 	@$(RUN_TESTS) unit --beside "$(LINT)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
 
@@ -76,7 +79,7 @@ cuda-env: $(CUDA_VENV)/.installed ## the environment of make test-cuda, 7 GB (VL
 fast-dllm-env: .venv-fast-dllm/.installed ## the baseline's own environment, .venv-fast-dllm
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-docs .venv-fast-dllm .venv-cuda* build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-fast-dllm .venv-clients .venv-cuda* build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -105,6 +108,11 @@ $(NEWER)/.made: $(INSTALLED)
 .venv-docs/.installed: requirements/docs.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.venv-clients/.installed: requirements/clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 .venv-fast-dllm/.installed: requirements/fast-dllm.txt

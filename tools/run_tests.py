@@ -34,8 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DURATIONS = Path("tests/durations.json")
 KINDS = ("unit", "engine")
-# Tests of an environment of their own: make test-cuda.
-APART = "tests/cuda_stand_in/"
+# Tests of an environment of their own: make test-cuda, make test-clients.
+APART = ("tests/cuda_stand_in/", "tests/clients/")
 # Modules whose engines all live to the end of the process (the fixture start_llm), with models of experts first: vLLM
 # makes the process groups of experts with a process's first engine.
 TOGETHER: tuple[tuple[str, ...], ...] = (

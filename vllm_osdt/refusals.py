@@ -149,7 +149,7 @@ REFUSALS = {
     ),
     "allowed-none": Refusal("`allowed_token_ids`", "All of them are mask tokens or in `bad_words`.", "Allow another."),
     "allowed-stops": Refusal(
-        "`min_tokens`", "All of `allowed_token_ids` are stop tokens.", "Allow another, or leave `min_tokens` out."
+        "`allowed_token_ids`", "All are stop tokens, beside `min_tokens` or a template.", "Allow another."
     ),
     "min-tokens-stops": Refusal(
         "`min_tokens`", "Beside more than 128 stop tokens.", "Send fewer, or leave `min_tokens` out."
@@ -206,8 +206,7 @@ REFUSALS = {
         "Shorten the hole, or use a model whose positions see the whole canvas.",
     ),
     "infill-company": Refusal(
-        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output, `allowed_token_ids`, `stop`, "
-        "`stop_token_ids`",
+        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output, `stop`, `stop_token_ids`",
         "Beside a template or a suffix.",
         "Leave one of them out.",
     ),

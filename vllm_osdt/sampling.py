@@ -73,13 +73,14 @@ def check_grammar(params: "SamplingParams", edit_threshold: float | None, config
         )
 
 
-def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int) -> None:
+def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int, *, bans_ends: bool = False) -> None:
     """Refuse values of implemented parameters that the worker has no room or no meaning for.
 
     Args:
         params: As vLLM has completed them; words are tokens where it has a tokenizer.
         vocabulary: Token ids of the model.
         mask_token_id: Never generated.
+        bans_ends: Whether no end token may be generated, as in a template.
 
     Raises:
         InvalidOptionError: Names the parameter, its value and the limit.
@@ -120,21 +121,22 @@ def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int) 
             value=allowed,
         )
     stops = params.all_stop_token_ids
-    if params.min_tokens and len(stops) > MAX_STOP_TOKEN_IDS:
+    if (params.min_tokens or bans_ends) and len(stops) > MAX_STOP_TOKEN_IDS:
         raise InvalidOptionError(
-            f"min_tokens is set beside {len(stops)} stop tokens; at most {MAX_STOP_TOKEN_IDS} can be held back. Send "
+            f"min_tokens or a template is sent beside {len(stops)} stop tokens; at most {MAX_STOP_TOKEN_IDS} can be held "
+            "back. Send "
             "fewer stop_token_ids, or leave min_tokens out.",
             refusal="min-tokens-stops",
             parameter="min_tokens",
             value=params.min_tokens,
         )
-    if params.min_tokens and allowed and not set(allowed) - set(stops) - banned - {mask_token_id}:
+    if (params.min_tokens or bans_ends) and allowed and not set(allowed) - set(stops) - banned - {mask_token_id}:
         raise InvalidOptionError(
-            f"min_tokens is {params.min_tokens}, but all of allowed_token_ids are stop tokens; allow another token, or "
-            "leave min_tokens out.",
+            f"min_tokens is {params.min_tokens} or the request has a template, but all of allowed_token_ids are stop "
+            "tokens, which must not come there; allow another token.",
             refusal="allowed-stops",
-            parameter="min_tokens",
-            value=params.min_tokens,
+            parameter="allowed_token_ids",
+            value=allowed,
         )
 
 

@@ -248,7 +248,7 @@ REFUSED = [
     ({"osdt_infill": [10**15]}, "max_model_len is 256"),
     ({"osdt_suffix": [5], "max_tokens": 10**15}, "max_model_len is 256"),
     ({"osdt_infill": [250, [5]]}, "has 251 tokens, but the prompt of"),
-    ({"osdt_infill": [3, [5]], "allowed_token_ids": [0]}, "allowed_token_ids cannot be sent"),
+    ({"osdt_infill": [3, [5]], "allowed_token_ids": [0]}, "all of allowed_token_ids are stop tokens"),
 ]
 
 

@@ -241,9 +241,9 @@ class FrontEnd:
         base = replace(self._defaults, gen_length=None)
         traits = self._config.model_config.hf_config.traits
         vocabulary = self._config.model_config.get_vocab_size()
-        check_limits(params, vocabulary, traits.mask_token_id)
         reader = Reader(encode, vocabulary, traits.mask_token_id, self._limits.max_model_len)
         template = reader.read(extra, sent.max_tokens, is_default_limit=sent.is_default_limit)
+        check_limits(params, vocabulary, traits.mask_token_id, bans_ends=template is not None)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model

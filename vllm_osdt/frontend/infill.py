@@ -179,8 +179,6 @@ def check_company(
         "edit_threshold": options.edit_threshold is not None and "pinned tokens must not be replaced",
         "logprobs": asked.logprobs is not None and "no step chooses a pinned token",
         "structured_outputs": asked.structured_outputs is not None and "a grammar does not know of holes",
-        "allowed_token_ids": bool(asked.allowed_token_ids)
-        and "a hole has no end token, which may be all it could have",
         "stop": bool(asked.stop) and "the template is always filled to its end",
         "stop_token_ids": bool(asked.stop_token_ids) and "the template is always filled to its end",
     }
