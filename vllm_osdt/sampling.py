@@ -123,9 +123,8 @@ def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int, 
     stops = params.all_stop_token_ids
     if (params.min_tokens or bans_ends) and len(stops) > MAX_STOP_TOKEN_IDS:
         raise InvalidOptionError(
-            f"min_tokens or a template is sent beside {len(stops)} stop tokens; at most {MAX_STOP_TOKEN_IDS} can be held "
-            "back. Send "
-            "fewer stop_token_ids, or leave min_tokens out.",
+            f"min_tokens or a template is sent beside {len(stops)} stop tokens; at most {MAX_STOP_TOKEN_IDS} can be "
+            "held back. Send fewer stop_token_ids, or leave min_tokens out.",
             refusal="min-tokens-stops",
             parameter="min_tokens",
             value=params.min_tokens,
