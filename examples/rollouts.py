@@ -53,7 +53,7 @@ def main() -> None:
         folder = shutil.copytree(args.model, Path(temporary) / "model")
         llm = LLM(str(folder), dtype="float32")
         for step in range(3):
-            batch = rollouts(llm, generate("code", "train", 8, seed=step), samples=4, seed=step)
+            batch = rollouts(llm, generate("code", "train", 4, seed=step), samples=4, seed=step)
             versions = {one["weights_version"] for one in batch}
             reward = sum(one["reward"] for one in batch) / len(batch)
             print(f"batch {step}: {len(batch)} answers of weights {versions}, reward {reward:.2f}")

@@ -80,7 +80,7 @@ def test_a_pinned_profile_decodes_as_before(tmp_path):
 
 def test_rollouts_say_which_weights_they_came_from(tmp_path):
     printed = run(tmp_path, "rollouts")
-    batches = re.findall(r"^batch (\d): 32 answers of weights \{(\d)\}, reward ([01]\.\d\d)$", printed, re.MULTILINE)
+    batches = re.findall(r"^batch (\d): 16 answers of weights \{(\d)\}, reward ([01]\.\d\d)$", printed, re.MULTILINE)
     assert [(step, version) for step, version, _ in batches] == [("0", "0"), ("1", "1"), ("2", "2")]
     first = literal_eval(re.search(r"^first answer: (.*)$", printed, re.MULTILINE)[1])
     assert set(first) == {"token_ids", "logprobs", "step_map"} and all(value <= 0 for value in first["logprobs"])

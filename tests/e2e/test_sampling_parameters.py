@@ -248,7 +248,7 @@ def left(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float 
 
 @pytest.mark.parametrize("values", FILTERS, ids=str)
 def test_filtered_proposals_have_the_distribution_of_what_is_left(served, values):
-    prompt, number = served.prompts[1], 400
+    prompt, number = served.prompts[1], 250
     logits = served.logits(prompt) * 1.0
     logits[served.decode.args[0].mask_token_id] = -torch.inf
     expected = left(logits, **values)
