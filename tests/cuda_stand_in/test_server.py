@@ -28,9 +28,9 @@ def test_a_response_says_how_it_was_decoded_and_metrics_count_it(server):
     ("fields", "words"),
     [
         ({"vllm_xargs": {"osdt_polcy": "osdt"}}, "did you mean 'osdt_policy'"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs=1"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"use_beam_search": True, "n": 2}, "use_beam_search"),
-        ({"stream": True, "prompt_logprobs": 2}, "prompt_logprobs=2"),
+        ({"stream": True, "prompt_logprobs": 2}, "prompt_logprobs"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -99,7 +99,7 @@ def test_chat_without_max_tokens_is_served(server: Server) -> None:
         ({"vllm_xargs": {"osdt_cache_mode": "triple"}}, ["osdt_cache_mode", "triple"]),
         ({"vllm_xargs": {"osdt_gen_length": 100}}, ["100", "128"]),
         ({"max_tokens": 5000}, ["512"]),
-        ({"prompt_logprobs": 2}, ["prompt_logprobs=2"]),
+        ({"prompt_logprobs": 2}, ["prompt_logprobs", "generate_until"]),
         ({"bad_words": ["def two"]}, ["bad_words", "'def two'", "one token"]),
         ({"bad_words": ["def two"], "stream": True}, ["bad_words", "'def two'", "one token"]),
         ({"structured_outputs": {"choice": ["A", "B"]}, "ignore_eos": True}, ["ignore_eos", "document"]),
