@@ -72,8 +72,9 @@ def test_a_json_object_is_one_or_the_beginning_of_one(chat):
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "stay"}}], ids=str)
 def test_a_forced_tool_is_called_with_valid_arguments(server, chat, choice):
     words = json.loads((server.log.with_name("tokenizer") / "tokenizer.json").read_text())["model"]["vocab"]
-    no_spaces = {str(words[space]): -100 for space in ("\u0120", "\u010a")}  # vLLM's grammar of a call has any number
-    message = chat(tools=TOOLS, tool_choice=choice, logit_bias=no_spaces).choices[0].message
+    biases = {str(words[space]): -100 for space in ("\u0120", "\u010a")}  # vLLM's grammar of a call has any number
+    biases[str(words["<|eos|>"])] = 100  # and any number of calls
+    message = chat(tools=TOOLS, tool_choice=choice, logit_bias=biases, seed=1).choices[0].message
     assert message.tool_calls
     for call in message.tool_calls:
         assert call.function.name in ("book", "stay") if choice == "required" else call.function.name == "stay"
