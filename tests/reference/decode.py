@@ -191,7 +191,9 @@ def decode(
     Args:
         model: The network.
         prompt: Token ids.
-        rule: Which positions a step unmasks.
+        rule: Which positions a step unmasks. Before it is asked, its method ``see``, if it has one, gets the step in
+            the block, logits (-inf of the mask token), proposals and confidences by masked position, and the number of
+            undecided positions; it returns the token and confidence of positions that it changes.
         gen_length: Canvas length; the last block is what is left of it.
         block_length: Positions denoised together.
         cache_mode: ``none``, ``prefix`` or ``dual``.
@@ -270,6 +272,12 @@ def decode(
                     masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))
                     margin = (top[offset, 0] - top[offset, 1]).item()
                     result.proposal_margin = min(result.proposal_margin, margin)
+            if hasattr(rule, "see"):
+                rows = {offset: logits[offset] for offset in masked}
+                left = sum(not one for one in decided[:seen])
+                seen_by = rule.see(step, rows, {offset: int(proposal[offset]) for offset in masked}, masked, left)
+                for offset, (token, confidence) in seen_by.items():
+                    proposal[offset], masked[offset] = token, confidence
             mean = sum(masked.values()) / len(masked) if masked else 1.0
             result.refresh_margin = min(result.refresh_margin, abs(mean - refresh_confidence))
             is_unsure = refresh_confidence > 0 and mean < refresh_confidence and not is_refresh

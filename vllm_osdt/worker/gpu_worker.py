@@ -85,7 +85,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """The graph of a step, its arrays on the device, and its queries."""
         manager, ends = self.cudagraph_manager, Ends.DECIDED
         assert manager is not None
-        if denoise.shaped_slots.size or denoise.scored_slots.size:
+        if denoise.needs_logits:
             ends = Ends.MODEL
         elif denoise.policies:
             ends = Ends.PROPOSED

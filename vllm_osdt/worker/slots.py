@@ -21,7 +21,7 @@ from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.policies import POLICIES
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Policy
 from vllm_osdt.worker.transfer import to_device
 
 MAX_END_TOKENS = 8  # of a request that its blocks are searched for
@@ -50,6 +50,8 @@ class HostTables(NamedTuple):
 
     canvas_start: np.ndarray  # int64, see geometry.Canvas
     canvas_end: np.ndarray  # int64, position behind the part of the canvas that has been computed
+    first_end: np.ndarray  # int64, position behind the part of the canvas that is there at first
+    last_end: np.ndarray  # int64, position behind all of the canvas
     max_output_end: np.ndarray  # int64
     block_length: np.ndarray  # int64; 0: the slot has no canvas
     block_start: np.ndarray  # int64, position of the active block; -1: none yet
@@ -107,6 +109,10 @@ class CanvasStates:
         # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
         self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self.policy_carry = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self.policy_memory = torch.zeros(
+            max_num_reqs, MAX_BLOCK_LENGTH, 0, device=device
+        )  # of positions; grows when asked for
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
         self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
@@ -120,6 +126,8 @@ class CanvasStates:
         self.host = HostTables(
             canvas_start=np.zeros(max_num_reqs, dtype=np.int64),
             canvas_end=np.zeros(max_num_reqs, dtype=np.int64),
+            first_end=np.zeros(max_num_reqs, dtype=np.int64),
+            last_end=np.zeros(max_num_reqs, dtype=np.int64),
             max_output_end=np.zeros(max_num_reqs, dtype=np.int64),
             block_length=np.zeros(max_num_reqs, dtype=np.int64),
             block_start=np.full(max_num_reqs, -1, dtype=np.int64),
@@ -166,6 +174,8 @@ class CanvasStates:
         self.token_ids[slot, : canvas.end] = to_device(row, self.device)
         host.canvas_start[slot] = canvas.start
         host.canvas_end[slot] = 0
+        host.first_end[slot] = canvas.end if canvas.first_end is None else canvas.first_end
+        host.last_end[slot] = canvas.end
         host.max_output_end[slot] = canvas.max_output_end
         host.block_length[slot] = canvas.block_length
         host.block_start[slot] = -1
@@ -198,6 +208,15 @@ class CanvasStates:
             constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
             constants[: len(schedule.constants)] = schedule.constants
             self.constants[slot] = to_device(constants, self.device)
+            self.policy_carry[slot] = 0.0
+            self._make_room(POLICIES[policy])
+
+    def _make_room(self, policy: Policy) -> None:
+        """Have memory for what a policy keeps of each position; what others keep is kept."""
+        before = self.policy_memory
+        if policy.memory_size > before.shape[2]:
+            self.policy_memory = before.new_zeros(*before.shape[:2], policy.memory_size)
+            self.policy_memory[..., : before.shape[2]] = before
 
     def remove_request(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
@@ -264,6 +283,8 @@ class CanvasStates:
         self.num_post_steps[entered] = 0
         if self.host.adjusts[self._entered].any():
             self.policy_state[entered] = 0.0
+            if self.policy_memory.shape[2]:
+                self.policy_memory[entered] = 0.0
 
     def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
         """Whether the next step of these requests has the rows of the one that is being prepared, as far as is known.

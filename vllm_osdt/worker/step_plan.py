@@ -18,15 +18,6 @@ _NONE = np.empty(0, dtype=np.int64)
 TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
 
 
-class AdjustedRows(NamedTuple):
-    """The requests of a policy that adjusts its steps; S of them."""
-
-    policy: Policy
-    rows: torch.Tensor  # int64 [S], which of the batch's requests
-    slots: torch.Tensor  # int64 [S]
-    step_index: torch.Tensor  # int64 [S], denoising steps that the block has seen before
-
-
 class LogitRows(NamedTuple):
     """Some of a step's M logit rows, S of them; their requests want more than the best token.
 
@@ -52,6 +43,37 @@ class LogitRows(NamedTuple):
     def part(self, start: int, stop: int) -> "LogitRows":
         """Rows ``start`` to ``stop`` of them."""
         return LogitRows._make(None if one is None else one[start:stop] for one in self)
+
+
+class ReadRows(NamedTuple):
+    """The logit rows that a policy reads, S of a step's M: those of its requests' masked positions.
+
+    Attributes:
+        rows: int64 ``[S]``, which of the M.
+        request: int64 ``[S]``, whose each is: which of the policy's requests.
+        offset: int64 ``[S]``, position in the active block.
+        shaped: Those of them whose logits are changed; None without any.
+        shaped_np: int64, on the host: which of the S those are.
+    """
+
+    rows: torch.Tensor
+    request: torch.Tensor
+    offset: torch.Tensor
+    shaped: LogitRows | None
+    shaped_np: np.ndarray
+
+
+class AdjustedRows(NamedTuple):
+    """The requests of a policy that adjusts its steps; S of them, see ``policies.Step``."""
+
+    policy: Policy
+    rows: torch.Tensor  # int64 [S], which of the batch's requests
+    slots: torch.Tensor  # int64 [S]
+    step_index: torch.Tensor  # int64 [S]
+    block_index: torch.Tensor  # int64 [S]
+    num_left: torch.Tensor  # int64 [S]
+    num_positions: torch.Tensor  # int64 [S]
+    read: ReadRows | None  # where the policy reads logits
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,8 @@ class DenoiseBatch:
     @property
     def needs_logits(self) -> bool:
         """Whether the step needs more of its logits than the best token and its confidence."""
-        return self.shaped is not None or self.scored is not None
+        reads = any(one.read is not None for one in self.adjusted)
+        return (reads and self.position.shape[0] > 0) or self.shaped is not None or self.scored is not None
 
 
 class BlockQueries(NamedTuple):
@@ -377,6 +400,13 @@ class DenoisePlan(NamedTuple):
     shaped_slots: np.ndarray  # int64 [S], of the rows whose logits are changed
     scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
     num_scores: int  # log probabilities of each token, -1: none
+    read_slots: dict[int, np.ndarray]  # of rows that a policy reads and whose logits are changed, by policy
+
+    @property
+    def needs_logits(self) -> bool:
+        """As ``DenoiseBatch.needs_logits``."""
+        reads = any(policy.reads_logits for policy in self.policies)
+        return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
 def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoisePlan:
@@ -404,30 +434,38 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     temperature = host.temperature[slots]
     is_shaped, num_scores = host.is_shaped[slots], host.num_logprobs[slots]
     is_scored = num_scores >= 0
+    policies, of_policies = _adjusting(states, slots, step, is_active & ~decides_first)
     shaped_slots = scored_slots = _NONE
+    read_slots: dict[int, np.ndarray] = {}
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    if temperature.any() or is_shaped.any() or is_scored.any():
+    if temperature.any() or is_shaped.any() or is_scored.any() or any(one.reads_logits for one in policies):
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
+        row_slots = slots[row_req]
         if temperature.any():
             arrays["temperature"] = temperature[row_req]
             arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
-        shaped_slots = _some_rows(arrays, "shaped", np.flatnonzero(is_shaped[row_req]), slots[row_req], places)
-        scored_slots = _some_rows(arrays, "scored", np.flatnonzero(is_scored[row_req]), slots[row_req], places)
-        if host.filters_confidence[shaped_slots].any():
-            arrays["shaped_asks_share"] = host.filters_confidence[shaped_slots]
-        for name, of_rows in (("shaped", shaped_slots), ("scored", scored_slots)):
-            if host.penalizes[of_rows].any():
-                ends = np.stack([host.prompt_end[of_rows], host.canvas_end[of_rows]], axis=1)
-                arrays[f"{name}_penalties"] = np.concatenate([host.penalties[of_rows], ends], axis=1, dtype=np.float64)
+        shaped_rows = np.flatnonzero(is_shaped[row_req])
+        shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
+        scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
+        for number, policy in enumerate(policies):
+            if policy.reads_logits:
+                request_of = np.full(slots.size, -1)
+                of_policy = of_policies[f"adjusted_rows_{number}"]
+                request_of[of_policy] = np.arange(of_policy.size)
+                rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
+                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
+                arrays[f"read_{number}_offset"] = row_pos[rows]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
+                rows = rows[arrays[f"read_{number}_at"]]
+                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
     asks_entropy = host.rule[slots] == ENTROPY_BOUND
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
     edit_threshold = host.edit_threshold[slots]
     if np.isfinite(edit_threshold).any():
         arrays["edit_threshold"] = edit_threshold
-    policies, of_policies = _adjusting(states, slots, step, is_active & ~decides_first)
     recorded = _NONE
     if states.observed:
         recorded = np.flatnonzero(host.is_recorded[slots] & is_active)
@@ -443,45 +481,81 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         shaped_slots,
         scored_slots,
         int(num_scores.max(initial=-1)),
+        read_slots,
     )
 
 
 def _some_rows(
-    arrays: dict[str, np.ndarray], name: str, rows: np.ndarray, slots: np.ndarray, places: np.ndarray
+    host: HostTables, arrays: dict[str, np.ndarray], name: str, rows: np.ndarray, slots: np.ndarray, places: np.ndarray
 ) -> np.ndarray:
     """Add the arrays of ``LogitRows`` for some of the M logit rows; returns their slots.
 
     Args:
+        host: Tables.
         arrays: For the device, added to.
         name: Which rows they are.
         rows: int64 ``[S]``.
         slots, places: int64 ``[M]``.
     """
+    chosen = slots[rows]
     if rows.size:
         arrays[f"{name}_rows"], arrays[f"{name}_place"] = rows, places[rows]
-        arrays[f"{name}_slots"] = slots[rows].astype(np.int32)
-    return slots[rows]
+        arrays[f"{name}_slots"] = chosen.astype(np.int32)
+        if host.filters_confidence[chosen].any():
+            arrays[f"{name}_asks_share"] = host.filters_confidence[chosen]
+        if host.penalizes[chosen].any():
+            ends = np.stack([host.prompt_end[chosen], host.canvas_end[chosen]], axis=1)
+            arrays[f"{name}_penalties"] = np.concatenate([host.penalties[chosen], ends], axis=1, dtype=np.float64)
+    return chosen
 
 
 def _adjusting(
     states: CanvasStates, slots: np.ndarray, step: np.ndarray, takes_part: np.ndarray
 ) -> tuple[list[Policy], dict[str, np.ndarray]]:
-    """The policies that adjust a step, and their requests: rows, slots and steps of each."""
-    policy_of = np.where(takes_part, states.host.adjusts[slots], 0)
+    """The policies that adjust a step, and of their requests the arrays of :class:`AdjustedRows`."""
+    host = states.host
+    policy_of = np.where(takes_part, host.adjusts[slots], 0)
     policies: list[Policy] = []
     arrays: dict[str, np.ndarray] = {}
     if policy_of.any():
         for number in np.unique(policy_of[policy_of > 0]).tolist():
             rows = np.flatnonzero(policy_of == number)
-            for name, array in (("rows", rows), ("slots", slots[rows]), ("step", step[rows])):
+            own = slots[rows]
+            block = (host.block_start[own] - host.canvas_start[own]) // host.block_length[own]
+            left, positions = np.empty(own.size, dtype=np.int64), np.empty(own.size, dtype=np.int64)
+            _count_left(host, own, states.is_block_causal, left, positions)
+            of_policy = {"rows": rows, "slots": own, "step": step[rows], "block": block}
+            of_policy |= {"left": left, "positions": positions}
+            for name, array in of_policy.items():
                 arrays[f"adjusted_{name}_{len(policies)}"] = array
             policies.append(POLICIES[ADJUSTING[number - 1]])
     return policies, arrays
 
 
+@compiled()
+def _count_left(
+    host: HostTables, slots: np.ndarray, is_block_causal: bool, left: np.ndarray, positions: np.ndarray
+) -> None:
+    """Count undecided and all positions of canvases, as far as they are there (``Canvas.end_at``)."""
+    for req in range(slots.size):
+        slot = slots[req]
+        start, length, first_end = host.block_start[slot], host.block_length[slot], host.first_end[slot]
+        grown = max(start + 1 - first_end, 0)
+        end = min(first_end + (grown + length - 1) // length * length, host.last_end[slot])
+        # A block-causal model's first block may begin in the prompt: it ends on the grid.
+        offset = start - host.canvas_start[slot]
+        behind = start + length - (offset % length if is_block_causal else 0)
+        positions[req] = end - max(host.prompt_end[slot], host.canvas_start[slot])
+        left[req] = 0
+        for k in range(host.masked.shape[1]):
+            left[req] += host.masked[slot, k]
+        for position in range(behind, end):
+            left[req] += not host.pinned[slot, position]
+
+
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {}, _NONE, _NONE, -1)
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {}, _NONE, _NONE, -1, {})
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -511,10 +585,7 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         noise_key=sent.get("noise_key"),
         by_entropy=sent.get("by_entropy"),
         edit_threshold=sent.get("edit_threshold"),
-        adjusted=[
-            AdjustedRows(policy, *(sent[f"adjusted_{name}_{number}"] for name in ("rows", "slots", "step")))
-            for number, policy in enumerate(plan.policies)
-        ],
+        adjusted=[_adjusted_rows(policy, number, plan, sent) for number, policy in enumerate(plan.policies)],
         recorded_np=plan.recorded,
         recorded=sent.get("recorded"),
         shaped=_logit_rows("shaped", plan.shaped_slots, plan.arrays, sent),
@@ -522,6 +593,17 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         num_scores=plan.num_scores,
         asking=sent.get("asking"),
     )
+
+
+def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
+    read = None
+    if policy.reads_logits:
+        rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
+        shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
+        read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])
+    names = ("rows", "slots", "step", "block", "left", "positions")
+    rows, slots, step, block, left, positions = (sent[f"adjusted_{name}_{number}"] for name in names)
+    return AdjustedRows(policy, rows, slots, step, block, left, positions, read)
 
 
 def _logit_rows(
