@@ -10,6 +10,7 @@ from importlib import metadata
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.cad_llm import CadLLM
 from vllm_osdt.policies.entropy_bound import EntropyBound
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
@@ -29,6 +30,7 @@ OWN: tuple[type[Policy], ...] = (
     EntropyBound,
     LocalLeap,
     BACD,
+    CadLLM,
     FixedSteps,
 )
 
