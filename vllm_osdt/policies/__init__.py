@@ -12,6 +12,7 @@ from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
 from vllm_osdt.policies.cad_llm import CadLLM
 from vllm_osdt.policies.entropy_bound import EntropyBound
+from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.joint_bound import JointBound
@@ -31,6 +32,7 @@ OWN: tuple[type[Policy], ...] = (
     LocalLeap,
     BACD,
     CadLLM,
+    ETE,
     FixedSteps,
 )
 
