@@ -1,5 +1,6 @@
 """What the process that forks has imported, and what keeps the engines of the forked ones from importing it again."""
 
+import gc
 import importlib
 import multiprocessing
 from multiprocessing.context import BaseContext
@@ -27,3 +28,6 @@ for _name in (
     "vllm.v1.worker.cpu_worker",
 ):
     importlib.import_module(_name)
+
+# What was imported stays: a collection need not look at it, nor copy its pages into every fork.
+gc.freeze()
