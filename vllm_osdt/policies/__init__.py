@@ -10,13 +10,20 @@ from importlib import metadata
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.confidence_adaptive import ConfidenceAdaptive
+from vllm_osdt.policies.dimple import Dimple
 from vllm_osdt.policies.entropy_bound import EntropyBound
+from vllm_osdt.policies.entropy_threshold import EntropyThreshold
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
+from vllm_osdt.policies.hierarchical import Hierarchical
 from vllm_osdt.policies.joint_bound import JointBound
 from vllm_osdt.policies.local_leap import LocalLeap
+from vllm_osdt.policies.nemotron_bound import NemotronBound
 from vllm_osdt.policies.osdt import OSDT
 from vllm_osdt.policies.static_threshold import StaticThreshold
+from vllm_osdt.policies.streaming import Streaming
+from vllm_osdt.policies.wedlm import WeDLM
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -27,8 +34,15 @@ OWN: tuple[type[Policy], ...] = (
     Factor,
     JointBound,
     EntropyBound,
+    EntropyThreshold,
     LocalLeap,
     BACD,
+    ConfidenceAdaptive,
+    Dimple,
+    Hierarchical,
+    NemotronBound,
+    Streaming,
+    WeDLM,
     FixedSteps,
 )
 

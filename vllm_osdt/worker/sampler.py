@@ -241,6 +241,7 @@ class CanvasSampler:
                 adjusted.block_index,
                 adjusted.num_left,
                 adjusted.num_positions,
+                batch.blocks.end_token_ids[rows],
             )
             policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
