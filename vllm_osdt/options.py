@@ -493,7 +493,7 @@ def _with_changes(base: DecodingOptions, changes: Mapping[str, Any]) -> Decoding
                 dropped.add(name)
     others = {name: one.excludes for name, one in DECLARED.items()}
     dropped |= {name for name, other in others.items() if changes.get(other) is not None}
-    changed = replace(base, **{name: DEFAULTS[name] for name in dropped - changes.keys()} | changes)
+    changed = replace(base, **{**{name: DEFAULTS[name] for name in dropped}, **changes})
     if _looks_at_entropy(changed) and not _looks_at_entropy(base):
         changed = replace(changed, edit_threshold=changes.get("edit_threshold", DEFAULTS["edit_threshold"]))
     return changed
@@ -518,9 +518,11 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
     for name, value in asked.items():
         policies = policies_of(name)
         if options.policy not in policies and value != DEFAULTS[name]:
+            *others, last = map(repr, policies)
+            named = f"{', '.join(others)} or {last}" if others else last
             raise InvalidOptionError(
                 f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use: leave it out, or send "
-                f"{PREFIX}policy = {' or '.join(map(repr, policies))}.",
+                f"{PREFIX}policy = {named}.",
                 refusal="policy-does-not-use",
                 parameter=PREFIX + name,
                 value=value,

@@ -17,14 +17,15 @@ from tests.policies.adjusted import make_step, next_step
 from tests.policies.test_policies import unmask_blocks
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
-from vllm_osdt.declaration import InvalidOptionError
+from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.base import best
 
 WIDTH = 16
-CANVAS = {"gen_length": 48, "block_length": WIDTH, "cache_mode": "dual"}
+CANVAS = {"gen_length": 32, "block_length": WIDTH, "cache_mode": "dual"}
 END = 7  # ends the output in tests without an engine
 
 
@@ -42,18 +43,18 @@ class Plain:
 
     def __call__(self, block, step, masked):
         self.as_seen = masked
-        chosen = self.choose(step, masked)
-        generator, noise = torch.Generator().manual_seed(0), 1e-4 if self.by_entropy else 2e-5
-        for _ in range(4):
-            moved = torch.rand(len(masked), generator=generator).mul(2).sub(1).mul(noise).tolist()
-            other = self.choose(step, {i: c + by for (i, c), by in zip(masked.items(), moved, strict=True)})
+        chosen, generator = self.choose(step, masked), torch.Generator().manual_seed(0)
+        for _ in range(2):  # as an engine's rounding may move them; a confidence near 0 or 1 hardly moves
+            moved = dict(zip(masked, torch.rand(len(masked), generator=generator).mul(2).sub(1).tolist(), strict=True))
+            size = {i: 1e-4 if self.by_entropy else 1e-4 * c * (1 - c) + 1e-7 for i, c in masked.items()}
+            other = self.choose(step, {i: c + moved[i] * size[i] for i, c in masked.items()})
             if set(other) != set(chosen):
                 self.margin = 0.0
         return sorted(chosen)
 
 
 class Adaptive(Plain):
-    def __init__(self, tau, most=4, cap=None, end_after=0.0, ends=(), total=48, by_entropy=False):
+    def __init__(self, tau, most=4, cap=None, end_after=0.0, ends=(), total=32, by_entropy=False):
         super().__init__()
         self.tau, self.most, self.cap, self.by_entropy = tau, most, cap, by_entropy
         self.end_after, self.ends, self.total = end_after, ends, total
@@ -178,8 +179,8 @@ CASES: dict[str, tuple[dict, Callable[[], Plain]]] = {
         lambda: Adaptive(0.9, 2, cap=4),
     ),
     "adaptive entropy": (
-        {"policy": "confidence_adaptive", "adaptive_entropy": 0.81, "max_unmask": 5, "end_after": 0.0},
-        lambda: Adaptive(-0.81, 5, by_entropy=True),
+        {"policy": "confidence_adaptive", "adaptive_entropy": 0.81, "max_unmask": 12, "end_after": 0.0},
+        lambda: Adaptive(-0.81, 12, by_entropy=True),
     ),
     "entropy": ({"policy": "entropy_threshold", "max_entropy": 0.81}, lambda: EntropyThreshold(0.81)),
     "dimple": (
@@ -197,7 +198,8 @@ CASES: dict[str, tuple[dict, Callable[[], Plain]]] = {
     "product": ({"policy": "nemotron_bound", "bound_form": "product", "threshold": 0.4}, lambda: Product(0.4)),
     "wedlm": ({"policy": "wedlm", "adjusted_entropy": 0.81, "distance_penalty": 0.11}, lambda: WeDLM(0.81, 0.11)),
 }
-# Those that want logits or tokens: in an engine alone.
+AGAIN = ("adaptive capped", "dimple slow", "nemotron factor")  # whose policies have another case
+# Those that read logits: in an engine alone.
 READING = {
     "dimple margin": (
         {"policy": "dimple", "threshold": 0.97, "steps_per_block": 5, "fallback_rank": "margin"},
@@ -244,7 +246,7 @@ def run_block(name, rounds, *, by_entropy):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_each_step_unmasks_what_the_definition_says(name, seed):
     generator = torch.Generator().manual_seed(seed)
     rules = [CASES[name][1]() for _ in range(3)]
@@ -314,7 +316,7 @@ def test_options_that_contradict_each_other_are_refused():
     with pytest.raises(InvalidOptionError, match="send one of them"):
         parse(policy="confidence_adaptive", adaptive_entropy=0.3, threshold=0.5)
     with pytest.raises(InvalidOptionError, match=r"policy is 'dimple', whose schedule is one of whole blocks"):
-        validate_for_family(parse(policy="dimple"), make_traits(sub_block_length=8))
+        validate_for_family(parse(policy="dimple"), Traits(32, 1, sub_block_length=8))
     base = DecodingOptions(policy="confidence_adaptive", adaptive_entropy=0.3)
     assert parse(threshold=0.5).adaptive_entropy is None  # the request's own form
     assert parse(max_unmask=3).adaptive_entropy == 0.3
@@ -325,22 +327,23 @@ def test_options_that_contradict_each_other_are_refused():
 @pytest.mark.e2e
 def test_an_engine_decodes_as_the_plain_loop_also_after_preemption(tasks_llm, golden_tasks):
     network = ReferenceLLaDA.load(golden_tasks.folder)
-    cases = [(name, *case) for name, case in {**CASES, **READING}.items()]
-    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:12]]
+    cases = [(name, *case) for name, case in {**CASES, **READING}.items() if name not in AGAIN]
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[1:5]]
     expected = {
         (name, i): decode(network, prompt, make(), **CANVAS)
         for name, _, make in cases
         for i, prompt in enumerate(prompts)
     }
     clear = [key for key, one in expected.items() if min(one.rule_margin, one.proposal_margin) > 1e-5]
-    params = {name: sampling(48, **options, **CANVAS) for name, options, _ in cases}
-    got = dict(zip(clear, generate(tasks_llm, [prompts[i] for _, i in clear], [params[name] for name, _ in clear])))
+    params = {name: sampling(32, **options, **CANVAS) for name, options, _ in cases}
+    completions = generate(tasks_llm, [prompts[i] for _, i in clear], [params[name] for name, _ in clear])
+    got = dict(zip(clear, completions, strict=True))
     for name, _, _ in cases:
         own = [key for key in clear if key[0] == name]
-        assert len(own) >= 6, name
+        assert len(own) >= 2, name
         assert [list(got[key].token_ids) for key in own] == [expected[key].tokens for key in own], name
         assert [nfe(got[key]) for key in own] == [expected[key].nfe for key in own], name
-        assert 3 * len(own) < sum(nfe(got[key]) for key in own) < 48 * len(own), name
+        assert 2 * len(own) < sum(nfe(got[key]) for key in own) < 32 * len(own), name
 
     ids = {submit(tasks_llm, prompts[i], params[name]): (name, i) for name, i in clear if i == clear[0][1]}
 
@@ -356,17 +359,20 @@ def test_an_engine_decodes_as_the_plain_loop_also_after_preemption(tasks_llm, go
 
 @pytest.mark.e2e
 def test_an_engine_unmasks_no_early_end(tasks_llm, golden_tasks):
-    network, prompts = ReferenceLLaDA.load(golden_tasks.folder), [one["prompt_token_ids"] for one in golden_tasks.cases]
+    network, prompts = (
+        ReferenceLLaDA.load(golden_tasks.folder),
+        [one["prompt_token_ids"] for one in golden_tasks.cases[:8]],
+    )
     eos = golden_tasks.config["eos_token_id"]
-    rules = [Adaptive(0.6, 4, end_after=0.5, ends=(eos,)) for _ in prompts[:16]]
+    rules = [Adaptive(0.6, 4, end_after=0.5, ends=(eos,)) for _ in prompts]
     expected = [
         decode(network, prompt, rule, end_token_ids=(eos,), **CANVAS)
-        for prompt, rule in zip(prompts, rules, strict=False)
+        for prompt, rule in zip(prompts, rules, strict=True)
     ]
     clear = [i for i, one in enumerate(expected) if min(one.rule_margin, one.proposal_margin) > 1e-5]
     options = {"policy": "confidence_adaptive", "threshold": 0.6, **CANVAS}
-    params = [sampling(48, **options, end_after=share, stop_token_ids=[eos]) for _ in clear for share in (0.5, 0.0)]
+    params = [sampling(32, **options, end_after=share, stop_token_ids=[eos]) for _ in clear for share in (0.5, 0.0)]
     got = generate(tasks_llm, [prompts[i] for i in clear for _ in range(2)], params)
     assert [list(one.token_ids) for one in got[::2]] == [expected[i].tokens for i in clear]
     assert [nfe(one) for one in got[::2]] == [expected[i].nfe for i in clear]
-    assert len(clear) >= 8 and list(map(nfe, got[::2])) != list(map(nfe, got[1::2]))
+    assert len(clear) >= 4 and list(map(nfe, got[::2])) != list(map(nfe, got[1::2]))
