@@ -57,6 +57,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/test_scheduler.py",
         "tests/policies/test_local_leap.py",
         "tests/policies/test_bacd.py",
+        "tests/policies/test_selection.py",
         "tests/e2e/test_cache_modes.py",
     ),
     (
