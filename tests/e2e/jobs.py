@@ -199,6 +199,16 @@ def assert_first_logits_equal(llm: Any, network: Any, monkeypatch: Any, block_le
     _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=8, block_length=block_length, **options)
 
 
+def assert_first_causal_logits_equal(llm: Any, network: Any, monkeypatch: Any, cache_mode: str) -> None:
+    """The same of a model that commits causally: of the last prompt token, or with ``causal_fused`` of a first block."""
+
+    def expected(prompt: list[int], number: int) -> torch.Tensor:
+        logits = network.forward(torch.tensor(prompt + [network.mask_token_id] * 16), len(prompt))
+        return logits[len(prompt) - (cache_mode == "causal") :][:number]
+
+    _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=16, block_length=16, cache_mode=cache_mode)
+
+
 def assert_first_canvas_logits_equal(llm: Any, network: Any, monkeypatch: Any) -> None:
     """The same where positions see the whole canvas: logits of its first block."""
 

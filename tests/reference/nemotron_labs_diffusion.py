@@ -173,7 +173,7 @@ def decode_as_published(
     max_new_tokens: int,
     block_length: int,
     threshold: float | None,
-    end_token_id: int | None,
+    end_token_id: int = -1,
 ) -> tuple[list[int], float]:
     """Decode a request as the authors' ``generate`` does at temperature 0, without its cache.
 
@@ -185,7 +185,7 @@ def decode_as_published(
         max_new_tokens: Whole blocks.
         block_length: Positions of a block.
         threshold: None or a probability.
-        end_token_id: Decoding stops behind the block that has it.
+        end_token_id: Decoding stops behind the block that has it; -1 for none.
 
     Returns:
         The tokens up to and with the first end token, and the smallest distance between a position's two best logits
