@@ -175,7 +175,7 @@ def _set_default_sampling(model: "ModelConfig") -> None:
         operator["temperature"] = 0.0
 
 
-def _choose_attention(attention: "AttentionConfig", cache_dtype: str, *, mixes_causal: bool) -> None:
+def _choose_attention(attention: "AttentionConfig", cache_dtype: str, *, mixes_causal: bool = False) -> None:
     """Keep vLLM from choosing a backend that cannot take a block-causal model's queries.
 
     (The runner looks at what has been chosen in the end.)
