@@ -200,7 +200,7 @@ def assert_first_logits_equal(llm: Any, network: Any, monkeypatch: Any, block_le
 
 
 def assert_first_causal_logits_equal(llm: Any, network: Any, monkeypatch: Any, cache_mode: str) -> None:
-    """The same of a model that commits causally: of the last prompt token, or with ``causal_fused`` of a first block."""
+    """The same of a model that commits causally: of the last prompt token, or of the first block (``causal_fused``)."""
 
     def expected(prompt: list[int], number: int) -> torch.Tensor:
         logits = network.forward(torch.tensor(prompt + [network.mask_token_id] * 16), len(prompt))

@@ -124,6 +124,36 @@ def test_one_batch_decodes_as_the_authors_loop_does(llm, network, threshold):
     assert tokens(generate(llm, prompts, params)) == expected
 
 
+@pytest.mark.parametrize("cache_mode", ["causal", "causal_fused"])
+def test_templates_are_filled_as_by_the_plain_loop(llm, network, cache_mode):
+    """Blocks, and so the holes that a text may follow, begin behind the prompt."""
+    rng, jobs = random.Random(4), []
+    for _ in range(10):
+        prompt = [rng.randrange(8, 100) for _ in range(rng.randrange(1, 40))]
+        template = [rng.choice([-1, rng.randrange(8, 100)]) for _ in range(24)]
+        template[7] = template[15] = 8
+        if len(jobs) % 3 == 0:
+            template[8:16] = range(8, 16)  # a block without holes
+        pinned = {place: token for place, token in enumerate(template) if token >= 0}
+        kwargs = {
+            "block_length": 8,
+            "max_tokens": 24,
+            "cache_mode": cache_mode,
+            "banned": network.config["eos_token_id"],
+        }
+        decoded = decode_nemotron(network, prompt, static_threshold(0.3), pinned=pinned, **kwargs)
+        if min(decoded.proposal_margin, decoded.rule_margin) > MIN_MARGIN:
+            jobs.append((prompt, template, decoded))
+    assert len(jobs) >= 7
+    params = []
+    for _, template, _ in jobs:
+        params.append(sampling(None, policy="static_threshold", threshold=0.3, cache_mode=cache_mode))
+        params[-1].extra_args["osdt_infill"] = [1 if token < 0 else [token] for token in template]
+    got = generate(llm, [prompt for prompt, *_ in jobs], params)
+    assert tokens(got) == [decoded.tokens for *_, decoded in jobs]
+    assert [nfe(one) for one in got] == [decoded.nfe for *_, decoded in jobs]
+
+
 def test_the_context_ends_with_a_whole_block(llm):
     prompt = [9] * 232
     [longest] = generate(llm, [prompt], sampling(16, policy="fixed_steps"))

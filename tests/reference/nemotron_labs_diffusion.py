@@ -109,6 +109,8 @@ def decode_nemotron(
     max_tokens: int,
     end_token_ids: tuple[int, ...] = (),
     cache_mode: str = "causal",
+    pinned: dict[int, int] | None = None,
+    banned: int | None = None,
 ) -> Decoded:
     """Decode a request with the whole sequence in every forward.
 
@@ -121,13 +123,18 @@ def decode_nemotron(
         end_token_ids: Where output ends.
         cache_mode: ``causal``: the causal pass over what is decided gives a block's first token; ``causal_fused``: no
             such token.
+        pinned: Tokens of the output that are given, by their index.
+        banned: A token that no position is given.
     """
     ids, result = list(prompt), Decoded()
     end = len(prompt) + max_tokens
+    given = {len(prompt) + place: token for place, token in (pinned or {}).items()}
     while len(ids) < end and (len(ids) == len(prompt) or ids[-1] not in end_token_ids):
         start = len(ids)
         canvas = torch.tensor(ids + [model.mask_token_id] * block_length)
-        masked = set(range(start, start + block_length))
+        masked = set(range(start, start + block_length)) - given.keys()
+        for position in range(start, start + block_length):
+            canvas[position] = given.get(position, canvas[position])
         result.record.append([])
         step, ready = 0, None
         while ready is None:
@@ -138,12 +145,15 @@ def decode_nemotron(
             confidence, token = {}, {}
             for position, line in lines.items():
                 probability = line.double().softmax(dim=-1)
-                line[model.mask_token_id] = -torch.inf
+                line[[model.mask_token_id] if banned is None else [model.mask_token_id, banned]] = -torch.inf
                 best, second = line.topk(2).values.tolist()
                 result.proposal_margin = min(result.proposal_margin, best - second)
                 token[position] = int(line.argmax())
                 confidence[position] = sureness(rule, probability, token[position])
-            chosen = [start] if is_first else rule(len(result.record) - 1, step, confidence)
+            if is_first:  # where that token is given, nothing is decided
+                chosen = [start] if start in masked else []
+            else:
+                chosen = rule(len(result.record) - 1, step, confidence) if confidence else []
             result.record[-1].append([(c, position in chosen) for position, c in confidence.items()])
             for position in chosen:
                 canvas[position] = token[position]

@@ -23,8 +23,8 @@ class Traits:
         mask_token_id: Token of positions that are not decided yet.
         is_block_causal: Whether a position sees the blocks up to its own, which lie on a grid from position 0; else it
             sees the whole canvas.
-        commits_causally: Of a block-causal model: whether keys and values of the prompt and of finished blocks are those
-            of causal passes. Only positions of the active block then see later ones, and blocks begin behind the prompt.
+        commits_causally: Of a block-causal model: whether keys and values of prompt and finished blocks are those of
+            causal passes. Only positions of the active block then see later ones, and blocks begin behind the prompt.
         is_threshold_strict: Whether a confidence that equals a static threshold does not pass.
         logits_shift: Position i is predicted from the logits at i - logits_shift.
         can_edit: Whether the model was trained to replace tokens that it has written.

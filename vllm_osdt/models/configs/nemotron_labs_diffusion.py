@@ -11,8 +11,8 @@ from vllm_osdt.models.traits import BlockCausalConfigMixin
 class NemotronLabsDiffusionConfig(BlockCausalConfigMixin, LlamaConfig):
     """Config of Nemotron-Labs-Diffusion (``model_type: nemotron_labs_diffusion``): Ministral's fields.
 
-    ``dlm_paradigm`` says how a checkpoint was trained. ``bidirectional`` and ``block_diff`` have the same layers and are
-    decoded in the same way.
+    ``dlm_paradigm`` says how a checkpoint was trained. ``bidirectional`` and ``block_diff`` mean the same layers, and
+    are decoded in the same way.
     """
 
     model_type = "nemotron_labs_diffusion"
@@ -60,5 +60,5 @@ class NemotronLabsDiffusionConfig(BlockCausalConfigMixin, LlamaConfig):
         if rope.get("llama_4_scaling_beta") and not rope.get("original_max_position_embeddings"):
             raise UnsupportedModelError(
                 f"{self.family} config field rope_parameters has llama_4_scaling_beta "
-                f"{rope['llama_4_scaling_beta']!r}, but no original_max_position_embeddings, which it counts in. Add it."
+                f"{rope['llama_4_scaling_beta']!r}, but no original_max_position_embeddings: add it."
             )
