@@ -46,7 +46,7 @@ REFUSALS = {
     "reserved": Refusal("`osdt_resolved`", "Always; the server sets it.", "Send options instead."),
     "cache-mode": Refusal(
         "`osdt_cache_mode`",
-        "`block` on a model whose positions see the whole canvas, or another one on a block-causal model.",
+        "It is one of models with another kind of attention.",
         "Leave it out.",
     ),
     "gen-length-block-causal": Refusal(

@@ -25,8 +25,8 @@ class ThresholdOptions:
     threshold: float = option(
         0.9,
         number(gt=0, le=1),
-        "Confidence of the static threshold, also that of a calibration. Equality passes, but not in block-causal "
-        "models.",
+        "Confidence of the static threshold, also that of a calibration. Equality passes, but not in SDAR, LLaDA2 "
+        "and Fast-dLLM v2.",
     )
 
 
