@@ -9,8 +9,10 @@ from importlib import metadata
 
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
-from vllm_osdt.policies.base import Policy, Schedule, Step
+from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.cad_llm import CadLLM
 from vllm_osdt.policies.entropy_bound import EntropyBound
+from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.joint_bound import JointBound
@@ -29,6 +31,8 @@ OWN: tuple[type[Policy], ...] = (
     EntropyBound,
     LocalLeap,
     BACD,
+    CadLLM,
+    ETE,
     FixedSteps,
 )
 
@@ -67,4 +71,4 @@ def _check(name: str, policy: type[Policy], policies: dict[str, Policy]) -> None
 
 POLICIES = load_policies()
 
-__all__ = ["POLICIES", "Policy", "Schedule", "Step"]
+__all__ = ["POLICIES", "Policy", "PositionLogits", "Schedule", "Step"]

@@ -87,9 +87,9 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """The graph of a step, its arrays on the device, and its queries."""
         manager, ends = self.cudagraph_manager, Ends.DECIDED
         assert manager is not None
-        if denoise.shaped_slots.size or denoise.scored_slots.size:
+        if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies:
+        elif denoise.policies or denoise.cutters:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED

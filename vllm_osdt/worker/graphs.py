@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 LOGIT_SHARES = (4, 2, 1)  # logit rows of a graph: its rows, divided by each
 BYTES_PER_REQUEST = 512  # of arrays that only some steps have
-BYTES_PER_LOGIT_ROW = 192  # likewise
+BYTES_PER_LOGIT_ROW = 320  # likewise
 LOGIT_ARRAYS = ("position", "temperature", "noise_key", "by_entropy", "logit_slots", "logit_rows")  # one entry a row
 
 

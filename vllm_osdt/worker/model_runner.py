@@ -247,12 +247,8 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             width = input_batch.denoise.blocks.canvas_index.shape[1]
             rows = grammar_rows(grammar_output, input_batch.req_ids, input_batch.cu_num_logits_np, width, self.device)
             input_batch.denoise = replace(input_batch.denoise, grammar=rows)
-        if input_batch.graph is None and self.head.writes_logits:
-            logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
-            output = self.sampler(logits, input_batch)
-        else:
-            decision, ran_ahead = self._decide(hidden_states, input_batch)
-            output = self.sampler.finish(input_batch, decision, ran_ahead)
+        decision, ran_ahead = self._decide(hidden_states, input_batch)
+        output = self.sampler.finish(input_batch, decision, ran_ahead)
         return output, output.num_sampled, output.num_rejected
 
     def _decide(
@@ -273,8 +269,9 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         if batch.needs_logits:
             # Requests that want no logits have the proposals that they have without the others.
             own = None if self.head.writes_logits else self.head.propose(hidden_states, batch)
-            logits = self.model.compute_logits(hidden_states[: batch.position.shape[0]])
-            return self.sampler.decide_by_logits(logits, batch, own)
+            rows = hidden_states[: batch.position.shape[0]]
+            logits = self.model.compute_logits(rows)
+            return self.sampler.decide_by_logits(logits, batch, own, rows, self.model.compute_logits)
         proposals = self.head.propose(hidden_states, batch)
         return self.sampler.decide(batch, proposals, keeps_masks=batch.recorded is not None)
 

@@ -11,20 +11,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
 from vllm_osdt.policies import POLICIES, Policy
+from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.grammar import GrammarRows
-from vllm_osdt.worker.slots import ADJUSTING, CanvasStates, HostTables
+from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
 TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
-
-
-class AdjustedRows(NamedTuple):
-    """The requests of a policy that adjusts its steps; S of them."""
-
-    policy: Policy
-    rows: torch.Tensor  # int64 [S], which of the batch's requests
-    slots: torch.Tensor  # int64 [S]
-    step_index: torch.Tensor  # int64 [S], denoising steps that the block has seen before
 
 
 class LogitRows(NamedTuple):
@@ -54,6 +46,49 @@ class LogitRows(NamedTuple):
         return LogitRows._make(None if one is None else one[start:stop] for one in self)
 
 
+class ReadRows(NamedTuple):
+    """The logit rows that a policy reads, S of a step's M: those of its requests' masked positions.
+
+    Attributes:
+        rows: int64 ``[S]``, which of the M.
+        request: int64 ``[S]``, whose each is: which of the policy's requests.
+        offset: int64 ``[S]``, position in the active block.
+        shaped: Those of them whose logits are changed; None without any.
+        shaped_np: int64, on the host: which of the S those are.
+    """
+
+    rows: torch.Tensor
+    request: torch.Tensor
+    offset: torch.Tensor
+    shaped: LogitRows | None
+    shaped_np: np.ndarray
+
+
+class CutRows(NamedTuple):
+    """The requests whose blocks are cut in a step, of one cutter; S of them."""
+
+    cutter: Cutter
+    rows: torch.Tensor  # int64 [S], which of the batch's requests
+    slots: torch.Tensor  # int64 [S]
+    step_index: torch.Tensor  # int64 [S], as in policies.Step, like the rest
+    block_index: torch.Tensor  # int64 [S]
+    num_left: torch.Tensor  # int64 [S]
+    num_positions: torch.Tensor  # int64 [S]
+
+
+class AdjustedRows(NamedTuple):
+    """The requests of a policy that adjusts its steps; S of them, see ``policies.Step``."""
+
+    policy: Policy
+    rows: torch.Tensor  # int64 [S], which of the batch's requests
+    slots: torch.Tensor  # int64 [S]
+    step_index: torch.Tensor  # int64 [S]
+    block_index: torch.Tensor  # int64 [S]
+    num_left: torch.Tensor  # int64 [S]
+    num_positions: torch.Tensor  # int64 [S]
+    read: ReadRows | None  # where the policy reads logits
+
+
 @dataclass(frozen=True)
 class DenoiseBatch:
     """What the sampler needs of a step; R requests, W the longest block among them, M positions with logits.
@@ -72,6 +107,8 @@ class DenoiseBatch:
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
         adjusted: The requests whose policy adjusts the step, by policy.
+        has_cuts: Whether the blocks of some requests are, or will be, shorter than ``block_length``.
+        cut: The requests whose blocks are cut in this step, by cutter.
         recorded_np: int64 ``[C]``, on the host: which of the batch's requests calibrate or have a grammar.
         recorded: The same on the device, None where none does.
         shaped: Rows whose logits are changed before a token is proposed; None without any.
@@ -94,6 +131,8 @@ class DenoiseBatch:
     by_entropy: torch.Tensor | None
     edit_threshold: torch.Tensor | None
     adjusted: list[AdjustedRows]
+    has_cuts: bool
+    cut: list[CutRows]
     recorded_np: np.ndarray
     recorded: torch.Tensor | None
     shaped: LogitRows | None = None
@@ -105,7 +144,8 @@ class DenoiseBatch:
     @property
     def needs_logits(self) -> bool:
         """Whether the step needs more of its logits than the best token and its confidence."""
-        return self.shaped is not None or self.scored is not None
+        reads = any(one.read is not None for one in self.adjusted)
+        return (reads and self.position.shape[0] > 0) or self.shaped is not None or self.scored is not None
 
 
 class BlockQueries(NamedTuple):
@@ -232,10 +272,20 @@ def step_rows(
     num_active = np.where(decides_first & (num_drafts == 0), block_length, np.minimum(block_length, num_drafts))
     states.begin_step(slots, block_start, num_active)
     rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first)
+    if host.cuts[slots].any():
+        rows = _without_rows_behind_blocks(host, rows)
     if host.sub_block_cache[slots].any():
         rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
         skip_cached_rows(host, rows)
     return rows
+
+
+def _without_rows_behind_blocks(host: HostTables, rows: StepRows) -> StepRows:
+    """The rows of a step without those behind blocks that have been cut, where the block alone is computed."""
+    limit = np.where(host.cuts[rows.slots] > 0, host.block_limit[rows.slots], 0)
+    num_active = np.where(limit > 0, np.minimum(rows.num_active, limit), rows.num_active)
+    is_block_alone = host.is_dual[rows.slots] & (rows.start == rows.block_start) & (rows.num_active == rows.num_rows)
+    return rows._replace(num_active=num_active, num_rows=np.where(is_block_alone, num_active, rows.num_rows))
 
 
 @compiled()
@@ -394,11 +444,20 @@ class DenoisePlan(NamedTuple):
     is_active: np.ndarray  # bool [R]
     step: np.ndarray  # int64 [R], denoising steps that the block has seen before
     policies: list[Policy]  # that adjust the step
+    cutters: list[Cutter]  # that cut blocks in this step
+    has_cuts: bool  # whether some request has a cutter
     recorded: np.ndarray  # int64 [C], requests that calibrate or have a grammar
     arrays: dict[str, np.ndarray]  # for the device
     shaped_slots: np.ndarray  # int64 [S], of the rows whose logits are changed
     scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
     num_scores: int  # log probabilities of each token, -1: none
+    read_slots: dict[int, np.ndarray]  # of rows that a policy reads and whose logits are changed, by policy
+
+    @property
+    def needs_logits(self) -> bool:
+        """As ``DenoiseBatch.needs_logits``."""
+        reads = any(policy.reads_logits for policy in self.policies)
+        return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
 def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoisePlan:
@@ -426,30 +485,47 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     temperature = host.temperature[slots]
     is_shaped, num_scores = host.is_shaped[slots], host.num_logprobs[slots]
     is_scored = num_scores >= 0
+    takes_part = is_active & ~decides_first
+    policies, of_policies = _adjusting(states, slots, step, takes_part)
+    cuts = host.cuts[slots]
+    cutters: list[Cutter] = []
+    if cuts.any():
+        is_due = takes_part & (cuts > 0) & (host.block_limit[slots] == 0)
+        for number in np.unique(cuts[is_due]).tolist():
+            own = _arrays_of_requests(states, slots, step, np.flatnonzero(is_due & (cuts == number)))
+            of_policies |= {f"cut_{name}_{len(cutters)}": array for name, array in own.items()}
+            cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
+    read_slots: dict[int, np.ndarray] = {}
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    if temperature.any() or is_shaped.any() or is_scored.any():
+    if temperature.any() or is_shaped.any() or is_scored.any() or any(one.reads_logits for one in policies):
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
+        row_slots = slots[row_req]
         if temperature.any():
             arrays["temperature"] = temperature[row_req]
             arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
-        shaped_slots = _some_rows(arrays, "shaped", np.flatnonzero(is_shaped[row_req]), slots[row_req], places)
-        scored_slots = _some_rows(arrays, "scored", np.flatnonzero(is_scored[row_req]), slots[row_req], places)
-        if host.filters_confidence[shaped_slots].any():
-            arrays["shaped_asks_share"] = host.filters_confidence[shaped_slots]
-        for name, of_rows in (("shaped", shaped_slots), ("scored", scored_slots)):
-            if host.penalizes[of_rows].any():
-                ends = np.stack([host.prompt_end[of_rows], host.canvas_end[of_rows]], axis=1)
-                arrays[f"{name}_penalties"] = np.concatenate([host.penalties[of_rows], ends], axis=1, dtype=np.float64)
+        shaped_rows = np.flatnonzero(is_shaped[row_req])
+        shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
+        scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
+        for number, policy in enumerate(policies):
+            if policy.reads_logits:
+                request_of = np.full(slots.size, -1)
+                of_policy = of_policies[f"adjusted_rows_{number}"]
+                request_of[of_policy] = np.arange(of_policy.size)
+                rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
+                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
+                arrays[f"read_{number}_offset"] = row_pos[rows]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
+                rows = rows[arrays[f"read_{number}_at"]]
+                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
     asks_entropy = host.rule[slots] == ENTROPY_BOUND
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
     edit_threshold = host.edit_threshold[slots]
     if np.isfinite(edit_threshold).any():
         arrays["edit_threshold"] = edit_threshold
-    policies, of_policies = _adjusting(states, slots, step, is_active & ~decides_first)
     recorded = _NONE
     if states.observed:
         recorded = np.flatnonzero(host.is_recorded[slots] & is_active)
@@ -460,50 +536,94 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         is_active,
         step,
         policies,
+        cutters,
+        bool(cuts.any()),
         recorded,
         arrays | of_policies,
         shaped_slots,
         scored_slots,
         int(num_scores.max(initial=-1)),
+        read_slots,
     )
 
 
 def _some_rows(
-    arrays: dict[str, np.ndarray], name: str, rows: np.ndarray, slots: np.ndarray, places: np.ndarray
+    host: HostTables, arrays: dict[str, np.ndarray], name: str, rows: np.ndarray, slots: np.ndarray, places: np.ndarray
 ) -> np.ndarray:
     """Add the arrays of ``LogitRows`` for some of the M logit rows; returns their slots.
 
     Args:
+        host: Tables.
         arrays: For the device, added to.
         name: Which rows they are.
         rows: int64 ``[S]``.
         slots, places: int64 ``[M]``.
     """
+    chosen = slots[rows]
     if rows.size:
         arrays[f"{name}_rows"], arrays[f"{name}_place"] = rows, places[rows]
-        arrays[f"{name}_slots"] = slots[rows].astype(np.int32)
-    return slots[rows]
+        arrays[f"{name}_slots"] = chosen.astype(np.int32)
+        if host.filters_confidence[chosen].any():
+            arrays[f"{name}_asks_share"] = host.filters_confidence[chosen]
+        if host.penalizes[chosen].any():
+            ends = np.stack([host.prompt_end[chosen], host.canvas_end[chosen]], axis=1)
+            arrays[f"{name}_penalties"] = np.concatenate([host.penalties[chosen], ends], axis=1, dtype=np.float64)
+    return chosen
 
 
 def _adjusting(
     states: CanvasStates, slots: np.ndarray, step: np.ndarray, takes_part: np.ndarray
 ) -> tuple[list[Policy], dict[str, np.ndarray]]:
-    """The policies that adjust a step, and their requests: rows, slots and steps of each."""
-    policy_of = np.where(takes_part, states.host.adjusts[slots], 0)
+    """The policies that adjust a step, and of their requests the arrays of :class:`AdjustedRows`."""
+    host = states.host
+    policy_of = np.where(takes_part, host.adjusts[slots], 0)
     policies: list[Policy] = []
     arrays: dict[str, np.ndarray] = {}
     if policy_of.any():
         for number in np.unique(policy_of[policy_of > 0]).tolist():
-            rows = np.flatnonzero(policy_of == number)
-            for name, array in (("rows", rows), ("slots", slots[rows]), ("step", step[rows])):
-                arrays[f"adjusted_{name}_{len(policies)}"] = array
+            of_policy = _arrays_of_requests(states, slots, step, np.flatnonzero(policy_of == number))
+            arrays |= {f"adjusted_{name}_{len(policies)}": array for name, array in of_policy.items()}
             policies.append(POLICIES[ADJUSTING[number - 1]])
     return policies, arrays
 
 
+def _arrays_of_requests(
+    states: CanvasStates, slots: np.ndarray, step: np.ndarray, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What ``policies.Step`` says of some of a step's requests, which it numbers ``rows``; in the order of fields."""
+    host, own = states.host, slots[rows]
+    block = (host.block_start[own] - host.canvas_start[own]) // host.block_length[own]
+    left, positions = np.empty(own.size, dtype=np.int64), np.empty(own.size, dtype=np.int64)
+    _count_left(host, own, states.is_block_causal, left, positions)
+    return {"rows": rows, "slots": own, "step": step[rows], "block": block, "left": left, "positions": positions}
+
+
+@compiled()
+def _count_left(
+    host: HostTables, slots: np.ndarray, is_block_causal: bool, left: np.ndarray, positions: np.ndarray
+) -> None:
+    """Count undecided and all positions of canvases, as far as they are there (``Canvas.end_at``)."""
+    for req in range(slots.size):
+        slot = slots[req]
+        start, length, first_end = host.block_start[slot], host.block_length[slot], host.first_end[slot]
+        grown = max(start + 1 - first_end, 0)
+        end = min(first_end + (grown + length - 1) // length * length, host.last_end[slot])
+        # A block-causal model's first block may begin in the prompt: it ends on the grid.
+        offset = start - host.canvas_start[slot]
+        behind = start + length - (offset % length if is_block_causal else 0)
+        if host.cuts[slot] and host.block_limit[slot]:
+            behind = start + host.block_limit[slot]
+        positions[req] = end - max(host.prompt_end[slot], host.canvas_start[slot])
+        left[req] = 0
+        for k in range(host.masked.shape[1]):
+            left[req] += host.masked[slot, k]
+        for position in range(behind, end):
+            left[req] += not host.pinned[slot, position]
+
+
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {}, _NONE, _NONE, -1)
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {})
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -533,10 +653,9 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         noise_key=sent.get("noise_key"),
         by_entropy=sent.get("by_entropy"),
         edit_threshold=sent.get("edit_threshold"),
-        adjusted=[
-            AdjustedRows(policy, *(sent[f"adjusted_{name}_{number}"] for name in ("rows", "slots", "step")))
-            for number, policy in enumerate(plan.policies)
-        ],
+        adjusted=[_adjusted_rows(policy, number, plan, sent) for number, policy in enumerate(plan.policies)],
+        has_cuts=plan.has_cuts,
+        cut=[CutRows(cutter, *_of_requests(sent, "cut", number)) for number, cutter in enumerate(plan.cutters)],
         recorded_np=plan.recorded,
         recorded=sent.get("recorded"),
         shaped=_logit_rows("shaped", plan.shaped_slots, plan.arrays, sent),
@@ -544,6 +663,26 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         num_scores=plan.num_scores,
         asking=sent.get("asking"),
     )
+
+
+def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
+    read = None
+    if policy.reads_logits:
+        rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
+        shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
+        read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])
+    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read)
+
+
+OfRequests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _of_requests(sent: Mapping[str, torch.Tensor], kind: str, number: int) -> OfRequests:
+    """:func:`_arrays_of_requests` on the device."""
+    rows, slots, step, block, left, positions = (
+        sent[f"{kind}_{name}_{number}"] for name in ("rows", "slots", "step", "block", "left", "positions")
+    )
+    return rows, slots, step, block, left, positions
 
 
 def _logit_rows(
