@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import vllm_osdt
-from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens, watch_logits
 from tests.reference.decode import (
     Decoded,
     EntropyBound,
@@ -223,19 +223,15 @@ def _assert_first_logits_are(
     llm: Any, monkeypatch: Any, expected: Callable[[list[int], int], torch.Tensor], max_tokens: int, **options: Any
 ) -> None:
     """``expected`` takes a prompt and the number of rows."""
-    from vllm_osdt.worker.sampler import CanvasSampler
-
     seen = {}
-    sample = CanvasSampler.__call__
 
-    def recording(self: Any, logits: Any, input_batch: Any, *args: Any) -> Any:
+    def record(logits: Any, input_batch: Any) -> None:
         for row, req_id in enumerate(input_batch.req_ids):
             first, last = input_batch.cu_num_logits_np[row : row + 2]
-            if last > first and req_id not in seen:
-                seen[req_id] = logits[first:last].clone()
-        return sample(self, logits, input_batch, *args)
+            if last > first:
+                seen.setdefault(req_id, logits[first:last])
 
-    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    watch_logits(monkeypatch, record)
     rng = random.Random(4)
     prompts = [[rng.randrange(8, 100) for _ in range(length)] for length in (1, 5, 37, 53)]
     generate(llm, prompts, sampling(max_tokens, policy="static_threshold", **options))

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.e2e.engine import generate, sampling
+from tests.e2e.engine import generate, sampling, watch_logits
 from tests.e2e.jobs import LOGIT_TOLERANCE, assert_first_causal_logits_equal, assert_first_logits_equal
 from tests.reference.a2d import ReferenceA2D, make_a2d_checkpoint
 from tests.reference.block_causal import ReferenceFastDLLMv2, ReferenceLLaDA2, ReferenceSDAR
@@ -127,16 +127,8 @@ def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(check
         parts = {"sub_block_length": 16} if family == "fast_dllm_v2" else {}
         assert_first_logits_equal(llm, network, monkeypatch, block_length=16, **parts)  # up to position 64
         return
-    from vllm_osdt.worker.sampler import CanvasSampler
-
     seen = []
-    sample = CanvasSampler.__call__
-
-    def recording(self, logits, input_batch, *args):
-        seen.append(logits[: input_batch.denoise.position.shape[0]].clone())
-        return sample(self, logits, input_batch, *args)
-
-    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    watch_logits(monkeypatch, lambda logits, _: seen.append(logits))
     prompt = list(range(8, 58))
     generate(llm, [prompt], sampling(32, policy="static_threshold", block_length=16, cache_mode="none"))
     full, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 32))
