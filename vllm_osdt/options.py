@@ -641,7 +641,7 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
         )
     if traits.is_block_causal:
         raise InvalidOptionError(
-            f"{what}, but this model's blocks lie on a grid, since each sees the blocks up to its own; leave it out.",
+            f"{what}, but this model's blocks, which see no later ones, have one length; leave it out.",
             refusal="cut-block-causal",
             parameter=name,
             value=getattr(options, name),

@@ -65,7 +65,7 @@ REFUSALS = {
     ),
     "cut-block-causal": Refusal(
         "`osdt_adablock`, `osdt_policy`",
-        "Blocks of many lengths on a block-causal model, whose blocks lie on a grid.",
+        "Blocks of many lengths on a block-causal model, whose blocks have one length.",
         "Leave it out.",
     ),
     "cut-refresh": Refusal("`osdt_refresh_interval`", "Above 1 with blocks of many lengths.", "Leave it out."),
