@@ -64,6 +64,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/e2e/test_illada.py",
         "tests/e2e/test_stable_diffcoder.py",
         "tests/e2e/test_a2d.py",
+        "tests/e2e/test_nemotron_labs_diffusion.py",
         "tests/models/test_illada.py",
         "tests/models/test_a2d.py",
         "tests/models/test_stable_diffcoder.py",

@@ -21,7 +21,10 @@ from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.geometry import (
     BLOCK_CACHE,
     CACHE_MODES,
+    CACHES_OF_FAMILIES,
     CANVAS_CACHES,
+    CAUSAL_CACHE,
+    CAUSAL_CACHES,
     BlockLength,
     Canvas,
     CanvasRequest,
@@ -93,8 +96,11 @@ class CommonOptions(AdaBlockOptions):
         "dual",
         Literal[CACHE_MODES],
         "What is recomputed between refreshes: `none` (everything, always), `prefix` or `dual` (arXiv 2505.22618, "
-        "section 3). Block-causal models have `block` (finished blocks stay) and nothing else.",
-        default_text="`dual`; `block` for block-causal models",
+        "section 3). Block-causal models have `block` (finished blocks stay) and nothing else. "
+        "Nemotron-Labs-Diffusion has `causal` (the causal forward that writes a finished block's keys and values gives "
+        "the next block's first token) and `causal_fused` (it is the next block's first denoising step, too, and gives "
+        "no token of its own).",
+        default_text="`dual`; `block` for block-causal models; `causal` for Nemotron-Labs-Diffusion",
         formerly="cache",
     )
     refresh_interval: int = option(
@@ -150,6 +156,11 @@ class CommonOptions(AdaBlockOptions):
     @property
     def is_block_causal(self) -> bool:
         """Whether they are for a block-causal model, which has a cache mode of its own."""
+        return self.cache_mode not in CANVAS_CACHES
+
+    @property
+    def is_on_grid(self) -> bool:
+        """Whether blocks lie on a grid from position 0; else they begin behind the prompt."""
         return self.cache_mode == BLOCK_CACHE
 
     @property
@@ -401,8 +412,9 @@ def check_operator_values(values: Mapping[str, Any]) -> DecodingOptions:
     own = {name: value for name, value in values.items() if name in SERVER_OPTION_NAMES}
     parse_server_options(own)
     rest = {name: value for name, value in values.items() if name not in own}
-    is_block_causal = BLOCK_CACHE in (rest.get("cache_mode"), rest.get("cache"))
-    return parse_options(rest, base=DecodingOptions(cache_mode=BLOCK_CACHE) if is_block_causal else DecodingOptions())
+    asked = rest.get("cache_mode", rest.get("cache"))
+    of_another_family = asked in (BLOCK_CACHE, *CAUSAL_CACHES)
+    return parse_options(rest, base=DecodingOptions(cache_mode=asked) if of_another_family else DecodingOptions())
 
 
 def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:
@@ -422,8 +434,8 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
         _check_used(options, changes)
     for policy in POLICIES.values():
         policy.check(options)
-    if options.is_block_causal != base.is_block_causal:
-        allowed = (BLOCK_CACHE,) if base.is_block_causal else CANVAS_CACHES
+    allowed = next(modes for modes in CACHES_OF_FAMILIES if base.cache_mode in modes)
+    if options.cache_mode not in allowed:
         raise InvalidOptionError(
             f"{prefix}cache_mode is {options.cache_mode!r}; this model's attention allows {', '.join(allowed)}: leave "
             "it out.",
@@ -561,7 +573,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="gen_length",
             value=options.gen_length,
         )
-    if options.cache_mode in (BLOCK_CACHE, "none"):
+    if options.is_block_causal or options.cache_mode == "none":
         for name in ("refresh_interval", "refresh_confidence"):
             value = getattr(options, name)
             if value != DEFAULTS[name]:
@@ -646,7 +658,7 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
         )
     if traits.is_block_causal:
         raise InvalidOptionError(
-            f"{what}, but this model's blocks lie on a grid, since each sees the blocks up to its own; leave it out.",
+            f"{what}, but this model's blocks, which see no later ones, have one length; leave it out.",
             refusal="cut-block-causal",
             parameter=name,
             value=getattr(options, name),
@@ -696,6 +708,7 @@ def resolve_canvas(
         options.sub_block_length,
         options.is_block_causal,
         can_grow=options.steps is None,  # which is shared out among all blocks
+        is_on_grid=options.is_on_grid,
     )
     if canvas is None:
         find = block_causal_canvas if options.is_block_causal else full_attention_canvas
@@ -719,7 +732,7 @@ def default_decoding_options(vllm_config: "VllmConfig") -> DecodingOptions:
     traits: Traits = vllm_config.model_config.hf_config.traits
     base = DecodingOptions(block_length=traits.block_length)
     if traits.is_block_causal:
-        base = replace(base, cache_mode=BLOCK_CACHE)
+        base = replace(base, cache_mode=CAUSAL_CACHE if traits.commits_causally else BLOCK_CACHE)
     values = operator_values(vllm_config)
     values = {name: values[name] for name in values if name not in SERVER_OPTION_NAMES}
     return validate_for_family(parse_options(values, base=base), traits)

@@ -50,7 +50,7 @@ REFUSALS = {
     "reserved": Refusal("`osdt_resolved`", "Always; the server sets it.", "Send options instead."),
     "cache-mode": Refusal(
         "`osdt_cache_mode`",
-        "`block` on a model whose positions see the whole canvas, or another one on a block-causal model.",
+        "It is one of models with another kind of attention.",
         "Leave it out.",
     ),
     "adablock-off": Refusal(
@@ -69,7 +69,7 @@ REFUSALS = {
     ),
     "cut-block-causal": Refusal(
         "`osdt_adablock`, `osdt_policy`",
-        "Blocks of many lengths on a block-causal model, whose blocks lie on a grid.",
+        "Blocks of many lengths on a block-causal model, whose blocks have one length.",
         "Leave it out.",
     ),
     "cut-refresh": Refusal("`osdt_refresh_interval`", "Above 1 with blocks of many lengths.", "Leave it out."),

@@ -26,7 +26,7 @@ class ThresholdOptions:
         0.9,
         number(gt=0, le=1),
         "Confidence of the static threshold, also that of a calibration, and of policies that have one beside other "
-        "bounds. Equality passes, but not in block-causal models.",
+        "bounds. Equality passes, but not in SDAR, LLaDA2 and Fast-dLLM v2.",
     )
 
 

@@ -105,6 +105,7 @@ class CanvasStates:
         self.mask_token_id = traits.mask_token_id
         self.logits_shift = traits.logits_shift
         self.is_block_causal = traits.is_block_causal
+        self.commits_causally = traits.commits_causally
         self._slot_of: dict[str, int] = {}
         self.observed: set[str] = set()  # ids of the requests of which the engine core wants more than tokens
 

@@ -149,15 +149,19 @@ class DenoiseBatch:
 
 
 class BlockQueries(NamedTuple):
-    """A step's rows cut at block boundaries, S blocks: each sees all positions up to its own end, and nothing else."""
+    """A step's rows cut into S pieces of requests: each sees all positions up to its own end, and nothing else.
 
-    query_start_loc: np.ndarray  # int32 [S + 1], first row of each block
+    A row of a causal piece sees those up to its own.
+    """
+
+    query_start_loc: np.ndarray  # int32 [S + 1], first row of each piece
     seq_lens: np.ndarray  # int32 [S], position behind each
     request: np.ndarray  # int64 [S], whose it is
+    causal: np.ndarray | None = None  # int32 [S], 1: it is causal; None: none is
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For the device, by names of their own."""
-        return {"block_" + name: array for name, array in self._asdict().items()}
+        return {"block_" + name: array for name, array in self._asdict().items() if array is not None}
 
 
 class Queries(NamedTuple):
@@ -170,6 +174,7 @@ class Queries(NamedTuple):
     max_seq_len: int | None  # None: any; attention plans its work by it
     start_loc_np: np.ndarray | None = None  # on the host, where it is no graph's
     seq_lens_np: np.ndarray | None = None
+    causal: torch.Tensor | None = None  # int32 [S], 1: a row sees the positions up to its own; None: none is causal
 
 
 @dataclass
@@ -343,7 +348,9 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
         num_output_positions=np.empty(num_reqs, np.int32),
         min_unmask=np.empty(num_reqs, np.int32),
     )
-    num_logits = _fill(states.host, rows, states.logits_shift, plan)
+    # A position that is decided alone is predicted from the row before it (see the plans of the engine core).
+    shifts = states.logits_shift, max(states.logits_shift, int(states.commits_causally))
+    num_logits = _fill(states.host, rows, shifts, plan)
     return plan._replace(
         logit_rows=plan.logit_rows[:num_logits],
         logit_slots=plan.logit_slots[:num_logits],
@@ -352,8 +359,11 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
 
 
 @compiled()
-def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -> int:
-    """Write a plan, count its fallbacks and return the number of logit rows."""
+def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepPlan) -> int:
+    """Write a plan, count its fallbacks and return the number of logit rows.
+
+    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone.
+    """
     row_length = host.parameters.shape[1]
     padding_cell = host.parameters.size
     row = num_logits = 0
@@ -364,6 +374,7 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         first_cell = slot * row_length
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if decides_first else num_active
+        logits_shift = shifts[1] if decides_first else shifts[0]
         if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
             first_read = _sub_block(host, slot, block_start, num_active) - block_start
             last_read = first_read + host.sub_block_length[slot]
@@ -413,6 +424,17 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
     length.cumsum(out=query_start_loc[1:])
     block = rows.start[request] // block_length[request] + index
     return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
+
+
+def split_queries_at_canvas(rows: StepRows) -> BlockQueries:
+    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block."""
+    num_causal = np.minimum(rows.block_start - rows.start, rows.num_rows)
+    length = np.stack([num_causal, rows.num_rows - num_causal], axis=1).ravel()
+    piece = np.flatnonzero(length)
+    query_start_loc = np.zeros(piece.size + 1, dtype=np.int32)
+    length[piece].cumsum(out=query_start_loc[1:])
+    end = np.stack([rows.start + num_causal, rows.start + rows.num_rows], axis=1).ravel()[piece]
+    return BlockQueries(query_start_loc, end.astype(np.int32), piece // 2, 1 - (piece % 2).astype(np.int32))
 
 
 class DenoisePlan(NamedTuple):
