@@ -22,6 +22,7 @@ from tests.e2e.schemas import make_schema
 from tests.reference.block_causal import ReferenceSDAR
 from tests.reference.grammar import Structured, decode_with_grammar
 from tests.reference.llada import ReferenceLLaDA
+import vllm_osdt
 from vllm_osdt.engine.grammar import MAX_CHOICES
 
 pytestmark = pytest.mark.e2e
@@ -244,6 +245,7 @@ def test_a_grammar_beside_parameters_that_allow_none_of_its_tokens_ends_with_an_
     params = asked(served, KINDS["choice"], policy="static_threshold", allowed_token_ids=[yes])
     [one] = generate(served.llm, served.prompts[:1], [params])
     assert one.finish_reason == "error" and not one.token_ids
+    assert vllm_osdt.describe(one)["error"].startswith("No token")
     banned = asked(served, KINDS["choice"], policy="static_threshold", min_tokens=12)  # vLLM lets the grammar end
     [one] = generate(served.llm, served.prompts[:1], [banned])
     assert_valid(served, one, banned, "choice")

@@ -242,8 +242,11 @@ class FrontEnd:
         traits = self._config.model_config.hf_config.traits
         vocabulary = self._config.model_config.get_vocab_size()
         reader = Reader(encode, vocabulary, traits.mask_token_id, self._limits.max_model_len)
-        template = reader.read(extra, sent.max_tokens, is_default_limit=sent.is_default_limit)
-        check_limits(params, vocabulary, traits.mask_token_id, bans_ends=template is not None)
+        template = reader.read(
+            extra, sent.max_tokens, ignores_ends=asked.ignore_eos, is_default_limit=sent.is_default_limit
+        )
+        bans_ends = template is not None and not template.ends_itself
+        check_limits(params, vocabulary, traits.mask_token_id, bans_ends=bans_ends)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
@@ -480,8 +483,8 @@ def admit(
         _keep_pages_apart(request, options.block_length, vllm_config)
     assert canvas is not None
     params.max_tokens = canvas.max_output_end - len(token_ids)
-    if template is not None:
-        # A hole has no end but its own: end tokens are banned, and those that are pinned end nothing.
+    if template is not None and not template.ends_itself:
+        # End tokens are banned but in open holes, and end no more than these.
         params.min_tokens, params.stop_token_ids, params._eos_token_id = params.max_tokens, [], None
     spec = RequestSpec(
         options,

@@ -6,7 +6,7 @@ Every patch leaves other models alone: it looks at the model first and otherwise
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from copy import copy
 from types import MappingProxyType, ModuleType
@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import round_up
 
 from vllm_osdt.errors import InvalidOptionError, OSDTError
-from vllm_osdt.messages import KEY, TRACE, join_traces
+from vllm_osdt.messages import ERROR, KEY, TRACE, join_traces
 from vllm_osdt.models.registry import is_canvas_model
 from vllm_osdt.options import OPTION_NAMES, PREFIX, operator_help, parse_operator_json
 
@@ -173,6 +173,7 @@ def patch_early_refusals(admission: ModuleType, response: ModuleType, parsing: M
         def generate(self, prompt, sampling_params, *args, **kwargs):
             if is_canvas_model(self.model_config):
                 _check_early(admission.check_early, self, prompt, sampling_params, kwargs.get("lora_request"))
+                return _refusing_failed(original(self, prompt, sampling_params, *args, **kwargs))
             return original(self, prompt, sampling_params, *args, **kwargs)
 
         return generate
@@ -203,6 +204,18 @@ def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_r
     except VLLMValidationError as error:
         logger.info("Refused a request: %s", error)
         raise
+
+
+async def _refusing_failed(results: Any) -> Any:
+    """The results of a request; one that its own parameters brought to an end is refused like others."""
+    async with aclosing(results):
+        async for result in results:
+            for output in result.outputs:
+                reason = (getattr(output, KEY) or {}).get(ERROR)
+                if reason is not None:
+                    logger.info("Refused a request: %s", reason)
+                    raise RefusedRequestError(reason, parameter="structured_outputs")
+            yield result
 
 
 def patch_server(admission: ModuleType) -> None:
