@@ -15,6 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
+import vllm_osdt
 from tests.conftest import save_text_tokenizer
 from tests.e2e.engine import assert_idle, drive, generate, nfe, registry, sampling, scheduler, submit, tokens
 from tests.e2e.jobs import MIN_MARGIN
@@ -22,7 +23,6 @@ from tests.e2e.schemas import make_schema
 from tests.reference.block_causal import ReferenceSDAR
 from tests.reference.grammar import Structured, decode_with_grammar
 from tests.reference.llada import ReferenceLLaDA
-import vllm_osdt
 from vllm_osdt.engine.grammar import MAX_CHOICES
 
 pytestmark = pytest.mark.e2e

@@ -434,7 +434,7 @@ class CanvasScheduler(Scheduler):
         else:
             failed.update(req_ids)
         for req_id in req_ids:
-            logger.error("Request %s ends: %s", req_id, NO_TOKEN)
+            logger.info("Request %s ends: %s", req_id, NO_TOKEN)
             model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]] = []
 
     def _count_run_ahead(self, report: StepReport) -> None:

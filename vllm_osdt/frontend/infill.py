@@ -178,7 +178,11 @@ class Reader(NamedTuple):
 
 
 def check_company(
-    template: Template, options: "DecodingOptions", asked: "SamplingParams", sent_gen_length: bool
+    template: Template,
+    options: "DecodingOptions",
+    asked: "SamplingParams",
+    sent_gen_length: bool,
+    name_of: Callable[[str], str] = str,
 ) -> None:
     """Refuse what cannot be combined with a template.
 
@@ -187,6 +191,7 @@ def check_company(
         options: Of the request.
         asked: Its sampling parameters, as they came.
         sent_gen_length: Whether it asks for a canvas length of its own.
+        name_of: What the client calls a sampling parameter.
 
     Raises:
         InvalidOptionError: Names the parameter.
@@ -199,12 +204,12 @@ def check_company(
         "min_tokens": OPEN_HOLE in template.tokens and asked.min_tokens > 0 and "its open holes may end anywhere",
     }
     if not template.ends_itself:
-        reason = "nothing but its holes' own ends shortens a template"
-        others |= {"stop": bool(asked.stop) and reason, "stop_token_ids": bool(asked.stop_token_ids) and reason}
+        why = "nothing but its holes' own ends shortens a template"
+        others |= {"stop": bool(asked.stop) and why, "stop_token_ids": bool(asked.stop_token_ids) and why}
     for name, reason in others.items():
         if reason:
             raise InvalidOptionError(
-                f"{name} cannot be sent with {template.name}: {reason}. Leave one of them out.",
+                f"{name_of(name)} cannot be sent with {template.name}: {reason}. Leave one of them out.",
                 refusal="infill-company",
                 parameter=name,
             )

@@ -173,7 +173,8 @@ def patch_early_refusals(admission: ModuleType, response: ModuleType, parsing: M
         def generate(self, prompt, sampling_params, *args, **kwargs):
             if is_canvas_model(self.model_config):
                 _check_early(admission.check_early, self, prompt, sampling_params, kwargs.get("lora_request"))
-                return _refusing_failed(original(self, prompt, sampling_params, *args, **kwargs))
+                parameter = admission.name_of(sampling_params, "structured_outputs")
+                return _refusing_failed(original(self, prompt, sampling_params, *args, **kwargs), parameter)
             return original(self, prompt, sampling_params, *args, **kwargs)
 
         return generate
@@ -206,15 +207,15 @@ def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_r
         raise
 
 
-async def _refusing_failed(results: Any) -> Any:
-    """The results of a request; one that its own parameters brought to an end is refused like others."""
+async def _refusing_failed(results: Any, parameter: str) -> Any:
+    """The results of a request; one that its own parameters left no token for its grammar is refused like others."""
     async with aclosing(results):
         async for result in results:
             for output in result.outputs:
                 reason = (getattr(output, KEY) or {}).get(ERROR)
                 if reason is not None:
                     logger.info("Refused a request: %s", reason)
-                    raise RefusedRequestError(reason, parameter="structured_outputs")
+                    raise RefusedRequestError(reason, parameter=parameter)
             yield result
 
 
