@@ -386,27 +386,19 @@ def patch_answers(response: ModuleType) -> None:
         return completion_stream_generator
 
     def make_full(original):
-        async def full_generator(self, request, result_generator, *args, **kwargs):
+        async def full_generator(self, request, results, *args, **kwargs):
             if not is_canvas_model(self.model_config):
-                return await original(self, request, result_generator, *args, **kwargs)
+                return await original(self, request, results, *args, **kwargs)
             told: dict[int, Any] = {}
-            answer = await original(self, request, response.noting(result_generator, told), *args, **kwargs)
-            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, num_choices(request))
+            if isinstance(results, list):  # of a batch of chats, a choice each
+                noted = [response.noting(one, told, lambda _, index=index: index) for index, one in enumerate(results)]
+                n = len(results)
+            else:
+                noted, n = response.noting(results, told), num_choices(request)
+            answer = await original(self, request, noted, *args, **kwargs)
+            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, n)
 
         return full_generator
-
-    def make_batch(original):
-        async def chat_completion_full_generator_batch(self, request, generators, *args, **kwargs):
-            if not is_canvas_model(self.model_config):
-                return await original(self, request, generators, *args, **kwargs)
-            told: dict[int, Any] = {}
-            noted = [
-                response.noting(results, told, lambda _, index=index: index) for index, results in enumerate(generators)
-            ]
-            answer = await original(self, request, noted, *args, **kwargs)
-            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, len(generators))
-
-        return chat_completion_full_generator_batch
 
     def make_stream(original):
         def stream_generator(self, request, result_generator, *args, **kwargs):
@@ -422,7 +414,7 @@ def patch_answers(response: ModuleType) -> None:
     _wrap(OpenAIServingCompletion, "completion_stream_generator", make_completion_stream)
     _wrap(OpenAIServingChat, "chat_completion_full_generator", make_full)
     _wrap(OpenAIServingChat, "chat_completion_stream_generator", make_stream)
-    _wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", make_batch)
+    _wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", make_full)
     _wrap(ServingTokens, "serve_tokens_full_generator", make_full)
     _wrap(ServingTokens, "serve_tokens_stream_generator", make_stream)
 
