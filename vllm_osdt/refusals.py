@@ -245,8 +245,9 @@ REFUSALS = {
         "Shorten the hole, or use a model whose positions see the whole canvas.",
     ),
     "infill-company": Refusal(
-        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output, `stop`, `stop_token_ids`",
-        "Beside a template or a suffix.",
+        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output; `stop`, `stop_token_ids`; "
+        "`min_tokens`",
+        "Beside a template or a suffix; beside a template; beside open holes.",
         "Leave one of them out.",
     ),
     "prompt-scores": Refusal(

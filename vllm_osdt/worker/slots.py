@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from csrc_triton.cpu import compiled
 from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.messages import Assignment, RequestSpec
+from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES, Schedule
@@ -89,6 +89,7 @@ class HostTables(NamedTuple):
     cuts: np.ndarray  # int8, what says how long its blocks are: place in CUTTERS, from 1; 0: nothing
     block_limit: np.ndarray  # int32, positions of the active block where that is cut; 0: not known yet
     is_dual: np.ndarray  # bool, its steps between refreshes compute the active block alone
+    may_end: np.ndarray  # bool [slots, row_length], positions of holes that an end token may end
 
 
 class CanvasStates:
@@ -177,6 +178,7 @@ class CanvasStates:
             cuts=np.zeros(max_num_reqs, dtype=np.int8),
             block_limit=self.block_limit.numpy() if is_host else np.zeros(max_num_reqs + 1, dtype=np.int32),
             is_dual=np.zeros(max_num_reqs, dtype=bool),
+            may_end=np.zeros((max_num_reqs, row_length), dtype=bool),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -187,11 +189,12 @@ class CanvasStates:
         self._slot_of[new.req_id] = slot
         row = np.full(canvas.end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
-        host.pinned[slot] = False
+        host.pinned[slot] = host.may_end[slot] = False
         if spec.pinned is not None:
             tokens, start = np.array(spec.pinned, dtype=np.int32), len(new.prompt_token_ids or ())
             given = start + np.flatnonzero(tokens >= 0)
             row[given], host.pinned[slot, given] = tokens[given - start], True
+            host.may_end[slot, start : start + tokens.size] = tokens == OPEN_HOLE
         self.token_ids[slot, : canvas.end] = to_device(row, self.device)
         host.canvas_start[slot] = canvas.start
         host.canvas_end[slot] = 0
@@ -211,7 +214,7 @@ class CanvasStates:
             host.fallback[slot, : parameters.size] = schedule.fallback.ravel()
         host.temperature[slot] = params.temperature
         host.seed[slot] = _seed(new.req_id, params.seed)
-        host.end_token_ids[slot] = -1 if spec.pinned is not None else _end_token_ids(params)
+        host.end_token_ids[slot] = _end_token_ids(params)
         host.has_grammar[slot] = assignment.has_grammar
         host.is_recorded[slot] = assignment.is_recorded or assignment.has_grammar
         host.is_watched[slot] = assignment.is_watched

@@ -16,6 +16,7 @@ from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
+NOWHERE = 2**30  # a place behind all minima of output
 TOP_K = int(Rule.TOP_K)
 
 
@@ -27,7 +28,7 @@ class LogitRows(NamedTuple):
         rows_np: int64 ``[S]``, the same as ``rows``, likewise.
         rows: int64 ``[S]``, which of the M.
         slots: int32 ``[S]``, the same as ``slots_np``.
-        place: int64 ``[S]``, position of the token that each predicts.
+        place: int64 ``[S]``, position of the token that each predicts; ``NOWHERE`` where ``min_tokens`` is not asked.
         asks_share: bool ``[S]``, whose confidence is their share of what is left; None when no row's is.
         penalties: float64 ``[S, 5]``, presence, frequency and repetition penalty, end of prompt, end of canvas; None
             when no row has a penalty.
@@ -507,6 +508,8 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         if temperature.any():
             arrays["temperature"] = temperature[row_req]
             arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
+        may_end = host.may_end[slots[row_req], places]
+        places = np.where(may_end, NOWHERE, places)
         shaped_rows = np.flatnonzero(is_shaped[row_req])
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
         scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
