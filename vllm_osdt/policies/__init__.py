@@ -10,12 +10,16 @@ from importlib import metadata
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.credit import Credit
 from vllm_osdt.policies.entropy_bound import EntropyBound
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.joint_bound import JointBound
 from vllm_osdt.policies.local_leap import LocalLeap
+from vllm_osdt.policies.modifier import Modifier
 from vllm_osdt.policies.osdt import OSDT
+from vllm_osdt.policies.prophet import Prophet
+from vllm_osdt.policies.sched import Sched
 from vllm_osdt.policies.static_threshold import StaticThreshold
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -29,6 +33,8 @@ OWN: tuple[type[Policy], ...] = (
     EntropyBound,
     LocalLeap,
     BACD,
+    Prophet,
+    Sched,
     FixedSteps,
 )
 
@@ -66,5 +72,6 @@ def _check(name: str, policy: type[Policy], policies: dict[str, Policy]) -> None
 
 
 POLICIES = load_policies()
+MODIFIERS: tuple[Modifier, ...] = (Credit(),)
 
-__all__ = ["POLICIES", "Policy", "PositionLogits", "Schedule", "Step"]
+__all__ = ["MODIFIERS", "POLICIES", "Modifier", "Policy", "PositionLogits", "Schedule", "Step"]

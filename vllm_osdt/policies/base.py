@@ -152,7 +152,6 @@ class Policy(ABC):
     Attributes:
         name: What a user calls it.
         Options: A frozen dataclass of the options that it reads (``vllm_osdt.declaration.option``).
-        calibrates: Whether requests of a task share a calibration profile, whose thresholds ``schedule`` is given.
         ranks_by_entropy: Whether confidence is 1 - H / 32, with H the entropy of the position in nats, in place of the
             probability of the proposal. Token editing, which compares probabilities, is then refused.
         adjusts: Whether :meth:`adjust` and :meth:`observe` run.
@@ -164,12 +163,18 @@ class Policy(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
-    calibrates: ClassVar[bool] = False
     ranks_by_entropy: ClassVar[bool] = False
     adjusts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     reads_step_before: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
+
+    def calibrates(self, options: Any) -> bool:
+        """Whether requests of a task share a calibration profile, whose thresholds :meth:`schedule` is given.
+
+        Where there is no profile, a request that would have one is decoded with the static threshold instead.
+        """
+        return False
 
     def check(self, options: Any) -> None:
         """Refuse options that contradict each other.

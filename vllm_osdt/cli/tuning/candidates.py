@@ -2,8 +2,7 @@
 
 from vllm_osdt.calibration.profile import OptionValue
 from vllm_osdt.calibration.thresholds import num_requests_needed
-from vllm_osdt.options import DEFAULTS
-from vllm_osdt.policies import POLICIES
+from vllm_osdt.options import DEFAULTS, DecodingOptions
 
 Setting = dict[str, OptionValue]
 
@@ -34,7 +33,14 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
 
 def candidates_of(policy: str, num_calibrating: int) -> list[Setting]:
     """The settings of a policy in their order; without those that need more calibrating requests than there are."""
-    settings = CANDIDATES[policy]
-    if POLICIES[policy].calibrates:
-        settings = tuple(one for one in settings if num_requests_needed(float(one["risk"])) <= num_calibrating)
-    return [{"policy": policy, **setting} for setting in settings]
+    settings = [{"policy": policy, **setting} for setting in CANDIDATES[policy]]
+    return [one for one in settings if not calibrates(one) or num_requests_needed(_risk(one)) <= num_calibrating]
+
+
+def calibrates(setting: Setting) -> bool:
+    """Whether a setting takes thresholds from the task's profile."""
+    return DecodingOptions(**setting).calibrates
+
+
+def _risk(setting: Setting) -> float:
+    return float(setting.get("risk", DEFAULTS["risk"]))
