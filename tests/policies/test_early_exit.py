@@ -149,9 +149,9 @@ BLOCK = {"block_length": 12, "gen_length": 12, "steps": 6}
 
 @pytest.mark.parametrize("seed", range(6))
 def test_prophet_fills_as_published(seed):
-    numbers = {"prophet_early": 5.0, "prophet_middle": 4.0, "prophet_late": 3.5}
+    numbers = {"prophet_early": 5.0, "prophet_middle": 2.5, "prophet_late": 2.0}
     options = DecodingOptions(policy="prophet", **BLOCK, **numbers)
-    num_steps, _ = run(options, lambda: PlainExit(prophet_tau(5.0, 4.0, 3.5), 6, is_last_one=False, length=12), seed)
+    num_steps, _ = run(options, lambda: PlainExit(prophet_tau(5.0, 2.5, 2.0), 6, is_last_one=False, length=12), seed)
     assert 1 < min(num_steps) < 6
 
 
@@ -225,10 +225,11 @@ def cases():
         {"policy": "prophet", "steps_per_block": 8, "exit_scope": "answer", **prophet},
         lambda: PlainExit(tau, 8, num_blocks=3, is_last_one=False),
     )
-    gates = {"patience": 1, "min_progress": 0.1, "max_change": 0.2}
+    gates = {"patience": 1, "min_progress": 0.05, "max_change": 0.4}
+    options = {f"sched_{name}": value for name, value in ({"high": 4.0, "low": 1.0} | gates).items()}
     yield (
-        {"policy": "sched", "commit_threshold": 0.9, **{f"sched_{name}": value for name, value in gates.items()}},
-        lambda: PlainExit(sched_tau("cosine"), passes=static_threshold(0.9), is_last_one=True, **gates),
+        {"policy": "sched", "commit_threshold": 0.98, **options},
+        lambda: PlainExit(sched_tau("cosine", 4.0, 1.0), passes=static_threshold(0.98), is_last_one=True, **gates),
     )
     yield (
         {"policy": "sched", "commit_threshold": 0.95, "exit_scope": "answer", "sched_form": "linear"},
