@@ -52,7 +52,7 @@ class EarlyExitOptions(StepsOptions, CalibratedOptions):
     )
 
 
-def is_adaptive(options: EarlyExitOptions) -> bool:
+def is_adaptive(options: Any) -> bool:
     """Whether positions pass a threshold before an exit, so that the number of steps is unknown."""
     return options.calibrated or options.commit_threshold is not None
 
