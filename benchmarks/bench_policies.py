@@ -12,8 +12,8 @@ another one has fewer forwards and no lower accuracy there; one that is dominate
 - Accuracies are compared in pairs with static 0.9: exact McNemar test, two-sided.
 - ``--sensitivity`` decodes the held-out problems with every setting of the search, and the pictures show them.
 - Time per forward is of the whole engine and depends on how many requests share a step; compare it between rules with
-  about as many forwards. ``--overhead`` measures what it is for: each rule with a setting under which every step decides
-  one position, so that all rules have the same steps.
+  about as many forwards. ``--overhead`` compares rules: each has a setting under which every step decides one position,
+  so that all have the same steps.
 - A policy that a model's attention does not allow is left out, and named with the reason.
 
 Another model: ``--model PATH --task-file FILE``, JSON lines with ``task``, ``prompt`` and ``answer``; a completion

@@ -106,8 +106,8 @@ def test_parts_are_entered_one_after_the_other(seed, part, enter, full):
 
 
 def test_shares_out_of_order_are_refused():
-    with pytest.raises(InvalidOptionError, match="full_share is 0.2, below enter_share 0.5; raise it"):
-        values = {"osdt_policy": "multi_block", "osdt_full_share": 0.2}
+    values = {"osdt_policy": "multi_block", "osdt_full_share": 0.2}
+    with pytest.raises(InvalidOptionError, match=r"full_share is 0.2, below enter_share 0.5; raise it"):
         parse_options(values, base=DecodingOptions(), prefix="osdt_")
 
 
