@@ -74,9 +74,8 @@ def main() -> None:
     for task in args.tasks or source.tasks:
         problems = source.tasks[task](args.problems, 77)
         decode(bench, problems[:4], max(args.loads), args.high)
-        print(
-            f"{task}\n{'at once':>8}{'threshold':>11}{'right':>8}{'95 %':>10}{'p':>7}{'NFE':>7}{'req/s':>8}{'median':>10}"
-        )
+        print(task)
+        print(f"{'at once':>8}{'threshold':>11}{'right':>8}{'95 %':>10}{'p':>7}{'NFE':>7}{'req/s':>8}{'median':>10}")
         for load in args.loads:
             share = (load - min(args.loads)) / max(max(args.loads) - min(args.loads), 1)
             thresholds = {args.high, args.low, round(args.high - share * (args.high - args.low), 3)}
