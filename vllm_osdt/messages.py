@@ -80,6 +80,8 @@ class Assignment(NamedTuple):
         is_watched: Whether the guard wants its confidence at block entry.
         policy: Name of its policy, where the task's profile has chosen it; None for that of its options.
         has_grammar: Whether a grammar says which tokens it may have; its steps are reported as those of a calibration.
+        by_entropy: Whether its confidences are of entropies.
+        reads_logits: Whether its policy reads its logits.
     """
 
     schedule: Schedule
@@ -87,6 +89,8 @@ class Assignment(NamedTuple):
     is_watched: bool = False
     policy: str | None = None
     has_grammar: bool = False
+    by_entropy: bool = False
+    reads_logits: bool = False
 
 
 @dataclass

@@ -21,7 +21,10 @@ from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.geometry import (
     BLOCK_CACHE,
     CACHE_MODES,
+    CACHES_OF_FAMILIES,
     CANVAS_CACHES,
+    CAUSAL_CACHE,
+    CAUSAL_CACHES,
     BlockLength,
     Canvas,
     CanvasRequest,
@@ -95,8 +98,11 @@ class CommonOptions(AdaBlockOptions):
         "dual",
         Literal[CACHE_MODES],
         "What is recomputed between refreshes: `none` (everything, always), `prefix` or `dual` (arXiv 2505.22618, "
-        "section 3). Block-causal models have `block` (finished blocks stay) and nothing else.",
-        default_text="`dual`; `block` for block-causal models",
+        "section 3). Block-causal models have `block` (finished blocks stay) and nothing else. "
+        "Nemotron-Labs-Diffusion has `causal` (the causal forward that writes a finished block's keys and values gives "
+        "the next block's first token) and `causal_fused` (it is the next block's first denoising step, too, and gives "
+        "no token of its own).",
+        default_text="`dual`; `block` for block-causal models; `causal` for Nemotron-Labs-Diffusion",
         formerly="cache",
     )
     refresh_interval: int = option(
@@ -152,6 +158,11 @@ class CommonOptions(AdaBlockOptions):
     @property
     def is_block_causal(self) -> bool:
         """Whether they are for a block-causal model, which has a cache mode of its own."""
+        return self.cache_mode not in CANVAS_CACHES
+
+    @property
+    def is_on_grid(self) -> bool:
+        """Whether blocks lie on a grid from position 0; else they begin behind the prompt."""
         return self.cache_mode == BLOCK_CACHE
 
     @property
@@ -412,8 +423,9 @@ def check_operator_values(values: Mapping[str, Any]) -> DecodingOptions:
     own = {name: value for name, value in values.items() if name in SERVER_OPTION_NAMES}
     parse_server_options(own)
     rest = {name: value for name, value in values.items() if name not in own}
-    is_block_causal = BLOCK_CACHE in (rest.get("cache_mode"), rest.get("cache"))
-    return parse_options(rest, base=DecodingOptions(cache_mode=BLOCK_CACHE) if is_block_causal else DecodingOptions())
+    asked = rest.get("cache_mode", rest.get("cache"))
+    of_another_family = asked in (BLOCK_CACHE, *CAUSAL_CACHES)
+    return parse_options(rest, base=DecodingOptions(cache_mode=asked) if of_another_family else DecodingOptions())
 
 
 def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:
@@ -428,7 +440,7 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
         InvalidOptionError: An unknown name, a wrong type, a value out of range, or options that contradict each other.
     """
     changes = _check_values(values, prefix)
-    options = replace(_without_what_does_not_follow(base, changes), **changes)
+    options = _with_changes(base, changes)
     if prefix:
         _check_used(options, changes)
     for policy in POLICIES.values():
@@ -442,8 +454,8 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
                 parameter=f"{prefix}{modifier.name}",
                 value=True,
             )
-    if options.is_block_causal != base.is_block_causal:
-        allowed = (BLOCK_CACHE,) if base.is_block_causal else CANVAS_CACHES
+    allowed = next(modes for modes in CACHES_OF_FAMILIES if base.cache_mode in modes)
+    if options.cache_mode not in allowed:
         raise InvalidOptionError(
             f"{prefix}cache_mode is {options.cache_mode!r}; this model's attention allows {', '.join(allowed)}: leave "
             "it out.",
@@ -509,8 +521,8 @@ def _present_name(former: str, prefix: str, values: Mapping[str, Any]) -> str:
     return name
 
 
-def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
-    """The defaults that still hold beside what was asked for.
+def _with_changes(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
+    """What was asked for, and the defaults that still hold beside it.
 
     Without those that the changes replace in another form, and those that mean something else to another policy than
     the one they were set for.
@@ -521,10 +533,17 @@ def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, A
         for name, one in DECLARED.items():
             if not one.follows_policy and {policy, base.policy} <= set(policies_of(name)):
                 dropped.add(name)
-        if POLICIES[policy].ranks_by_entropy:
-            dropped.add("edit_threshold")
         dropped |= {one.name for one in MODIFIERS if not one.goes_with(POLICIES[policy])}
-    return replace(base, **{name: DEFAULTS[name] for name in dropped})
+    others = {name: one.excludes for name, one in DECLARED.items()}
+    dropped |= {name for name, other in others.items() if changes.get(other) not in (None, False)}
+    changed = replace(base, **{**{name: DEFAULTS[name] for name in dropped}, **changes})
+    if _looks_at_entropy(changed) and not _looks_at_entropy(base):
+        changed = replace(changed, edit_threshold=changes.get("edit_threshold", DEFAULTS["edit_threshold"]))
+    return changed
+
+
+def _looks_at_entropy(options: DecodingOptions) -> bool:
+    return POLICIES[options.policy].looks_at_entropy(options)
 
 
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
@@ -551,9 +570,11 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
         policies = policies_of(name)
         is_used = options.policy in policies or (name in declarations(OSDTOptions) and options.calibrates)
         if not is_used and value != DEFAULTS[name]:
+            *others, last = map(repr, policies)
+            named = f"{', '.join(others)} or {last}" if others else last
             raise InvalidOptionError(
                 f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use: leave it out, or send "
-                f"{PREFIX}policy = {' or '.join(map(repr, policies))}.",
+                f"{PREFIX}policy = {named}.",
                 refusal="policy-does-not-use",
                 parameter=PREFIX + name,
                 value=value,
@@ -584,7 +605,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="gen_length",
             value=options.gen_length,
         )
-    if options.cache_mode in (BLOCK_CACHE, "none"):
+    if options.is_block_causal or options.cache_mode == "none":
         for name in ("refresh_interval", "refresh_confidence"):
             value = getattr(options, name)
             if value != DEFAULTS[name]:
@@ -602,7 +623,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="edit_threshold",
             value=options.edit_threshold,
         )
-    if options.edit_threshold is not None and POLICIES[options.policy].ranks_by_entropy:
+    if options.edit_threshold is not None and _looks_at_entropy(options):
         raise InvalidOptionError(
             f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy {options.policy!r} looks at "
             "entropies; leave it out or choose another policy.",
@@ -622,6 +643,14 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             refusal="sub-blocks-steps",
             parameter="steps" if options.steps else "steps_per_block",
             value=steps,
+        )
+    if own is not None and not POLICIES[options.policy].has_sub_blocks:
+        raise InvalidOptionError(
+            f"policy is {options.policy!r}, whose schedule is one of whole blocks, but this model decides the "
+            "sub-blocks of a block one after the other: choose another policy.",
+            refusal="sub-blocks-policy",
+            parameter="policy",
+            value=options.policy,
         )
     if own is None:
         if options.sub_block_length is not None or options.sub_block_cache:
@@ -663,7 +692,7 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
         )
     if traits.is_block_causal:
         raise InvalidOptionError(
-            f"{what}, but this model's blocks lie on a grid, since each sees the blocks up to its own; leave it out.",
+            f"{what}, but this model's blocks, which see no later ones, have one length; leave it out.",
             refusal="cut-block-causal",
             parameter=name,
             value=getattr(options, name),
@@ -713,6 +742,7 @@ def resolve_canvas(
         options.sub_block_length,
         options.is_block_causal,
         can_grow=options.steps is None,  # which is shared out among all blocks
+        is_on_grid=options.is_on_grid,
     )
     if canvas is None:
         find = block_causal_canvas if options.is_block_causal else full_attention_canvas
@@ -736,7 +766,7 @@ def default_decoding_options(vllm_config: "VllmConfig") -> DecodingOptions:
     traits: Traits = vllm_config.model_config.hf_config.traits
     base = DecodingOptions(block_length=traits.block_length)
     if traits.is_block_causal:
-        base = replace(base, cache_mode=BLOCK_CACHE)
+        base = replace(base, cache_mode=CAUSAL_CACHE if traits.commits_causally else BLOCK_CACHE)
     values = operator_values(vllm_config)
     values = {name: values[name] for name in values if name not in SERVER_OPTION_NAMES}
     return validate_for_family(parse_options(values, base=base), traits)

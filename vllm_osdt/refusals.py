@@ -37,7 +37,8 @@ REFUSALS = {
         OPTION, "Other values at the top of the body and in `vllm_xargs`.", "Send it in one of the two places."
     ),
     "excludes": Refusal(
-        "`osdt_steps` and `osdt_steps_per_block`; `osdt_calibrated` and the threshold that it replaces",
+        "`osdt_steps` and `osdt_steps_per_block`, `osdt_adaptive_entropy` and `osdt_threshold`, `osdt_calibrated` and "
+        "the threshold that it replaces",
         "Both are sent.",
         "Send one of them.",
     ),
@@ -60,7 +61,7 @@ REFUSALS = {
     "reserved": Refusal("`osdt_resolved`", "Always; the server sets it.", "Send options instead."),
     "cache-mode": Refusal(
         "`osdt_cache_mode`",
-        "`block` on a model whose positions see the whole canvas, or another one on a block-causal model.",
+        "It is one of models with another kind of attention.",
         "Leave it out.",
     ),
     "adablock-off": Refusal(
@@ -79,7 +80,7 @@ REFUSALS = {
     ),
     "cut-block-causal": Refusal(
         "`osdt_adablock`, `osdt_policy`",
-        "Blocks of many lengths on a block-causal model, whose blocks lie on a grid.",
+        "Blocks of many lengths on a block-causal model, whose blocks have one length.",
         "Leave it out.",
     ),
     "cut-refresh": Refusal("`osdt_refresh_interval`", "Above 1 with blocks of many lengths.", "Leave it out."),
@@ -89,6 +90,7 @@ REFUSALS = {
         "Send values in that order.",
     ),
     "cad-thresholds": Refusal("`osdt_cad_min_threshold`", "Above `osdt_cad_threshold`.", "Lower it."),
+    "multi-block-shares": Refusal("`osdt_full_share`", "Below `osdt_enter_share`.", "Raise it."),
     "gen-length-block-causal": Refusal(
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
     ),
@@ -126,6 +128,9 @@ REFUSALS = {
     "sub-blocks-divide": Refusal(
         "`osdt_sub_block_length`", "It does not divide `osdt_block_length`.", "Send a divisor."
     ),
+    "sub-blocks-policy": Refusal(
+        "`osdt_policy`", "`dimple`, on a model with sub-blocks: its schedule is one of blocks.", "Send another policy."
+    ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",
         "With policy `static_threshold`, `osdt_commit_threshold` or `osdt_calibrated` on a model with sub-blocks.",
@@ -145,6 +150,11 @@ REFUSALS = {
         "Raise either of them, or send another statistic.",
     ),
     "sched-bounds": Refusal("`osdt_sched_low`", "Above `osdt_sched_high`.", "Lower it."),
+    "nemotron-product": Refusal(
+        "`osdt_bound_min`, `osdt_bound_factor`",
+        "With `osdt_bound_form` `product`, which has no such bound.",
+        "Leave it out.",
+    ),
     "bacd-bounds": Refusal("`osdt_min_threshold`", "Above `osdt_max_threshold`.", "Lower it."),
     "pin-policy": Refusal("`osdt_profile`", "The policy uses no profile.", "Leave it out."),
     "pin-contradicted": Refusal(

@@ -161,8 +161,8 @@ class Calibrator:
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
         is_own_profile = profile is not None and options.profile is None and not is_early
-        has_probabilities = not policy.ranks_by_entropy
-        is_watched = self.guard is not None and is_own_profile and has_probabilities and is_usual
+        by_entropy = policy.looks_at_entropy(options)
+        is_watched = self.guard is not None and is_own_profile and not by_entropy and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
@@ -172,6 +172,8 @@ class Calibrator:
             is_watched=is_watched,
             policy=policy.name,
             has_grammar=has_grammar,
+            by_entropy=by_entropy,
+            reads_logits=policy.needs_logits(options),
         )
         return _Decoding(options, key, shape, about, assignment, profile, is_early, is_usual, recorder)
 

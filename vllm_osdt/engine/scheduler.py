@@ -135,7 +135,7 @@ class CanvasScheduler(Scheduler):
                 self._tracer.begin(new.req_id, assignment.schedule)
             step.assignments[new.req_id] = assignment
             request.canvas_about = self.calibrator.about(new.req_id)
-        if self._traits.logits_shift:
+        if self._traits.logits_shift or self._traits.commits_causally:
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
             )

@@ -369,8 +369,11 @@ class FrontEnd:
 def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_config: "VllmConfig") -> None:
     """A page's keys and values depend on the block length, which its hash does not hold.
 
-    With blocks that pages cut, they also depend on tokens of the next page.
+    With blocks that pages cut, they also depend on tokens of the next page. Those of a model that commits causally
+    depend on what is before them alone.
     """
+    if vllm_config.model_config.hf_config.traits.commits_causally:
+        return
     if vllm_config.cache_config.block_size % block_length:
         assert request.sampling_params is not None
         request.sampling_params.skip_reading_prefix_cache = True

@@ -201,11 +201,11 @@ def template_canvas(template: Template, prompt_length: int, options: "DecodingOp
         InvalidOptionError: It does not fit, or a hole does not see what follows it.
     """
     length, block = len(template.tokens), options.block_length
-    start = canvas_start(prompt_length, block, is_block_causal=options.is_block_causal)
+    start = canvas_start(prompt_length, block, is_on_grid=options.is_on_grid)
     end, limit = prompt_length + length, limits.max_model_len
     if options.is_block_causal:
-        end, limit = -(-end // block) * block, limit // block * block
-        _check_holes(template, prompt_length, block)
+        end, limit = start + -(-(end - start) // block) * block, start + (limit - start) // block * block
+        _check_holes(template, prompt_length - start, block)
     else:
         limit = min(limit, limits.max_num_batched_tokens)
     if end > limit:
@@ -218,13 +218,14 @@ def template_canvas(template: Template, prompt_length: int, options: "DecodingOp
     return Canvas(start, end, prompt_length + template.num_output, block)
 
 
-def _check_holes(template: Template, prompt_length: int, block: int) -> None:
+def _check_holes(template: Template, offset: int, block: int) -> None:
+    """``offset``: positions of the first block that the prompt has."""
     begin = None
     for k, token in enumerate(template.tokens):
         if token == HOLE:
             begin = k if begin is None else begin
         elif begin is not None:
-            first, last = (prompt_length + begin) // block, (prompt_length + k) // block
+            first, last = (offset + begin) // block, (offset + k) // block
             if first != last:
                 raise InvalidOptionError(
                     f"{template.name} has a hole at position {begin} whose text behind it, at {k}, is in a later block "

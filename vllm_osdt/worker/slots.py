@@ -78,6 +78,8 @@ class HostTables(NamedTuple):
     sub_block_cache: np.ndarray  # bool
     adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
     modifies: np.ndarray  # int64, a bit for each of MODIFIERS that it has
+    by_entropy: np.ndarray  # bool, its confidences are of entropies
+    reads_logits: np.ndarray  # bool, its policy reads its logits
     prompt_end: np.ndarray  # int64, prompt tokens
     is_shaped: np.ndarray  # bool, its logits are changed before a token is proposed
     penalizes: np.ndarray  # bool, by the tokens that are there among other things
@@ -104,6 +106,7 @@ class CanvasStates:
         self.mask_token_id = traits.mask_token_id
         self.logits_shift = traits.logits_shift
         self.is_block_causal = traits.is_block_causal
+        self.commits_causally = traits.commits_causally
         self._slot_of: dict[str, int] = {}
         self.observed: set[str] = set()  # ids of the requests of which the engine core wants more than tokens
 
@@ -167,6 +170,8 @@ class CanvasStates:
             sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
             adjusts=np.zeros(max_num_reqs, dtype=np.int8),
             modifies=np.zeros(max_num_reqs, dtype=np.int64),
+            by_entropy=np.zeros(max_num_reqs, dtype=bool),
+            reads_logits=np.zeros(max_num_reqs, dtype=bool),
             prompt_end=np.zeros(max_num_reqs, dtype=np.int64),
             is_shaped=np.zeros(max_num_reqs, dtype=bool),
             penalizes=np.zeros(max_num_reqs, dtype=bool),
@@ -227,6 +232,7 @@ class CanvasStates:
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
         host.is_dual[slot] = options.cache_mode == "dual"
         self._set_cutter(slot, options, POLICIES[policy], schedule)
+        host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
             self.policy_carry[slot] = 0.0

@@ -16,7 +16,7 @@ from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
-TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
+TOP_K = int(Rule.TOP_K)
 
 
 class LogitRows(NamedTuple):
@@ -169,15 +169,19 @@ class DenoiseBatch:
 
 
 class BlockQueries(NamedTuple):
-    """A step's rows cut at block boundaries, S blocks: each sees all positions up to its own end, and nothing else."""
+    """A step's rows cut into S pieces of requests: each sees all positions up to its own end, and nothing else.
 
-    query_start_loc: np.ndarray  # int32 [S + 1], first row of each block
+    A row of a causal piece sees those up to its own.
+    """
+
+    query_start_loc: np.ndarray  # int32 [S + 1], first row of each piece
     seq_lens: np.ndarray  # int32 [S], position behind each
     request: np.ndarray  # int64 [S], whose it is
+    causal: np.ndarray | None = None  # int32 [S], 1: it is causal; None: none is
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For the device, by names of their own."""
-        return {"block_" + name: array for name, array in self._asdict().items()}
+        return {"block_" + name: array for name, array in self._asdict().items() if array is not None}
 
 
 class Queries(NamedTuple):
@@ -190,6 +194,7 @@ class Queries(NamedTuple):
     max_seq_len: int | None  # None: any; attention plans its work by it
     start_loc_np: np.ndarray | None = None  # on the host, where it is no graph's
     seq_lens_np: np.ndarray | None = None
+    causal: torch.Tensor | None = None  # int32 [S], 1: a row sees the positions up to its own; None: none is causal
 
 
 @dataclass
@@ -363,7 +368,9 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
         num_output_positions=np.empty(num_reqs, np.int32),
         min_unmask=np.empty(num_reqs, np.int32),
     )
-    num_logits = _fill(states.host, rows, states.logits_shift, plan)
+    # A position that is decided alone is predicted from the row before it (see the plans of the engine core).
+    shifts = states.logits_shift, max(states.logits_shift, int(states.commits_causally))
+    num_logits = _fill(states.host, rows, shifts, plan)
     return plan._replace(
         logit_rows=plan.logit_rows[:num_logits],
         logit_slots=plan.logit_slots[:num_logits],
@@ -372,8 +379,11 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
 
 
 @compiled()
-def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -> int:
-    """Write a plan, count its fallbacks and return the number of logit rows."""
+def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepPlan) -> int:
+    """Write a plan, count its fallbacks and return the number of logit rows.
+
+    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone.
+    """
     row_length = host.parameters.shape[1]
     padding_cell = host.parameters.size
     row = num_logits = 0
@@ -384,6 +394,7 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         first_cell = slot * row_length
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if decides_first else num_active
+        logits_shift = shifts[1] if decides_first else shifts[0]
         if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
             first_read = _sub_block(host, slot, block_start, num_active) - block_start
             last_read = first_read + host.sub_block_length[slot]
@@ -435,6 +446,17 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
     return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
 
 
+def split_queries_at_canvas(rows: StepRows) -> BlockQueries:
+    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block."""
+    num_causal = np.minimum(rows.block_start - rows.start, rows.num_rows)
+    length = np.stack([num_causal, rows.num_rows - num_causal], axis=1).ravel()
+    piece = np.flatnonzero(length)
+    query_start_loc = np.zeros(piece.size + 1, dtype=np.int32)
+    length[piece].cumsum(out=query_start_loc[1:])
+    end = np.stack([rows.start + num_causal, rows.start + rows.num_rows], axis=1).ravel()[piece]
+    return BlockQueries(query_start_loc, end.astype(np.int32), piece // 2, 1 - (piece % 2).astype(np.int32))
+
+
 class DenoisePlan(NamedTuple):
     """What the sampler needs of a step, on the host: :class:`DenoiseBatch` before it is sent to the device."""
 
@@ -455,7 +477,9 @@ class DenoisePlan(NamedTuple):
     @property
     def needs_logits(self) -> bool:
         """As ``DenoiseBatch.needs_logits``."""
-        reads = bool(self.modifiers) or any(policy.reads_logits for policy in self.policies)
+        reads = bool(self.modifiers) or any(
+            f"read_{number}_rows" in self.arrays for number in range(len(self.policies))
+        )
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
@@ -498,10 +522,10 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     read_slots: dict[int, np.ndarray] = {}
     modifies = host.modifies[slots] * is_active
     modifiers = [number for number in range(len(MODIFIERS)) if (modifies >> number & 1).any()]
+    reads = host.reads_logits[slots] & is_active & ~decides_first
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    reads = bool(modifiers) or any(one.reads_logits for one in policies)
-    if temperature.any() or is_shaped.any() or is_scored.any() or reads:
+    if temperature.any() or is_shaped.any() or is_scored.any() or reads.any() or modifiers:
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
         row_slots = slots[row_req]
@@ -515,18 +539,18 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
             rows = np.flatnonzero((modifies[row_req] >> number & 1).astype(bool) & host.masked[row_slots, row_pos])
             of_rows = {"rows": rows, "slots": row_slots[rows], "offset": row_pos[rows], "step": step[row_req[rows]]}
             arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
-        for number, policy in enumerate(policies):
-            if policy.reads_logits:
+        for number in range(len(policies)):
+            of_policy = of_policies[f"adjusted_rows_{number}"]
+            if reads[of_policy].any():
                 request_of = np.full(slots.size, -1)
-                of_policy = of_policies[f"adjusted_rows_{number}"]
-                request_of[of_policy] = np.arange(of_policy.size)
+                request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
                 rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
                 arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
                 arrays[f"read_{number}_offset"] = row_pos[rows]
                 arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
                 rows = rows[arrays[f"read_{number}_at"]]
                 read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
-    asks_entropy = host.rule[slots] == ENTROPY_BOUND
+    asks_entropy = host.by_entropy[slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
     edit_threshold = host.edit_threshold[slots]
@@ -680,7 +704,7 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
     read = None
-    if policy.reads_logits:
+    if f"read_{number}_rows" in sent:
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
         read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])
