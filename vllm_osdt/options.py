@@ -33,8 +33,10 @@ from vllm_osdt.geometry import (
     full_attention_canvas,
 )
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.policies import POLICIES
+from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import AdaBlockOptions
+from vllm_osdt.policies.early_exit import EarlyExit, is_adaptive
+from vllm_osdt.policies.osdt import OSDTOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -165,7 +167,7 @@ class CommonOptions(AdaBlockOptions):
 
     @property
     def cache_key(self) -> str:
-        """The cache mode as profiles tell it apart."""
+        """The cache mode, and the modifiers, as profiles tell them apart."""
         return cache_key(
             self.cache_mode,
             sub_block_length=self.sub_block_length,
@@ -174,7 +176,13 @@ class CommonOptions(AdaBlockOptions):
             refresh_interval=self.refresh_interval,
             refresh_confidence=self.refresh_confidence,
             block_cut=self.block_cut,
+            modifiers=[one.key(self) for one in MODIFIERS if one.is_on(self)],
         )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether its policy takes thresholds from the task's profile."""
+        return POLICIES[self.policy].calibrates(self)
 
     @property
     def block_cut(self) -> str:
@@ -190,8 +198,8 @@ class CommonOptions(AdaBlockOptions):
 
 
 def _compose() -> type:
-    """One class of the common options and those of every policy; options of the same name are one."""
-    own = dict.fromkeys(policy.Options for policy in POLICIES.values())
+    """One class of the common options and those of every policy and modifier; options of the same name are one."""
+    own = dict.fromkeys([*(one.Options for one in MODIFIERS), *(one.Options for one in POLICIES.values())])
     bases = [cls for cls in own if not any(other is not cls and issubclass(other, cls) for other in own)]
     composed = make_dataclass("DecodingOptions", [], bases=(CommonOptions, *bases), frozen=True)
     composed.__module__ = __name__  # where pickle looks for it
@@ -281,7 +289,10 @@ class ServerOptions:
     )
 
 
-DECLARED: dict[str, Declaration] = declarations(CommonOptions) | {
+_OF_MODIFIERS = {name: one for modifier in MODIFIERS for name, one in declarations(modifier.Options).items()}
+# Of every request, whatever its policy.
+_SHARED = declarations(CommonOptions) | _OF_MODIFIERS
+DECLARED: dict[str, Declaration] = _SHARED | {
     name: one for policy in POLICIES.values() for name, one in declarations(policy.Options).items()
 }
 SERVER_DECLARED = declarations(ServerOptions)
@@ -290,7 +301,7 @@ SERVER_OPTION_NAMES = tuple(SERVER_DECLARED)
 DEFAULTS = defaults(DecodingOptions)
 FORMER_NAMES = {one.formerly: name for name, one in DECLARED.items() if one.formerly}
 # Options that say how positions are chosen; whoever names one of them does not leave it to the task's profile.
-CHOOSING = {"policy", *OPTION_NAMES} - (set(declarations(CommonOptions)) - {"policy"})
+CHOOSING = {"policy", *OPTION_NAMES} - (set(_SHARED) - {"policy"})
 CHOOSING -= {"num_calibration_requests", "early", "recalibrate", "profile"}
 _warned: set[str] = set()
 
@@ -312,7 +323,7 @@ def with_choice(options: DecodingOptions, choice: Choice) -> DecodingOptions:
 
 def policies_of(name: str) -> tuple[str, ...]:
     """The policies that an option means something to, or with which a request may send it all the same."""
-    if name in declarations(CommonOptions) or DECLARED[name].with_any_policy:
+    if name in _SHARED or DECLARED[name].with_any_policy:
         return tuple(POLICIES)
     return _readers(name)
 
@@ -379,11 +390,11 @@ class ReferenceRow(NamedTuple):
 
 def reference_rows() -> list[ReferenceRow]:
     """Every option, in order, for ``vllm-osdt options`` and the documentation."""
-    common, rows = declarations(CommonOptions), []
+    rows = []
     for name, one in {**DECLARED, **SERVER_DECLARED}.items():
         of_operator = name in SERVER_DECLARED
         default = defaults(ServerOptions)[name] if of_operator else DEFAULTS[name]
-        owners = () if of_operator or name in common else _readers(name)
+        owners = () if of_operator or name in _SHARED else _readers(name)
         text = one.default_text or json.dumps(default)
         about = (one.expectation, text, one.meaning, one.unit, owners, of_operator, one.formerly)
         rows.append(ReferenceRow(name, *about, bool(one.default_text)))
@@ -434,6 +445,15 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
         _check_used(options, changes)
     for policy in POLICIES.values():
         policy.check(options)
+    for modifier in MODIFIERS:
+        if modifier.is_on(options) and not modifier.goes_with(POLICIES[options.policy]):
+            raise InvalidOptionError(
+                f"{prefix}{modifier.name} is true, but policy {options.policy!r} compares the model's distributions of "
+                f"two steps, which {modifier.name} changes; leave it out or choose another policy.",
+                refusal="modifier-policy",
+                parameter=f"{prefix}{modifier.name}",
+                value=True,
+            )
     allowed = next(modes for modes in CACHES_OF_FAMILIES if base.cache_mode in modes)
     if options.cache_mode not in allowed:
         raise InvalidOptionError(
@@ -471,7 +491,7 @@ def _check_values(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         changes[name] = DECLARED[name].check(key, value)
     for name, value in changes.items():
         other = DECLARED[name].excludes
-        if value is not None and changes.get(other) is not None:
+        if value is not None and changes.get(other) not in (None, False):
             raise InvalidOptionError(
                 f"{prefix}{name} is {value} and {prefix}{other} {changes[other]}; send one of them.",
                 refusal="excludes",
@@ -513,8 +533,9 @@ def _with_changes(base: DecodingOptions, changes: Mapping[str, Any]) -> Decoding
         for name, one in DECLARED.items():
             if not one.follows_policy and {policy, base.policy} <= set(policies_of(name)):
                 dropped.add(name)
+        dropped |= {one.name for one in MODIFIERS if not one.goes_with(POLICIES[policy])}
     others = {name: one.excludes for name, one in DECLARED.items()}
-    dropped |= {name for name, other in others.items() if changes.get(other) is not None}
+    dropped |= {name for name, other in others.items() if changes.get(other) not in (None, False)}
     changed = replace(base, **{**{name: DEFAULTS[name] for name in dropped}, **changes})
     if _looks_at_entropy(changed) and not _looks_at_entropy(base):
         changed = replace(changed, edit_threshold=changes.get("edit_threshold", DEFAULTS["edit_threshold"]))
@@ -527,9 +548,10 @@ def _looks_at_entropy(options: DecodingOptions) -> bool:
 
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
     """What a request asks for must mean something to its policy, and to a request without a task."""
-    if options.task is None and POLICIES[options.policy].calibrates:
+    if options.task is None and options.calibrates:
         for name, value in asked.items():
-            if name == "policy" or (DECLARED[name].needs_task and value != DEFAULTS[name]):
+            is_osdt = name == "policy" and "calibrated" not in asked
+            if is_osdt or (DECLARED[name].needs_task and value != DEFAULTS[name]):
                 raise InvalidOptionError(
                     f"{PREFIX}{name} is {value!r}, but the request names no task, so that nothing is calibrated for "
                     f"it and it is decoded with the static threshold: send {PREFIX}task, or leave {PREFIX}{name} out.",
@@ -546,13 +568,23 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
                 value=value,
             )
         policies = policies_of(name)
-        if options.policy not in policies and value != DEFAULTS[name]:
+        is_used = options.policy in policies or (name in declarations(OSDTOptions) and options.calibrates)
+        if not is_used and value != DEFAULTS[name]:
             *others, last = map(repr, policies)
             named = f"{', '.join(others)} or {last}" if others else last
             raise InvalidOptionError(
                 f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use: leave it out, or send "
                 f"{PREFIX}policy = {named}.",
                 refusal="policy-does-not-use",
+                parameter=PREFIX + name,
+                value=value,
+            )
+        needed, _, word = DECLARED[name].needs.partition("=")
+        if needed and value != DEFAULTS[name] and getattr(options, needed) != (word or True):
+            raise InvalidOptionError(
+                f"{PREFIX}{name} is {value!r}, which says nothing without {PREFIX}{needed} = {word or True!r}: send "
+                f"that too, or leave {PREFIX}{name} out.",
+                refusal="needs-option",
                 parameter=PREFIX + name,
                 value=value,
             )
@@ -602,10 +634,12 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     _validate_cuts(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
-    if own is not None and options.policy == "static_threshold" and steps is not None:
+    exits = isinstance(POLICIES[options.policy], EarlyExit)
+    is_least = options.policy == "static_threshold" or (exits and is_adaptive(options))
+    if own is not None and is_least and steps is not None:
         raise InvalidOptionError(
-            f"steps is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
-            "need: leave it out, or choose policy 'fixed_steps'.",
+            f"steps is {steps}; with a threshold, as of policy {options.policy!r}, this model's sub-blocks take as "
+            "many steps as they need: leave it out, or choose policy 'fixed_steps'.",
             refusal="sub-blocks-steps",
             parameter="steps" if options.steps else "steps_per_block",
             value=steps,

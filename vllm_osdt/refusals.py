@@ -37,9 +37,20 @@ REFUSALS = {
         OPTION, "Other values at the top of the body and in `vllm_xargs`.", "Send it in one of the two places."
     ),
     "excludes": Refusal(
-        "`osdt_steps` and `osdt_steps_per_block`, `osdt_adaptive_entropy` and `osdt_threshold`",
+        "`osdt_steps` and `osdt_steps_per_block`, `osdt_adaptive_entropy` and `osdt_threshold`, `osdt_calibrated` and "
+        "the threshold that it replaces",
         "Both are sent.",
         "Send one of them.",
+    ),
+    "needs-option": Refusal(
+        "options of `osdt_credit`, of `osdt_calibrated`, of an early exit's form",
+        "The option that they belong to is not sent.",
+        "Send it too, or leave them out.",
+    ),
+    "modifier-policy": Refusal(
+        "`osdt_credit`",
+        "The policy compares the model's distributions of two steps.",
+        "Leave it out, or send another policy.",
     ),
     "needs-task": Refusal(
         "options of a calibration", "The request names no task, so nothing is calibrated.", "Send `osdt_task` too."
@@ -122,7 +133,7 @@ REFUSALS = {
     ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",
-        "With policy `static_threshold` on a model with sub-blocks.",
+        "With policy `static_threshold`, `osdt_commit_threshold` or `osdt_calibrated` on a model with sub-blocks.",
         "Leave it out, or send policy `fixed_steps`.",
     ),
     "steps-share": Refusal(
@@ -138,6 +149,7 @@ REFUSALS = {
         "Too few for `osdt_risk` with `osdt_statistic` `conformal`.",
         "Raise either of them, or send another statistic.",
     ),
+    "sched-bounds": Refusal("`osdt_sched_low`", "Above `osdt_sched_high`.", "Lower it."),
     "nemotron-product": Refusal(
         "`osdt_bound_min`, `osdt_bound_factor`",
         "With `osdt_bound_form` `product`, which has no such bound.",
@@ -163,7 +175,7 @@ REFUSALS = {
     ),
     "pin-made-with": Refusal(
         "`osdt_profile`",
-        "It was made with another `osdt_block_length`, `osdt_cache_mode` or `osdt_threshold`.",
+        "It was made with another `osdt_block_length`, `osdt_cache_mode`, `osdt_threshold` or `osdt_credit`.",
         "Send the values that the message names.",
     ),
     "neither-parameter-nor-option": Refusal(

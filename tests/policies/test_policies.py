@@ -27,7 +27,7 @@ confidences = st.one_of(unit, st.sampled_from([0.0, 0.25, 0.5, 0.75, float(np.fl
 def options(draw, policy=None):
     block_length, num_blocks = draw(st.integers(1, 33)), draw(st.integers(1, 4))
     policy = policy or draw(st.sampled_from(POLICY_NAMES))
-    needs_steps = policy in ("fixed_steps", "dimple")
+    needs_steps = policy in ("fixed_steps", "dimple", "prophet", "sched")
     return DecodingOptions(
         policy=policy,
         statistic="q1",

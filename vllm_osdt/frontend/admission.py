@@ -34,7 +34,6 @@ from vllm_osdt.options import (
     server_options,
     validate_for_family,
 )
-from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.adablock import LINE_END
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_grammar, check_limits
 
@@ -292,7 +291,7 @@ class FrontEnd:
 
     def name_task(self, options: DecodingOptions, token_ids: Sequence[int], adapter: str) -> DecodingOptions:
         """Find the task of a request that leaves it to us."""
-        if options.task != AUTO_TASK or not POLICIES[options.policy].calibrates:
+        if options.task != AUTO_TASK or not options.calibrates:
             return options
         return replace(options, task=self._tasks.name(token_ids, adapter))
 
@@ -308,7 +307,7 @@ class FrontEnd:
         return self._store.path(task).name in self._files
 
     def _check_pin(self, options: DecodingOptions) -> None:
-        if not POLICIES[options.policy].calibrates:
+        if not options.calibrates:
             raise InvalidOptionError(
                 f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out.",
                 refusal="pin-policy",
@@ -364,8 +363,8 @@ class FrontEnd:
                 remedy = f"send osdt_{name} = {made_with!r}"
                 if ":" in f"{made_with}{value}":
                     remedy = (
-                        "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval and "
-                        "refresh_confidence that it was made with"
+                        "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval, "
+                        "refresh_confidence and credit that it was made with"
                     )
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "

@@ -170,7 +170,6 @@ class Policy(ABC):
     Attributes:
         name: What a user calls it.
         Options: A frozen dataclass of the options that it reads (``vllm_osdt.declaration.option``).
-        calibrates: Whether requests of a task share a calibration profile, whose thresholds ``schedule`` is given.
         ranks_by_entropy: Whether confidence is 1 - H / 32, with H the entropy of the position in nats, in place of the
             probability of the proposal. Token editing, which compares probabilities, is then refused. Where it depends
             on options: :meth:`looks_at_entropy`.
@@ -186,7 +185,6 @@ class Policy(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
-    calibrates: ClassVar[bool] = False
     ranks_by_entropy: ClassVar[bool] = False
     adjusts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
@@ -194,6 +192,13 @@ class Policy(ABC):
     memory_size: ClassVar[int] = 0
     cuts_blocks: ClassVar[bool] = False
     has_sub_blocks: ClassVar[bool] = True
+
+    def calibrates(self, options: Any) -> bool:
+        """Whether requests of a task share a calibration profile, whose thresholds :meth:`schedule` is given.
+
+        Where there is no profile, a request that would have one is decoded with the static threshold instead.
+        """
+        return False
 
     def check(self, options: Any) -> None:
         """Refuse options that contradict each other.

@@ -26,7 +26,7 @@ class StepsOptions:
         count() | None,
         "Total denoising steps of `fixed_steps`, a multiple of the number of blocks. With `static_threshold`, a step "
         "unmasks at least as many positions as `fixed_steps` would: the dynamic rule of SDAR and LLaDA2. With "
-        "`dimple`, blocks take at most so many.",
+        "`dimple`, blocks take at most so many. `prophet` and `sched` take them up to an early exit.",
         unit="denoising steps",
         default_text="one token per step",
         excludes="steps_per_block",

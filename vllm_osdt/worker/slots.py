@@ -21,7 +21,7 @@ from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions
-from vllm_osdt.policies import POLICIES, Schedule
+from vllm_osdt.policies import MODIFIERS, POLICIES, Schedule
 from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
@@ -77,6 +77,7 @@ class HostTables(NamedTuple):
     sub_block_length: np.ndarray  # int64, 0: none
     sub_block_cache: np.ndarray  # bool
     adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
+    modifies: np.ndarray  # int64, a bit for each of MODIFIERS that it has
     by_entropy: np.ndarray  # bool, its confidences are of entropies
     reads_logits: np.ndarray  # bool, its policy reads its logits
     prompt_end: np.ndarray  # int64, prompt tokens
@@ -126,6 +127,9 @@ class CanvasStates:
         self.policy_memory = torch.zeros(
             max_num_reqs, MAX_BLOCK_LENGTH, 0, device=device
         )  # of positions; grows when asked for
+        # Of requests with modifiers, by place in MODIFIERS: numbers of the request, and of positions, likewise.
+        self.modifier_constants = torch.zeros(len(MODIFIERS), max_num_reqs, MAX_CONSTANTS, device=device)
+        self.modifier_memory = [self.policy_memory.clone() for _ in MODIFIERS]
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
         self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
@@ -166,6 +170,7 @@ class CanvasStates:
             sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
             sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
             adjusts=np.zeros(max_num_reqs, dtype=np.int8),
+            modifies=np.zeros(max_num_reqs, dtype=np.int64),
             by_entropy=np.zeros(max_num_reqs, dtype=bool),
             reads_logits=np.zeros(max_num_reqs, dtype=bool),
             prompt_end=np.zeros(max_num_reqs, dtype=np.int64),
@@ -234,7 +239,14 @@ class CanvasStates:
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
             self.policy_carry[slot] = 0.0
-            self._make_room(POLICIES[policy])
+            self.policy_memory = _with_room(self.policy_memory, POLICIES[policy].memory_size)
+        host.modifies[slot] = 0
+        for number, modifier in enumerate(MODIFIERS):
+            if modifier.is_on(options):
+                host.modifies[slot] |= 1 << number
+                self.modifier_constants[number, slot] = self._constants(modifier.constants(options))
+                size = modifier.memory_size(canvas.block_length)
+                self.modifier_memory[number] = _with_room(self.modifier_memory[number], size)
 
     def _constants(self, values: Sequence[float]) -> torch.Tensor:
         """Numbers of a request, float32 ``[8]``."""
@@ -253,13 +265,6 @@ class CanvasStates:
             constants = ADABLOCK.constants(options) if cutter is ADABLOCK else schedule.constants
             self.cut_constants[slot] = self._constants(constants)
 
-    def _make_room(self, policy: Policy) -> None:
-        """Have memory for what a policy keeps of each position; what others keep is kept."""
-        before = self.policy_memory
-        if policy.memory_size > before.shape[2]:
-            self.policy_memory = before.new_zeros(*before.shape[:2], policy.memory_size)
-            self.policy_memory[..., : before.shape[2]] = before
-
     def remove_request(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
         slot = self._slot_of.pop(req_id, None)
@@ -269,7 +274,7 @@ class CanvasStates:
             host.block_length[slot] = 0
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
-            host.adjusts[slot] = host.cuts[slot] = 0
+            host.adjusts[slot] = host.cuts[slot] = host.modifies[slot] = 0
             host.is_shaped[slot] = host.has_grammar[slot] = False
             host.num_logprobs[slot] = -1
 
@@ -310,7 +315,8 @@ class CanvasStates:
         is_host = self.device.type == "cpu"  # masks are shared
         if not entered.size:
             return {}
-        if is_host and not (np.isfinite(host.edit_threshold[entered]).any() or host.adjusts[entered].any()):
+        keeps = np.isfinite(host.edit_threshold[entered]) | (host.adjusts[entered] > 0) | (host.modifies[entered] > 0)
+        if is_host and not keeps.any():
             return {}
         return {"entered": entered} | ({} if is_host else {"entered_masks": host.masked[entered]})
 
@@ -330,6 +336,9 @@ class CanvasStates:
             self.policy_state[entered] = 0.0
             if self.policy_memory.shape[2]:
                 self.policy_memory[entered] = 0.0
+        if self.host.modifies[self._entered].any():
+            for memory in self.modifier_memory:
+                memory[entered] = 0.0
 
     def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
         """Whether the next step of these requests has the rows of the one that is being prepared, as far as is known.
@@ -374,6 +383,15 @@ class CanvasStates:
         assert self._copied is not None
         self._copied.record()
         self._copy_pending, self._copy_width = slots_np, width
+
+
+def _with_room(memory: torch.Tensor, size: int) -> torch.Tensor:
+    """Memory of positions, ``[..., size]`` at least; what is there is kept."""
+    if size <= memory.shape[-1]:
+        return memory
+    grown = memory.new_zeros(*memory.shape[:-1], size)
+    grown[..., : memory.shape[-1]] = memory
+    return grown
 
 
 @compiled()

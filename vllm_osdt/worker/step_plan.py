@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
-from vllm_osdt.policies import POLICIES, Policy
+from vllm_osdt.policies import MODIFIERS, POLICIES, Policy
 from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
@@ -90,6 +90,24 @@ class AdjustedRows(NamedTuple):
     read: ReadRows | None  # where the policy reads logits
 
 
+class ModifiedRequests(NamedTuple):
+    """The logit rows of the requests that have a modifier, S of a step's M: those of their masked positions.
+
+    Attributes:
+        number: Place of the modifier in ``policies.MODIFIERS``.
+        rows: int64 ``[S]``, which of the M.
+        slots: int64 ``[S]``, of the request of each.
+        offset: int64 ``[S]``, position in the active block.
+        step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
+    """
+
+    number: int
+    rows: torch.Tensor
+    slots: torch.Tensor
+    offset: torch.Tensor
+    step_index: torch.Tensor
+
+
 @dataclass(frozen=True)
 class DenoiseBatch:
     """What the sampler needs of a step; R requests, W the longest block among them, M positions with logits.
@@ -117,6 +135,7 @@ class DenoiseBatch:
         num_scores: Log probabilities returned of each token, besides its own, of the request that asks for most; -1
             when none asks.
         grammar: What grammars allow, which comes after the model has run; None where no request has one.
+        modified: The rows of each modifier that a request has.
         asking: int64 ``[A]`` slots of the requests that ask for them, None when none does.
     """
 
@@ -141,11 +160,12 @@ class DenoiseBatch:
     num_scores: int = -1
     asking: torch.Tensor | None = None
     grammar: GrammarRows | None = None
+    modified: tuple[ModifiedRequests, ...] = ()
 
     @property
     def needs_logits(self) -> bool:
         """Whether the step needs more of its logits than the best token and its confidence."""
-        reads = any(one.read is not None for one in self.adjusted)
+        reads = bool(self.modified) or any(one.read is not None for one in self.adjusted)
         return (reads and self.position.shape[0] > 0) or self.shaped is not None or self.scored is not None
 
 
@@ -453,11 +473,14 @@ class DenoisePlan(NamedTuple):
     scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
     num_scores: int  # log probabilities of each token, -1: none
     read_slots: dict[int, np.ndarray]  # of rows that a policy reads and whose logits are changed, by policy
+    modifiers: list[int]  # places in MODIFIERS of those that requests have
 
     @property
     def needs_logits(self) -> bool:
         """As ``DenoiseBatch.needs_logits``."""
-        reads = any(f"read_{number}_rows" in self.arrays for number in range(len(self.policies)))
+        reads = bool(self.modifiers) or any(
+            f"read_{number}_rows" in self.arrays for number in range(len(self.policies))
+        )
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
@@ -498,10 +521,12 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
             cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
     read_slots: dict[int, np.ndarray] = {}
+    modifies = host.modifies[slots] * is_active
+    modifiers = [number for number in range(len(MODIFIERS)) if (modifies >> number & 1).any()]
     reads = host.reads_logits[slots] & is_active & ~decides_first
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    if temperature.any() or is_shaped.any() or is_scored.any() or reads.any():
+    if temperature.any() or is_shaped.any() or is_scored.any() or reads.any() or modifiers:
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
         row_slots = slots[row_req]
@@ -513,6 +538,10 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         shaped_rows = np.flatnonzero(is_shaped[row_req])
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
         scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
+        for number in modifiers:
+            rows = np.flatnonzero((modifies[row_req] >> number & 1).astype(bool) & host.masked[row_slots, row_pos])
+            of_rows = {"rows": rows, "slots": row_slots[rows], "offset": row_pos[rows], "step": step[row_req[rows]]}
+            arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
         for number in range(len(policies)):
             of_policy = of_policies[f"adjusted_rows_{number}"]
             if reads[of_policy].any():
@@ -548,6 +577,7 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         scored_slots,
         int(num_scores.max(initial=-1)),
         read_slots,
+        modifiers,
     )
 
 
@@ -627,7 +657,7 @@ def _count_left(
 
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {})
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {}, [])
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -666,6 +696,12 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         scored=_logit_rows("scored", plan.scored_slots, plan.arrays, sent),
         num_scores=plan.num_scores,
         asking=sent.get("asking"),
+        modified=tuple(
+            ModifiedRequests(
+                number, *(sent[f"modified_{number}_{name}"] for name in ("rows", "slots", "offset", "step"))
+            )
+            for number in plan.modifiers
+        ),
     )
 
 
