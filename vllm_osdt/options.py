@@ -238,6 +238,13 @@ class ServerOptions:
     max_auto_tasks: int = option(
         256, count(), 'Prefixes that `"task": "auto"` tells apart in one front-end process.', unit="tasks"
     )
+    filter_file: str | None = option(
+        None,
+        Annotated[str, AfterValidator(_is_path)] | None,
+        "Weights of the policy `learned_filter`, for blocks of the served length; `vllm-osdt train-filter` writes it. "
+        "Every process of the engine reads it when it starts. `null`: requests are refused that policy.",
+        expected="the path of a file, or null for none",
+    )
     fused_commit: bool = option(
         True,
         Flag,
@@ -563,9 +570,10 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
         )
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
-    if own is not None and options.policy == "static_threshold" and steps is not None:
+    has_least = options.policy != "fixed_steps" and "steps" in declarations(POLICIES[options.policy].Options)
+    if own is not None and has_least and steps is not None:
         raise InvalidOptionError(
-            f"steps is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
+            f"steps is {steps}; with policy {options.policy!r} this model's sub-blocks take as many steps as they "
             "need: leave it out, or choose policy 'fixed_steps'.",
             refusal="sub-blocks-steps",
             parameter="steps" if options.steps else "steps_per_block",

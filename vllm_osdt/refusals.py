@@ -88,7 +88,7 @@ REFUSALS = {
     ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",
-        "With policy `static_threshold` on a model with sub-blocks.",
+        "With another policy than `fixed_steps` on a model with sub-blocks.",
         "Leave it out, or send policy `fixed_steps`.",
     ),
     "steps-share": Refusal(
@@ -103,6 +103,16 @@ REFUSALS = {
         "`osdt_num_calibration_requests`",
         "Too few for `osdt_risk` with `osdt_statistic` `conformal`.",
         "Raise either of them, or send another statistic.",
+    ),
+    "no-filter": Refusal(
+        "`osdt_policy`",
+        "`learned_filter` on a server whose operator has named no `filter_file`.",
+        "Send another policy.",
+    ),
+    "filter-block-length": Refusal(
+        "`osdt_block_length`",
+        "`learned_filter` with blocks of another length than those that the server's filter is for.",
+        "Send the length that the message names, or another policy.",
     ),
     "bacd-bounds": Refusal("`osdt_min_threshold`", "Above `osdt_max_threshold`.", "Lower it."),
     "pin-policy": Refusal("`osdt_profile`", "The policy uses no profile.", "Leave it out."),

@@ -25,6 +25,7 @@ from vllm_osdt.options import (
     AUTO_TASK,
     PREFIX,
     DecodingOptions,
+    ServerOptions,
     canvas_limits,
     choosing,
     default_decoding_options,
@@ -201,6 +202,10 @@ class FrontEnd:
         return default_decoding_options(self._config)
 
     @cached_property
+    def _server_options(self) -> ServerOptions:
+        return server_options(self._config)
+
+    @cached_property
     def _operator_names(self) -> tuple[str, ...]:
         return tuple(operator_values(self._config))
 
@@ -245,6 +250,7 @@ class FrontEnd:
         template = reader.read(extra, sent.max_tokens, is_default_limit=sent.is_default_limit)
         check_limits(params, vocabulary, traits.mask_token_id, bans_ends=template is not None)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
+        POLICIES[options.policy].check_operator(options, self._server_options)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")

@@ -10,12 +10,17 @@ from importlib import metadata
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.ccd import CCD
 from vllm_osdt.policies.entropy_bound import EntropyBound
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.joint_bound import JointBound
+from vllm_osdt.policies.klass import KLASS
+from vllm_osdt.policies.learned_filter import LearnedFilter
+from vllm_osdt.policies.less import LESS
 from vllm_osdt.policies.local_leap import LocalLeap
 from vllm_osdt.policies.osdt import OSDT
+from vllm_osdt.policies.stable import Stable
 from vllm_osdt.policies.static_threshold import StaticThreshold
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -29,6 +34,11 @@ OWN: tuple[type[Policy], ...] = (
     EntropyBound,
     LocalLeap,
     BACD,
+    KLASS,
+    LESS,
+    CCD,
+    Stable,
+    LearnedFilter,
     FixedSteps,
 )
 

@@ -241,6 +241,7 @@ class CanvasSampler:
                 adjusted.block_index,
                 adjusted.num_left,
                 adjusted.num_positions,
+                states.policy_tensors.get(policy.name, {}),
             )
             policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter

@@ -20,6 +20,7 @@ from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import ServerOptions
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Policy
 from vllm_osdt.worker.transfer import to_device
@@ -113,6 +114,7 @@ class CanvasStates:
         self.policy_memory = torch.zeros(
             max_num_reqs, MAX_BLOCK_LENGTH, 0, device=device
         )  # of positions; grows when asked for
+        self.policy_tensors: dict[str, Mapping[str, torch.Tensor]] = {}  # by policy, of the operator's files
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
         self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
@@ -210,6 +212,13 @@ class CanvasStates:
             self.constants[slot] = to_device(constants, self.device)
             self.policy_carry[slot] = 0.0
             self._make_room(POLICIES[policy])
+
+    def load_policies(self, operator: ServerOptions) -> None:
+        """Read what policies have in files that the operator names."""
+        for name, policy in POLICIES.items():
+            found = {key: tensor.to(self.device) for key, tensor in policy.tensors(operator).items()}
+            if found:
+                self.policy_tensors[name] = found
 
     def _make_room(self, policy: Policy) -> None:
         """Have memory for what a policy keeps of each position; what others keep is kept."""
