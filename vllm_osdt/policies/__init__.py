@@ -10,8 +10,10 @@ from importlib import metadata
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.cad_llm import CadLLM
 from vllm_osdt.policies.ccd import CCD
 from vllm_osdt.policies.entropy_bound import EntropyBound
+from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.joint_bound import JointBound
@@ -34,6 +36,8 @@ OWN: tuple[type[Policy], ...] = (
     EntropyBound,
     LocalLeap,
     BACD,
+    CadLLM,
+    ETE,
     KLASS,
     LESS,
     CCD,

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -152,6 +152,22 @@ def best(score: "torch.Tensor", number: "torch.Tensor") -> "torch.Tensor":
     return order.argsort(dim=1) < number.unsqueeze(1)
 
 
+class Cutter(Protocol):
+    """Says how long a block is when it is entered, where every position sees the whole canvas."""
+
+    def cut(self, step: Step) -> "torch.Tensor":
+        """The positions of the blocks that are entered.
+
+        Args:
+            step: Their first step that has logits of all masked positions, before anything of it is decided;
+                ``constants`` are the cutter's. Nothing of it may be overwritten.
+
+        Returns:
+            int64 ``[R]``; less than 1 counts as 1, and more than ``block_length`` as that.
+        """
+        ...
+
+
 class Policy(ABC):
     """Turns a request's options into its schedule. One instance serves all requests, so it holds no state of theirs.
 
@@ -167,6 +183,8 @@ class Policy(ABC):
             logits, so that each step multiplies with the output weight once more.
         num_steps_before: How many steps before; each but the first is one more multiplication.
         memory_size: Numbers that it keeps of each position of the active block.
+        cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
+            ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
     """
 
     name: ClassVar[str]
@@ -178,6 +196,7 @@ class Policy(ABC):
     reads_step_before: ClassVar[bool] = False
     num_steps_before: ClassVar[int] = 1
     memory_size: ClassVar[int] = 0
+    cuts_blocks: ClassVar[bool] = False
 
     def check(self, options: Any) -> None:
         """Refuse options that contradict each other.
@@ -229,6 +248,10 @@ class Policy(ABC):
 
     def adjust(self, step: Step) -> None:
         """Change scores and parameters of a step before the rule decides."""
+
+    def cut(self, step: Step) -> "torch.Tensor":
+        """See :class:`Cutter`; for a policy with ``cuts_blocks``."""
+        raise NotImplementedError
 
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Keep in ``step.state`` what the next step needs.
