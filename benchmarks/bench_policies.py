@@ -53,8 +53,10 @@ ONE_POSITION: dict[str, dict[str, Any]] = {
     "confidence_adaptive": {"threshold": 1.0},
     "entropy_threshold": {"max_entropy": 1e-9},
     "streaming": {"threshold": 1.0, "streaming_decay": 0.0},
-    "less": {"threshold": 1.0},
-    "klass": {"klass_threshold": 1.0},
+    "less": {"persistence": 128},
+    "klass": {"kl_steps": 128},
+    "stable": {"stable_steps": 128},
+    "ccd": {"ccd_dynamic": False},
     "wedlm": {"wedlm_threshold": 1e-9},
 }
 REPORTED = ("task", "name", "options", "seconds", "notes")

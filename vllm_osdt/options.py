@@ -267,6 +267,13 @@ class ServerOptions:
     max_auto_tasks: int = option(
         256, count(), 'Prefixes that `"task": "auto"` tells apart in one front-end process.', unit="tasks"
     )
+    filter_file: str | None = option(
+        None,
+        Annotated[str, AfterValidator(_is_path)] | None,
+        "Weights of the policy `learned_filter`, for blocks of the served length; `vllm-osdt train-filter` writes it. "
+        "Every process of the engine reads it when it starts. `null`: requests are refused that policy.",
+        expected="the path of a file, or null for none",
+    )
     fused_commit: bool = option(
         True,
         Flag,
@@ -635,11 +642,11 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     exits = isinstance(POLICIES[options.policy], EarlyExit)
-    is_least = options.policy == "static_threshold" or (exits and is_adaptive(options))
-    if own is not None and is_least and steps is not None:
+    has_least = options.policy != "fixed_steps" and "steps" in declarations(POLICIES[options.policy].Options)
+    if own is not None and has_least and steps is not None and (is_adaptive(options) or not exits):
         raise InvalidOptionError(
-            f"steps is {steps}; with a threshold, as of policy {options.policy!r}, this model's sub-blocks take as "
-            "many steps as they need: leave it out, or choose policy 'fixed_steps'.",
+            f"steps is {steps}; with policy {options.policy!r} this model's sub-blocks take as many steps as they "
+            "need: leave it out, or choose policy 'fixed_steps'.",
             refusal="sub-blocks-steps",
             parameter="steps" if options.steps else "steps_per_block",
             value=steps,

@@ -133,7 +133,8 @@ REFUSALS = {
     ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",
-        "With policy `static_threshold`, `osdt_commit_threshold` or `osdt_calibrated` on a model with sub-blocks.",
+        "With another policy than `fixed_steps` on a model with sub-blocks; `prophet` and `sched` take them without "
+        "`osdt_commit_threshold` and `osdt_calibrated`.",
         "Leave it out, or send policy `fixed_steps`.",
     ),
     "steps-share": Refusal(
@@ -154,6 +155,16 @@ REFUSALS = {
         "`osdt_bound_min`, `osdt_bound_factor`",
         "With `osdt_bound_form` `product`, which has no such bound.",
         "Leave it out.",
+    ),
+    "no-filter": Refusal(
+        "`osdt_policy`",
+        "`learned_filter` on a server whose operator has named no `filter_file`.",
+        "Send another policy.",
+    ),
+    "filter-block-length": Refusal(
+        "`osdt_block_length`",
+        "`learned_filter` with blocks of another length than those that the server's filter is for.",
+        "Send the length that the message names, or another policy.",
     ),
     "bacd-bounds": Refusal("`osdt_min_threshold`", "Above `osdt_max_threshold`.", "Lower it."),
     "pin-policy": Refusal("`osdt_profile`", "The policy uses no profile.", "Leave it out."),

@@ -349,6 +349,25 @@ def test_running_ahead_is_refused_where_no_step_is_a_graph(checkpoint: str, monk
         engine_config.CanvasModelConfig.verify_and_update_config(config)
 
 
+def test_a_filter_must_fit_the_served_blocks(checkpoint: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    def own(**options) -> dict:
+        return {"additional_config": {"osdt": {"profile_dir": "", **options}}}
+
+    shapes = {"hidden.weight": (8, 8), "hidden.bias": (8,), "out.weight": (8, 8), "out.bias": (8,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "filter.safetensors")
+    file = str(tmp_path / "filter.safetensors")
+    with pytest.raises(OSDTError, match=r"block_length is 32, but the filter of .* is for blocks of 8"):
+        configure(checkpoint, **own(filter_file=file))
+    assert configure(checkpoint, **own(filter_file=file, block_length=8, policy="learned_filter"))
+    with pytest.raises(OSDTError, match=r"filter_file .*none' cannot be read"):
+        configure(checkpoint, **own(filter_file=str(tmp_path / "none")))
+    with pytest.raises(OSDTError, match="policy is 'learned_filter', but this server has no filter"):
+        configure(checkpoint, **own(policy="learned_filter"))
+
+
 FUSED = {"osdt": {"fused_lm_head": True}}
 
 

@@ -26,7 +26,7 @@ from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, server_options, with_choice
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, ServerOptions, server_options, with_choice
 from vllm_osdt.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -72,10 +72,16 @@ class Calibrator:
         guard: What watches them; None without.
         traits: Of the model.
         agreement: Share of audited requests that must have the tokens of the static threshold, in (0, 1).
+        operator: What the operator alone decides.
     """
 
     def __init__(
-        self, registry: ProfileRegistry, guard: DriftGuard | None, traits: Traits, agreement: float = 0.9
+        self,
+        registry: ProfileRegistry,
+        guard: DriftGuard | None,
+        traits: Traits,
+        agreement: float = 0.9,
+        operator: ServerOptions | None = None,
     ) -> None:
         self.registry = registry
         self.guard = guard
@@ -83,6 +89,7 @@ class Calibrator:
         self._agreement = agreement
         self.statistics = EngineStatistics()
         self._traits = traits
+        self._operator = operator or ServerOptions()
         self._decodings: dict[str, _Decoding] = {}
         self._refused: set[str] = set()  # ids of profiles whose choice cannot be used here
 
@@ -97,7 +104,7 @@ class Calibrator:
                 options.drift, options.drift_window, options.drift_gap, options.drift_cosine, options.max_profiles
             )
         registry = ProfileRegistry(options.max_profiles, store)
-        return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement)
+        return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement, options)
 
     def assign(
         self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool = False, has_grammar: bool = False
@@ -182,7 +189,9 @@ class Calibrator:
         if profile.choice is None:
             return options
         try:
-            return with_choice(options, profile.choice)
+            chosen = with_choice(options, profile.choice)
+            POLICIES[chosen.policy].check_operator(chosen, self._operator)
+            return chosen
         except InvalidOptionError as error:
             if profile.profile_id not in self._refused:
                 self._refused.add(profile.profile_id)

@@ -28,6 +28,7 @@ from vllm_osdt.options import (
     operator_values,
     server_options,
 )
+from vllm_osdt.policies import POLICIES
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
 
 if TYPE_CHECKING:
@@ -488,6 +489,8 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         _settle_block_length(vllm_config.model_config, operator_values(vllm_config))
         defaults = default_decoding_options(vllm_config)
         options = server_options(vllm_config)  # refuses a bad value before anything is loaded
+        for policy in POLICIES.values():
+            policy.check_operator(defaults, options)
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
         scheduler.scheduler_cls = SCHEDULER_CLS
         switched_off = []

@@ -25,6 +25,7 @@ from vllm_osdt.options import (
     AUTO_TASK,
     PREFIX,
     DecodingOptions,
+    ServerOptions,
     canvas_limits,
     choosing,
     default_decoding_options,
@@ -34,6 +35,7 @@ from vllm_osdt.options import (
     server_options,
     validate_for_family,
 )
+from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.adablock import LINE_END
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_grammar, check_limits
 
@@ -195,6 +197,10 @@ class FrontEnd:
         return default_decoding_options(self._config)
 
     @cached_property
+    def _server_options(self) -> ServerOptions:
+        return server_options(self._config)
+
+    @cached_property
     def _operator_names(self) -> tuple[str, ...]:
         return tuple(operator_values(self._config))
 
@@ -259,6 +265,7 @@ class FrontEnd:
         bans_ends = template is not None and not template.ends_itself
         check_limits(params, vocabulary, traits.mask_token_id, bans_ends=bans_ends, name_of=sent.name_of)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
+        POLICIES[options.policy].check_operator(options, self._server_options)
         options = with_delimiters(options, encode, vocabulary)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model

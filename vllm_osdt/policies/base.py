@@ -8,8 +8,9 @@ has :meth:`Policy.read`, which runs before both.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -59,7 +60,8 @@ class PositionLogits(NamedTuple):
         logits: float32 ``[S, vocabulary]``, without temperature, as sampling parameters left them: -inf of what is left
             out and of the mask token.
         before: The same of the block's step before, float32 ``[S, vocabulary]``, as the model wrote them; anything
-            where ``step_index`` is 0. None unless the policy's ``reads_step_before``.
+            where the position had no logits in that step, which ``memory`` can tell. None unless the policy's
+            ``reads_step_before``.
         token: int64 ``[S]``, the proposal. May be overwritten.
         confidence: float32 ``[S]``, of the proposal. May be overwritten.
         constants: float32 ``[S, 8]``, from the request's schedule.
@@ -67,6 +69,7 @@ class PositionLogits(NamedTuple):
             next block.
         reading: float32 ``[S, 4]``, zero; what is written there comes to ``Step.reading``.
         step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
+        earlier: Like ``before``, of the steps before that one, the latest first; ``num_steps_before`` - 1 of them.
     """
 
     logits: "torch.Tensor"
@@ -77,6 +80,7 @@ class PositionLogits(NamedTuple):
     memory: "torch.Tensor"
     reading: "torch.Tensor"
     step_index: "torch.Tensor"
+    earlier: "tuple[torch.Tensor, ...]" = ()
 
 
 class Step(NamedTuple):
@@ -100,6 +104,7 @@ class Step(NamedTuple):
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
         end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
+        tensors: What :meth:`Policy.tensors` has read for the engine, by name.
     """
 
     score: "torch.Tensor"
@@ -117,6 +122,7 @@ class Step(NamedTuple):
     num_left: "torch.Tensor"
     num_positions: "torch.Tensor"
     end_token_ids: "torch.Tensor"
+    tensors: "Mapping[str, torch.Tensor]" = MappingProxyType({})
 
     def choose(self, chosen: "torch.Tensor", rank: "torch.Tensor | None" = None) -> None:
         """Have exactly these positions unmasked, whatever the schedule's threshold; at least the first by rank.
@@ -177,6 +183,7 @@ class Policy(ABC):
         reads_logits: Whether :meth:`read` runs too. Where it depends on options: :meth:`needs_logits`.
         reads_step_before: Whether it gets the logits of the step before. The worker keeps hidden states for it, not
             logits, so that each step multiplies with the output weight once more.
+        num_steps_before: How many steps before; each but the first is one more multiplication.
         memory_size: Numbers that it keeps of each position of the active block.
         cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
             ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
@@ -189,6 +196,7 @@ class Policy(ABC):
     adjusts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
     reads_step_before: ClassVar[bool] = False
+    num_steps_before: ClassVar[int] = 1
     memory_size: ClassVar[int] = 0
     cuts_blocks: ClassVar[bool] = False
     has_sub_blocks: ClassVar[bool] = True
@@ -206,6 +214,26 @@ class Policy(ABC):
         Raises:
             InvalidOptionError: They do.
         """
+
+    def check_operator(self, options: Any, operator: Any) -> None:
+        """Refuse what the operator has not provided for; every policy is asked when an engine starts.
+
+        Args:
+            options: Of a request of this policy; when an engine starts, those of a request that sets none, which may
+                be another policy's.
+            operator: The ``ServerOptions``.
+
+        Raises:
+            OSDTError: The operator's options do not fit, or do not let requests use the policy.
+        """
+
+    def tensors(self, operator: Any) -> "Mapping[str, torch.Tensor]":
+        """What ``Step.tensors`` has, read from files that the operator names when a worker starts.
+
+        Args:
+            operator: The ``ServerOptions``, which :meth:`check_operator` has seen.
+        """
+        return {}
 
     def resolve(self, options: Any, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Options of its own that follow from the canvas, by name.

@@ -15,7 +15,7 @@ from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
 from vllm_osdt.policies.base import Policy, Schedule, constant
-from vllm_osdt.policies.fixed_steps import StepsOptions, positions_per_step, resolve_steps
+from vllm_osdt.policies.fixed_steps import StepsOptions, positions_per_step, resolve_if_asked
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class StaticThreshold(Policy):
 
     def resolve(self, options: StaticThresholdOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas, where the request asks for steps."""
-        if options.steps is None and options.steps_per_block is None:
-            return {}
-        return {"steps": resolve_steps(options, asked, canvas)}
+        return resolve_if_asked(options, asked, canvas)
 
     def schedule(
         self, options: StaticThresholdOptions, shape: DecodeShape, thresholds: Thresholds | None = None

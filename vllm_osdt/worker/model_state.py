@@ -18,6 +18,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import server_options
 from vllm_osdt.worker.recorder import StepRecorder
 from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.slots import CanvasStates
@@ -42,6 +43,7 @@ class CanvasModelState(ModelState):
         traits: Traits = vllm_config.model_config.hf_config.traits
         row_length = self.model_config.max_model_len + MAX_BLOCK_LENGTH - 1
         self.canvas_states = CanvasStates(self.max_num_reqs, row_length, traits, device)
+        self.canvas_states.load_policies(server_options(vllm_config))
         self.recorder = StepRecorder(self.canvas_states)
         self._piece_tables: dict[int, torch.Tensor] = {}  # by KV group, of steps that run as graphs
         self.assignments: dict[str, Assignment] = {}  # of the step that is being prepared, from the scheduler

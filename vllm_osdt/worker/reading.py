@@ -1,6 +1,6 @@
 """What policies read off logits: more of a position than its best token and that token's probability.
 
-A policy that compares steps gets the logits of the step before. They are not kept: their hidden states are, which are
+A policy that compares steps gets the logits of the steps before. They are not kept: their hidden states are, which are
 smaller by the vocabulary over the hidden size, and the model's output layer computes them again.
 """
 
@@ -30,8 +30,8 @@ class PolicyReader:
     def __init__(self, states: CanvasStates, shaping: LogitShaping) -> None:
         self._states = states
         self._shaping = shaping
-        # Of the last step, by slot and position in the block; [0, 0, 0] until a policy asks.
-        self._hidden = torch.zeros(0, 0, 0, device=states.device)
+        # Of the last steps, by slot and position in the block, the latest first; [0, 0, 0, 0] until a policy asks.
+        self._hidden = torch.zeros(0, 0, 0, 0, device=states.device)
 
     def read(
         self,
@@ -78,33 +78,36 @@ class PolicyReader:
         num_requests, num_rows = adjusted.rows.shape[0], read.rows.shape[0]
         reading = torch.zeros(num_requests, width, MAX_READINGS, device=states.device)
         slots = adjusted.slots[read.request]
-        if policy.reads_step_before:
-            self._make_room(hidden)
+        num_before = policy.num_steps_before if policy.reads_step_before else 0
+        if num_before:
+            self._make_room(hidden, num_before)
         size = max(1, CHUNK_ELEMENTS // logits.written.shape[1])
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
             rows, slot, offset = read.rows[part], slots[part], read.offset[part]
             own = self._as_shaped(logits.rows(rows), read, start, batch)
-            before = None
-            if policy.reads_step_before:
-                before = compute_logits(self._hidden[slot, offset]).float()
-                before[:, states.mask_token_id] = -torch.inf
+            before = []
+            for back in range(num_before):
+                before.append(compute_logits(self._hidden[slot, offset, back]).float())
+                before[-1][:, states.mask_token_id] = -torch.inf
             found = PositionLogits(
                 own,
-                before,
+                before[0] if before else None,
                 proposals.token[rows],
                 proposals.confidence[rows],
                 states.constants[slot],
                 states.policy_memory[slot, offset, : policy.memory_size],
                 reading[read.request[part], read.offset[part]],
                 adjusted.step_index[read.request[part]],
+                tuple(before[1:]),
             )
             policy.read(found)
             proposals.token[rows], proposals.confidence[rows] = found.token, found.confidence
             states.policy_memory[slot, offset, : policy.memory_size] = found.memory
             reading[read.request[part], read.offset[part]] = found.reading
-        if policy.reads_step_before:
-            self._hidden[slots, read.offset] = hidden[read.rows]
+        if num_before:
+            self._hidden[slots, read.offset, 1:] = self._hidden[slots, read.offset, :-1]
+            self._hidden[slots, read.offset, 0] = hidden[read.rows]
         return reading
 
     def _as_shaped(self, own: torch.Tensor, read: ReadRows, start: int, batch: DenoiseBatch) -> torch.Tensor:
@@ -119,8 +122,11 @@ class PolicyReader:
         own[:, self._states.mask_token_id] = -torch.inf
         return own
 
-    def _make_room(self, hidden: torch.Tensor) -> None:
-        """Have room for hidden states like these, of every slot."""
+    def _make_room(self, hidden: torch.Tensor, num_steps: int) -> None:
+        """Have room for hidden states like these, of every slot and so many steps; what is there is kept."""
         num_slots, width = self._states.policy_state.shape[0], self._states.policy_memory.shape[1]
-        if not self._hidden.numel():
-            self._hidden = hidden.new_zeros(num_slots, width, hidden.shape[1])
+        known = self._hidden
+        if known.shape[2] < num_steps:
+            self._hidden = hidden.new_zeros(num_slots, width, num_steps, hidden.shape[1])
+            if known.numel():
+                self._hidden[:, :, : known.shape[2]] = known

@@ -239,6 +239,7 @@ class CanvasSampler:
         for adjusted, reading in zip_longest(batch.adjusted, readings):
             rows = adjusted.rows
             step = self._step(batch, adjusted, states.constants, score, parameter, token, reading)
+            step = step._replace(tensors=states.policy_tensors.get(adjusted.policy.name, {}))
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
             steps.append((adjusted, step, masked[rows]))

@@ -20,7 +20,7 @@ from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.policies import MODIFIERS, POLICIES, Schedule
 from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
@@ -130,6 +130,7 @@ class CanvasStates:
         # Of requests with modifiers, by place in MODIFIERS: numbers of the request, and of positions, likewise.
         self.modifier_constants = torch.zeros(len(MODIFIERS), max_num_reqs, MAX_CONSTANTS, device=device)
         self.modifier_memory = [self.policy_memory.clone() for _ in MODIFIERS]
+        self.policy_tensors: dict[str, Mapping[str, torch.Tensor]] = {}  # by policy, of the operator's files
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
         self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
@@ -247,6 +248,13 @@ class CanvasStates:
                 self.modifier_constants[number, slot] = self._constants(modifier.constants(options))
                 size = modifier.memory_size(canvas.block_length)
                 self.modifier_memory[number] = _with_room(self.modifier_memory[number], size)
+
+    def load_policies(self, operator: ServerOptions) -> None:
+        """Read what policies have in files that the operator names."""
+        for name, policy in POLICIES.items():
+            found = {key: tensor.to(self.device) for key, tensor in policy.tensors(operator).items()}
+            if found:
+                self.policy_tensors[name] = found
 
     def _constants(self, values: Sequence[float]) -> torch.Tensor:
         """Numbers of a request, float32 ``[8]``."""
