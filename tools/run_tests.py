@@ -82,6 +82,20 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/models/test_llada.py",
         "tests/models/test_quantization.py",
     ),
+    # Those that start servers and programs: one process imports vLLM for all of them (tests/forked.py).
+    (
+        "tests/e2e/test_examples.py",
+        "tests/e2e/test_clients.py",
+        "tests/test_cli.py",
+        "tests/e2e/test_tensor_parallel.py",
+    ),
+    (
+        "tests/e2e/test_server_block_causal.py",
+        "tests/e2e/test_server.py",
+        "tests/e2e/test_text.py",
+        "tests/e2e/test_golden_server.py",
+        "tests/e2e/test_structured_server.py",
+    ),
 )
 # How a module says that all or some of its tests start engines.
 WHOLE_MODULE = re.compile(r"^pytestmark = .*\bpytest\.mark\.e2e\b", re.MULTILINE)

@@ -31,6 +31,7 @@ from vllm_osdt.geometry import (
 )
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.policies import POLICIES
+from vllm_osdt.policies.adablock import AdaBlockOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,7 +56,7 @@ def _is_path(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class CommonOptions:
+class CommonOptions(AdaBlockOptions):
     """Options of every policy."""
 
     task: str | None = option(
@@ -161,7 +162,16 @@ class CommonOptions:
             edit_threshold=self.edit_threshold,
             refresh_interval=self.refresh_interval,
             refresh_confidence=self.refresh_confidence,
+            block_cut=self.block_cut,
         )
+
+    @property
+    def block_cut(self) -> str:
+        """What says how long blocks are besides ``block_length``; "" for nothing."""
+        if not self.adablock:
+            return ""
+        delimiters = "-".join(map(str, self.adablock_delimiters or ()))
+        return f"ada{self.adablock_length}-{self.adablock_threshold:g}-{delimiters}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values, to travel between processes."""
@@ -516,6 +526,13 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
                     value=value,
                 )
     for name, value in asked.items():
+        if name in declarations(AdaBlockOptions) and not options.adablock and value != DEFAULTS[name]:
+            raise InvalidOptionError(
+                f"{PREFIX}{name} is {value!r}, but {PREFIX}adablock is false; leave it out or send {PREFIX}adablock.",
+                refusal="adablock-off",
+                parameter=PREFIX + name,
+                value=value,
+            )
         policies = policies_of(name)
         if options.policy not in policies and value != DEFAULTS[name]:
             *others, last = map(repr, policies)
@@ -533,8 +550,8 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     """Refuse what only other model families have; fill in this one's sub-blocks.
 
     Raises:
-        InvalidOptionError: A canvas length, refreshes, token editing or sub-blocks on a model without, or sub-blocks
-            that do not fit a block.
+        InvalidOptionError: A canvas length, refreshes, token editing or sub-blocks on a model without, sub-blocks that
+            do not fit a block, or a policy that does not go with them.
     """
     if options.gen_length is not None and traits.is_block_causal:
         raise InvalidOptionError(
@@ -570,6 +587,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="edit_threshold",
             value=options.edit_threshold,
         )
+    _validate_cuts(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     if own is not None and options.policy == "static_threshold" and steps is not None:
@@ -580,11 +598,11 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="steps" if options.steps else "steps_per_block",
             value=steps,
         )
-    if own is not None and not POLICIES[options.policy].has_sub_blocks:
+    if POLICIES[options.policy].needs_whole_blocks and (own is not None or options.adablock):
+        reason = "adablock cuts blocks" if own is None else "this model decides the sub-blocks of a block one by one"
         raise InvalidOptionError(
-            f"policy is {options.policy!r}, whose schedule is one of whole blocks, but this model decides the "
-            "sub-blocks of a block one after the other: choose another policy.",
-            refusal="sub-blocks-policy",
+            f"policy is {options.policy!r}, whose schedule is one of whole blocks, but {reason}: choose another.",
+            refusal="whole-blocks",
             parameter="policy",
             value=options.policy,
         )
@@ -607,6 +625,40 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             value=sub_block,
         )
     return replace(options, sub_block_length=sub_block)
+
+
+def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
+    """Refuse blocks that are cut where they cannot be.
+
+    Raises:
+        InvalidOptionError: A block-causal model, refreshes of every so many blocks, or two things that cut.
+    """
+    policy_cuts = POLICIES[options.policy].cuts_blocks
+    if not (options.adablock or policy_cuts):
+        return
+    name, what = ("adablock", "adablock is true") if options.adablock else ("policy", f"policy is {options.policy!r}")
+    if options.adablock and policy_cuts:
+        raise InvalidOptionError(
+            f"adablock is true, but policy {options.policy!r} says itself how long blocks are; leave adablock out.",
+            refusal="adablock-policy",
+            parameter="adablock",
+            value=True,
+        )
+    if traits.is_block_causal:
+        raise InvalidOptionError(
+            f"{what}, but this model's blocks lie on a grid, since each sees the blocks up to its own; leave it out.",
+            refusal="cut-block-causal",
+            parameter=name,
+            value=getattr(options, name),
+        )
+    if options.refresh_interval > 1:
+        raise InvalidOptionError(
+            f"{what} and refresh_interval {options.refresh_interval}, but blocks of different lengths are refreshed "
+            "when they are entered; leave refresh_interval out.",
+            refusal="cut-refresh",
+            parameter="refresh_interval",
+            value=options.refresh_interval,
+        )
 
 
 def resolve_canvas(

@@ -53,6 +53,32 @@ REFUSALS = {
         "`block` on a model whose positions see the whole canvas, or another one on a block-causal model.",
         "Leave it out.",
     ),
+    "adablock-off": Refusal(
+        "`osdt_adablock_threshold`, `osdt_adablock_length`, `osdt_adablock_delimiters`",
+        "`osdt_adablock` is false.",
+        "Leave it out, or send `osdt_adablock`.",
+    ),
+    "adablock-line-end": Refusal(
+        "`osdt_adablock`", "The tokenizer's line end is no single token.", "Send `osdt_adablock_delimiters`."
+    ),
+    "adablock-vocabulary": Refusal(
+        "`osdt_adablock_delimiters`", "One is no token id of the model.", "Send ids below the vocabulary's size."
+    ),
+    "adablock-policy": Refusal(
+        "`osdt_adablock`", "The policy says itself how long blocks are (`cad_llm`).", "Leave it out."
+    ),
+    "cut-block-causal": Refusal(
+        "`osdt_adablock`, `osdt_policy`",
+        "Blocks of many lengths on a block-causal model, whose blocks lie on a grid.",
+        "Leave it out.",
+    ),
+    "cut-refresh": Refusal("`osdt_refresh_interval`", "Above 1 with blocks of many lengths.", "Leave it out."),
+    "cad-lengths": Refusal(
+        "`osdt_cad_min_block`, `osdt_cad_first_block`",
+        "Not in order: shortest, first and longest block (`osdt_block_length`).",
+        "Send values in that order.",
+    ),
+    "cad-thresholds": Refusal("`osdt_cad_min_threshold`", "Above `osdt_cad_threshold`.", "Lower it."),
     "gen-length-block-causal": Refusal(
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
     ),
@@ -90,8 +116,10 @@ REFUSALS = {
     "sub-blocks-divide": Refusal(
         "`osdt_sub_block_length`", "It does not divide `osdt_block_length`.", "Send a divisor."
     ),
-    "sub-blocks-policy": Refusal(
-        "`osdt_policy`", "`dimple`, on a model with sub-blocks: its schedule is one of blocks.", "Send another policy."
+    "whole-blocks": Refusal(
+        "`osdt_policy`",
+        "`dimple`, on a model with sub-blocks or with `osdt_adablock`: its schedule is one of whole blocks.",
+        "Send another policy.",
     ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",

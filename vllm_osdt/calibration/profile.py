@@ -16,8 +16,9 @@ from vllm_osdt.calibration.thresholds import CONFORMAL, DEFAULT_RISK, Thresholds
 from vllm_osdt.geometry import CACHE_MODES
 
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
-# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again.
-CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?"
+# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, what cuts
+# blocks.
+CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:ada[0-9.e-]+)?"
 
 
 def cache_key(
@@ -28,6 +29,7 @@ def cache_key(
     edit_threshold: float | None = None,
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
+    block_cut: str = "",
 ) -> str:
     """A cache mode as profiles tell it apart (:data:`CACHE_KEY`): recorded confidences depend on all of these."""
     key = cache_mode
@@ -39,6 +41,8 @@ def cache_key(
         key += f":r{refresh_interval}"
     if refresh_confidence > 0:
         key += f":u{refresh_confidence:g}"
+    if block_cut:
+        key += f":{block_cut}"
     return key
 
 

@@ -35,6 +35,7 @@ from vllm_osdt.options import (
     validate_for_family,
 )
 from vllm_osdt.policies import POLICIES
+from vllm_osdt.policies.adablock import LINE_END
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_grammar, check_limits
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ class FrontEnd:
         template = reader.read(extra, sent.max_tokens, is_default_limit=sent.is_default_limit)
         check_limits(params, vocabulary, traits.mask_token_id, bans_ends=template is not None)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
+        options = with_delimiters(options, encode, vocabulary)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
@@ -490,3 +492,33 @@ def admit(
         pinned=None if template is None else template.tokens,
     )
     params.extra_args = spec.as_extra_args()
+
+
+def with_delimiters(options: DecodingOptions, encode: Encode | None, vocabulary: int) -> DecodingOptions:
+    """The options with the delimiters of ``adablock``, where that is on.
+
+    Raises:
+        InvalidOptionError: None is given and the tokenizer's line end is no single token, or one is no token id.
+    """
+    if not options.adablock:
+        return options
+    ids = options.adablock_delimiters
+    if ids is None:
+        found = [] if encode is None else encode(LINE_END)
+        if len(found) != 1:
+            raise InvalidOptionError(
+                f"adablock is true, and this model's line end is {len(found)} tokens instead of one; send "
+                "adablock_delimiters.",
+                refusal="adablock-line-end",
+                parameter="adablock_delimiters",
+            )
+        return replace(options, adablock_delimiters=list(found))
+    for one in ids:
+        if one >= vocabulary:
+            raise InvalidOptionError(
+                f"adablock_delimiters has {one}; this model's token ids are below {vocabulary}: send one of them.",
+                refusal="adablock-vocabulary",
+                parameter="adablock_delimiters",
+                value=one,
+            )
+    return options

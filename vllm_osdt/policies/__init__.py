@@ -10,10 +10,12 @@ from importlib import metadata
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.cad_llm import CadLLM
 from vllm_osdt.policies.confidence_adaptive import ConfidenceAdaptive
 from vllm_osdt.policies.dimple import Dimple
 from vllm_osdt.policies.entropy_bound import EntropyBound
 from vllm_osdt.policies.entropy_threshold import EntropyThreshold
+from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.hierarchical import Hierarchical
@@ -43,6 +45,8 @@ OWN: tuple[type[Policy], ...] = (
     NemotronBound,
     Streaming,
     WeDLM,
+    CadLLM,
+    ETE,
     FixedSteps,
 )
 

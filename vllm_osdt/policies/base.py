@@ -10,7 +10,7 @@ has :meth:`Policy.read`, which runs before both.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -148,6 +148,22 @@ def best(score: "torch.Tensor", number: "torch.Tensor") -> "torch.Tensor":
     return order.argsort(dim=1) < number.unsqueeze(1)
 
 
+class Cutter(Protocol):
+    """Says how long a block is when it is entered, where every position sees the whole canvas."""
+
+    def cut(self, step: Step) -> "torch.Tensor":
+        """The positions of the blocks that are entered.
+
+        Args:
+            step: Their first step that has logits of all masked positions, before anything of it is decided;
+                ``constants`` are the cutter's. Nothing of it may be overwritten.
+
+        Returns:
+            int64 ``[R]``; less than 1 counts as 1, and more than ``block_length`` as that.
+        """
+        ...
+
+
 class Policy(ABC):
     """Turns a request's options into its schedule. One instance serves all requests, so it holds no state of theirs.
 
@@ -163,7 +179,10 @@ class Policy(ABC):
         reads_step_before: Whether it gets the logits of the step before. The worker keeps hidden states for it, not
             logits, so that each step multiplies with the output weight once more.
         memory_size: Numbers that it keeps of each position of the active block.
-        has_sub_blocks: Whether it means something to blocks whose sub-blocks are decided one after the other.
+        needs_whole_blocks: Whether its schedule is one of blocks as long as ``block_length``. Refused for models with
+            sub-blocks, and where blocks are cut.
+        cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
+            ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
     """
 
     name: ClassVar[str]
@@ -174,7 +193,8 @@ class Policy(ABC):
     reads_logits: ClassVar[bool] = False
     reads_step_before: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
-    has_sub_blocks: ClassVar[bool] = True
+    needs_whole_blocks: ClassVar[bool] = False
+    cuts_blocks: ClassVar[bool] = False
 
     def check(self, options: Any) -> None:
         """Refuse options that contradict each other.
@@ -214,6 +234,10 @@ class Policy(ABC):
 
     def adjust(self, step: Step) -> None:
         """Change scores and parameters of a step before the rule decides."""
+
+    def cut(self, step: Step) -> "torch.Tensor":
+        """See :class:`Cutter`; for a policy with ``cuts_blocks``."""
+        raise NotImplementedError
 
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Keep in ``step.state`` what the next step needs.

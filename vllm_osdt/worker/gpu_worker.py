@@ -87,7 +87,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert manager is not None
         if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies:
+        elif denoise.policies or denoise.cutters:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED

@@ -5,6 +5,7 @@ Source: LLaDA (arXiv 2502.09992) for proposals and confidence; Fast-dLLM (arXiv 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
 from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
 from vllm_osdt.worker.shaping import CHUNK_ELEMENTS, LogitShaping
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch
+from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch
 
 Readings = Sequence[torch.Tensor | None]  # of each policy that adjusts a step
 
@@ -166,6 +167,8 @@ class CanvasSampler:
             keeps_masks: Whether the masks before the step are kept.
             readings: What policies have read off logits; empty where no policy has.
         """
+        if batch.cut:
+            batch = self._cut_blocks(batch, proposals)
         states, blocks = self.states, batch.blocks
         width = blocks.canvas_index.shape[1]
         before = states.masked[blocks.slots, :width] if keeps_masks else None
@@ -196,7 +199,8 @@ class CanvasSampler:
         batch: DenoiseBatch = input_batch.denoise
         num_reqs, width = batch.slots_np.size, decision.canvas.shape[1]
         if decision.after is not None:
-            self.states.copy_masks_to_host(batch.slots_np, decision.after, width)
+            limit = self.states.block_limit.index_select(0, batch.slots) if batch.has_cuts else None
+            self.states.copy_masks_to_host(batch.slots_np, decision.after, width, limit)
         recorded = None
         if batch.recorded is not None:
             recorded = grids_to_record(self.states, batch, decision)
@@ -224,26 +228,10 @@ class CanvasSampler:
         score.masked_fill_(~masked, NO_CONFIDENCE)  # a request that edits has logits of written positions too
         steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
-            rows, slots, policy = adjusted.rows, adjusted.slots, adjusted.policy
-            own = score[rows]
-            step = Step(
-                own,
-                parameter[rows],
-                states.constants[slots],
-                states.policy_state[slots],
-                adjusted.step_index,
-                own.clone(),
-                token[rows],
-                own != NO_CONFIDENCE,
-                states.policy_memory[slots, :width, : policy.memory_size],
-                own.new_zeros(*own.shape, MAX_READINGS) if reading is None else reading,
-                states.policy_carry[slots],
-                adjusted.block_index,
-                adjusted.num_left,
-                adjusted.num_positions,
-                batch.blocks.end_token_ids[rows],
-            )
-            policy.adjust(step)
+            rows = adjusted.rows
+            of_batch = score, parameter, token, batch.blocks.end_token_ids
+            step = self._step(adjusted, states.constants, *of_batch, adjusted.policy.memory_size, reading)
+            adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
             steps.append((adjusted, step, masked[rows]))
         allowed, rules = score, batch.rules._replace(parameter=parameter)
@@ -258,3 +246,58 @@ class CanvasSampler:
             if policy.memory_size:
                 states.policy_memory[slots, :width, : policy.memory_size] = step.memory
         return canvas, confidence.masked_fill(~masked, NO_CONFIDENCE), result
+
+    def _cut_blocks(self, batch: DenoiseBatch, proposals: Proposals) -> DenoiseBatch:
+        """The step with the blocks that are entered as long as their cutters say; positions behind them are left."""
+        states, blocks, width = self.states, batch.blocks, batch.blocks.canvas_index.shape[1]
+        token, score = proposals.to_grids(*blocks.canvas_index.shape)
+        score.masked_fill_(~states.masked[blocks.slots, :width], NO_CONFIDENCE)
+        num_output_positions = blocks.num_output_positions.clone()
+        place = torch.arange(width, device=score.device)
+        for one in batch.cut:
+            step = self._step(one, states.cut_constants, score, batch.rules.parameter, token, blocks.end_token_ids)
+            length = one.cutter.cut(step).clamp(1, width).to(torch.int32)
+            states.block_limit[one.slots] = length
+            states.masked[one.slots, :width] &= place < length[:, None]
+            num_output_positions[one.rows] = torch.minimum(num_output_positions[one.rows], length)
+        return replace(batch, blocks=blocks._replace(num_output_positions=num_output_positions))
+
+    def _step(
+        self,
+        of: AdjustedRows | CutRows,
+        constants: torch.Tensor,
+        score: torch.Tensor,
+        parameter: torch.Tensor,
+        token: torch.Tensor,
+        end_token_ids: torch.Tensor,
+        memory_size: int = 0,
+        reading: torch.Tensor | None = None,
+    ) -> Step:
+        """What the requests of a policy or cutter see of a step.
+
+        Args:
+            of: The requests.
+            constants: float32 ``[slots, 8]``.
+            score, parameter, token, end_token_ids: Of the whole batch.
+            memory_size: Numbers that are kept of each position.
+            reading: See ``policies.Step``.
+        """
+        states, rows, slots = self.states, of.rows, of.slots
+        own = score[rows]
+        return Step(
+            own,
+            parameter[rows],
+            constants[slots],
+            states.policy_state[slots],
+            of.step_index,
+            own.clone(),
+            token[rows],
+            own != NO_CONFIDENCE,
+            states.policy_memory[slots, : own.shape[1], :memory_size],
+            own.new_zeros(*own.shape, MAX_READINGS) if reading is None else reading,
+            states.policy_carry[slots],
+            of.block_index,
+            of.num_left,
+            of.num_positions,
+            end_token_ids[rows],
+        )

@@ -7,7 +7,7 @@ that runs beside the engine's own copy of the output. Schedules come from the en
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +20,16 @@ from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.policies import POLICIES
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Policy
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.policies import POLICIES, Schedule
+from vllm_osdt.policies.adablock import ADABLOCK
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
 
 MAX_END_TOKENS = 8  # of a request that its blocks are searched for
 RUN_AHEAD_SHARE = 0.75  # of a step's blocks that should go on, for another step to be launched behind it
+# index + 1 in HostTables.cuts
+CUTTERS: tuple[Cutter, ...] = (ADABLOCK, *(policy for policy in POLICIES.values() if policy.cuts_blocks))
 ADJUSTING = tuple(name for name, policy in POLICIES.items() if policy.adjusts)  # index + 1 in HostTables.adjusts
 
 
@@ -82,6 +86,9 @@ class HostTables(NamedTuple):
     filters_confidence: np.ndarray  # bool, its confidence is the proposal's share of what is left
     num_logprobs: np.ndarray  # int32, log probabilities of each token besides its own; -1: none at all
     pinned: np.ndarray  # bool [slots, row_length], positions of the canvas that the request gives
+    cuts: np.ndarray  # int8, what says how long its blocks are: place in CUTTERS, from 1; 0: nothing
+    block_limit: np.ndarray  # int32, positions of the active block where that is cut; 0: not known yet
+    is_dual: np.ndarray  # bool, its steps between refreshes compute the active block alone
 
 
 class CanvasStates:
@@ -112,12 +119,18 @@ class CanvasStates:
         self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
         self.policy_carry = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self.cut_constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
+        self.block_limit = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)  # as HostTables.block_limit
         self.policy_memory = torch.zeros(
             max_num_reqs, MAX_BLOCK_LENGTH, 0, device=device
         )  # of positions; grows when asked for
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
         self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
+        self._limit_host = self.block_limit if is_host else torch.zeros_like(self.block_limit, device="cpu")
+        if not is_host:
+            self._limit_host = self._limit_host.pin_memory()
+        self._limit_pending = False
         self._copied = None if is_host else torch.cuda.Event()
         self._copy_pending: np.ndarray | None = None  # slots
         self._copy_width = 0
@@ -160,6 +173,9 @@ class CanvasStates:
             filters_confidence=np.zeros(max_num_reqs, dtype=bool),
             num_logprobs=np.full(max_num_reqs, -1, dtype=np.int32),
             pinned=np.zeros((max_num_reqs, row_length), dtype=bool),
+            cuts=np.zeros(max_num_reqs, dtype=np.int8),
+            block_limit=self.block_limit.numpy() if is_host else np.zeros(max_num_reqs + 1, dtype=np.int32),
+            is_dual=np.zeros(max_num_reqs, dtype=bool),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -209,12 +225,29 @@ class CanvasStates:
         policy = assignment.policy or options.policy
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
         host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
+        host.is_dual[slot] = options.cache_mode == "dual"
+        self._set_cutter(slot, options, POLICIES[policy], schedule)
         if host.adjusts[slot]:
-            constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
-            constants[: len(schedule.constants)] = schedule.constants
-            self.constants[slot] = to_device(constants, self.device)
+            self.constants[slot] = self._constants(schedule.constants)
             self.policy_carry[slot] = 0.0
             self._make_room(POLICIES[policy])
+
+    def _constants(self, values: Sequence[float]) -> torch.Tensor:
+        """Numbers of a request, float32 ``[8]``."""
+        constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
+        constants[: len(values)] = values
+        return to_device(constants, self.device)
+
+    def _set_cutter(self, slot: int, options: DecodingOptions, policy: Policy, schedule: Schedule) -> None:
+        """Fill in what says how long a request's blocks are."""
+        cutter: Cutter | None = policy if policy.cuts_blocks else None
+        if options.adablock:
+            cutter = ADABLOCK
+        self.host.cuts[slot] = 0
+        if cutter is not None:
+            self.host.cuts[slot] = CUTTERS.index(cutter) + 1
+            constants = ADABLOCK.constants(options) if cutter is ADABLOCK else schedule.constants
+            self.cut_constants[slot] = self._constants(constants)
 
     def _make_room(self, policy: Policy) -> None:
         """Have memory for what a policy keeps of each position; what others keep is kept."""
@@ -232,7 +265,7 @@ class CanvasStates:
             host.block_length[slot] = 0
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
-            host.adjusts[slot] = 0
+            host.adjusts[slot] = host.cuts[slot] = 0
             host.is_shaped[slot] = host.has_grammar[slot] = False
             host.num_logprobs[slot] = -1
 
@@ -259,6 +292,9 @@ class CanvasStates:
             self._copied.synchronize()  # long done: the engine has read the output of that step
             slots_of_copy, width = self._copy_pending, self._copy_width
             self.host.masked[slots_of_copy, :width] = self._masked_host[: slots_of_copy.size, :width].numpy()
+            if self._limit_pending:
+                self.host.block_limit[slots_of_copy] = self._limit_host[: slots_of_copy.size].numpy()
+                self._limit_pending = False
             self._copy_pending = None
         is_new = np.empty(slots.size, dtype=bool)
         _enter_blocks(self.host, slots, block_start, num_active, is_new)
@@ -304,7 +340,7 @@ class CanvasStates:
         """
         host = self.host
         steps = host.step[slots]
-        if (host.is_recorded[slots] | host.reports_confidence[slots]).any():
+        if (host.is_recorded[slots] | host.reports_confidence[slots] | (host.cuts[slots] > 0)).any():
             return False
         if not (steps.all() and num_active.all()) or host.sub_block_length[slots].any():
             return False
@@ -316,15 +352,21 @@ class CanvasStates:
         self._seen[slots] = np.stack([host.block_start[slots], steps, left], axis=1)
         return bool((left * num_steps > removed).mean() >= RUN_AHEAD_SHARE)
 
-    def copy_masks_to_host(self, slots_np: np.ndarray, masks: torch.Tensor, width: int) -> None:
+    def copy_masks_to_host(
+        self, slots_np: np.ndarray, masks: torch.Tensor, width: int, limit: torch.Tensor | None = None
+    ) -> None:
         """Start copying the masks that a step left; :meth:`begin_step` picks them up.
 
         Args:
             slots_np: ``[num_reqs]`` slots, on the host.
             masks: bool ``[num_reqs or more, MAX_BLOCK_LENGTH]`` of those slots, on the device.
             width: Longest block among them.
+            limit: int32 ``[num_reqs or more]``, how long the blocks are, where some have been cut.
         """
         self._masked_host[: slots_np.size].copy_(masks[: slots_np.size], non_blocking=True)
+        if limit is not None:
+            self._limit_host[: slots_np.size].copy_(limit[: slots_np.size], non_blocking=True)
+            self._limit_pending = True
         assert self._copied is not None
         self._copied.record()
         self._copy_pending, self._copy_width = slots_np, width
@@ -340,7 +382,7 @@ def _enter_blocks(
         is_new[req] = num_active[req] > 0 and host.block_start[slot] != block_start[req]
         host.step[slot] += num_active[req] > 0
         if is_new[req]:
-            host.block_start[slot], host.step[slot] = block_start[req], 0
+            host.block_start[slot], host.step[slot], host.block_limit[slot] = block_start[req], 0, 0
             size = min(host.block_length[slot], num_active[req])
             for k in range(host.masked.shape[1]):
                 host.masked[slot, k] = k < size and not host.pinned[slot, block_start[req] + k]

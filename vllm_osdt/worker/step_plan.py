@@ -11,8 +11,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
 from vllm_osdt.policies import POLICIES, Policy
+from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.grammar import GrammarRows
-from vllm_osdt.worker.slots import ADJUSTING, CanvasStates, HostTables
+from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
 TOP_K = int(Rule.TOP_K)
@@ -63,6 +64,18 @@ class ReadRows(NamedTuple):
     shaped_np: np.ndarray
 
 
+class CutRows(NamedTuple):
+    """The requests whose blocks are cut in a step, of one cutter; S of them."""
+
+    cutter: Cutter
+    rows: torch.Tensor  # int64 [S], which of the batch's requests
+    slots: torch.Tensor  # int64 [S]
+    step_index: torch.Tensor  # int64 [S], as in policies.Step, like the rest
+    block_index: torch.Tensor  # int64 [S]
+    num_left: torch.Tensor  # int64 [S]
+    num_positions: torch.Tensor  # int64 [S]
+
+
 class AdjustedRows(NamedTuple):
     """The requests of a policy that adjusts its steps; S of them, see ``policies.Step``."""
 
@@ -94,6 +107,8 @@ class DenoiseBatch:
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
         adjusted: The requests whose policy adjusts the step, by policy.
+        has_cuts: Whether the blocks of some requests are, or will be, shorter than ``block_length``.
+        cut: The requests whose blocks are cut in this step, by cutter.
         recorded_np: int64 ``[C]``, on the host: which of the batch's requests calibrate or have a grammar.
         recorded: The same on the device, None where none does.
         shaped: Rows whose logits are changed before a token is proposed; None without any.
@@ -116,6 +131,8 @@ class DenoiseBatch:
     by_entropy: torch.Tensor | None
     edit_threshold: torch.Tensor | None
     adjusted: list[AdjustedRows]
+    has_cuts: bool
+    cut: list[CutRows]
     recorded_np: np.ndarray
     recorded: torch.Tensor | None
     shaped: LogitRows | None = None
@@ -250,10 +267,20 @@ def step_rows(
     num_active = np.where(decides_first & (num_drafts == 0), block_length, np.minimum(block_length, num_drafts))
     states.begin_step(slots, block_start, num_active)
     rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first)
+    if host.cuts[slots].any():
+        rows = _without_rows_behind_blocks(host, rows)
     if host.sub_block_cache[slots].any():
         rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
         skip_cached_rows(host, rows)
     return rows
+
+
+def _without_rows_behind_blocks(host: HostTables, rows: StepRows) -> StepRows:
+    """The rows of a step without those behind blocks that have been cut, where the block alone is computed."""
+    limit = np.where(host.cuts[rows.slots] > 0, host.block_limit[rows.slots], 0)
+    num_active = np.where(limit > 0, np.minimum(rows.num_active, limit), rows.num_active)
+    is_block_alone = host.is_dual[rows.slots] & (rows.start == rows.block_start) & (rows.num_active == rows.num_rows)
+    return rows._replace(num_active=num_active, num_rows=np.where(is_block_alone, num_active, rows.num_rows))
 
 
 @compiled()
@@ -395,6 +422,8 @@ class DenoisePlan(NamedTuple):
     is_active: np.ndarray  # bool [R]
     step: np.ndarray  # int64 [R], denoising steps that the block has seen before
     policies: list[Policy]  # that adjust the step
+    cutters: list[Cutter]  # that cut blocks in this step
+    has_cuts: bool  # whether some request has a cutter
     recorded: np.ndarray  # int64 [C], requests that calibrate or have a grammar
     arrays: dict[str, np.ndarray]  # for the device
     shaped_slots: np.ndarray  # int64 [S], of the rows whose logits are changed
@@ -434,7 +463,16 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     temperature = host.temperature[slots]
     is_shaped, num_scores = host.is_shaped[slots], host.num_logprobs[slots]
     is_scored = num_scores >= 0
-    policies, of_policies = _adjusting(states, slots, step, is_active & ~decides_first)
+    takes_part = is_active & ~decides_first
+    policies, of_policies = _adjusting(states, slots, step, takes_part)
+    cuts = host.cuts[slots]
+    cutters: list[Cutter] = []
+    if cuts.any():
+        is_due = takes_part & (cuts > 0) & (host.block_limit[slots] == 0)
+        for number in np.unique(cuts[is_due]).tolist():
+            own = _arrays_of_requests(states, slots, step, np.flatnonzero(is_due & (cuts == number)))
+            of_policies |= {f"cut_{name}_{len(cutters)}": array for name, array in own.items()}
+            cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
     read_slots: dict[int, np.ndarray] = {}
     reads = host.reads_logits[slots] & is_active & ~decides_first
@@ -477,6 +515,8 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         is_active,
         step,
         policies,
+        cutters,
+        bool(cuts.any()),
         recorded,
         arrays | of_policies,
         shaped_slots,
@@ -520,17 +560,21 @@ def _adjusting(
     arrays: dict[str, np.ndarray] = {}
     if policy_of.any():
         for number in np.unique(policy_of[policy_of > 0]).tolist():
-            rows = np.flatnonzero(policy_of == number)
-            own = slots[rows]
-            block = (host.block_start[own] - host.canvas_start[own]) // host.block_length[own]
-            left, positions = np.empty(own.size, dtype=np.int64), np.empty(own.size, dtype=np.int64)
-            _count_left(host, own, states.is_block_causal, left, positions)
-            of_policy = {"rows": rows, "slots": own, "step": step[rows], "block": block}
-            of_policy |= {"left": left, "positions": positions}
-            for name, array in of_policy.items():
-                arrays[f"adjusted_{name}_{len(policies)}"] = array
+            of_policy = _arrays_of_requests(states, slots, step, np.flatnonzero(policy_of == number))
+            arrays |= {f"adjusted_{name}_{len(policies)}": array for name, array in of_policy.items()}
             policies.append(POLICIES[ADJUSTING[number - 1]])
     return policies, arrays
+
+
+def _arrays_of_requests(
+    states: CanvasStates, slots: np.ndarray, step: np.ndarray, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What ``policies.Step`` says of some of a step's requests, which it numbers ``rows``; in the order of fields."""
+    host, own = states.host, slots[rows]
+    block = (host.block_start[own] - host.canvas_start[own]) // host.block_length[own]
+    left, positions = np.empty(own.size, dtype=np.int64), np.empty(own.size, dtype=np.int64)
+    _count_left(host, own, states.is_block_causal, left, positions)
+    return {"rows": rows, "slots": own, "step": step[rows], "block": block, "left": left, "positions": positions}
 
 
 @compiled()
@@ -546,6 +590,8 @@ def _count_left(
         # A block-causal model's first block may begin in the prompt: it ends on the grid.
         offset = start - host.canvas_start[slot]
         behind = start + length - (offset % length if is_block_causal else 0)
+        if host.cuts[slot] and host.block_limit[slot]:
+            behind = start + host.block_limit[slot]
         positions[req] = end - max(host.prompt_end[slot], host.canvas_start[slot])
         left[req] = 0
         for k in range(host.masked.shape[1]):
@@ -556,7 +602,7 @@ def _count_left(
 
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {}, _NONE, _NONE, -1, {})
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {})
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -587,6 +633,8 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         by_entropy=sent.get("by_entropy"),
         edit_threshold=sent.get("edit_threshold"),
         adjusted=[_adjusted_rows(policy, number, plan, sent) for number, policy in enumerate(plan.policies)],
+        has_cuts=plan.has_cuts,
+        cut=[CutRows(cutter, *_of_requests(sent, "cut", number)) for number, cutter in enumerate(plan.cutters)],
         recorded_np=plan.recorded,
         recorded=sent.get("recorded"),
         shaped=_logit_rows("shaped", plan.shaped_slots, plan.arrays, sent),
@@ -602,9 +650,18 @@ def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
         read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])
-    names = ("rows", "slots", "step", "block", "left", "positions")
-    rows, slots, step, block, left, positions = (sent[f"adjusted_{name}_{number}"] for name in names)
-    return AdjustedRows(policy, rows, slots, step, block, left, positions, read)
+    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read)
+
+
+OfRequests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _of_requests(sent: Mapping[str, torch.Tensor], kind: str, number: int) -> OfRequests:
+    """:func:`_arrays_of_requests` on the device."""
+    rows, slots, step, block, left, positions = (
+        sent[f"{kind}_{name}_{number}"] for name in ("rows", "slots", "step", "block", "left", "positions")
+    )
+    return rows, slots, step, block, left, positions
 
 
 def _logit_rows(
