@@ -21,6 +21,7 @@ from vllm_osdt.policies.fixed_steps import FixedSteps
 from vllm_osdt.policies.hierarchical import Hierarchical
 from vllm_osdt.policies.joint_bound import JointBound
 from vllm_osdt.policies.local_leap import LocalLeap
+from vllm_osdt.policies.multi_block import MultiBlock
 from vllm_osdt.policies.nemotron_bound import NemotronBound
 from vllm_osdt.policies.osdt import OSDT
 from vllm_osdt.policies.static_threshold import StaticThreshold
@@ -39,14 +40,15 @@ OWN: tuple[type[Policy], ...] = (
     EntropyThreshold,
     LocalLeap,
     BACD,
+    CadLLM,
+    ETE,
+    MultiBlock,
     ConfidenceAdaptive,
     Dimple,
     Hierarchical,
     NemotronBound,
     Streaming,
     WeDLM,
-    CadLLM,
-    ETE,
     FixedSteps,
 )
 

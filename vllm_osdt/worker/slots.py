@@ -224,9 +224,9 @@ class CanvasStates:
             self.observed.add(new.req_id)
         policy = assignment.policy or options.policy
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
-        host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         host.is_dual[slot] = options.cache_mode == "dual"
         self._set_cutter(slot, options, POLICIES[policy], schedule)
+        host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
             self.policy_carry[slot] = 0.0
