@@ -601,8 +601,8 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     """Refuse what only other model families have; fill in this one's sub-blocks.
 
     Raises:
-        InvalidOptionError: A canvas length, refreshes, token editing or sub-blocks on a model without, or sub-blocks
-            that do not fit a block.
+        InvalidOptionError: A canvas length, refreshes, token editing or sub-blocks on a model without, sub-blocks that
+            do not fit a block, or a policy that does not go with them.
     """
     if options.gen_length is not None and traits.is_block_causal:
         raise InvalidOptionError(
@@ -651,11 +651,11 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="steps" if options.steps else "steps_per_block",
             value=steps,
         )
-    if own is not None and not POLICIES[options.policy].has_sub_blocks:
+    if POLICIES[options.policy].needs_whole_blocks and (own is not None or options.adablock):
+        reason = "adablock cuts blocks" if own is None else "this model decides the sub-blocks of a block one by one"
         raise InvalidOptionError(
-            f"policy is {options.policy!r}, whose schedule is one of whole blocks, but this model decides the "
-            "sub-blocks of a block one after the other: choose another policy.",
-            refusal="sub-blocks-policy",
+            f"policy is {options.policy!r}, whose schedule is one of whole blocks, but {reason}: choose another.",
+            refusal="whole-blocks",
             parameter="policy",
             value=options.policy,
         )

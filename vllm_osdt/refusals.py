@@ -128,8 +128,10 @@ REFUSALS = {
     "sub-blocks-divide": Refusal(
         "`osdt_sub_block_length`", "It does not divide `osdt_block_length`.", "Send a divisor."
     ),
-    "sub-blocks-policy": Refusal(
-        "`osdt_policy`", "`dimple`, on a model with sub-blocks: its schedule is one of blocks.", "Send another policy."
+    "whole-blocks": Refusal(
+        "`osdt_policy`",
+        "`dimple`, on a model with sub-blocks or with `osdt_adablock`: its schedule is one of whole blocks.",
+        "Send another policy.",
     ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",

@@ -126,12 +126,14 @@ class Hierarchical(Plain):
 
 
 class Streaming(Plain):
-    def __init__(self, tau, relaxation, length=WIDTH):
+    def __init__(self, tau, relaxation):
         super().__init__()
-        self.tau, self.relaxation, self.length = tau, relaxation, length
+        self.tau, self.relaxation = tau, relaxation
 
     def choose(self, step, masked):
-        tau = self.tau * (1 - self.relaxation * (1 - len(masked) / self.length))
+        if step == 0:
+            self.total = len(masked)
+        tau = self.tau * (1 - self.relaxation * (1 - len(masked) / self.total))
         return [i for i, c in masked.items() if c >= tau] or best_first(masked)[:1]
 
 
@@ -317,6 +319,8 @@ def test_options_that_contradict_each_other_are_refused():
         parse(policy="confidence_adaptive", adaptive_entropy=0.3, threshold=0.5)
     with pytest.raises(InvalidOptionError, match=r"policy is 'dimple', whose schedule is one of whole blocks"):
         validate_for_family(parse(policy="dimple"), Traits(32, 1, sub_block_length=8))
+    with pytest.raises(InvalidOptionError, match="adablock cuts blocks"):
+        validate_for_family(parse(policy="dimple", adablock=True), Traits(32, 1))
     base = DecodingOptions(policy="confidence_adaptive", adaptive_entropy=0.3)
     assert parse(threshold=0.5).adaptive_entropy is None  # the request's own form
     assert parse(max_unmask=3).adaptive_entropy == 0.3

@@ -185,9 +185,10 @@ class Policy(ABC):
             logits, so that each step multiplies with the output weight once more.
         num_steps_before: How many steps before; each but the first is one more multiplication.
         memory_size: Numbers that it keeps of each position of the active block.
+        needs_whole_blocks: Whether its schedule is one of blocks as long as ``block_length``. Refused for models with
+            sub-blocks, and where blocks are cut.
         cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
             ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
-        has_sub_blocks: Whether it means something to blocks whose sub-blocks are decided one after the other.
     """
 
     name: ClassVar[str]
@@ -198,8 +199,8 @@ class Policy(ABC):
     reads_step_before: ClassVar[bool] = False
     num_steps_before: ClassVar[int] = 1
     memory_size: ClassVar[int] = 0
+    needs_whole_blocks: ClassVar[bool] = False
     cuts_blocks: ClassVar[bool] = False
-    has_sub_blocks: ClassVar[bool] = True
 
     def calibrates(self, options: Any) -> bool:
         """Whether requests of a task share a calibration profile, whose thresholds :meth:`schedule` is given.

@@ -57,7 +57,7 @@ class Dimple(Policy):
     Options = DimpleOptions
     adjusts = True
     reads_logits = True
-    has_sub_blocks = False
+    needs_whole_blocks = True
 
     def needs_logits(self, options: DimpleOptions) -> bool:
         """Margins and entropies are read off them."""

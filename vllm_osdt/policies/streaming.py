@@ -5,8 +5,7 @@ threshold x (1 - ``relaxation`` x (1 - r)), and equality passes; at least the mo
 0.9 and 0.6, and finds that more relaxation costs quality; the authors' code has 0.3 (xiaoshideta/Streaming-dLLM).
 
 Deviations: in the authors' code r is the masked share of the block and of the window behind it, and 1 in a block's
-first step. Here it is that of the block, or of the sub-block; positions of the prompt, of a template, and behind the
-end of the context count as decided.
+first step. Here it is the share of the masks with which the block, or the sub-block, began.
 """
 
 from dataclasses import dataclass
@@ -39,10 +38,15 @@ class Streaming(Policy):
 
     def schedule(self, options: StreamingOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` lowers the parameter."""
-        constants = (options.relaxation, shape.sub_block_length or shape.block_length)
+        constants = (options.relaxation, shape.decides_first_alone)
         return constant(shape, Rule.THRESHOLD, threshold_of(options, shape), constants)
 
     def adjust(self, step: Step) -> None:
-        """Lower the threshold."""
-        relaxation, length = step.constants[:, :2].unbind(dim=1)
-        step.parameter.mul_(1.0 - relaxation * (1.0 - step.is_open.sum(dim=1) / length))
+        """Lower the threshold; ``step.state`` has the most masks that were left."""
+        import torch  # late: options are read without it
+
+        relaxation, is_first_alone = step.constants[:, :2].unbind(dim=1)
+        left, most = step.is_open.sum(dim=1), step.state[:, 0]
+        # A block's first position may have had a step alone.
+        most.copy_(torch.where(most > 0, most.maximum(left), left + is_first_alone))
+        step.parameter.mul_(1.0 - relaxation * (1.0 - left / most.clamp(min=1)))
