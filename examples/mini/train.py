@@ -18,9 +18,10 @@ from torch import Tensor
 
 from examples.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
 from examples.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, beside_stale_cache
-from vllm_osdt.mini import tasks_of
-from vllm_osdt.mini.tasks import TEXT_TASKS, generate, tasks_beside
+from vllm_osdt.mini import gen_length_of, tasks_of
+from vllm_osdt.mini.tasks import LIST_TASKS, TEXT_TASKS, generate, tasks_beside
 from vllm_osdt.mini.tasks.base import tokenize
+from vllm_osdt.mini.tasks.lists import ITEMS
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
 from vllm_osdt.mini.tasks.stories import KINDS
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_vocabulary, save_tokenizer
@@ -44,11 +45,13 @@ NUM_STATES = 2
 NUM_BLOCK_STATES = 1
 # Share of each task in a step.
 TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stories": 1.0}
+TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.08) | {"latin_square": 0.2}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
 CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
 TEXT_CANVAS_LENGTHS = {96: 0.15}
+LIST_CANVAS_LENGTHS = {64: 0.1}
 EMA_DECAY = 0.99
 # Of the learning rate, for each of make_optimizers.
 LEARNING_RATE_SHARES = (1.0, 0.5)
@@ -81,9 +84,12 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
 
 
 @functools.cache
-def dependent_ids(is_text: bool) -> np.ndarray:
-    """Ids of the tokens that depend on others."""
-    if is_text:
+def dependent_ids(task: str) -> np.ndarray:
+    """Ids of the tokens of a task that depend on others."""
+    if task in LIST_TASKS:
+        vocabulary = build_vocabulary(tuple(LIST_TASKS))
+        return np.array([vocabulary[item] for item in ITEMS])
+    if task in TEXT_TASKS:
         vocabulary = build_vocabulary(tuple(TEXT_TASKS))
         return np.array([vocabulary[word] for kind in KINDS for word in (kind.usual, kind.odd)])
     numbers = [token for token in build_vocabulary() if token.isdigit()]
@@ -111,32 +117,37 @@ def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray
     return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
 
 
-def weights_of(canvas: np.ndarray, lengths: np.ndarray, is_text: bool) -> tuple[np.ndarray, np.ndarray]:
+def weights_of(canvas: np.ndarray, lengths: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
     """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
-    is_dependent = np.isin(canvas, dependent_ids(is_text))
-    weights = np.where(is_dependent, KIND_WEIGHT if is_text else DEPENDENT_WEIGHT, weights)
-    if is_text:
+    is_dependent = np.isin(canvas, dependent_ids(task))
+    weights = np.where(is_dependent, KIND_WEIGHT if task in TEXT_TASKS else DEPENDENT_WEIGHT, weights)
+    if task in TEXT_TASKS or task in LIST_TASKS:
         return weights, is_dependent
     weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
     return weights, is_dependent
 
 
-def draw_batch(
-    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
-) -> Batch:
+def longer_canvases(task: str) -> dict[int, float]:
+    """Canvas lengths beside the shortest that fits, and the chance of each."""
+    if task in LIST_TASKS:
+        return LIST_CANVAS_LENGTHS
+    return TEXT_CANVAS_LENGTHS if task in TEXT_TASKS else CANVAS_LENGTHS
+
+
+def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int, task: str) -> Batch:
     """Draws problems of one prompt length and a view of them."""
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)
     prompts, answers, lengths = prompts[rows], answers[rows], lengths[rows]
     fitting = -(-int(lengths.max()) // block_length) * block_length
-    longer = TEXT_CANVAS_LENGTHS if is_text else CANVAS_LENGTHS
+    longer = longer_canvases(task)
     wanted = rng.choice([fitting, *longer], p=[1 - sum(longer.values()), *longer.values()])
     canvas_length = max(fitting, int(wanted))
     canvas = np.full((size, canvas_length), EOS_ID, dtype=np.int64)
     canvas[:, : answers.shape[1]] = answers[:, :canvas_length]
-    weights, is_dependent = weights_of(canvas, lengths, is_text)
+    weights, is_dependent = weights_of(canvas, lengths, task)
     view = rng.choice(list(VIEWS), p=list(VIEWS.values()))
     blocks = np.arange(canvas_length) // block_length
     active = rng.integers(lengths // block_length + 1)
@@ -170,7 +181,7 @@ def draw_batch(
 
 
 def draw_block_causal_batch(
-    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
+    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, task: str
 ) -> Batch:
     """Draws problems of one prompt length and masked states of their blocks.
 
@@ -187,9 +198,7 @@ def draw_block_causal_batch(
     canvas[:, :prompt_length] = prompts
     canvas[:, prompt_length:][:, : answers.shape[1]] = answers[:, : length - prompt_length]
     weights, is_dependent = np.zeros(canvas.shape), np.zeros(canvas.shape, dtype=bool)
-    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(
-        canvas[:, prompt_length:], lengths, is_text
-    )
+    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(canvas[:, prompt_length:], lengths, task)
 
     shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
@@ -214,6 +223,7 @@ CONFIGS = {
     "llada-mini": functools.partial(MiniConfig),
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
     "text-mini": functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352),
+    "lists-mini": functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352),
 }
 
 
@@ -270,7 +280,7 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     device, folder = torch.device(options.device), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = tasks_of(options.model)
+    tasks, gen_length = tasks_of(options.model), gen_length_of(options.model)
     model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary(tasks)), EOS_ID, MASK_ID))
     draw = DRAW[model.config.family]
     model.initialize()
@@ -292,9 +302,8 @@ def train(options: argparse.Namespace) -> None:
                 group["lr"] = share * options.learning_rate * learning_rate_factor(step, options.steps)
         total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
-            batch = draw(
-                rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length, task in TEXT_TASKS
-            )
+            size = max(1, round(options.batch * TASK_SHARES[task]))
+            batch = draw(rng, groups, size, model.config.block_length, task)
             loss, share = loss_of(model, batch.to(device))
             token_accuracy[task] = round(share, 4)
             (loss * TASK_SHARES[task]).backward()
@@ -314,7 +323,7 @@ def train(options: argparse.Namespace) -> None:
                 export(model, averages, folder / "snapshots" / f"{step + 1:05d}", options.model)
             held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in tasks}
             entry["decoded_accuracy"] = {
-                task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD)).accuracy
+                task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD), gen_length).accuracy
                 for task, problems in held_out.items()
             }
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
