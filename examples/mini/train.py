@@ -219,11 +219,13 @@ def draw_block_causal_batch(
 
 
 DRAW = {"llada": draw_batch, "sdar": draw_block_causal_batch}
+SMALL = functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352)
 CONFIGS = {
     "llada-mini": functools.partial(MiniConfig),
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
-    "text-mini": functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352),
-    "lists-mini": functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352),
+    "text-mini": SMALL,
+    "lists-mini": SMALL,
+    "sdar-lists-mini": functools.partial(SMALL, family="sdar", block_length=8),
 }
 
 

@@ -33,6 +33,13 @@ from vllm_osdt.mini.tasks.lists import (
 )
 
 CLEAR_TASKS = tuple(task for task in LIST_TASKS if task not in OPEN_TASKS)
+# Static threshold -> tasks that it breaks; no threshold breaks `remove_random`, whose likeliest tokens are an answer.
+BROKEN = {
+    ONE_PER_STEP: (),
+    0.9: (),
+    0.7: ("replace_random",),
+    0.3: ("shuffle", "latin_square", "insert_random", "replace_random"),
+}
 LIST = ("cat", "ant", "dog", "bear")
 # Problem, valid answers, answers that are not.
 CASES = [
@@ -182,6 +189,31 @@ def test_the_likeliest_tokens_replace_nothing_and_lose_the_inserted_item(number)
 def test_the_likeliest_tokens_remove_one_item(number):
     problem = RemoveRandom("", ITEMS[:number], "owl", None)
     assert check(problem, " ".join(token for token, _ in modes(problem)))
+
+
+def decode_exactly(problem, threshold):
+    """Decodes with the exact chance of every token, as a perfect model would; ties are broken at random."""
+    rng, answers = random.Random(problem.prompt), problem.answers()
+    decided = {}
+    while len(decided) < len(answers[0]):
+        # After tokens that no answer has together any answer is as good.
+        possible = [one for one in answers if all(one[place] == token for place, token in decided.items())] or answers
+        proposals = []
+        for place in set(range(len(answers[0]))).difference(decided):
+            counts = Counter(answer[place] for answer in possible)
+            token = max(counts, key=lambda token: (counts[token], rng.random()))
+            proposals.append((counts[token] / len(possible), rng.random(), place, token))
+        accepted = [one for one in proposals if one[0] >= threshold] or [max(proposals)]
+        decided |= {place: token for _, _, place, token in accepted}
+    return " ".join(decided[place] for place in sorted(decided))
+
+
+@pytest.mark.parametrize("task", OPEN_TASKS)
+@pytest.mark.parametrize(("threshold", "broken"), BROKEN.items())
+def test_a_perfect_model_breaks_the_tasks_whose_positions_a_threshold_decides_apart(task, threshold, broken):
+    problems = generate(task, "held_out", 30, 2)
+    num_valid = sum(check(problem, decode_exactly(problem, threshold)) for problem in problems)
+    assert num_valid <= 18 if task in broken else num_valid == 30
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 The trainer is in `examples/mini` of the repository.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_osdt.mini.tasks import LIST_TASKS, TASKS, TEXT_TASKS
@@ -10,8 +11,8 @@ from vllm_osdt.mini.tasks import LIST_TASKS, TASKS, TEXT_TASKS
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 MODELS = ("llada-mini", "sdar-mini", "text-mini", "lists-mini")
 # Models of other tasks than `TASKS`, and of another canvas than GEN_LENGTH.
-TASKS_OF = {"text-mini": TEXT_TASKS, "lists-mini": LIST_TASKS}
-GEN_LENGTHS = {"text-mini": 64, "lists-mini": 32}
+TASKS_OF: dict[str, Iterable[str]] = {"text-mini": TEXT_TASKS, "lists-mini": LIST_TASKS, "sdar-lists-mini": LIST_TASKS}
+GEN_LENGTHS = {"text-mini": 64, "lists-mini": 32, "sdar-lists-mini": 32}
 GEN_LENGTH = 96
 
 
