@@ -40,12 +40,15 @@ DEPENDENT_SHARE = 0.4
 # What a batch shows the model: masks anywhere; what decoding meets without a cache (clear blocks, the active one,
 # masked blocks); the same with a stale cache, and how many states of the active block stand beside it.
 VIEWS = {"anywhere": 0.25, "exact": 0.25, "stale": 0.5}
+LIST_VIEWS = {"anywhere": 0.05, "exact": 0.15, "stale": 0.8}
 NUM_STATES = 2
 # Masked states of each block that a block-causal model sees at once.
 NUM_BLOCK_STATES = 1
 # Share of each task in a step.
 TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stories": 1.0}
-TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.08) | {"latin_square": 0.2}
+# Lists with one right answer are learnt soon.
+TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.02)
+TASK_SHARES |= {"insert_random": 0.16, "replace_random": 0.16, "shuffle": 0.18, "latin_square": 0.36}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
@@ -117,6 +120,20 @@ def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray
     return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
 
 
+def item_factors(masked: np.ndarray, is_dependent: np.ndarray, task: str) -> np.ndarray:
+    """Factor of every weight, `[rows, length]`; of items in a list task their number in the row over the masked ones.
+
+    So the last items of a list, which follow from all others, count as much as the first ones, which follow from none.
+
+    Source:
+        The weight 1/t of masked diffusion's likelihood bound (arXiv 2406.07524), with the share that was drawn for t.
+    """
+    if task not in LIST_TASKS:
+        return np.ones(masked.shape)
+    number, asked = is_dependent.sum(1, keepdims=True), (masked & is_dependent).sum(1, keepdims=True)
+    return np.where(masked & is_dependent, number / np.maximum(asked, 1), 1.0)
+
+
 def weights_of(canvas: np.ndarray, lengths: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
     """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
@@ -148,7 +165,8 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
     canvas = np.full((size, canvas_length), EOS_ID, dtype=np.int64)
     canvas[:, : answers.shape[1]] = answers[:, :canvas_length]
     weights, is_dependent = weights_of(canvas, lengths, task)
-    view = rng.choice(list(VIEWS), p=list(VIEWS.values()))
+    views = LIST_VIEWS if task in LIST_TASKS else VIEWS
+    view = rng.choice(list(views), p=list(views.values()))
     blocks = np.arange(canvas_length) // block_length
     active = rng.integers(lengths // block_length + 1)
     if view == "anywhere":
@@ -161,16 +179,19 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
     prompt_length = prompts.shape[1]
     token_ids = torch.from_numpy(np.concatenate((prompts, np.where(masked, MASK_ID, canvas)), axis=1))
     targets = torch.from_numpy(np.concatenate((prompts, canvas), axis=1))
-    asked = F.pad(torch.from_numpy(weights * masked).float(), (prompt_length, 0))
+    weights = weights * masked * item_factors(masked, is_dependent, task)
+    asked = F.pad(torch.from_numpy(weights).float(), (prompt_length, 0))
     if view != "stale":
         return Batch(token_ids, targets, asked)
     inside = np.where(blocks == active[:, None])[1].reshape(size, 1, block_length).repeat(NUM_STATES, axis=1)
     state_is_dependent = np.take_along_axis(is_dependent[:, None], inside, axis=2).reshape(-1, block_length)
-    state_masks = torch.from_numpy(draw_masks(rng, state_is_dependent).reshape(inside.shape))
+    drawn = draw_masks(rng, state_is_dependent)
+    state_factors = torch.from_numpy(drawn * item_factors(drawn, state_is_dependent, task)).float()
+    state_masks = torch.from_numpy(drawn.reshape(inside.shape))
     states = torch.from_numpy(np.take_along_axis(canvas[:, None], inside, axis=2))
     starts = torch.from_numpy(prompt_length + active * block_length)
     token_ids, positions, visible = beside_stale_cache(token_ids, starts, states.masked_fill(state_masks, MASK_ID))
-    state_asked = asked.gather(1, positions[:, targets.shape[1] :]) * state_masks.flatten(1)
+    state_asked = asked.gather(1, positions[:, targets.shape[1] :]) * state_factors.view(size, -1)
     return Batch(
         token_ids,
         torch.cat((targets, states.flatten(1)), dim=1),
@@ -202,13 +223,15 @@ def draw_block_causal_batch(
 
     shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
-    masked = torch.from_numpy(draw_masks(rng, of_blocks).reshape(shape))
+    drawn = draw_masks(rng, of_blocks)
+    factors = item_factors(drawn, of_blocks, task).reshape(shape)
+    masked = torch.from_numpy(drawn.reshape(shape))
     masked[..., : prompt_length - start] = False
     clean = torch.from_numpy(canvas)
     targets = clean[:, None, start:].expand(shape)
     states = targets.masked_fill(masked, MASK_ID)
     token_ids, positions, visible = beside_clean_blocks(states, clean, start, block_length)
-    asked = torch.from_numpy(weights[:, None, start:]).float() * masked
+    asked = torch.from_numpy(weights[:, None, start:] * factors).float() * masked
     return Batch(
         token_ids,
         torch.cat((clean, targets.flatten(1)), dim=1),

@@ -22,6 +22,7 @@ from examples.mini.train import (
     draw_batch,
     draw_block_causal_batch,
     encode_pool,
+    item_factors,
     train,
 )
 from vllm_osdt.mini import MODELS, gen_length_of, model_path, tasks_of
@@ -53,6 +54,7 @@ def task_and_groups(request):
 def test_batches_ask_only_for_masked_tokens_of_the_canvas_and_weigh_the_answer(task_and_groups, view, monkeypatch):
     task, groups = task_and_groups
     monkeypatch.setattr(training, "VIEWS", {view: 1.0})
+    monkeypatch.setattr(training, "LIST_VIEWS", {view: 1.0})
     rng = np.random.default_rng(0)
     for _ in range(10):
         batch = draw_batch(rng, groups, 8, BLOCK_LENGTH, task)
@@ -101,6 +103,15 @@ def test_a_block_causal_batch_asks_for_masked_tokens_of_blocks_that_see_finished
         for row in range(0, len(position), 5):
             own = (block == block[row]) & (is_noised == is_noised[row])
             assert torch.equal(visible[row], own | ~is_noised & (block < block[row]))
+
+
+def test_the_last_items_of_a_list_weigh_as_much_as_all_of_them_together():
+    is_dependent = np.array([[True] * 4 + [False] * 2] * 3)
+    masked = np.array([[True] * 6, [False, True, False, False, True, True], [False] * 6])
+    factors = item_factors(masked, is_dependent, "shuffle")
+    assert (factors * masked * is_dependent).sum(1).tolist() == [4.0, 4.0, 0.0]
+    assert (factors[:, 4:] == 1.0).all()
+    assert (item_factors(masked, is_dependent, "code") == 1.0).all()
 
 
 @pytest.mark.parametrize("model", CONFIGS)
