@@ -46,15 +46,15 @@ NUM_STATES = 2
 NUM_BLOCK_STATES = 1
 # Share of each task in a step.
 TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stories": 1.0}
-# Lists with one right answer are learnt soon.
-TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.02)
-TASK_SHARES |= {"insert_random": 0.16, "replace_random": 0.16, "shuffle": 0.18, "latin_square": 0.36}
+# Most lists are learnt soon.
+TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.02) | {"reverse": 0.05, "sort": 0.05}
+TASK_SHARES |= {"insert_random": 0.08, "replace_random": 0.2, "shuffle": 0.1, "latin_square": 0.42}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
 CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
 TEXT_CANVAS_LENGTHS = {96: 0.15}
-LIST_CANVAS_LENGTHS = {64: 0.1}
+LIST_CANVAS_LENGTHS = {32: 0.1}
 EMA_DECAY = 0.99
 # Of the learning rate, for each of make_optimizers.
 LEARNING_RATE_SHARES = (1.0, 0.5)
@@ -247,7 +247,7 @@ CONFIGS = {
     "llada-mini": functools.partial(MiniConfig),
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
     "text-mini": SMALL,
-    "lists-mini": SMALL,
+    "lists-mini": functools.partial(SMALL, block_length=16),
     "sdar-lists-mini": functools.partial(SMALL, family="sdar", block_length=8),
 }
 

@@ -12,7 +12,7 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 MODELS = ("llada-mini", "sdar-mini", "text-mini", "lists-mini")
 # Models of other tasks than `TASKS`, and of another canvas than GEN_LENGTH.
 TASKS_OF: dict[str, Iterable[str]] = {"text-mini": TEXT_TASKS, "lists-mini": LIST_TASKS, "sdar-lists-mini": LIST_TASKS}
-GEN_LENGTHS = {"text-mini": 64, "lists-mini": 32, "sdar-lists-mini": 32}
+GEN_LENGTHS = {"text-mini": 64, "lists-mini": 16, "sdar-lists-mini": 16}
 GEN_LENGTH = 96
 
 
