@@ -23,7 +23,7 @@ LEVELS = (50, 70, 85, 95)  # percent
 RUNS = {
     "llada-mini": ("--steps", "1800", "--evaluate-every", "60"),
     "sdar-mini": ("--steps", "700", "--evaluate-every", "25", "--batch", "64"),
-    "lists-mini": ("--steps", "1400", "--evaluate-every", "50", "--pool", "20000"),
+    "lists-mini": ("--steps", "2600", "--evaluate-every", "50", "--batch", "64", "--pool", "16000"),
 }
 # Those that are made unless others are named.
 USUAL = ("llada-mini", "sdar-mini")
