@@ -37,6 +37,8 @@ DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 BEFORE_PARTS = ("gets", "+")
 # Share of masked blocks in which only dependent tokens are masked: decoding leaves them for last.
 DEPENDENT_SHARE = 0.4
+# Of a list task: share of masked blocks in which neighbours are masked, as the row of a square.
+SPAN_SHARE = 0.4
 # What a batch shows the model: masks anywhere; what decoding meets without a cache (clear blocks, the active one,
 # masked blocks); the same with a stale cache, and how many states of the active block stand beside it.
 VIEWS = {"anywhere": 0.25, "exact": 0.25, "stale": 0.5}
@@ -114,9 +116,15 @@ class Batch:
         return Batch(**{name: part.to(device) for name, part in vars(self).items() if part is not None})
 
 
-def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray:
-    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens."""
+def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray, task: str) -> np.ndarray:
+    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens, or neighbours."""
     masked = rng.random(is_dependent.shape) < 1.0 - rng.random((len(is_dependent), 1))
+    if task in LIST_TASKS:
+        is_answer = is_dependent[:, ::-1].cumsum(1)[:, ::-1] > 0
+        edges = np.sort(rng.random((len(is_dependent), 2)) * is_answer.sum(1, keepdims=True)).astype(int)
+        places = np.arange(is_dependent.shape[1])
+        spans = (places >= edges[:, :1]) & (places <= edges[:, 1:])
+        masked = np.where(rng.random((len(is_dependent), 1)) < SPAN_SHARE, spans, masked)
     return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
 
 
@@ -173,7 +181,7 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
         masked = rng.random(canvas.shape) < 1.0 - rng.random((size, 1))
     else:
         weights = weights * np.where(blocks > active[:, None], LATER_WEIGHT, 1.0)
-        masked = draw_masks(rng, is_dependent) if view == "exact" else np.ones(canvas.shape, dtype=bool)
+        masked = draw_masks(rng, is_dependent, task) if view == "exact" else np.ones(canvas.shape, dtype=bool)
         masked = (blocks == active[:, None]) & masked | (blocks > active[:, None])
 
     prompt_length = prompts.shape[1]
@@ -185,7 +193,7 @@ def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_l
         return Batch(token_ids, targets, asked)
     inside = np.where(blocks == active[:, None])[1].reshape(size, 1, block_length).repeat(NUM_STATES, axis=1)
     state_is_dependent = np.take_along_axis(is_dependent[:, None], inside, axis=2).reshape(-1, block_length)
-    drawn = draw_masks(rng, state_is_dependent)
+    drawn = draw_masks(rng, state_is_dependent, task)
     state_factors = torch.from_numpy(drawn * item_factors(drawn, state_is_dependent, task)).float()
     state_masks = torch.from_numpy(drawn.reshape(inside.shape))
     states = torch.from_numpy(np.take_along_axis(canvas[:, None], inside, axis=2))
@@ -223,7 +231,7 @@ def draw_block_causal_batch(
 
     shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
-    drawn = draw_masks(rng, of_blocks)
+    drawn = draw_masks(rng, of_blocks, task)
     factors = item_factors(drawn, of_blocks, task).reshape(shape)
     masked = torch.from_numpy(drawn.reshape(shape))
     masked[..., : prompt_length - start] = False
