@@ -50,7 +50,7 @@ NUM_BLOCK_STATES = 1
 TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stories": 1.0}
 # Most lists are learnt soon.
 TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.02) | {"reverse": 0.05, "sort": 0.05}
-TASK_SHARES |= {"insert_random": 0.08, "replace_random": 0.2, "shuffle": 0.1, "latin_square": 0.42}
+TASK_SHARES |= {"insert_random": 0.08, "replace_random": 0.22, "shuffle": 0.1, "latin_square": 0.4}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.

@@ -30,6 +30,7 @@ from vllm_osdt.mini.tasks.lists import (
     Reverse,
     Shuffle,
     Sort,
+    squares_of,
 )
 
 CLEAR_TASKS = tuple(task for task in LIST_TASKS if task not in OPEN_TASKS)
@@ -52,16 +53,15 @@ CASES = [
         ["cat ant dog bear", "ant ant dog bear", "ant cat dog"],
     ),
     (
-        LatinSquare("", LIST),
+        LatinSquare("", LIST, ("ant", "cat", "bear", "dog")),
+        ["dog bear cat ant / bear dog ant cat", "bear dog cat ant / dog bear ant cat"],
         [
+            "dog bear cat ant / dog bear cat ant",
+            "dog bear cat ant / bear dog cat ant",
+            "dog bear ant ant / bear dog cat cat",
+            "dog bear cat ant bear dog ant cat",
+            "dog bear cat ant",
             "ant cat bear dog / dog bear cat ant / bear dog ant cat",
-            "bear cat ant dog / dog bear cat ant / ant dog bear cat",
-        ],
-        [
-            "ant cat bear dog / dog bear ant cat / bear dog cat ant / cat ant dog bear",
-            "ant cat bear dog / dog bear cat ant / bear dog cat ant",
-            "cat ant dog bear / ant cat bear dog / dog bear cat ant",
-            "ant cat bear dog dog bear cat ant bear dog ant cat",
         ],
     ),
     (
@@ -108,7 +108,7 @@ def is_valid(problem, tokens):
     if kind == "shuffle":
         return Counter(tokens) == Counter(items) and tokens != items
     if kind == "latin_square":
-        rows = [items, *(row.split() for row in " ".join(tokens).split(ROW_END))]
+        rows = [items, list(problem.second), *(row.split() for row in " ".join(tokens).split(ROW_END))]
         lines = [*rows, *zip(*rows, strict=False)]
         return len(rows) == len(items) and all(sorted(line) == sorted(items) for line in lines)
     if kind == "remove":
@@ -155,8 +155,11 @@ def test_answers_differ_and_as_many_are_valid_as_the_task_leaves_open(task):
     assert list(ITEMS) == sorted(set(ITEMS))
 
 
-def test_a_first_row_has_24_squares():
-    assert len(LatinSquare("", LIST).answers()) == 24
+def test_two_rows_leave_two_or_four_squares_of_24():
+    assert len(squares_of(4)) == 24
+    seconds = {square[1] for square in squares_of(4)}
+    numbers = [len(LatinSquare("", LIST, tuple(LIST[index] for index in second)).answers()) for second in seconds]
+    assert Counter(numbers) == {2: 6, 4: 3}
 
 
 @pytest.mark.parametrize("task", OPEN_TASKS)

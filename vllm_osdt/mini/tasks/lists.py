@@ -8,7 +8,7 @@ import functools
 import itertools
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,24 +93,28 @@ class Shuffle(ListProblem):
         return " ".join(order)
 
 
+@dataclass(frozen=True)
 class LatinSquare(ListProblem):
-    """The other rows of a square in which every row and every column has each item once; the list is its first row."""
+    """The last two rows of a square in which every row and every column has each item once.
+
+    Attributes:
+        items: The first row.
+        second: The second row.
+    """
 
     task = "latin_square"
     wording = "square"
+    second: Answer
 
     def answers(self) -> Sequence[Answer]:
-        """See the base class."""
-        # [row, column] of every square, as indices of the items
-        return [
-            tuple(f" {ROW_END} ".join(" ".join(self.items[index] for index in row) for row in rows).split(" "))
-            for rows in rows_below(len(self.items))
-        ]
+        """See the base class; two or four."""
+        squares = [[tuple(self.items[index] for index in row) for row in rows] for rows in squares_of(len(self.items))]
+        return [(*third, ROW_END, *fourth) for _, second, third, fourth in squares if second == self.second]
 
 
 @functools.cache
-def rows_below(size: int) -> list[tuple[tuple[int, ...], ...]]:
-    """The rows below the first one, 0, 1, 2, ..., of every Latin square that begins with it."""
+def squares_of(size: int) -> list[tuple[tuple[int, ...], ...]]:
+    """The rows of every Latin square whose first row is 0, 1, 2, ..."""
     first = tuple(range(size))
     squares: list[tuple[tuple[int, ...], ...]] = [(first,)]
     for _ in range(size - 1):
@@ -120,7 +124,7 @@ def rows_below(size: int) -> list[tuple[tuple[int, ...], ...]]:
             for row in itertools.permutations(first)
             if all(row[column] not in (above[column] for above in square) for column in first)
         ]
-    return [square[1:] for square in squares]
+    return squares
 
 
 @dataclass(frozen=True)
@@ -206,15 +210,22 @@ class ReplaceRandom(Replace):
     wording = "replace any by {new}"
 
 
-WHOLE = (Copy, Reverse, Sort, Shuffle, LatinSquare)
+WHOLE = (Copy, Reverse, Sort, Shuffle)
 EDITS = (Insert, InsertRandom, Remove, RemoveRandom, Replace, ReplaceRandom)
 OPEN_EDITS = (InsertRandom, RemoveRandom, ReplaceRandom)
 
 
 def draw_whole(kind: type[ListProblem], rng: random.Random) -> ListProblem:
     """Draws a problem about a whole list."""
-    items = tuple(rng.sample(ITEMS, SQUARE_SIZE if kind is LatinSquare else rng.choice(NUM_ITEMS)))
+    items = tuple(rng.sample(ITEMS, rng.choice(NUM_ITEMS)))
     return kind(prompt_of(kind.wording, items), items)
+
+
+def draw_square(rng: random.Random) -> LatinSquare:
+    """Draws a square and shows its first two rows."""
+    items = tuple(rng.sample(ITEMS, SQUARE_SIZE))
+    second = tuple(items[index] for index in rng.choice(squares_of(SQUARE_SIZE))[1])
+    return LatinSquare(prompt_of(LatinSquare.wording, (*items, ROW_END, *second)), items, second)
 
 
 def draw_edit(kind: type[Edit], rng: random.Random) -> Edit:
@@ -233,7 +244,9 @@ def prompt_of(wording: str, items: Sequence[str]) -> str:
 
 
 # Task name -> draw(rng). Several answers are right where `OPEN_TASKS` has the name.
-DRAWS = {kind.task: functools.partial(draw_whole, kind) for kind in WHOLE} | {
-    kind.task: functools.partial(draw_edit, kind) for kind in EDITS
+DRAWS: dict[str, Callable[[random.Random], ListProblem]] = {
+    **{kind.task: functools.partial(draw_whole, kind) for kind in WHOLE},
+    LatinSquare.task: draw_square,
+    **{kind.task: functools.partial(draw_edit, kind) for kind in EDITS},
 }
-OPEN_TASKS = ("shuffle", "latin_square", *(kind.task for kind in OPEN_EDITS))
+OPEN_TASKS = (Shuffle.task, LatinSquare.task, *(kind.task for kind in OPEN_EDITS))
