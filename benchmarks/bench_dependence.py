@@ -7,8 +7,8 @@ positions choose apart: a shuffled list repeats an item, an edit is made twice o
     python benchmarks/bench_dependence.py --json results.jsonl
 
 - Every rule decodes the same held-out problems. Valid is what the task's exact checker accepts.
-- Forwards (NFE) are the engine's count, for a canvas of 32 positions: 3 to 7 tokens, or 14 of a square, then the end of
-  the text, which all rules but one token per step fill at once.
+- Forwards (NFE) are the engine's count, for a canvas of 16 positions: 3 to 7 tokens, or 9 of a square, then the end of
+  the text, which all rules but one token per step fill at once. Tokens per forward are those before the end, over NFE.
 - OSDT has calibrated on other problems of the same task, as many as its default asks for.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
     tasks = args.task or list(source.tasks)
     bench = Bench(args, source.path, source.gen_length)
     record = environment(dtype=args.dtype, cache_mode=args.cache, model=source.label)
-    print(f"{record}\nvalid answers, NFE; {args.problems} problems a task; * leaves a choice")
+    print(f"{record}\nvalid answers, NFE, tokens per forward; {args.problems} problems a task; * leaves a choice")
     print(f"| Task | {' | '.join(RULES)} |\n|---|{'---|' * len(RULES)}")
     lines: list[dict[str, Any]] = []
     for task in tasks:
@@ -56,7 +56,10 @@ def main() -> None:
         calibrating = source.tasks[task](DecodingOptions().num_calibration_requests, CALIBRATION_SEED + args.seed)
         bench.decode(calibrating, policy="osdt", task=task)
         outcomes = [bench.run(task, problems, name, task=task, **options) for name, options in RULES.items()]
-        cells = " | ".join(f"{100 * outcome.accuracy:.1f} %, {outcome.mean_nfe:.2f}" for outcome in outcomes)
+        cells = " | ".join(
+            f"{100 * outcome.accuracy:.1f} %, {outcome.mean_nfe:.2f}, {outcome.tokens_per_forward:.2f}"
+            for outcome in outcomes
+        )
         print(f"| {task}{'*' if task in OPEN_TASKS else ''} | {cells} |", flush=True)
         lines += [line_of(outcome) for outcome in outcomes]
     if args.json:  # the environment once, for all lines that follow it

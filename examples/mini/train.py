@@ -256,7 +256,6 @@ CONFIGS = {
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
     "text-mini": SMALL,
     "lists-mini": functools.partial(SMALL, block_length=16),
-    "sdar-lists-mini": functools.partial(SMALL, family="sdar", block_length=8),
 }
 
 
