@@ -30,9 +30,9 @@ from common import environment, write_lines
 from decoding import Bench, Outcome, add_engine_arguments, is_measurably_worse, mcnemar
 from problems import CALIBRATION_SEED, WEAK, Problem, Source, find_source
 
-from vllm_osdt.mini import MODELS
 from vllm_osdt.options import DecodingOptions
 
+COMPARED = ("llada-mini", "sdar-mini", "text-mini", WEAK)
 STATIC = (0.9, 0.8, 0.75, 0.7, 0.6, 0.5)
 OTHERS: dict[str, dict[str, Any]] = {"joint bound 0.25": {"policy": "joint_bound", "delta": 0.25}}
 DEFAULT = "OSDT (default)"
@@ -226,7 +226,9 @@ def main() -> None:
     """Parse arguments, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", action="append", help=f"a bundled model, {WEAK!r} or a rung; default: all of the former"
+        "--model",
+        action="append",
+        help=f"a bundled model, {WEAK!r} or a rung; default: {', '.join(COMPARED)}",
     )
     parser.add_argument("--ladder", type=Path, help="folder of `make ladder`; its models as well")
     parser.add_argument("--choices", type=int, default=10, help="choices of the calibrating requests")
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw that saving")
     add_engine_arguments(parser)
     args = parser.parse_args()
-    names = args.model or ([] if args.ladder else [*MODELS, WEAK])
+    names = args.model or ([] if args.ladder else [*COMPARED])
     if args.ladder:
         names += sorted(str(path.parent) for path in args.ladder.glob("*-mini-*/config.json"))
     record = environment(dtype=args.dtype, cache_mode=args.cache)

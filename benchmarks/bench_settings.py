@@ -85,7 +85,7 @@ def sweep_osdt(bench: Bench, task: str, problems: list[Problem], calibrating: li
             name = f"{task} #{index} of {full.num_calibration_requests}"
             options = {"policy": "osdt", "task": name, **setting}
             bench.calibrate(requests, full, options)
-            shape = DecodeShape(bench.gen_length // full.block_length, full.block_length)
+            shape = DecodeShape(-(-bench.gen_length // full.block_length), full.block_length)
             table = POLICIES["osdt"].schedule(full, shape, bench.thresholds(full, options, problems[0]))
             used = tuple(np.round(table.parameters, 6).ravel())
             if used not in decoded:

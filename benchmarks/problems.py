@@ -56,7 +56,7 @@ class Source(NamedTuple):
 
 def find_source(name: str) -> Source:
     """A bundled model, ``weak``, or the folder of a model whose name begins as a bundled one's."""
-    from vllm_osdt.mini import MODELS, model_path, tasks_of
+    from vllm_osdt.mini import MODELS, gen_length_of, model_path, tasks_of
 
     if name == WEAK:
         return Source(WEAK, str(make_weak_model()), 64, {task: weak_draw(task) for task in WEAK_TASKS})
@@ -68,7 +68,7 @@ def find_source(name: str) -> Source:
     return Source(
         label,
         path,
-        64 if bundled == "text-mini" else 96,
+        gen_length_of(bundled),
         {task: lambda count, seed, task=task: own_problems(task, count, seed) for task in tasks_of(bundled)},
     )
 

@@ -19,7 +19,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "static 0.9": {"osdt_policy": "static_threshold", "osdt_threshold": 0.9},
     "OSDT": {"osdt_policy": "osdt"},
 }
-GEN_LENGTH = 96
 PICTURE = Path("demo/osdt_signature.png")
 CALIBRATION_SEED = 1000  # of the problems that calibrate
 
@@ -36,7 +35,7 @@ class Row:
     tokens_per_second: float
 
 
-def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: str | None) -> Row:
+def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], gen_length: int, cache: str | None) -> Row:
     """Decode every problem of a task with one policy."""
     from vllm import SamplingParams
 
@@ -44,7 +43,7 @@ def run_policy(llm: "LLM", task: str, policy: str, problems: list[Any], cache: s
     from vllm_osdt.mini.tasks import check
 
     options = {**POLICIES[policy], "osdt_task": task, **({"osdt_cache_mode": cache} if cache else {})}
-    params = SamplingParams(temperature=0.0, max_tokens=GEN_LENGTH, extra_args=options)
+    params = SamplingParams(temperature=0.0, max_tokens=gen_length, extra_args=options)
     start = time.perf_counter()
     outputs = llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -83,7 +82,7 @@ def main() -> None:
 
     from vllm_osdt import profiles
     from vllm_osdt.calibration.plot import draw_signatures
-    from vllm_osdt.mini import model_path, tasks_of
+    from vllm_osdt.mini import gen_length_of, model_path, tasks_of
     from vllm_osdt.mini.tasks import generate
     from vllm_osdt.options import DecodingOptions
 
@@ -98,15 +97,16 @@ def main() -> None:
     print(f"engine started in {time.perf_counter() - start:.1f} s; {args.problems} held-out problems per task")
     header = f"{'task':<16} {'policy':<20} {'accuracy':>9} {'NFE':>7} {'tokens/forward':>15} {'tokens/s':>9}"
     print(f"{header}\n{'-' * len(header)}")
+    gen_length = gen_length_of(args.model)
     for task in tasks_of(args.model):
         problems = generate(task, "held_out", args.problems, args.seed)
         # The requests that calibrate are others, and are not in the figures.
         calibrating = generate(
             task, "held_out", DecodingOptions().num_calibration_requests, CALIBRATION_SEED + args.seed
         )
-        run_policy(llm, task, "OSDT", calibrating, args.cache)
+        run_policy(llm, task, "OSDT", calibrating, gen_length, args.cache)
         for policy in POLICIES:
-            row = run_policy(llm, task, policy, problems, args.cache)
+            row = run_policy(llm, task, policy, problems, gen_length, args.cache)
             print(
                 f"{row.task:<16} {row.policy:<20} {row.accuracy:>9.1%} {row.nfe:>7.1f} {row.tokens_per_forward:>15.2f} "
                 f"{row.tokens_per_second:>9.0f}",

@@ -180,7 +180,9 @@ def calibrate(
 ) -> list[float]:
     """OSDT's table from one request: by block, the lower quartile of the confidences of all masked positions."""
     recorded: dict[int, list[float]] = defaultdict(list)
-    prompt = torch.tensor([build_tokenizer().encode(problem.prompt).ids], device=next(model.parameters()).device)
+    prompt = torch.tensor(
+        [build_tokenizer(tasks_beside(problem.task)).encode(problem.prompt).ids], device=next(model.parameters()).device
+    )
     decode(model, prompt, static_rule(CALIBRATION_THRESHOLD), canvas_length, recorded, cache)
     return [torch.tensor(recorded[block]).quantile(0.25).item() for block in sorted(recorded)]
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from examples.mini.evaluate import CALIBRATION_THRESHOLD, evaluate, static_rule
 from examples.mini.model import MiniConfig, MiniLLaDA, beside_clean_blocks, beside_stale_cache
-from vllm_osdt.mini import tasks_of
-from vllm_osdt.mini.tasks import TEXT_TASKS, generate, tasks_beside
+from vllm_osdt.mini import gen_length_of, tasks_of
+from vllm_osdt.mini.tasks import LIST_TASKS, TEXT_TASKS, generate, tasks_beside
 from vllm_osdt.mini.tasks.base import tokenize
+from vllm_osdt.mini.tasks.lists import ITEMS
 from vllm_osdt.mini.tasks.multiple_choice import LETTERS
 from vllm_osdt.mini.tasks.stories import KINDS
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, build_tokenizer, build_vocabulary, save_tokenizer
@@ -36,19 +37,26 @@ DEPENDENT_WORDS = ("no", "skip", "pick", *LETTERS)
 BEFORE_PARTS = ("gets", "+")
 # Share of masked blocks in which only dependent tokens are masked: decoding leaves them for last.
 DEPENDENT_SHARE = 0.4
+# Of a list task: share of masked blocks in which neighbours are masked, as the row of a square.
+SPAN_SHARE = 0.4
 # What a batch shows the model: masks anywhere; what decoding meets without a cache (clear blocks, the active one,
 # masked blocks); the same with a stale cache, and how many states of the active block stand beside it.
 VIEWS = {"anywhere": 0.25, "exact": 0.25, "stale": 0.5}
+LIST_VIEWS = {"anywhere": 0.05, "exact": 0.15, "stale": 0.8}
 NUM_STATES = 2
 # Masked states of each block that a block-causal model sees at once.
 NUM_BLOCK_STATES = 1
 # Share of each task in a step.
 TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stories": 1.0}
+# Most lists are learnt soon.
+TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.02) | {"reverse": 0.05, "sort": 0.05}
+TASK_SHARES |= {"insert_random": 0.08, "replace_random": 0.22, "shuffle": 0.1, "latin_square": 0.4}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
 CANVAS_LENGTHS = {96: 0.35, 128: 0.15}
 TEXT_CANVAS_LENGTHS = {96: 0.15}
+LIST_CANVAS_LENGTHS = {32: 0.1}
 EMA_DECAY = 0.99
 # Of the learning rate, for each of make_optimizers.
 LEARNING_RATE_SHARES = (1.0, 0.5)
@@ -81,9 +89,12 @@ def encode_pool(task: str, count: int, seed: int) -> list[Group]:
 
 
 @functools.cache
-def dependent_ids(is_text: bool) -> np.ndarray:
-    """Ids of the tokens that depend on others."""
-    if is_text:
+def dependent_ids(task: str) -> np.ndarray:
+    """Ids of the tokens of a task that depend on others."""
+    if task in LIST_TASKS:
+        vocabulary = build_vocabulary(tuple(LIST_TASKS))
+        return np.array([vocabulary[item] for item in ITEMS])
+    if task in TEXT_TASKS:
         vocabulary = build_vocabulary(tuple(TEXT_TASKS))
         return np.array([vocabulary[word] for kind in KINDS for word in (kind.usual, kind.odd)])
     numbers = [token for token in build_vocabulary() if token.isdigit()]
@@ -105,61 +116,90 @@ class Batch:
         return Batch(**{name: part.to(device) for name, part in vars(self).items() if part is not None})
 
 
-def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray) -> np.ndarray:
-    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens."""
+def draw_masks(rng: np.random.Generator, is_dependent: np.ndarray, task: str) -> np.ndarray:
+    """Draws masked positions at a rate that differs by row; in some rows only dependent tokens, or neighbours."""
     masked = rng.random(is_dependent.shape) < 1.0 - rng.random((len(is_dependent), 1))
+    if task in LIST_TASKS:
+        is_answer = is_dependent[:, ::-1].cumsum(1)[:, ::-1] > 0
+        edges = np.sort(rng.random((len(is_dependent), 2)) * is_answer.sum(1, keepdims=True)).astype(int)
+        places = np.arange(is_dependent.shape[1])
+        spans = (places >= edges[:, :1]) & (places <= edges[:, 1:])
+        masked = np.where(rng.random((len(is_dependent), 1)) < SPAN_SHARE, spans, masked)
     return masked & (is_dependent | (rng.random((len(is_dependent), 1)) >= DEPENDENT_SHARE))
 
 
-def weights_of(canvas: np.ndarray, lengths: np.ndarray, is_text: bool) -> tuple[np.ndarray, np.ndarray]:
+def item_factors(masked: np.ndarray, is_dependent: np.ndarray, task: str) -> np.ndarray:
+    """Factor of every weight, `[rows, length]`; of items in a list task their number in the row over the masked ones.
+
+    So the last items of a list, which follow from all others, count as much as the first ones, which follow from none.
+
+    Source:
+        The weight 1/t of masked diffusion's likelihood bound (arXiv 2406.07524), with the share that was drawn for t.
+    """
+    if task not in LIST_TASKS:
+        return np.ones(masked.shape)
+    number, asked = is_dependent.sum(1, keepdims=True), (masked & is_dependent).sum(1, keepdims=True)
+    return np.where(masked & is_dependent, number / np.maximum(asked, 1), 1.0)
+
+
+def weights_of(canvas: np.ndarray, lengths: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
     """Loss weight of every position of answers with these lengths, and which tokens are dependent."""
     weights = np.where(np.arange(canvas.shape[1]) < lengths[:, None] + NUM_EOS, 1.0, PADDING_WEIGHT)
-    is_dependent = np.isin(canvas, dependent_ids(is_text))
-    weights = np.where(is_dependent, KIND_WEIGHT if is_text else DEPENDENT_WEIGHT, weights)
-    if is_text:
+    is_dependent = np.isin(canvas, dependent_ids(task))
+    weights = np.where(is_dependent, KIND_WEIGHT if task in TEXT_TASKS else DEPENDENT_WEIGHT, weights)
+    if task in TEXT_TASKS or task in LIST_TASKS:
         return weights, is_dependent
     weights[:, 1:][np.isin(canvas[:, :-1], [build_vocabulary()[word] for word in BEFORE_PARTS])] = PART_WEIGHT
     return weights, is_dependent
 
 
-def draw_batch(
-    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
-) -> Batch:
+def longer_canvases(task: str) -> dict[int, float]:
+    """Canvas lengths beside the shortest that fits, and the chance of each."""
+    if task in LIST_TASKS:
+        return LIST_CANVAS_LENGTHS
+    return TEXT_CANVAS_LENGTHS if task in TEXT_TASKS else CANVAS_LENGTHS
+
+
+def draw_batch(rng: np.random.Generator, groups: list[Group], size: int, block_length: int, task: str) -> Batch:
     """Draws problems of one prompt length and a view of them."""
     sizes = np.array([len(lengths) for _, _, lengths in groups])
     prompts, answers, lengths = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
     rows = rng.integers(len(lengths), size=size)
     prompts, answers, lengths = prompts[rows], answers[rows], lengths[rows]
     fitting = -(-int(lengths.max()) // block_length) * block_length
-    longer = TEXT_CANVAS_LENGTHS if is_text else CANVAS_LENGTHS
+    longer = longer_canvases(task)
     wanted = rng.choice([fitting, *longer], p=[1 - sum(longer.values()), *longer.values()])
     canvas_length = max(fitting, int(wanted))
     canvas = np.full((size, canvas_length), EOS_ID, dtype=np.int64)
     canvas[:, : answers.shape[1]] = answers[:, :canvas_length]
-    weights, is_dependent = weights_of(canvas, lengths, is_text)
-    view = rng.choice(list(VIEWS), p=list(VIEWS.values()))
+    weights, is_dependent = weights_of(canvas, lengths, task)
+    views = LIST_VIEWS if task in LIST_TASKS else VIEWS
+    view = rng.choice(list(views), p=list(views.values()))
     blocks = np.arange(canvas_length) // block_length
     active = rng.integers(lengths // block_length + 1)
     if view == "anywhere":
         masked = rng.random(canvas.shape) < 1.0 - rng.random((size, 1))
     else:
         weights = weights * np.where(blocks > active[:, None], LATER_WEIGHT, 1.0)
-        masked = draw_masks(rng, is_dependent) if view == "exact" else np.ones(canvas.shape, dtype=bool)
+        masked = draw_masks(rng, is_dependent, task) if view == "exact" else np.ones(canvas.shape, dtype=bool)
         masked = (blocks == active[:, None]) & masked | (blocks > active[:, None])
 
     prompt_length = prompts.shape[1]
     token_ids = torch.from_numpy(np.concatenate((prompts, np.where(masked, MASK_ID, canvas)), axis=1))
     targets = torch.from_numpy(np.concatenate((prompts, canvas), axis=1))
-    asked = F.pad(torch.from_numpy(weights * masked).float(), (prompt_length, 0))
+    weights = weights * masked * item_factors(masked, is_dependent, task)
+    asked = F.pad(torch.from_numpy(weights).float(), (prompt_length, 0))
     if view != "stale":
         return Batch(token_ids, targets, asked)
     inside = np.where(blocks == active[:, None])[1].reshape(size, 1, block_length).repeat(NUM_STATES, axis=1)
     state_is_dependent = np.take_along_axis(is_dependent[:, None], inside, axis=2).reshape(-1, block_length)
-    state_masks = torch.from_numpy(draw_masks(rng, state_is_dependent).reshape(inside.shape))
+    drawn = draw_masks(rng, state_is_dependent, task)
+    state_factors = torch.from_numpy(drawn * item_factors(drawn, state_is_dependent, task)).float()
+    state_masks = torch.from_numpy(drawn.reshape(inside.shape))
     states = torch.from_numpy(np.take_along_axis(canvas[:, None], inside, axis=2))
     starts = torch.from_numpy(prompt_length + active * block_length)
     token_ids, positions, visible = beside_stale_cache(token_ids, starts, states.masked_fill(state_masks, MASK_ID))
-    state_asked = asked.gather(1, positions[:, targets.shape[1] :]) * state_masks.flatten(1)
+    state_asked = asked.gather(1, positions[:, targets.shape[1] :]) * state_factors.view(size, -1)
     return Batch(
         token_ids,
         torch.cat((targets, states.flatten(1)), dim=1),
@@ -170,7 +210,7 @@ def draw_batch(
 
 
 def draw_block_causal_batch(
-    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, is_text: bool = False
+    rng: np.random.Generator, groups: list[Group], size: int, block_length: int, task: str
 ) -> Batch:
     """Draws problems of one prompt length and masked states of their blocks.
 
@@ -187,19 +227,19 @@ def draw_block_causal_batch(
     canvas[:, :prompt_length] = prompts
     canvas[:, prompt_length:][:, : answers.shape[1]] = answers[:, : length - prompt_length]
     weights, is_dependent = np.zeros(canvas.shape), np.zeros(canvas.shape, dtype=bool)
-    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(
-        canvas[:, prompt_length:], lengths, is_text
-    )
+    weights[:, prompt_length:], is_dependent[:, prompt_length:] = weights_of(canvas[:, prompt_length:], lengths, task)
 
     shape = (size, NUM_BLOCK_STATES, length - start)
     of_blocks = np.broadcast_to(is_dependent[:, None, start:], shape).reshape(-1, block_length)
-    masked = torch.from_numpy(draw_masks(rng, of_blocks).reshape(shape))
+    drawn = draw_masks(rng, of_blocks, task)
+    factors = item_factors(drawn, of_blocks, task).reshape(shape)
+    masked = torch.from_numpy(drawn.reshape(shape))
     masked[..., : prompt_length - start] = False
     clean = torch.from_numpy(canvas)
     targets = clean[:, None, start:].expand(shape)
     states = targets.masked_fill(masked, MASK_ID)
     token_ids, positions, visible = beside_clean_blocks(states, clean, start, block_length)
-    asked = torch.from_numpy(weights[:, None, start:]).float() * masked
+    asked = torch.from_numpy(weights[:, None, start:] * factors).float() * masked
     return Batch(
         token_ids,
         torch.cat((clean, targets.flatten(1)), dim=1),
@@ -210,10 +250,12 @@ def draw_block_causal_batch(
 
 
 DRAW = {"llada": draw_batch, "sdar": draw_block_causal_batch}
+SMALL = functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352)
 CONFIGS = {
     "llada-mini": functools.partial(MiniConfig),
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
-    "text-mini": functools.partial(MiniConfig, d_model=128, n_layers=3, n_heads=4, mlp_hidden_size=352),
+    "text-mini": SMALL,
+    "lists-mini": functools.partial(SMALL, block_length=16),
 }
 
 
@@ -270,7 +312,7 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     device, folder = torch.device(options.device), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = tasks_of(options.model)
+    tasks, gen_length = tasks_of(options.model), gen_length_of(options.model)
     model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary(tasks)), EOS_ID, MASK_ID))
     draw = DRAW[model.config.family]
     model.initialize()
@@ -292,9 +334,8 @@ def train(options: argparse.Namespace) -> None:
                 group["lr"] = share * options.learning_rate * learning_rate_factor(step, options.steps)
         total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
-            batch = draw(
-                rng, groups, round(options.batch * TASK_SHARES[task]), model.config.block_length, task in TEXT_TASKS
-            )
+            size = max(1, round(options.batch * TASK_SHARES[task]))
+            batch = draw(rng, groups, size, model.config.block_length, task)
             loss, share = loss_of(model, batch.to(device))
             token_accuracy[task] = round(share, 4)
             (loss * TASK_SHARES[task]).backward()
@@ -314,7 +355,7 @@ def train(options: argparse.Namespace) -> None:
                 export(model, averages, folder / "snapshots" / f"{step + 1:05d}", options.model)
             held_out = {task: generate(task, "held_out", options.evaluate_problems, seed=1) for task in tasks}
             entry["decoded_accuracy"] = {
-                task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD)).accuracy
+                task: evaluate(averaged, problems, static_rule(CALIBRATION_THRESHOLD), gen_length).accuracy
                 for task, problems in held_out.items()
             }
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}

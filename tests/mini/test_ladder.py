@@ -79,3 +79,13 @@ def test_a_ladder_holds_a_checkpoint_by_level_and_makes_none_again(run, tmp_path
     lines = table(out).splitlines()
     assert [line.split()[0] for line in lines] == ["model", "sdar-mini-50", "sdar-mini-85", "sdar-mini-95"]
     assert lines[1].split()[1:] == ["350", "10", "50.0%", "50.0%"]
+
+
+def test_a_table_has_a_head_for_each_set_of_tasks(tmp_path):
+    for name, task in (("llada-mini-50", "code"), ("lists-mini-70", "copy"), ("lists-mini-50", "copy")):
+        (tmp_path / name).mkdir()
+        entry = {"step": 25, "num_problems": 10, "accuracy": {task: 0.5}}
+        (tmp_path / name / ladder.RECORD).write_text(json.dumps(entry))
+    assert [line.split()[0] for line in table(tmp_path).splitlines()] == [
+        "model", "lists-mini-50", "lists-mini-70", "model", "llada-mini-50",
+    ]  # fmt: skip

@@ -5,7 +5,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_osdt.mini.tasks import ALL_TASKS, TASKS, TEXT_TASKS, generate, tasks_beside
+from vllm_osdt.mini.tasks import ALL_TASKS, FAMILIES, TASKS, generate, tasks_beside
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID, UNKNOWN_ID, build_tokenizer, build_vocabulary, save_tokenizer
 
 
@@ -37,7 +37,7 @@ def test_generated_texts_round_trip_without_unknown_words(task, load):
             assert loaded.decode(ids) == text
 
 
-@pytest.mark.parametrize("tasks", [TASKS, TEXT_TASKS])
+@pytest.mark.parametrize("tasks", FAMILIES)
 def test_vocabulary_has_the_specials_first_and_is_small(tasks):
     vocabulary = build_vocabulary(tuple(tasks))
     assert list(vocabulary.values()) == list(range(len(vocabulary)))

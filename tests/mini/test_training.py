@@ -22,9 +22,10 @@ from examples.mini.train import (
     draw_batch,
     draw_block_causal_batch,
     encode_pool,
+    item_factors,
     train,
 )
-from vllm_osdt.mini import MODELS, model_path, tasks_of
+from vllm_osdt.mini import MODELS, gen_length_of, model_path, tasks_of
 from vllm_osdt.mini.tasks import TASKS, generate
 from vllm_osdt.mini.tokenizer import EOS_ID, MASK_ID
 
@@ -40,21 +41,23 @@ def test_importing_the_package_loads_no_torch():
 
 def test_model_path_names_the_known_models():
     assert Path(model_path("llada-mini")).name == "llada-mini"
-    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini, text-mini"):
+    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini, text-mini, lists-mini"):
         model_path("llada-maxi")
 
 
-@pytest.fixture(params=TASKS)
-def groups(request):
-    return encode_pool(request.param, 100, 0)
+@pytest.fixture(params=[*TASKS, "insert_random"])
+def task_and_groups(request):
+    return request.param, encode_pool(request.param, 100, 0)
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_batches_ask_only_for_masked_tokens_of_the_canvas_and_weigh_the_answer(groups, view, monkeypatch):
+def test_batches_ask_only_for_masked_tokens_of_the_canvas_and_weigh_the_answer(task_and_groups, view, monkeypatch):
+    task, groups = task_and_groups
     monkeypatch.setattr(training, "VIEWS", {view: 1.0})
+    monkeypatch.setattr(training, "LIST_VIEWS", {view: 1.0})
     rng = np.random.default_rng(0)
     for _ in range(10):
-        batch = draw_batch(rng, groups, 8, BLOCK_LENGTH)
+        batch = draw_batch(rng, groups, 8, BLOCK_LENGTH, task)
         asked = batch.weights > 0
         assert asked.any()
         assert (batch.token_ids[asked] == MASK_ID).all()
@@ -69,7 +72,7 @@ def test_batches_ask_only_for_masked_tokens_of_the_canvas_and_weigh_the_answer(g
 
 def test_later_states_stand_for_the_active_block(monkeypatch):
     monkeypatch.setattr(training, "VIEWS", {"stale": 1.0})
-    batch = draw_batch(np.random.default_rng(0), encode_pool("code", 100, 0), 8, BLOCK_LENGTH)
+    batch = draw_batch(np.random.default_rng(0), encode_pool("code", 100, 0), 8, BLOCK_LENGTH, "code")
     length = batch.token_ids.shape[1] - NUM_STATES * BLOCK_LENGTH
     rows = torch.arange(8)
     for state in range(NUM_STATES):
@@ -84,10 +87,11 @@ def test_later_states_stand_for_the_active_block(monkeypatch):
     assert not batch.visible[:, :length, length:].any()
 
 
-def test_a_block_causal_batch_asks_for_masked_tokens_of_blocks_that_see_finished_ones(groups):
+def test_a_block_causal_batch_asks_for_masked_tokens_of_blocks_that_see_finished_ones(task_and_groups):
+    task, groups = task_and_groups
     rng = np.random.default_rng(0)
     for _ in range(10):
-        batch = draw_block_causal_batch(rng, groups, 6, 8)
+        batch = draw_block_causal_batch(rng, groups, 6, 8, task)
         asked = batch.weights > 0
         assert asked.any() and (batch.token_ids[asked] == MASK_ID).all()
         assert torch.equal(batch.token_ids[~asked], batch.targets[~asked])
@@ -99,6 +103,15 @@ def test_a_block_causal_batch_asks_for_masked_tokens_of_blocks_that_see_finished
         for row in range(0, len(position), 5):
             own = (block == block[row]) & (is_noised == is_noised[row])
             assert torch.equal(visible[row], own | ~is_noised & (block < block[row]))
+
+
+def test_the_last_items_of_a_list_weigh_as_much_as_all_of_them_together():
+    is_dependent = np.array([[True] * 4 + [False] * 2] * 3)
+    masked = np.array([[True] * 6, [False, True, False, False, True, True], [False] * 6])
+    factors = item_factors(masked, is_dependent, "shuffle")
+    assert (factors * masked * is_dependent).sum(1).tolist() == [4.0, 4.0, 0.0]
+    assert (factors[:, 4:] == 1.0).all()
+    assert (item_factors(masked, is_dependent, "code") == 1.0).all()
 
 
 @pytest.mark.parametrize("model", CONFIGS)
@@ -124,5 +137,5 @@ def test_bundled_checkpoint_is_small_and_solves_its_tasks(name):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_CHECKPOINT_BYTES
     model = MiniLLaDA.load(folder)
     for task in tasks_of(name):
-        score = evaluate(model, generate(task, "held_out", NUM_PROBLEMS, 11), static_rule(0.9))
+        score = evaluate(model, generate(task, "held_out", NUM_PROBLEMS, 11), static_rule(0.9), gen_length_of(name))
         assert score.num_right >= NUM_PROBLEMS - 1, task

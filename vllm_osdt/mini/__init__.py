@@ -3,17 +3,27 @@
 The trainer is in `examples/mini` of the repository.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from vllm_osdt.mini.tasks import TASKS, TEXT_TASKS
+from vllm_osdt.mini.tasks import LIST_TASKS, TASKS, TEXT_TASKS
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-MODELS = ("llada-mini", "sdar-mini", "text-mini")
+MODELS = ("llada-mini", "sdar-mini", "text-mini", "lists-mini")
+# Models of other tasks than `TASKS`, and their canvases where they differ from GEN_LENGTH.
+TASKS_OF: dict[str, Iterable[str]] = {"text-mini": TEXT_TASKS, "lists-mini": LIST_TASKS}
+GEN_LENGTHS = {"text-mini": 64, "lists-mini": 16}
+GEN_LENGTH = 96
 
 
 def tasks_of(name: str) -> tuple[str, ...]:
     """The tasks that a bundled model was trained on."""
-    return tuple(TEXT_TASKS if name == "text-mini" else TASKS)
+    return tuple(TASKS_OF.get(name, TASKS))
+
+
+def gen_length_of(name: str) -> int:
+    """The canvas, in tokens, that holds every answer of a bundled model; a multiple of its block length."""
+    return GEN_LENGTHS.get(name, GEN_LENGTH)
 
 
 def model_path(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the three tasks share.
+"""What the tasks share.
 
 The problem, its answers written as templates, and the even splits that need one odd part.
 """
