@@ -134,6 +134,19 @@ class CommonOptions(AdaBlockOptions):
         "A proposal's confidence is its share of the tokens that `top_p`, `top_k`, `min_p`, biases and penalties "
         "leave, instead of the model's own probability. More tokens per forward, and less certain ones.",
     )
+    draft_threshold: float = option(
+        0.3,
+        number(ge=0, le=1),
+        "Of a request with a [draft](parameters.md#drafts): confidence that the model has at least in a drafted token "
+        "that it proposes itself, for the token to be taken.",
+    )
+    draft_ngram: int | None = option(
+        None,
+        count(1, 32) | None,
+        "Draft each block from the prompt and the output so far: the tokens behind an earlier occurrence of their last "
+        "so many tokens. `null` for no such drafts.",
+        unit="tokens",
+    )
     return_trace: bool = option(
         False,
         Flag,
