@@ -82,8 +82,9 @@ def make_jobs(
             drafted = random_draft(random.Random(index), decoded.tokens)
             options = {**options, "draft": drafted, "draft_threshold": DRAFT_THRESHOLD}
             draft = Draft(dict(enumerate(drafted)), DRAFT_THRESHOLD)
-            without, decoded = decoded, decode(
-                prompt, rule(), max_tokens=max_tokens, end_token_ids=ends, draft=draft, **variant
+            without, decoded = (
+                decoded,
+                decode(prompt, rule(), max_tokens=max_tokens, end_token_ids=ends, draft=draft, **variant),
             )
             num_shortened += decoded.nfe < without.nfe
         if min(decoded.proposal_margin, decoded.rule_margin, decoded.edit_margin) > MIN_MARGIN:

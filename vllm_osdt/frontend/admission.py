@@ -18,7 +18,7 @@ from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore, open_store
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.auto_task import AutoTasks
-from vllm_osdt.frontend.draft import PREDICTION, check_draft, read_draft
+from vllm_osdt.frontend.draft import PREDICTION, Draft, check_draft, read_draft
 from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_company, template_canvas
 from vllm_osdt.geometry import PROMPT, Canvas, Limits
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
@@ -225,7 +225,7 @@ class FrontEnd:
         prompt_length: int | None,
         adapter: str,
         encode: Encode | None = None,
-    ) -> tuple[DecodingOptions, Canvas | None, Template | None, list[int] | None]:
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
         """The options of a request, its canvas, what is pinned in it, and its draft; changes nothing.
 
         Args:
@@ -495,7 +495,7 @@ def admit(
         canvas,
         follows_choice=front_end.follows_choice(params, asked),
         pinned=None if template is None else template.tokens,
-        draft=draft[: params.max_tokens] if draft else None,
+        draft=draft.tokens[: params.max_tokens] if draft and draft.tokens else None,
     )
     params.extra_args = spec.as_extra_args()
 

@@ -5,7 +5,7 @@ A drafted token is taken where the model itself proposes it, with a lower confid
 what a shorter one leaves.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.infill import Reader
@@ -20,7 +20,14 @@ PREDICTION = "prediction"  # OpenAI's name in chat completions
 THRESHOLD, NGRAM = "osdt_draft_threshold", "osdt_draft_ngram"
 
 
-def read_draft(extra: dict[str, Any], reader: Reader) -> list[int] | None:
+class Draft(NamedTuple):
+    """Drafted tokens of an answer, from its beginning, and the field that brings them."""
+
+    tokens: list[int]
+    name: str
+
+
+def read_draft(extra: dict[str, Any], reader: Reader) -> Draft | None:
     """Take the draft out of a request's ``extra_args``; it may be empty, None without one.
 
     Args:
@@ -36,7 +43,7 @@ def read_draft(extra: dict[str, Any], reader: Reader) -> list[int] | None:
             f"{DRAFT} and {PREDICTION} are both sent; send one of them.", refusal="draft-names", parameter=DRAFT
         )
     if predicted is not None:
-        return reader.ids_of(_content(predicted))
+        return Draft(reader.ids_of(_content(predicted)) or [], PREDICTION)
     if value is None:
         return None
     tokens = reader.ids_of(value)
@@ -46,7 +53,7 @@ def read_draft(extra: dict[str, Any], reader: Reader) -> list[int] | None:
             refusal="draft-value",
             parameter=DRAFT,
         )
-    return tokens
+    return Draft(tokens, DRAFT)
 
 
 def _content(predicted: Any) -> str:
@@ -68,7 +75,7 @@ def _content(predicted: Any) -> str:
 
 
 def check_draft(
-    draft: list[int] | None, extra: dict[str, Any], options: "DecodingOptions", asked: "SamplingParams"
+    draft: Draft | None, extra: dict[str, Any], options: "DecodingOptions", asked: "SamplingParams"
 ) -> None:
     """Refuse what a draft cannot be combined with, and what means nothing without one.
 
@@ -83,7 +90,7 @@ def check_draft(
     """
     own_ngram = extra.get(NGRAM) is not None
     if asked.structured_outputs is not None and (draft is not None or own_ngram):
-        name = NGRAM if draft is None else DRAFT
+        name = NGRAM if draft is None else draft.name
         raise InvalidOptionError(
             f"{name} cannot be sent with structured output: a grammar allows a token once all before it are decided, "
             "and a draft has tokens decided in any order. Leave one of them out.",
