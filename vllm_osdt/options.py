@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
 PREFIX = "osdt_"
+REQUEST_FIELDS = ("infill", "suffix", "draft")  # of a request alone, with the prefix (vllm_osdt.frontend)
 AUTO_TASK = "auto"
 UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
 
