@@ -85,6 +85,8 @@ class Assignment(NamedTuple):
         policy: Name of its policy, where the task's profile has chosen it; None for that of its options.
         has_grammar: Whether a grammar says which tokens it may have; its steps are reported as those of a calibration.
         has_drafts: Whether tokens are drafted for it, by its own draft or by n-grams.
+        by_entropy: Whether its confidences are of entropies.
+        reads_logits: Whether its policy reads its logits.
     """
 
     schedule: Schedule
@@ -93,6 +95,8 @@ class Assignment(NamedTuple):
     policy: str | None = None
     has_grammar: bool = False
     has_drafts: bool = False
+    by_entropy: bool = False
+    reads_logits: bool = False
 
 
 @dataclass

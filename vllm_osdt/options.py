@@ -431,7 +431,7 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
         InvalidOptionError: An unknown name, a wrong type, a value out of range, or options that contradict each other.
     """
     changes = _check_values(values, prefix)
-    options = replace(_without_what_does_not_follow(base, changes), **changes)
+    options = _with_changes(base, changes)
     if prefix:
         _check_used(options, changes)
     for policy in POLICIES.values():
@@ -503,8 +503,8 @@ def _present_name(former: str, prefix: str, values: Mapping[str, Any]) -> str:
     return name
 
 
-def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
-    """The defaults that still hold beside what was asked for.
+def _with_changes(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
+    """What was asked for, and the defaults that still hold beside it.
 
     Without those that the changes replace in another form, and those that mean something else to another policy than
     the one they were set for.
@@ -515,9 +515,16 @@ def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, A
         for name, one in DECLARED.items():
             if not one.follows_policy and {policy, base.policy} <= set(policies_of(name)):
                 dropped.add(name)
-        if POLICIES[policy].ranks_by_entropy:
-            dropped.add("edit_threshold")
-    return replace(base, **{name: DEFAULTS[name] for name in dropped})
+    others = {name: one.excludes for name, one in DECLARED.items()}
+    dropped |= {name for name, other in others.items() if changes.get(other) is not None}
+    changed = replace(base, **{**{name: DEFAULTS[name] for name in dropped}, **changes})
+    if _looks_at_entropy(changed) and not _looks_at_entropy(base):
+        changed = replace(changed, edit_threshold=changes.get("edit_threshold", DEFAULTS["edit_threshold"]))
+    return changed
+
+
+def _looks_at_entropy(options: DecodingOptions) -> bool:
+    return POLICIES[options.policy].looks_at_entropy(options)
 
 
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
@@ -542,9 +549,11 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
             )
         policies = policies_of(name)
         if options.policy not in policies and value != DEFAULTS[name]:
+            *others, last = map(repr, policies)
+            named = f"{', '.join(others)} or {last}" if others else last
             raise InvalidOptionError(
                 f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use: leave it out, or send "
-                f"{PREFIX}policy = {' or '.join(map(repr, policies))}.",
+                f"{PREFIX}policy = {named}.",
                 refusal="policy-does-not-use",
                 parameter=PREFIX + name,
                 value=value,
@@ -584,7 +593,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="edit_threshold",
             value=options.edit_threshold,
         )
-    if options.edit_threshold is not None and POLICIES[options.policy].ranks_by_entropy:
+    if options.edit_threshold is not None and _looks_at_entropy(options):
         raise InvalidOptionError(
             f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy {options.policy!r} looks at "
             "entropies; leave it out or choose another policy.",
@@ -602,6 +611,14 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             refusal="sub-blocks-steps",
             parameter="steps" if options.steps else "steps_per_block",
             value=steps,
+        )
+    if own is not None and not POLICIES[options.policy].has_sub_blocks:
+        raise InvalidOptionError(
+            f"policy is {options.policy!r}, whose schedule is one of whole blocks, but this model decides the "
+            "sub-blocks of a block one after the other: choose another policy.",
+            refusal="sub-blocks-policy",
+            parameter="policy",
+            value=options.policy,
         )
     if own is None:
         if options.sub_block_length is not None or options.sub_block_cache:

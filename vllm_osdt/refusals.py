@@ -36,7 +36,11 @@ REFUSALS = {
     "two-places": Refusal(
         OPTION, "Other values at the top of the body and in `vllm_xargs`.", "Send it in one of the two places."
     ),
-    "excludes": Refusal("`osdt_steps`, `osdt_steps_per_block`", "Both are sent.", "Send one of them."),
+    "excludes": Refusal(
+        "`osdt_steps` and `osdt_steps_per_block`, `osdt_adaptive_entropy` and `osdt_threshold`",
+        "Both are sent.",
+        "Send one of them.",
+    ),
     "needs-task": Refusal(
         "options of a calibration", "The request names no task, so nothing is calibrated.", "Send `osdt_task` too."
     ),
@@ -75,6 +79,7 @@ REFUSALS = {
         "Send values in that order.",
     ),
     "cad-thresholds": Refusal("`osdt_cad_min_threshold`", "Above `osdt_cad_threshold`.", "Lower it."),
+    "multi-block-shares": Refusal("`osdt_full_share`", "Below `osdt_enter_share`.", "Raise it."),
     "gen-length-block-causal": Refusal(
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
     ),
@@ -112,6 +117,9 @@ REFUSALS = {
     "sub-blocks-divide": Refusal(
         "`osdt_sub_block_length`", "It does not divide `osdt_block_length`.", "Send a divisor."
     ),
+    "sub-blocks-policy": Refusal(
+        "`osdt_policy`", "`dimple`, on a model with sub-blocks: its schedule is one of blocks.", "Send another policy."
+    ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",
         "With policy `static_threshold` on a model with sub-blocks.",
@@ -129,6 +137,11 @@ REFUSALS = {
         "`osdt_num_calibration_requests`",
         "Too few for `osdt_risk` with `osdt_statistic` `conformal`.",
         "Raise either of them, or send another statistic.",
+    ),
+    "nemotron-product": Refusal(
+        "`osdt_bound_min`, `osdt_bound_factor`",
+        "With `osdt_bound_form` `product`, which has no such bound.",
+        "Leave it out.",
     ),
     "bacd-bounds": Refusal("`osdt_min_threshold`", "Above `osdt_max_threshold`.", "Lower it."),
     "pin-policy": Refusal("`osdt_profile`", "The policy uses no profile.", "Leave it out."),

@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # as a user has it
-        server = serving(model_path("llada-mini"), "llada-mini", log)
+        server = serving(model_path("llada-mini"), "llada-mini", log, is_forked=False)
     with server as running:
         yield running
 

@@ -3,11 +3,10 @@
 import json
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 
+from tests import forked
 from tests.conftest import REPOSITORY
 from tests.e2e import tensor_parallel_program
 from tests.e2e.jobs import MIN_MARGIN, above
@@ -23,11 +22,9 @@ needs_two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two rank
 
 
 def run_on_two_ranks(program, *arguments):
-    command = [sys.executable, "-m", f"tests.e2e.{program}", *map(str, arguments)]
+    command = [str(REPOSITORY / "tests" / "e2e" / f"{program}.py"), *map(str, arguments)]
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    run = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    run = forked.run(command, cwd=REPOSITORY, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
 
 

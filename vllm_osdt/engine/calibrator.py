@@ -161,8 +161,8 @@ class Calibrator:
         has_drafts = asks_for_drafts and recorder is None  # a task's steps are recorded as they are without n-grams
         is_usual = is_usual and not has_drafts
         is_own_profile = profile is not None and options.profile is None and not is_early
-        has_probabilities = not policy.ranks_by_entropy
-        is_watched = self.guard is not None and is_own_profile and has_probabilities and is_usual
+        by_entropy = policy.looks_at_entropy(options)
+        is_watched = self.guard is not None and is_own_profile and not by_entropy and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
@@ -173,6 +173,8 @@ class Calibrator:
             policy=options.policy,
             has_grammar=has_grammar,
             has_drafts=has_drafts,
+            by_entropy=by_entropy,
+            reads_logits=policy.needs_logits(options),
         )
         return _Decoding(options, key, shape, about, assignment, profile, is_early, is_usual, recorder)
 

@@ -11,13 +11,22 @@ from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
 from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
 from vllm_osdt.policies.cad_llm import CadLLM
+from vllm_osdt.policies.confidence_adaptive import ConfidenceAdaptive
+from vllm_osdt.policies.dimple import Dimple
 from vllm_osdt.policies.entropy_bound import EntropyBound
+from vllm_osdt.policies.entropy_threshold import EntropyThreshold
+from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
+from vllm_osdt.policies.hierarchical import Hierarchical
 from vllm_osdt.policies.joint_bound import JointBound
 from vllm_osdt.policies.local_leap import LocalLeap
+from vllm_osdt.policies.multi_block import MultiBlock
+from vllm_osdt.policies.nemotron_bound import NemotronBound
 from vllm_osdt.policies.osdt import OSDT
 from vllm_osdt.policies.static_threshold import StaticThreshold
+from vllm_osdt.policies.streaming import Streaming
+from vllm_osdt.policies.wedlm import WeDLM
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -28,9 +37,18 @@ OWN: tuple[type[Policy], ...] = (
     Factor,
     JointBound,
     EntropyBound,
+    EntropyThreshold,
     LocalLeap,
     BACD,
     CadLLM,
+    ETE,
+    MultiBlock,
+    ConfidenceAdaptive,
+    Dimple,
+    Hierarchical,
+    NemotronBound,
+    Streaming,
+    WeDLM,
     FixedSteps,
 )
 

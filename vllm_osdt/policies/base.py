@@ -99,6 +99,7 @@ class Step(NamedTuple):
         block_index: int64 ``[R]``, of the active block, from 0.
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
+        end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
     """
 
     score: "torch.Tensor"
@@ -115,6 +116,7 @@ class Step(NamedTuple):
     block_index: "torch.Tensor"
     num_left: "torch.Tensor"
     num_positions: "torch.Tensor"
+    end_token_ids: "torch.Tensor"
 
     def choose(self, chosen: "torch.Tensor", rank: "torch.Tensor | None" = None) -> None:
         """Have exactly these positions unmasked, whatever the schedule's threshold; at least the first by rank.
@@ -170,14 +172,16 @@ class Policy(ABC):
         Options: A frozen dataclass of the options that it reads (``vllm_osdt.declaration.option``).
         calibrates: Whether requests of a task share a calibration profile, whose thresholds ``schedule`` is given.
         ranks_by_entropy: Whether confidence is 1 - H / 32, with H the entropy of the position in nats, in place of the
-            probability of the proposal. Token editing, which compares probabilities, is then refused.
+            probability of the proposal. Token editing, which compares probabilities, is then refused. Where it depends
+            on options: :meth:`looks_at_entropy`.
         adjusts: Whether :meth:`adjust` and :meth:`observe` run.
-        reads_logits: Whether :meth:`read` runs too.
+        reads_logits: Whether :meth:`read` runs too. Where it depends on options: :meth:`needs_logits`.
         reads_step_before: Whether it gets the logits of the step before. The worker keeps hidden states for it, not
             logits, so that each step multiplies with the output weight once more.
         memory_size: Numbers that it keeps of each position of the active block.
         cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
             ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
+        has_sub_blocks: Whether it means something to blocks whose sub-blocks are decided one after the other.
     """
 
     name: ClassVar[str]
@@ -189,6 +193,7 @@ class Policy(ABC):
     reads_step_before: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
     cuts_blocks: ClassVar[bool] = False
+    has_sub_blocks: ClassVar[bool] = True
 
     def check(self, options: Any) -> None:
         """Refuse options that contradict each other.
@@ -204,6 +209,14 @@ class Policy(ABC):
             InvalidOptionError: An option does not fit the canvas.
         """
         return {}
+
+    def looks_at_entropy(self, options: Any) -> bool:
+        """Whether a request's confidences are of entropies, as ``ranks_by_entropy`` says."""
+        return self.ranks_by_entropy
+
+    def needs_logits(self, options: Any) -> bool:
+        """Whether a request's logits are read; never without ``reads_logits``."""
+        return self.reads_logits
 
     @abstractmethod
     def schedule(self, options: Any, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:

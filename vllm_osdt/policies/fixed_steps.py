@@ -25,7 +25,8 @@ class StepsOptions:
         None,
         count() | None,
         "Total denoising steps of `fixed_steps`, a multiple of the number of blocks. With `static_threshold`, a step "
-        "unmasks at least as many positions as `fixed_steps` would: the dynamic rule of SDAR and LLaDA2.",
+        "unmasks at least as many positions as `fixed_steps` would: the dynamic rule of SDAR and LLaDA2. With "
+        "`dimple`, blocks take at most so many.",
         unit="denoising steps",
         default_text="one token per step",
         excludes="steps_per_block",

@@ -247,7 +247,7 @@ class CanvasSampler:
         steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
             rows = adjusted.rows
-            step = self._step(adjusted, states.constants, score, parameter, token, adjusted.policy.memory_size, reading)
+            step = self._step(batch, adjusted, states.constants, score, parameter, token, reading)
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
             steps.append((adjusted, step, masked[rows]))
@@ -272,7 +272,7 @@ class CanvasSampler:
         num_output_positions = blocks.num_output_positions.clone()
         place = torch.arange(width, device=score.device)
         for one in batch.cut:
-            step = self._step(one, states.cut_constants, score, batch.rules.parameter, token)
+            step = self._step(batch, one, states.cut_constants, score, batch.rules.parameter, token)
             length = one.cutter.cut(step).clamp(1, width).to(torch.int32)
             states.block_limit[one.slots] = length
             states.masked[one.slots, :width] &= place < length[:, None]
@@ -281,25 +281,25 @@ class CanvasSampler:
 
     def _step(
         self,
+        batch: DenoiseBatch,
         of: AdjustedRows | CutRows,
         constants: torch.Tensor,
         score: torch.Tensor,
         parameter: torch.Tensor,
         token: torch.Tensor,
-        memory_size: int = 0,
         reading: torch.Tensor | None = None,
     ) -> Step:
         """What the requests of a policy or cutter see of a step.
 
         Args:
+            batch: The step.
             of: The requests.
             constants: float32 ``[slots, 8]``.
             score, parameter, token: Of the whole batch.
-            memory_size: Numbers that are kept of each position.
             reading: See ``policies.Step``.
         """
         states, rows, slots = self.states, of.rows, of.slots
-        own = score[rows]
+        own, memory_size = score[rows], of.policy.memory_size if isinstance(of, AdjustedRows) else 0
         return Step(
             own,
             parameter[rows],
@@ -315,4 +315,5 @@ class CanvasSampler:
             of.block_index,
             of.num_left,
             of.num_positions,
+            batch.blocks.end_token_ids[rows],
         )

@@ -77,6 +77,8 @@ class HostTables(NamedTuple):
     sub_block_length: np.ndarray  # int64, 0: none
     sub_block_cache: np.ndarray  # bool
     adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
+    by_entropy: np.ndarray  # bool, its confidences are of entropies
+    reads_logits: np.ndarray  # bool, its policy reads its logits
     prompt_end: np.ndarray  # int64, prompt tokens
     is_shaped: np.ndarray  # bool, its logits are changed before a token is proposed
     penalizes: np.ndarray  # bool, by the tokens that are there among other things
@@ -165,6 +167,8 @@ class CanvasStates:
             sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
             sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
             adjusts=np.zeros(max_num_reqs, dtype=np.int8),
+            by_entropy=np.zeros(max_num_reqs, dtype=bool),
+            reads_logits=np.zeros(max_num_reqs, dtype=bool),
             prompt_end=np.zeros(max_num_reqs, dtype=np.int64),
             is_shaped=np.zeros(max_num_reqs, dtype=bool),
             penalizes=np.zeros(max_num_reqs, dtype=bool),
@@ -230,6 +234,7 @@ class CanvasStates:
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
         host.is_dual[slot] = options.cache_mode == "dual"
         self._set_cutter(slot, options, POLICIES[policy], schedule)
+        host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
             self.policy_carry[slot] = 0.0

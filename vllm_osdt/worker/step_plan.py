@@ -17,7 +17,7 @@ from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
-TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
+TOP_K = int(Rule.TOP_K)
 
 
 class LogitRows(NamedTuple):
@@ -437,7 +437,7 @@ class DenoisePlan(NamedTuple):
     @property
     def needs_logits(self) -> bool:
         """As ``DenoiseBatch.needs_logits``."""
-        reads = any(policy.reads_logits for policy in self.policies)
+        reads = any(f"read_{number}_rows" in self.arrays for number in range(len(self.policies)))
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
@@ -478,9 +478,10 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
             cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
     read_slots: dict[int, np.ndarray] = {}
+    reads = host.reads_logits[slots] & is_active & ~decides_first
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    if temperature.any() or is_shaped.any() or is_scored.any() or any(one.reads_logits for one in policies):
+    if temperature.any() or is_shaped.any() or is_scored.any() or reads.any():
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
         row_slots = slots[row_req]
@@ -490,18 +491,18 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         shaped_rows = np.flatnonzero(is_shaped[row_req])
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
         scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
-        for number, policy in enumerate(policies):
-            if policy.reads_logits:
+        for number in range(len(policies)):
+            of_policy = of_policies[f"adjusted_rows_{number}"]
+            if reads[of_policy].any():
                 request_of = np.full(slots.size, -1)
-                of_policy = of_policies[f"adjusted_rows_{number}"]
-                request_of[of_policy] = np.arange(of_policy.size)
+                request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
                 rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
                 arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
                 arrays[f"read_{number}_offset"] = row_pos[rows]
                 arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
                 rows = rows[arrays[f"read_{number}_at"]]
                 read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
-    asks_entropy = host.rule[slots] == ENTROPY_BOUND
+    asks_entropy = host.by_entropy[slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
     edit_threshold = host.edit_threshold[slots]
@@ -655,7 +656,7 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
     read = None
-    if policy.reads_logits:
+    if f"read_{number}_rows" in sent:
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
         read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])

@@ -102,7 +102,14 @@ def _first_step(
     extra_args = RequestSpec(options, canvas).as_extra_args()
     params = SamplingParams(**sampling, max_tokens=num_rows - 1, extra_args=extra_args)
     shape = DecodeShape(canvas.num_blocks, canvas.block_length, options.sub_block_length)
-    assignment = Assignment(POLICIES[options.policy].schedule(options, shape), is_recorded=True, is_watched=True)
+    policy = POLICIES[options.policy]
+    assignment = Assignment(
+        policy.schedule(options, shape),
+        is_recorded=True,
+        is_watched=True,
+        by_entropy=policy.looks_at_entropy(options),
+        reads_logits=policy.needs_logits(options),
+    )
     step = CanvasStep({req_id: assignment for req_id in req_ids})
     output, next_page = SchedulerOutput.make_empty(), 1  # page 0 is vLLM's null page
     for req_id in req_ids:
