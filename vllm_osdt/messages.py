@@ -37,12 +37,14 @@ class RequestSpec:
             profile may.
         pinned: Token ids from the prompt's end on, ``HOLE`` where the model writes, ``OPEN_HOLE`` where an end token
             may end the hole; None where the model writes everywhere.
+        draft: Token ids from the prompt's end on, each of which is taken once the model proposes it; None for none.
     """
 
     options: DecodingOptions
     canvas: Canvas
     follows_choice: bool = False
     pinned: list[int] | None = None
+    draft: list[int] | None = None
 
     def as_extra_args(self) -> dict[str, Any]:
         """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
@@ -51,6 +53,7 @@ class RequestSpec:
             "canvas": list(self.canvas),
             "follows": self.follows_choice,
             "pinned": self.pinned,
+            "draft": self.draft,
         }
         return {RESOLVED_KEY: values}
 
@@ -60,7 +63,8 @@ class RequestSpec:
         found = (getattr(sampling_params, "extra_args", None) or {}).get(RESOLVED_KEY)
         if found is None:
             return None
-        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]), found["follows"], found["pinned"])
+        options, canvas = DecodingOptions(**found["options"]), Canvas(*found["canvas"])
+        return cls(options, canvas, found["follows"], found["pinned"], found["draft"])
 
 
 class Decides(IntEnum):
@@ -83,6 +87,7 @@ class Assignment(NamedTuple):
         is_watched: Whether the guard wants its confidence at block entry.
         policy: Name of its policy, where the task's profile has chosen it; None for that of its options.
         has_grammar: Whether a grammar says which tokens it may have; its steps are reported as those of a calibration.
+        has_drafts: Whether tokens are drafted for it, by its own draft or by n-grams.
         by_entropy: Whether its confidences are of entropies.
         reads_logits: Whether its policy reads its logits.
     """
@@ -92,6 +97,7 @@ class Assignment(NamedTuple):
     is_watched: bool = False
     policy: str | None = None
     has_grammar: bool = False
+    has_drafts: bool = False
     by_entropy: bool = False
     reads_logits: bool = False
 
@@ -104,10 +110,13 @@ class CanvasStep:
         assignments: Of the requests that start or resume, by id.
         first_position: Ids of the requests of which this step decides the first position alone
             (``Decides.FIRST_POSITION``); vLLM's draft counts tell the other two.
+        drafts: Tokens that are drafted for the blocks that are entered, -1 for none: the position of the first, and
+            token ids, by request.
     """
 
     assignments: dict[str, Assignment] = field(default_factory=dict)
     first_position: frozenset[str] = frozenset()
+    drafts: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
 
 class GrammarChain(NamedTuple):

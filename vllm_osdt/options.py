@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
 PREFIX = "osdt_"
+REQUEST_FIELDS = ("infill", "suffix", "draft")  # of a request alone, with the prefix (vllm_osdt.frontend)
 AUTO_TASK = "auto"
 UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
 
@@ -141,6 +142,19 @@ class CommonOptions(AdaBlockOptions):
         Flag,
         "A proposal's confidence is its share of the tokens that `top_p`, `top_k`, `min_p`, biases and penalties "
         "leave, instead of the model's own probability. More tokens per forward, and less certain ones.",
+    )
+    draft_threshold: float = option(
+        0.3,
+        number(ge=0, le=1),
+        "Of a request with a [draft](parameters.md#drafts): confidence that the model has at least in a drafted token "
+        "that it proposes itself, for the token to be taken.",
+    )
+    draft_ngram: int | None = option(
+        None,
+        count(1, 32) | None,
+        "Draft each block from the prompt and the output so far: the tokens behind an earlier occurrence of their last "
+        "so many tokens. `null` for no such drafts.",
+        unit="tokens",
     )
     return_trace: bool = option(
         False,

@@ -275,6 +275,20 @@ REFUSALS = {
         "Beside a template or a suffix; beside a template; beside open holes.",
         "Leave one of them out.",
     ),
+    "draft-value": Refusal(
+        "`osdt_draft`, `prediction`", "It is neither text nor token ids of the model.", "Send what the message names."
+    ),
+    "draft-names": Refusal("`osdt_draft`, `prediction`", "Both are sent.", "Send one of them."),
+    "draft-grammar": Refusal(
+        "`osdt_draft`, `prediction`, `osdt_draft_ngram`",
+        "Beside structured output: a grammar decides from left to right, a draft in any order.",
+        "Leave one of them out.",
+    ),
+    "draft-without": Refusal(
+        "`osdt_draft_threshold`",
+        "The request has no draft.",
+        "Send `osdt_draft` or `osdt_draft_ngram`, or leave it out.",
+    ),
     "prompt-scores": Refusal(
         "`echo` with `logprobs`, `prompt_logprobs`",
         "Always: these models have no next-token probabilities of a prompt. Multiple-choice tasks of lm-eval "

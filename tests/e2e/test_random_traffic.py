@@ -56,6 +56,9 @@ def random_request(rng, family, beginnings, profile):
     own |= random_parameters(rng, max_tokens, is_sampled="temperature" in own)
     options["return_trace"] = rng.random() < 0.3
     params = sampling(max_tokens, **options, **own)
+    if rng.random() < 0.3:
+        drafts = {"osdt_draft": rng.choice(beginnings), "osdt_draft_ngram": 1}
+        params.extra_args |= {**drafts, "osdt_draft_threshold": 0.0}
     if rng.random() < 0.15 and "stop_token_ids" not in own:
         params.max_tokens, params.min_tokens, params.logprobs = None, 0, None
         params.extra_args["osdt_infill"] = random_template(rng, family)

@@ -320,6 +320,23 @@ def test_log_probabilities_come_with_every_endpoint(server: Server) -> None:
     )
 
 
+def test_a_draft_saves_forwards_by_both_of_its_names(server: Server) -> None:
+    options = {"temperature": 0, "osdt_policy": "static_threshold", "osdt_draft_threshold": 0.2}
+    plain = {name: value for name, value in options.items() if "draft" not in name}
+    first = post(server, CHAT, **{**ENDPOINTS[CHAT], **plain}).raise_for_status().json()
+    text = first["choices"][0]["message"]["content"]
+    fields = ({"prediction": {"type": "content", "content": text}}, {"osdt_draft": text})
+    found = [post(server, CHAT, **{**ENDPOINTS[CHAT], **options, **one}).raise_for_status().json() for one in fields]
+    assert [one["choices"][0]["message"]["content"] for one in found] == [text, text]
+    assert found[0]["osdt"]["nfe"] == found[1]["osdt"]["nfe"] < first["osdt"]["nfe"]
+    parts = {"type": "content", "content": [{"type": "image", "text": "x"}]}
+    refused = post(server, CHAT, **{**ENDPOINTS[CHAT], "prediction": parts})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prediction"
+    beside = {"prediction": fields[0]["prediction"], "response_format": {"type": "json_object"}}
+    refused = post(server, CHAT, **{**ENDPOINTS[CHAT], **beside})
+    assert refused.status_code == 400 and "prediction cannot be sent with structured" in refused.text
+
+
 def test_a_suffix_and_a_template_are_filled(server: Server) -> None:
     suffix = " so the answer is A ."
     body = {"prompt": QUIZ, "max_tokens": 24, "temperature": 0, "suffix": suffix}

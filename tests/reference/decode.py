@@ -5,6 +5,7 @@ factor rules and the caches; OSDT (arXiv 2511.02077) for calibrated thresholds; 
 conformal ones.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -128,6 +129,32 @@ def sureness(rule: Rule, probability: torch.Tensor, token: int) -> float:
     return probability[token].item()
 
 
+@dataclass
+class Draft:
+    """Drafted tokens of an output, by their index, and the confidence that the model has at least in one it takes."""
+
+    tokens: dict[int, int]
+    threshold: float
+    margin: float = float("inf")
+
+    def confirmed(self, rule: Rule, first: int, proposals: dict[int, int], masked: dict[int, float]) -> list[int]:
+        """Positions whose proposal is the drafted token.
+
+        Args:
+            rule: Of the request; says what confidence is.
+            first: Index in the output of position 0.
+            proposals, masked: Token and confidence by masked position.
+        """
+        found = []
+        for position, confidence in masked.items():
+            if proposals[position] == self.tokens.get(first + position):
+                sure = math.exp(confidence) if getattr(rule, "by_entropy", False) else confidence
+                self.margin = min(self.margin, abs(sure - self.threshold))
+                if sure >= self.threshold:
+                    found.append(position)
+        return found
+
+
 def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
     """LLaDA's quota: equal shares, the first steps one more where they do not come out even."""
 
@@ -185,6 +212,7 @@ def decode(
     first_length: int | None = None,
     shape: Shape | None = None,
     pinned: dict[int, int] | None = None,
+    draft: Draft | None = None,
 ) -> Decoded:
     """Decode a request.
 
@@ -209,6 +237,7 @@ def decode(
             all before it are decided.
         shape: Changes the logits from which a token is proposed; its confidence stays the model's.
         pinned: Tokens of the canvas that are given, by their index.
+        draft: Tokens that a step unmasks beside what the rule says, where it proposes them.
     """
     end, shift = len(prompt) + gen_length, model.logits_shift
     kept, refreshed, is_unsure = None, -1, False
@@ -302,6 +331,9 @@ def decode(
             is_unsure = refresh_confidence > 0 and mean < refresh_confidence and not is_refresh
             result.num_refreshes += is_refresh
             chosen = [0] if is_alone and masked else rule(block, step, masked) if masked else []
+            if draft is not None:
+                tokens = {offset: int(proposal[offset]) for offset in masked}
+                chosen = list({*chosen, *draft.confirmed(rule, done, tokens, masked)})
             result.record[-1].append([(c, offset in chosen) for offset, c in masked.items()])
             for offset in chosen:
                 ids[first + offset] = proposal[offset]
@@ -313,7 +345,7 @@ def decode(
         done += length
         if len(result.tokens) >= wanted or result.tokens[-1] in end_token_ids:
             break
-    result.rule_margin = getattr(rule, "margin", float("inf"))
+    result.rule_margin = min(getattr(rule, "margin", float("inf")), draft.margin if draft else float("inf"))
     if not pinned:
         result.chosen_from = [chosen_from[k] for k in range(len(result.tokens))]
         result.steps = [steps[k] for k in range(len(result.tokens))]

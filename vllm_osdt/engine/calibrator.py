@@ -141,7 +141,8 @@ class Calibrator:
         )
         key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
         profile, recorder, is_early = None, None, False
-        is_usual = not (is_kept or has_grammar) and spec.pinned is None
+        is_usual = not (is_kept or has_grammar) and spec.pinned is None and spec.draft is None
+        asks_for_drafts = not has_grammar and (spec.draft is not None or options.draft_ngram is not None)
         if policy.calibrates(options):
             profile = self._find_profile(options, key)
             if spec.follows_choice and profile is not None and not options.recalibrate:
@@ -167,6 +168,8 @@ class Calibrator:
         about = About(
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
+        has_drafts = asks_for_drafts and recorder is None  # a task's steps are recorded as they are without n-grams
+        is_usual = is_usual and not has_drafts
         is_own_profile = profile is not None and options.profile is None and not is_early
         by_entropy = policy.looks_at_entropy(options)
         is_watched = self.guard is not None and is_own_profile and not by_entropy and is_usual
@@ -179,6 +182,7 @@ class Calibrator:
             is_watched=is_watched,
             policy=policy.name,
             has_grammar=has_grammar,
+            has_drafts=has_drafts,
             by_entropy=by_entropy,
             reads_logits=policy.needs_logits(options),
         )

@@ -5,6 +5,7 @@ speculative placeholders, the way vLLM's own diffusion models do; rows start at 
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.logger import init_logger
@@ -24,6 +25,7 @@ from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
 from vllm_osdt.engine.grammar import Grammars
 from vllm_osdt.engine.infill import kept, num_needed, select
+from vllm_osdt.engine.ngram import draft_block
 from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.engine.trace import Tracer
 from vllm_osdt.engine.weights import Weights
@@ -141,12 +143,27 @@ class CanvasScheduler(Scheduler):
                 self._tracer.begin(new.req_id, assignment.schedule)
             step.assignments[new.req_id] = assignment
             request.canvas_about = self.calibrator.about(new.req_id)
+            request.canvas_ngram = spec.options.draft_ngram if assignment.has_drafts else None
+            request.canvas_drafted = -1
+        self._draft(step, output.num_scheduled_tokens)
         if self._traits.logits_shift or self._traits.commits_causally:
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
             )
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
+
+    def _draft(self, step: CanvasStep, req_ids: Iterable[str]) -> None:
+        """Look up drafts of the blocks that are entered, behind what a request drafts itself."""
+        for request in map(self.requests.__getitem__, req_ids):
+            begin = request.num_tokens
+            if request.canvas_ngram is None or request.canvas_drafted == begin:
+                continue
+            request.canvas_drafted = begin
+            if begin >= request.num_prompt_tokens + len(self._spec(request).draft or ()):
+                length = self._plan(request).active_length(begin)
+                tokens = draft_block(request.all_token_ids, request.canvas_ngram, length)
+                step.drafts[request.request_id] = begin, tokens
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """What the grammars of a step's requests allow in their active blocks; made while the model runs."""

@@ -18,6 +18,7 @@ from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore, open_store
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.auto_task import AutoTasks
+from vllm_osdt.frontend.draft import PREDICTION, Draft, check_draft, read_draft
 from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_company, template_canvas
 from vllm_osdt.geometry import PROMPT, Canvas, Limits
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
@@ -64,7 +65,7 @@ class Sent:
     Attributes:
         max_tokens: Its limit on output tokens, before vLLM bounds it by the context; None for none.
         max_tokens_name: The field that holds it.
-        options: Fields ``osdt_...`` at the top of the body, which vLLM drops.
+        options: Fields ``osdt_...`` and ``prediction`` at the top of the body, which vLLM drops.
         names: For a sampling parameter that vLLM makes of another field: that field's name.
         prompt_name: The field that holds the prompt.
         is_default_limit: Nobody sent ``max_tokens``: completions have 16 by default.
@@ -114,7 +115,8 @@ def sent_by(request: Any) -> Sent:
     limit = getattr(request, name, None)
     if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
         name = "max_tokens"
-    own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
+    names_of_ours = (request.model_extra or {}).items()
+    own = {key: value for key, value in names_of_ours if key.startswith(PREFIX) or key == PREDICTION}
     prompt_name = next((one for one in PROMPT_NAMES if getattr(request, one, None) is not None), PROMPT)
     is_default_limit = bool((request.model_extra or {}).get(DEFAULT_LIMIT_FIELD))
     return Sent(limit, name, own, names, prompt_name, is_default_limit)
@@ -222,8 +224,8 @@ class FrontEnd:
         prompt_length: int | None,
         adapter: str,
         encode: Encode | None = None,
-    ) -> tuple[DecodingOptions, Canvas | None, Template | None]:
-        """The options of a request, its canvas, and what is pinned in it; changes nothing.
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
+        """The options of a request, its canvas, what is pinned in it, and its draft; changes nothing.
 
         Args:
             params: Its sampling parameters; vLLM may have bounded their ``max_tokens``.
@@ -252,7 +254,7 @@ class FrontEnd:
         prompt_length: int | None,
         adapter: str,
         encode: Encode | None,
-    ) -> tuple[DecodingOptions, Canvas | None, Template | None]:
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
         """See :meth:`check`; ``sent`` is what the client sent."""
         extra = merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
@@ -262,6 +264,7 @@ class FrontEnd:
         template = reader.read(
             extra, sent.max_tokens, ignores_ends=asked.ignore_eos, is_default_limit=sent.is_default_limit
         )
+        draft = read_draft(extra, reader)
         bans_ends = template is not None and not template.ends_itself
         check_limits(params, vocabulary, traits.mask_token_id, bans_ends=bans_ends, name_of=sent.name_of)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
@@ -272,23 +275,25 @@ class FrontEnd:
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
+        check_draft(draft, extra, options, asked)
         if template is not None:
             check_company(template, options, asked, PREFIX + "gen_length" in extra, sent.name_of)
         if prompt_length is None:
-            return options, None, template
+            return options, None, template, draft
         room = self._limits.max_model_len - prompt_length
         # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
         bounded = params.max_tokens is not None and params.max_tokens < room
         if sent.max_tokens is None and options.gen_length is not None:
             bounded = bounded and self._is_capped  # a canvas of the request's own: the checkpoint's length is not asked
-        return *resolve_canvas(
+        options, canvas = resolve_canvas(
             options,
             prompt_length=prompt_length,
             max_tokens=params.max_tokens if bounded else sent.max_tokens,
             limits=self._limits,
             max_tokens_name=sent.max_tokens_name,
             canvas=None if template is None else template_canvas(template, prompt_length, options, self._limits),
-        ), template
+        )
+        return options, canvas, template, draft
 
     def follows_choice(self, params: "SamplingParams", asked: "SamplingParams") -> bool:
         """Whether a request leaves it to its task's profile how positions are chosen; arguments of :meth:`check`."""
@@ -494,7 +499,7 @@ def admit(
     front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
     asked = params if asked is None else asked
-    options, canvas, template = front_end.check(params, asked, len(token_ids), adapter, encode)
+    options, canvas, template, draft = front_end.check(params, asked, len(token_ids), adapter, encode)
     options = front_end.name_task(options, token_ids, adapter)
     if vllm_config.cache_config.enable_prefix_caching:
         _keep_pages_apart(request, options.block_length, vllm_config)
@@ -508,6 +513,7 @@ def admit(
         canvas,
         follows_choice=front_end.follows_choice(params, asked),
         pinned=None if template is None else template.tokens,
+        draft=draft.tokens[: params.max_tokens] if draft and draft.tokens else None,
     )
     params.extra_args = spec.as_extra_args()
 

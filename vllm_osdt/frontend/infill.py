@@ -167,14 +167,21 @@ class Reader(NamedTuple):
         return Template([one if k in held else HOLE for k, one in enumerate(ids)], len(ids), SEED)
 
     def _ids(self, name: str, part: Any) -> list[int]:
-        """Token ids of a text, or of a list of them."""
+        """Token ids of a text, or of a list of them; refuses anything else."""
+        found = self.ids_of(part)
+        if found is None:
+            raise _value(name, part)
+        return found
+
+    def ids_of(self, part: Any) -> list[int] | None:
+        """Token ids of a text, or of a list of them; None of anything else."""
         if isinstance(part, str) and self.encode is not None:
             return list(self.encode(part))
         if isinstance(part, list | tuple) and all(
             isinstance(one, int) and not isinstance(one, bool) and 0 <= one < self.vocabulary for one in part
         ):
             return list(part)
-        raise _value(name, part)
+        return None
 
 
 def check_company(

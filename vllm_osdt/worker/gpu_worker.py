@@ -89,14 +89,15 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert manager is not None
         if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies or denoise.cutters:
+        elif denoise.policies or denoise.cutters or "draft_threshold" in arrays:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED
         graph = manager.choose(size, arrays["position"].size, ends)
         sent = manager.fill(graph, arrays)
-        if "edit_threshold" not in arrays:
-            sent.pop("edit_threshold", None)
+        for name in ("edit_threshold", "draft_threshold"):
+            if name not in arrays:
+                sent.pop(name, None)
         if ends == Ends.MODEL:  # without the padding
             sent |= {name: sent[name][: arrays[name].shape[0]] for name in LOGIT_ARRAYS if name in arrays}
         return graph, sent, manager.queries(graph, sent)

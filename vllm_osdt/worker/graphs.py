@@ -53,7 +53,7 @@ class Ends(Enum):
     EDITED = "edited"
     """Likewise, after tokens have been edited: logits are read in whole blocks."""
     PROPOSED = "proposed"
-    """Tokens are proposed; policies that adjust the step decide outside."""
+    """Tokens are proposed; policies that adjust the step decide outside, and so does who has a draft."""
     MODEL = "model"
     """The model has run; what follows reads more of the logits than their best token."""
 
@@ -132,6 +132,8 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
     }
     if graph.ends == Ends.EDITED or (graph.ends in (Ends.PROPOSED, Ends.MODEL) and shapes.can_edit):
         fields["edit_threshold"] = Field(np.float32, (reqs,), np.inf)
+    if graph.ends in (Ends.PROPOSED, Ends.MODEL):
+        fields["draft_threshold"] = Field(np.float32, (reqs,), np.inf)
     if shapes.is_block_causal:
         fields["block_query_start_loc"] = Field(np.int32, (graph.num_queries + 1,), -1)
         fields["block_seq_lens"] = Field(np.int32, (graph.num_queries,), 0)

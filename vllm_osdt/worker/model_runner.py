@@ -126,10 +126,14 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         if num_drafts is None:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
         num_computed = self.req_states.num_computed_tokens_np[slots]
-        first_position = _canvas_step(scheduler_output).first_position
+        canvas_step = _canvas_step(scheduler_output)
+        first_position = canvas_step.first_position
         decides_first = np.zeros(num_reqs, dtype=bool)
         if first_position:
             decides_first[:] = [req_id in first_position for req_id in batch_req_state.req_ids]
+        for slot, req_id in zip(slots.tolist(), batch_req_state.req_ids, strict=True) if canvas_step.drafts else ():
+            if req_id in canvas_step.drafts:
+                states.write_draft(slot, *canvas_step.drafts[req_id])
         rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, decides_first)
         runs_as_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
         plan, denoise, pieces, arrays = self._plan(rows, self.decode_query_len if runs_as_graph else None)

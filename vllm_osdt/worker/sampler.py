@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from csrc_triton import Proposals, implementations
+from csrc_triton import Proposals, Rules, UnmaskResult, implementations
+from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
@@ -190,9 +191,9 @@ class CanvasSampler:
             token, confidence = proposals.to_grids(*blocks.canvas_index.shape)
             score, rules = batch.grammar.restrict(token, confidence, batch.rules)
             allowed = proposals._replace(confidence=proposals.of_grid(score))
-            canvas, _, result = self._unmask(blocks, allowed, rules)
+            canvas, _, result = self._unmask_and_confirm(batch, allowed, rules, proposals)
         else:
-            canvas, confidence, result = self._unmask(blocks, proposals, batch.rules)
+            canvas, confidence, result = self._unmask_and_confirm(batch, proposals, batch.rules, proposals)
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
         num_ready = result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0)
         return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready)
@@ -226,6 +227,23 @@ class CanvasSampler:
             num_rejected=self._no_rejected[:num_reqs],
         )
 
+    def _unmask_and_confirm(
+        self, batch: DenoiseBatch, changed: Proposals, rules: Rules, proposals: Proposals
+    ) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
+        """Unmask by the rules, and take drafted tokens that the model proposes.
+
+        Args:
+            batch: The step.
+            changed: With the scores that the rules read.
+            rules: By block.
+            proposals: With the model's own confidence.
+        """
+        canvas, confidence, result = self._unmask(batch.blocks, changed, rules)
+        if batch.draft_threshold is not None:
+            drafts = self.states.drafts
+            canvas, result = confirm(batch.blocks, proposals, drafts, batch.draft_threshold, result)
+        return canvas, confidence, result
+
     def _unmask_adjusted(
         self, batch: DenoiseBatch, proposals: Proposals, readings: Readings
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -247,7 +265,7 @@ class CanvasSampler:
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(token, score, rules)
         changed = proposals._replace(confidence=proposals.of_grid(allowed))
-        canvas, _, result = self._unmask(batch.blocks, changed, rules)
+        canvas, _, result = self._unmask_and_confirm(batch, changed, rules, proposals)
         for adjusted, step, before in steps:
             slots, policy = adjusted.slots, adjusted.policy
             policy.observe(step, before & ~states.masked[slots, :width])

@@ -91,6 +91,7 @@ class HostTables(NamedTuple):
     block_limit: np.ndarray  # int32, positions of the active block where that is cut; 0: not known yet
     is_dual: np.ndarray  # bool, its steps between refreshes compute the active block alone
     may_end: np.ndarray  # bool [slots, row_length], positions of holes that an end token may end
+    draft_threshold: np.ndarray  # float32, confidence that confirms a drafted token; infinite without a draft
 
 
 class CanvasStates:
@@ -131,6 +132,8 @@ class CanvasStates:
         self.modifier_constants = torch.zeros(len(MODIFIERS), max_num_reqs, MAX_CONSTANTS, device=device)
         self.modifier_memory = [self.policy_memory.clone() for _ in MODIFIERS]
         self.policy_tensors: dict[str, Mapping[str, torch.Tensor]] = {}  # by policy, of the operator's files
+        # Drafted tokens of the cells, -1 for none; there once a request has a draft.
+        self.drafts = torch.empty(0, dtype=torch.int32, device=device)
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
         self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
@@ -185,6 +188,7 @@ class CanvasStates:
             block_limit=self.block_limit.numpy() if is_host else np.zeros(max_num_reqs + 1, dtype=np.int32),
             is_dual=np.zeros(max_num_reqs, dtype=bool),
             may_end=np.zeros((max_num_reqs, row_length), dtype=bool),
+            draft_threshold=np.full(max_num_reqs, np.inf, dtype=np.float32),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -229,6 +233,10 @@ class CanvasStates:
         host.sub_block_length[slot] = options.sub_block_length or 0
         host.sub_block_cache[slot] = options.sub_block_cache
         host.prompt_end[slot] = len(new.prompt_token_ids or ())
+        host.draft_threshold[slot] = np.inf
+        if assignment.has_drafts:
+            self._clear_draft(slot, options.draft_threshold)
+            self.write_draft(slot, int(host.prompt_end[slot]), spec.draft or [])
         host.filters_confidence[slot] = options.filtered_confidence
         if host.is_recorded[slot] or assignment.is_watched or options.refresh_confidence > 0:
             self.observed.add(new.req_id)
@@ -272,6 +280,18 @@ class CanvasStates:
             self.host.cuts[slot] = CUTTERS.index(cutter) + 1
             constants = ADABLOCK.constants(options) if cutter is ADABLOCK else schedule.constants
             self.cut_constants[slot] = self._constants(constants)
+
+    def _clear_draft(self, slot: int, threshold: float) -> None:
+        """A request with drafts takes the slot; nothing is drafted yet."""
+        if not self.drafts.numel():
+            self.drafts = torch.full_like(self.cells, -1)
+        self.drafts[:-1].view(self.token_ids.shape)[slot] = -1
+        self.host.draft_threshold[slot] = threshold
+
+    def write_draft(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        """Draft the tokens of a request from position ``start`` on, -1 for none."""
+        own = self.drafts[:-1].view(self.token_ids.shape)[slot]
+        own[start : start + len(tokens)] = to_device(np.array(tokens, dtype=np.int32), self.device)
 
     def remove_request(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""

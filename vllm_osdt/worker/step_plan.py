@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
+from csrc_triton.types import ENTROPY_SCALE
 from vllm_osdt.policies import MODIFIERS, POLICIES, Policy
 from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.grammar import GrammarRows
@@ -125,6 +126,7 @@ class DenoiseBatch:
         noise_key: int64 ``[M]``, or None likewise.
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
+        draft_threshold: float32 ``[R]``, infinite where nothing is drafted, or None when no request has a draft.
         adjusted: The requests whose policy adjusts the step, by policy.
         has_cuts: Whether the blocks of some requests are, or will be, shorter than ``block_length``.
         cut: The requests whose blocks are cut in this step, by cutter.
@@ -150,6 +152,7 @@ class DenoiseBatch:
     noise_key: torch.Tensor | None
     by_entropy: torch.Tensor | None
     edit_threshold: torch.Tensor | None
+    draft_threshold: torch.Tensor | None
     adjusted: list[AdjustedRows]
     has_cuts: bool
     cut: list[CutRows]
@@ -559,6 +562,12 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     edit_threshold = host.edit_threshold[slots]
     if np.isfinite(edit_threshold).any():
         arrays["edit_threshold"] = edit_threshold
+    draft_threshold = host.draft_threshold[slots]
+    if np.isfinite(draft_threshold).any():
+        # Where confidence is 1 - H / 32, a distribution of entropy H counts as one of confidence exp(-H).
+        with np.errstate(divide="ignore"):
+            by_entropy = np.maximum(1 + np.log(draft_threshold) / np.float32(ENTROPY_SCALE), 0)
+        arrays["draft_threshold"] = np.where(asks_entropy, by_entropy, draft_threshold)
     recorded = _NONE
     if states.observed:
         recorded = np.flatnonzero(host.is_recorded[slots] & is_active)
@@ -687,6 +696,7 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         noise_key=sent.get("noise_key"),
         by_entropy=sent.get("by_entropy"),
         edit_threshold=sent.get("edit_threshold"),
+        draft_threshold=sent.get("draft_threshold"),
         adjusted=[_adjusted_rows(policy, number, plan, sent) for number, policy in enumerate(plan.policies)],
         has_cuts=plan.has_cuts,
         cut=[CutRows(cutter, *_of_requests(sent, "cut", number)) for number, cutter in enumerate(plan.cutters)],
