@@ -125,7 +125,7 @@ def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresh
     schedule = schedule_of(opts.policy, opts, thresholds)
     assert schedule.parameters.shape == (opts.gen_length // opts.block_length, opts.block_length)
     assert schedule.parameters.dtype == np.float32 and np.isfinite(schedule.parameters).all()
-    if opts.policy == "fixed_steps":
+    if opts.policy in ("fixed_steps", "prophet", "sched"):
         needed = schedule.parameters[:, : opts.steps // (opts.gen_length // opts.block_length)]
         assert (needed >= 1).all()
     else:
