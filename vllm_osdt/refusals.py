@@ -37,8 +37,8 @@ REFUSALS = {
         OPTION, "Other values at the top of the body and in `vllm_xargs`.", "Send it in one of the two places."
     ),
     "excludes": Refusal(
-        "`osdt_steps` and `osdt_steps_per_block`, `osdt_adaptive_entropy` and `osdt_threshold`, `osdt_calibrated` and "
-        "the threshold that it replaces",
+        "`osdt_steps` and `osdt_steps_per_block`, `osdt_adaptive_entropy` and `osdt_threshold`; `osdt_calibrated` and "
+        "what it replaces",
         "Both are sent.",
         "Send one of them.",
     ),

@@ -135,7 +135,7 @@ def test_without_early_thresholds_all_requests_record_until_the_round_ends(optio
     assert record.recorder is not None and np.array_equal(record.assignment.schedule.parameters, static(record))
 
 
-@pytest.mark.parametrize("policy", ["local_leap", "ete", "prophet", "sched"])
+@pytest.mark.parametrize("policy", ["local_leap", "ete", "streaming", "prophet", "sched"])
 def test_a_calibrated_policy_calibrates_with_the_static_threshold_and_shares_the_tasks_profile(policy):
     calibrator = make_calibrator()
     options = {"policy": policy, "calibrated": True}

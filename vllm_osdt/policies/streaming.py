@@ -5,21 +5,22 @@ threshold x (1 - ``relaxation`` x (1 - r)), and equality passes; at least the mo
 0.9 and 0.6, and finds that more relaxation costs quality; the authors' code has 0.3 (xiaoshideta/Streaming-dLLM).
 
 Deviations: in the authors' code r is the masked share of the block and of the window behind it, and 1 in a block's
-first step. Here it is the share of the masks with which the block, or the sub-block, began.
+first step. Here it is the share of the masks with which the block, or the sub-block, began. Ours: with ``calibrated``
+the threshold that falls is that of OSDT.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
-from vllm_osdt.policies.static_threshold import ThresholdOptions, threshold_of
+from vllm_osdt.policies.base import Policy, Schedule, Step
+from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 
 @dataclass(frozen=True)
-class StreamingOptions(ThresholdOptions):
+class StreamingOptions(ThresholdOptions, CalibratedOptions):
     """A threshold, and by how much it falls."""
 
     relaxation: float = option(
@@ -39,7 +40,12 @@ class Streaming(Policy):
     def schedule(self, options: StreamingOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` lowers the parameter."""
         constants = (options.relaxation, shape.decides_first_alone)
-        return constant(shape, Rule.THRESHOLD, threshold_of(options, shape), constants)
+        schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
+        return replace(schedule, constants=constants)
+
+    def calibrates(self, options: StreamingOptions) -> bool:
+        """If the request says so."""
+        return options.calibrated
 
     def adjust(self, step: Step) -> None:
         """Lower the threshold; ``step.state`` has the most masks that were left."""

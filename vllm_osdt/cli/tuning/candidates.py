@@ -28,11 +28,6 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
         {"max_threshold": high, "min_threshold": low}
         for high, low in ((0.85, 0.6), (0.8, 0.6), (0.75, 0.6), (0.7, 0.6), (0.6, 0.5), (0.5, 0.4), (0.4, 0.3))
     ),
-    "prophet": tuple(
-        {"prophet_early": 3 * late, "prophet_middle": 2 * late, "prophet_late": late}
-        for late in (5.0, 3.5, 2.5, 1.75, 1.25)
-    ),
-    "sched": tuple({"sched_high": 3 * low, "sched_low": low} for low in (5.0, 3.5, 2.5, 1.75, 1.25)),
 }
 
 
