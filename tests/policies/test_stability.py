@@ -121,7 +121,7 @@ class PlainLESS(Plain):
 
 
 class PlainStable(Plain):
-    def __init__(self, steps=2, confidence=0.5):
+    def __init__(self, steps=1, confidence=0.8):
         super().__init__()
         self.length, self.confidence = steps, confidence
 
