@@ -33,7 +33,7 @@ from common import environment, write_lines
 from decoding import Bench, Outcome, add_engine_arguments, mcnemar, pareto
 from problems import CALIBRATION_SEED, Problem, find_source, user_problems
 
-from vllm_osdt.cli.tuning.candidates import CANDIDATES
+from vllm_osdt.cli.tuning.candidates import CANDIDATES, calibrates
 from vllm_osdt.options import DEFAULTS
 from vllm_osdt.policies import POLICIES
 
@@ -47,6 +47,8 @@ ONE_POSITION: dict[str, dict[str, Any]] = {
     "local_leap": {"anchor_threshold": 1.0, "relaxed_threshold": 1.0},
     "bacd": {"max_threshold": 1.0, "min_threshold": 1.0},
     "ete": {"threshold": 1.0, "explore_below": 1},
+    "prophet": {"prophet_early": 1e9, "prophet_middle": 1e9, "prophet_late": 1e9},
+    "sched": {"sched_high": 1e9, "sched_low": 1e9},
     "fixed_steps": {},
     "confidence_adaptive": {"threshold": 1.0},
     "entropy_threshold": {"max_entropy": 1e-9},
@@ -89,7 +91,7 @@ def words(setting: Mapping[str, Any]) -> str:
 def for_task(policy: str, setting: Mapping[str, Any], task: str) -> dict[str, Any]:
     """A setting as requests of a task send it."""
     own: dict[str, Any] = {"policy": policy, **setting}
-    if POLICIES[policy].calibrates:
+    if calibrates(own):
         own["task"] = f"{task} {words(setting)}".strip()
     return own
 
@@ -97,7 +99,7 @@ def for_task(policy: str, setting: Mapping[str, Any], task: str) -> dict[str, An
 def refusal(bench: Bench, policy: str, problem: Problem) -> str | None:
     """Why the model does not take a policy; None if it does."""
     try:
-        bench.generate([problem], [{"policy": policy, **({"task": "try"} if POLICIES[policy].calibrates else {})}])
+        bench.generate([problem], [{"policy": policy, **({"task": "try"} if calibrates({"policy": policy}) else {})}])
     except ValueError as error:
         return str(error)
     return None
@@ -119,7 +121,7 @@ def tuned(bench: Bench, policy: str, task: str, split: list[Problem], base: Outc
 
 def calibrate(bench: Bench, policy: str, options: Mapping[str, Any], task: str) -> None:
     """Have a task's calibrating requests decoded, where the policy has such."""
-    if POLICIES[policy].calibrates:
+    if calibrates({"policy": policy, **options}):
         number = int(options.get("num_calibration_requests", DEFAULTS["num_calibration_requests"]))
         bench.decode(bench.calibrating[task][:number], **options)  # type: ignore[attr-defined]
 

@@ -285,7 +285,7 @@ def test_input_that_does_not_fit_is_refused_before_an_engine_starts(arguments, t
     files["answers.txt"].write_text("A\n")
     files["bad.jsonl"].write_text('{"text": 1}\n')
     for more, words in (
-        ([], "needs 492, where no request loses; the smallest risk that 120 prompts can certify is 0.0404"),
+        ([], "needs 517, where no request loses; the smallest risk that 120 prompts can certify is 0.0424"),
         (["--limit", "5"], f"there are 5 prompts, but num_calibration_requests is {CALIBRATIONS}; give more prompts"),
         (["--prompts", str(files["empty.txt"])], "empty.txt holds no prompt"),
         (["--prompts", str(tmp_path / "gone")], "the prompts cannot be read"),

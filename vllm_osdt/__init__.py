@@ -64,8 +64,8 @@ def describe(completion: Any) -> dict[str, Any] | None:
         ``policy``, ``task`` (the one it was found to belong to), ``profile`` (id of the calibration profile it used, or
         None), ``calibrating`` (whether it was recorded for one), ``nfe`` (forward passes it took part in),
         ``tokens_per_forward``, ``weights_version`` (number of weight updates before its last tokens were decided, or
-        the caller's label of the weights) and ``weights_version_at_start`` (the same for its first tokens). None for
-        other models.
+        the caller's label of the weights) and ``weights_version_at_start`` (the same for its first tokens). ``trace``
+        where the request asked for it, ``error`` where its own parameters left it no token. None for other models.
     """
     return getattr(completion.spec_decode_metrics, "osdt", None)
 

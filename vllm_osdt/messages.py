@@ -20,8 +20,10 @@ RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
 STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
 GRAMMAR_CHAINS = "grammar_chains"  # attribute of GrammarOutput: GrammarChain by request id
+HOLE, OPEN_HOLE = -1, -2  # in RequestSpec.pinned
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
 TRACE = "trace"  # in a response's field, see engine.trace
+ERROR = "error"  # likewise: why the request could not go on
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class RequestSpec:
         canvas: Its positions.
         follows_choice: Whether neither the request nor the operator says how positions are chosen, so that the task's
             profile may.
-        pinned: Token ids from the prompt's end on, -1 where the model writes; None where that is everywhere.
+        pinned: Token ids from the prompt's end on, ``HOLE`` where the model writes, ``OPEN_HOLE`` where an end token
+            may end the hole; None where the model writes everywhere.
     """
 
     options: DecodingOptions
@@ -80,6 +83,8 @@ class Assignment(NamedTuple):
         is_watched: Whether the guard wants its confidence at block entry.
         policy: Name of its policy, where the task's profile has chosen it; None for that of its options.
         has_grammar: Whether a grammar says which tokens it may have; its steps are reported as those of a calibration.
+        by_entropy: Whether its confidences are of entropies.
+        reads_logits: Whether its policy reads its logits.
     """
 
     schedule: Schedule
@@ -87,6 +92,8 @@ class Assignment(NamedTuple):
     is_watched: bool = False
     policy: str | None = None
     has_grammar: bool = False
+    by_entropy: bool = False
+    reads_logits: bool = False
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import vllm_osdt
-from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens, watch_logits
 from tests.reference.decode import (
     Decoded,
     EntropyBound,
@@ -199,6 +199,16 @@ def assert_first_logits_equal(llm: Any, network: Any, monkeypatch: Any, block_le
     _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=8, block_length=block_length, **options)
 
 
+def assert_first_causal_logits_equal(llm: Any, network: Any, monkeypatch: Any, cache_mode: str) -> None:
+    """The same of a model that commits causally: of the last prompt token, or of the first block (``causal_fused``)."""
+
+    def expected(prompt: list[int], number: int) -> torch.Tensor:
+        logits = network.forward(torch.tensor(prompt + [network.mask_token_id] * 16), len(prompt))
+        return logits[len(prompt) - (cache_mode == "causal") :][:number]
+
+    _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=16, block_length=16, cache_mode=cache_mode)
+
+
 def assert_first_canvas_logits_equal(llm: Any, network: Any, monkeypatch: Any) -> None:
     """The same where positions see the whole canvas: logits of its first block."""
 
@@ -213,19 +223,15 @@ def _assert_first_logits_are(
     llm: Any, monkeypatch: Any, expected: Callable[[list[int], int], torch.Tensor], max_tokens: int, **options: Any
 ) -> None:
     """``expected`` takes a prompt and the number of rows."""
-    from vllm_osdt.worker.sampler import CanvasSampler
-
     seen = {}
-    sample = CanvasSampler.__call__
 
-    def recording(self: Any, logits: Any, input_batch: Any, *args: Any) -> Any:
+    def record(logits: Any, input_batch: Any) -> None:
         for row, req_id in enumerate(input_batch.req_ids):
             first, last = input_batch.cu_num_logits_np[row : row + 2]
-            if last > first and req_id not in seen:
-                seen[req_id] = logits[first:last].clone()
-        return sample(self, logits, input_batch, *args)
+            if last > first:
+                seen.setdefault(req_id, logits[first:last])
 
-    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    watch_logits(monkeypatch, record)
     rng = random.Random(4)
     prompts = [[rng.randrange(8, 100) for _ in range(length)] for length in (1, 5, 37, 53)]
     generate(llm, prompts, sampling(max_tokens, policy="static_threshold", **options))

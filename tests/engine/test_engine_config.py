@@ -170,6 +170,25 @@ def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal:
         configure(checkpoint, additional_config=parted)
 
 
+def test_causal_commits_want_neither_whole_blocks_nor_pages_of_them(tmp_path: Path) -> None:
+    from tests.reference.nemotron_labs_diffusion import FIELDS
+
+    (tmp_path / "config.json").write_text(json.dumps({**FIELDS, "block_size": 24}))
+    config = configure(str(tmp_path), max_model_len=500, block_size=64)
+    assert config.model_config.max_model_len == 500
+    assert config.cache_config.enable_prefix_caching and config.cache_config.block_size == 64
+    assert configure(str(tmp_path)).cache_config.block_size == 32
+    options = default_decoding_options(config)
+    assert (options.cache_mode, options.block_length, options.is_on_grid) == ("causal", 24, False)
+    assert not config.model_config.hf_config.traits.is_threshold_strict
+    fused = configure(str(tmp_path), additional_config={"osdt": {"cache_mode": "causal_fused"}})
+    assert default_decoding_options(fused).cache_mode == "causal_fused"
+    with pytest.raises(ValueError, match="fused_commit is false, but cache_mode says"):
+        configure(str(tmp_path), additional_config={"osdt": {"fused_commit": False}})
+    with pytest.raises(ValueError, match="cache_mode is 'dual'; this model's attention allows causal, causal_fused"):
+        configure(str(tmp_path), additional_config={"osdt": {"cache_mode": "dual"}})
+
+
 @pytest.mark.parametrize(
     ("folder", "block_size", "arguments", "expected", "warning"),
     [
@@ -278,6 +297,9 @@ def test_a_gpu_gets_attention_that_has_room(monkeypatch, cache_dtype: str, expec
     attention = AttentionConfig()
     engine_config._choose_attention(attention, cache_dtype)
     assert (attention.backend and attention.backend.name) == expected
+    attention = AttentionConfig()
+    engine_config._choose_attention(attention, cache_dtype, mixes_causal=True)
+    assert attention.backend is not None and attention.backend.name == "TRITON_ATTN"
 
 
 FILTERS = {"top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
@@ -416,6 +438,7 @@ FAMILY_FIELDS = {
     "A2D_QWEN3": "a2d_qwen3",
     "A2D_QWEN2": "a2d_qwen2",
     "A2D_LLAMA": "a2d_llama",
+    "NEMOTRON": "nemotron_labs_diffusion",
 }
 
 
@@ -486,6 +509,13 @@ REFUSED_FIELDS = {
     "A2D_QWEN3": [("hidden_act", "gelu"), ("use_sliding_window", True)],
     "A2D_QWEN2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
     "A2D_LLAMA": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
+    "NEMOTRON": [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("sliding_window", 64),
+        ("dlm_paradigm", "autoregressive"),
+    ],
 }
 
 

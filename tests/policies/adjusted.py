@@ -37,6 +37,7 @@ def make_step(score: torch.Tensor, schedule: Schedule, rows: int, *, memory_size
         torch.zeros(rows, dtype=torch.int64),
         (score != NO_CONFIDENCE).sum(dim=1),
         torch.full((rows,), width),
+        torch.full((rows, 1), -1),
     )
 
 

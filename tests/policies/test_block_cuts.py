@@ -175,7 +175,7 @@ def test_what_contradicts_blocks_of_many_lengths_is_refused(values, message):
 @pytest.mark.parametrize("values", [{"osdt_adablock": True}, {"osdt_policy": "cad_llm"}])
 def test_block_causal_models_refuse_them(values):
     base = DecodingOptions(cache_mode="block")
-    with pytest.raises(InvalidOptionError, match="this model's blocks lie on a grid"):
+    with pytest.raises(InvalidOptionError, match="this model's blocks, which see no later ones, have one length"):
         validate_for_family(parse_options(values, base=base, prefix="osdt_"), SDARConfig().traits)
 
 

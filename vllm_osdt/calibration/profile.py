@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -17,8 +17,10 @@ from vllm_osdt.geometry import CACHE_MODES
 
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
 # confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, what cuts
-# blocks.
-CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:ada[0-9.e-]+)?"
+# blocks, and what changes logits: modifiers with their numbers.
+CACHE_KEY = (
+    rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:ada[0-9.e-]+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
+)
 
 
 def cache_key(
@@ -30,6 +32,7 @@ def cache_key(
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
     block_cut: str = "",
+    modifiers: Iterable[str] = (),
 ) -> str:
     """A cache mode as profiles tell it apart (:data:`CACHE_KEY`): recorded confidences depend on all of these."""
     key = cache_mode
@@ -43,7 +46,7 @@ def cache_key(
         key += f":u{refresh_confidence:g}"
     if block_cut:
         key += f":{block_cut}"
-    return key
+    return ":".join((key, *modifiers))
 
 
 @dataclass(frozen=True)

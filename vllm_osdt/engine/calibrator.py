@@ -142,7 +142,7 @@ class Calibrator:
         key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
         profile, recorder, is_early = None, None, False
         is_usual = not (is_kept or has_grammar) and spec.pinned is None
-        if policy.calibrates:
+        if policy.calibrates(options):
             profile = self._find_profile(options, key)
             if spec.follows_choice and profile is not None and not options.recalibrate:
                 options = self._choose(options, profile)
@@ -156,8 +156,11 @@ class Calibrator:
             if not is_kept:  # it was counted when it began
                 self.statistics.counts["requests", kind] += 1
         thresholds = None
-        if profile is not None and policy.calibrates:
-            thresholds = profile.thresholds(replace(setting_of(options), is_early=is_early))
+        if policy.calibrates(options):
+            if profile is not None:
+                thresholds = profile.thresholds(replace(setting_of(options), is_early=is_early))
+            else:
+                policy = POLICIES["osdt"]  # the static threshold alone
         schedule = policy.schedule(options, shape, thresholds)
         if profile is not None and schedule.rule == Rule.THRESHOLD:
             self.statistics.uses(key.task, profile.profile_id, float(schedule.parameters.mean()))
@@ -165,8 +168,8 @@ class Calibrator:
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
         is_own_profile = profile is not None and options.profile is None and not is_early
-        has_probabilities = not policy.ranks_by_entropy
-        is_watched = self.guard is not None and is_own_profile and has_probabilities and is_usual
+        by_entropy = policy.looks_at_entropy(options)
+        is_watched = self.guard is not None and is_own_profile and not by_entropy and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
@@ -174,8 +177,10 @@ class Calibrator:
             schedule,
             is_recorded=recorder is not None,
             is_watched=is_watched,
-            policy=options.policy,
+            policy=policy.name,
             has_grammar=has_grammar,
+            by_entropy=by_entropy,
+            reads_logits=policy.needs_logits(options),
         )
         return _Decoding(options, key, shape, about, assignment, profile, is_early, is_usual, recorder)
 
@@ -309,8 +314,10 @@ class Calibrator:
             if choice.num_changed is None:
                 return None
             return min(0.99, max(share, upper_bound(choice.num_changed, choice.num_prompts, _TUNING_LEVEL)))
-        # Statistics of the paper bound no share of requests; who asks for one accepts what it changes.
-        return max(share, options.risk) if options.statistic == CONFORMAL else None
+        # Statistics of the paper, and policies that unmask more than the thresholds allow, bound no share of requests;
+        # who asks for one accepts what it changes.
+        is_bound = options.statistic == CONFORMAL and options.policy == "osdt"
+        return max(share, options.risk) if is_bound else None
 
     def hear_audit(self, subject: Subject, *, is_same: bool) -> None:
         """An audit has ended: the static threshold gives the same tokens, or others."""

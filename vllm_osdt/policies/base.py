@@ -103,6 +103,7 @@ class Step(NamedTuple):
         block_index: int64 ``[R]``, of the active block, from 0.
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
+        end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
         tensors: What :meth:`Policy.tensors` has read for the engine, by name.
     """
 
@@ -120,6 +121,7 @@ class Step(NamedTuple):
     block_index: "torch.Tensor"
     num_left: "torch.Tensor"
     num_positions: "torch.Tensor"
+    end_token_ids: "torch.Tensor"
     tensors: "Mapping[str, torch.Tensor]" = MappingProxyType({})
 
     def choose(self, chosen: "torch.Tensor", rank: "torch.Tensor | None" = None) -> None:
@@ -174,22 +176,22 @@ class Policy(ABC):
     Attributes:
         name: What a user calls it.
         Options: A frozen dataclass of the options that it reads (``vllm_osdt.declaration.option``).
-        calibrates: Whether requests of a task share a calibration profile, whose thresholds ``schedule`` is given.
         ranks_by_entropy: Whether confidence is 1 - H / 32, with H the entropy of the position in nats, in place of the
-            probability of the proposal. Token editing, which compares probabilities, is then refused.
+            probability of the proposal. Token editing, which compares probabilities, is then refused. Where it depends
+            on options: :meth:`looks_at_entropy`.
         adjusts: Whether :meth:`adjust` and :meth:`observe` run.
-        reads_logits: Whether :meth:`read` runs too.
+        reads_logits: Whether :meth:`read` runs too. Where it depends on options: :meth:`needs_logits`.
         reads_step_before: Whether it gets the logits of the step before. The worker keeps hidden states for it, not
             logits, so that each step multiplies with the output weight once more.
         num_steps_before: How many steps before; each but the first is one more multiplication.
         memory_size: Numbers that it keeps of each position of the active block.
         cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
             ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
+        has_sub_blocks: Whether it means something to blocks whose sub-blocks are decided one after the other.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
-    calibrates: ClassVar[bool] = False
     ranks_by_entropy: ClassVar[bool] = False
     adjusts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
@@ -197,6 +199,14 @@ class Policy(ABC):
     num_steps_before: ClassVar[int] = 1
     memory_size: ClassVar[int] = 0
     cuts_blocks: ClassVar[bool] = False
+    has_sub_blocks: ClassVar[bool] = True
+
+    def calibrates(self, options: Any) -> bool:
+        """Whether requests of a task share a calibration profile, whose thresholds :meth:`schedule` is given.
+
+        Where there is no profile, a request that would have one is decoded with the static threshold instead.
+        """
+        return False
 
     def check(self, options: Any) -> None:
         """Refuse options that contradict each other.
@@ -232,6 +242,14 @@ class Policy(ABC):
             InvalidOptionError: An option does not fit the canvas.
         """
         return {}
+
+    def looks_at_entropy(self, options: Any) -> bool:
+        """Whether a request's confidences are of entropies, as ``ranks_by_entropy`` says."""
+        return self.ranks_by_entropy
+
+    def needs_logits(self, options: Any) -> bool:
+        """Whether a request's logits are read; never without ``reads_logits``."""
+        return self.reads_logits
 
     @abstractmethod
     def schedule(self, options: Any, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:

@@ -5,22 +5,22 @@ Source: ETE (arXiv 2511.21103), abstract and introduction; no code is public. A 
 makes others certain in the next step. The paper unmasks every position above a threshold, also in later blocks, which
 here is a matter of ``block_length``. What it leaves open is ours: a step explores when fewer positions than
 ``explore_below`` pass; of the others it then decides the one that stands ``explore_rank`` of the way from the surest to
-the least sure.
+the least sure. With ``calibrated`` the threshold is that of OSDT.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
-from vllm_osdt.policies.static_threshold import ThresholdOptions, static_schedule
+from vllm_osdt.policies.base import Policy, Schedule, Step
+from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 
 @dataclass(frozen=True)
-class ETEOptions(ThresholdOptions):
+class ETEOptions(ThresholdOptions, CalibratedOptions):
     """When a step explores, and where."""
 
     explore_below: int = option(
@@ -45,8 +45,12 @@ class ETE(Policy):
 
     def schedule(self, options: Any, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class."""
-        threshold = float(static_schedule(options, shape).parameters[0, 0])
-        return constant(shape, Rule.THRESHOLD, threshold, (options.explore_below, options.explore_rank))
+        schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
+        return replace(schedule, constants=(options.explore_below, options.explore_rank))
+
+    def calibrates(self, options: Any) -> bool:
+        """If the request says so."""
+        return options.calibrated
 
     def adjust(self, step: Step) -> None:
         """Choose what passes, the surest position where nothing does, and the explored one."""

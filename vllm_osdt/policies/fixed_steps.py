@@ -27,7 +27,8 @@ class StepsOptions:
         count() | None,
         "Total denoising steps of `fixed_steps`, a multiple of the number of blocks. With `static_threshold`, a step "
         "unmasks at least as many positions as `fixed_steps` would: the dynamic rule of SDAR and LLaDA2. With `klass`, "
-        "`less` and `ccd`, a step unmasks so many where none is stable.",
+        "`less` and `ccd`, a step unmasks so many where none is stable. With `dimple`, blocks take at most so many. "
+        "`prophet` and `sched` take them up to an early exit.",
         unit="denoising steps",
         default_text="one token per step",
         excludes="steps_per_block",

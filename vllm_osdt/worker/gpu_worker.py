@@ -77,6 +77,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             return None
         if manager.is_uniform and ((length < longest).any() or not manager.takes_whole_blocks(rows)):
             return None
+        if manager.shapes.commits_causally:
+            return rows.size if manager.is_uniform else 2 * rows.size
         return int((-(-rows // length)).sum()) if manager.shapes.is_block_causal else rows.size
 
     def _put_into_graph(

@@ -102,6 +102,7 @@ class GraphShapes(NamedTuple):
     padding_slot: int  # of CanvasStates.masked
     is_block_causal: bool
     can_edit: bool
+    commits_causally: bool = False
 
 
 def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
@@ -135,6 +136,8 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
         fields["block_query_start_loc"] = Field(np.int32, (graph.num_queries + 1,), -1)
         fields["block_seq_lens"] = Field(np.int32, (graph.num_queries,), 0)
         fields["block_request"] = Field(np.int64, (graph.num_queries,), 0)
+    if shapes.commits_causally:
+        fields["block_causal"] = Field(np.int32, (graph.num_queries,), 0)
     return Layout(fields)
 
 
@@ -164,6 +167,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
             states.masked.shape[0] - 1,
             states.is_block_causal,
             vllm_config.model_config.hf_config.traits.can_edit,
+            states.commits_causally,
         )
         # Attention that captures batches of equal queries only has whole blocks as queries.
         self.is_uniform = cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
@@ -199,7 +203,9 @@ class CanvasGraphManager(ModelCudaGraphManager):
                 continue
             num_reqs = max(1, min(self.max_num_reqs, num_tokens // self._rows_per_request()))
             num_queries, longest = num_reqs, length if self.is_uniform else num_tokens
-            if self.shapes.is_block_causal:
+            if self.shapes.commits_causally:  # what is decided, and the active block
+                num_queries = num_reqs if self.is_uniform else 2 * num_reqs
+            elif self.shapes.is_block_causal:
                 num_queries, longest = num_tokens // length + (0 if self.is_uniform else num_reqs), length
             whole = StepDescriptor(
                 cg_mode=CUDAGraphMode.FULL,
@@ -226,8 +232,9 @@ class CanvasGraphManager(ModelCudaGraphManager):
 
     def takes_whole_blocks(self, rows: np.ndarray) -> bool:
         """Whether attention's queries are whole blocks if the requests of a step have so many rows each, ``[R]``."""
-        length = self.shapes.block_length
-        return not (rows % length if self.shapes.is_block_causal else rows - length).any()
+        length, shapes = self.shapes.block_length, self.shapes
+        may_be_several = shapes.is_block_causal and not shapes.commits_causally
+        return not (rows % length if may_be_several else rows - length).any()
 
     def dispatch(
         self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
@@ -364,6 +371,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
             views.get("block_request"),
             graph.max_query_len,
             max_seq_len=None,
+            causal=views.get("block_causal"),
         )
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> torch.Tensor:

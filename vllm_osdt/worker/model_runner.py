@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_osdt.host.attention import check_attention
+from vllm_osdt.host.attention import check_attention, check_causal_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.grammar import grammar_rows
@@ -36,6 +36,7 @@ from vllm_osdt.worker.step_plan import (
     denoise_batch,
     plan_denoise,
     plan_step,
+    split_queries_at_canvas,
     split_queries_by_block,
     step_rows,
 )
@@ -75,9 +76,12 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, unless it has chosen attention that cannot take a block-causal model's blocks."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        if self.model_state.canvas_states.is_block_causal:
-            for group in chain.from_iterable(self.attn_groups):
-                check_attention(group.backend.get_name())
+        states = self.model_state.canvas_states
+        for name in {group.backend.get_name() for group in chain.from_iterable(self.attn_groups)}:
+            if states.is_block_causal:
+                check_attention(name)
+            if states.commits_causally:
+                check_causal_attention(name)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """As vLLM does; the model state finds what the engine core assigned to each request."""
@@ -209,7 +213,11 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         states = self.model_state.canvas_states
         plan = plan_step(states, rows, width)
         denoise = plan_denoise(states, rows.slots, plan, rows.decides_first)
-        pieces = split_queries_by_block(states, rows) if states.is_block_causal else None
+        pieces = None
+        if states.commits_causally:
+            pieces = split_queries_at_canvas(rows)
+        elif states.is_block_causal:
+            pieces = split_queries_by_block(states, rows)
         arrays = {
             "positions": plan.positions,
             "source": plan.source,
@@ -306,6 +314,7 @@ def _queries(sent: Mapping[str, torch.Tensor], plan: StepPlan, pieces: BlockQuer
         int(seq_lens.max()),
         start_loc,
         seq_lens,
+        sent.get("block_causal"),
     )
 
 

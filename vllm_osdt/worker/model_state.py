@@ -32,7 +32,8 @@ class CanvasModelState(ModelState):
     canvas, they attend to all pages of the request; keys and values of rows that do not run stay as the last refresh
     left them. Those of a block-causal model are cut at block boundaries, and each block is to attention a request of
     its own that ends with it; keys and values of all rows are written before any is read, so a block sees the ones
-    before it that run in the same step.
+    before it that run in the same step. Where the model commits causally, the cut is at the active block, and the rows
+    before it are a causal query.
     """
 
     num_new_sampled_tokens_per_step = 0
@@ -142,7 +143,7 @@ class CanvasModelState(ModelState):
             kv_cache_config=kv_cache_config,
             seq_lens_cpu_upper_bound=seq_lens_cpu,
             for_cudagraph_capture=for_capture,
-            causal=False,
+            causal=False if queries.causal is None else queries.causal,
         )
 
     def _tables_of_pieces(

@@ -11,7 +11,8 @@ import torch
 from csrc_triton import Proposals
 from vllm_osdt.policies import PositionLogits
 from vllm_osdt.policies.base import MAX_READINGS
-from vllm_osdt.worker.shaping import CHUNK_ELEMENTS, LogitShaping
+from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, StepLogits
+from vllm_osdt.worker.shaping import LogitShaping
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch, ReadRows
 
@@ -34,7 +35,7 @@ class PolicyReader:
 
     def read(
         self,
-        logits: torch.Tensor,
+        logits: StepLogits,
         batch: DenoiseBatch,
         proposals: Proposals,
         hidden: torch.Tensor,
@@ -43,7 +44,7 @@ class PolicyReader:
         """Have every policy of the batch that reads logits do so.
 
         Args:
-            logits: ``[M, vocabulary]``, not modified.
+            logits: M rows.
             batch: The step.
             proposals: Of the step; tokens and confidences are changed in place.
             hidden: ``[at least M, hidden_size]``, of which the logits were made.
@@ -65,7 +66,7 @@ class PolicyReader:
         self,
         adjusted: AdjustedRows,
         read: ReadRows,
-        logits: torch.Tensor,
+        logits: StepLogits,
         batch: DenoiseBatch,
         proposals: Proposals,
         hidden: torch.Tensor,
@@ -75,16 +76,16 @@ class PolicyReader:
         """As :meth:`read`, of one policy."""
         policy, states = adjusted.policy, self._states
         num_requests, num_rows = adjusted.rows.shape[0], read.rows.shape[0]
-        reading = torch.zeros(num_requests, width, MAX_READINGS, device=logits.device)
+        reading = torch.zeros(num_requests, width, MAX_READINGS, device=states.device)
         slots = adjusted.slots[read.request]
         num_before = policy.num_steps_before if policy.reads_step_before else 0
         if num_before:
             self._make_room(hidden, num_before)
-        size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        size = max(1, CHUNK_ELEMENTS // logits.written.shape[1])
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
             rows, slot, offset = read.rows[part], slots[part], read.offset[part]
-            own = self._as_shaped(logits.index_select(0, rows).float(), read, start, batch)
+            own = self._as_shaped(logits.rows(rows), read, start, batch)
             before = []
             for back in range(num_before):
                 before.append(compute_logits(self._hidden[slot, offset, back]).float())

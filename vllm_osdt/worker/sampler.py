@@ -19,9 +19,10 @@ from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
 from vllm_osdt.policies.base import MAX_READINGS
 from vllm_osdt.worker.logprobs import LogprobStore
+from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
 from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
 from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
-from vllm_osdt.worker.shaping import CHUNK_ELEMENTS, LogitShaping
+from vllm_osdt.worker.shaping import LogitShaping
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch
 
@@ -50,6 +51,7 @@ class CanvasSampler:
         self.states = states
         self.recorder = recorder
         self.shaping = LogitShaping(sampler, states)
+        self._modifying = LogitModifying(states)
         self._reader = PolicyReader(states, self.shaping)
         mode = sampler.logprobs_mode
         self._reads_processed = mode.startswith("processed")
@@ -101,8 +103,8 @@ class CanvasSampler:
             hidden: ``[at least M, hidden_size]``, of which the logits were made.
             compute_logits: The model's output layer.
         """
-        proposals = self.propose(logits, batch, proposals)
-        readings = self._reader.read(logits, batch, proposals, hidden, compute_logits)
+        proposals, modified = self._propose(logits, batch, proposals)
+        readings = self._reader.read(modified, batch, proposals, hidden, compute_logits)
         blocks, scored = batch.blocks, batch.scored
         keeps_masks = batch.recorded is not None
         if scored is None:
@@ -146,15 +148,22 @@ class CanvasSampler:
 
     def propose(self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals | None = None) -> Proposals:
         """What the model proposes where logits were read; arguments of :meth:`decide_by_logits`."""
+        return self._propose(logits, batch, proposals)[0]
+
+    def _propose(
+        self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals | None
+    ) -> tuple[Proposals, StepLogits]:
+        """As :meth:`propose`, and the logits with what modifiers add."""
         logits = logits[: batch.position.shape[0]]
         noise = batch.temperature, batch.noise_key
         if proposals is None:
             found = self._confidence(logits, self.states.mask_token_id, *noise, batch.by_entropy)
             proposals = Proposals(batch.position, *found)
+        modified = self._modifying.modify(logits, batch, proposals)
         if batch.shaped is not None:
             found = proposals.token, proposals.confidence
-            self.shaping.propose(logits, batch.shaped, *noise, *found, batch.by_entropy, batch.grammar)
-        return proposals
+            self.shaping.propose(modified, batch.shaped, *noise, *found, batch.by_entropy, batch.grammar)
+        return proposals, modified
 
     def decide(
         self, batch: DenoiseBatch, proposals: Proposals, *, keeps_masks: bool, readings: Readings = ()
@@ -229,7 +238,7 @@ class CanvasSampler:
         steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
             rows = adjusted.rows
-            step = self._step(adjusted, states.constants, score, parameter, token, adjusted.policy.memory_size, reading)
+            step = self._step(batch, adjusted, states.constants, score, parameter, token, reading)
             step = step._replace(tensors=states.policy_tensors.get(adjusted.policy.name, {}))
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
@@ -255,7 +264,7 @@ class CanvasSampler:
         num_output_positions = blocks.num_output_positions.clone()
         place = torch.arange(width, device=score.device)
         for one in batch.cut:
-            step = self._step(one, states.cut_constants, score, batch.rules.parameter, token)
+            step = self._step(batch, one, states.cut_constants, score, batch.rules.parameter, token)
             length = one.cutter.cut(step).clamp(1, width).to(torch.int32)
             states.block_limit[one.slots] = length
             states.masked[one.slots, :width] &= place < length[:, None]
@@ -264,25 +273,25 @@ class CanvasSampler:
 
     def _step(
         self,
+        batch: DenoiseBatch,
         of: AdjustedRows | CutRows,
         constants: torch.Tensor,
         score: torch.Tensor,
         parameter: torch.Tensor,
         token: torch.Tensor,
-        memory_size: int = 0,
         reading: torch.Tensor | None = None,
     ) -> Step:
         """What the requests of a policy or cutter see of a step.
 
         Args:
+            batch: The step.
             of: The requests.
             constants: float32 ``[slots, 8]``.
             score, parameter, token: Of the whole batch.
-            memory_size: Numbers that are kept of each position.
             reading: See ``policies.Step``.
         """
         states, rows, slots = self.states, of.rows, of.slots
-        own = score[rows]
+        own, memory_size = score[rows], of.policy.memory_size if isinstance(of, AdjustedRows) else 0
         return Step(
             own,
             parameter[rows],
@@ -298,4 +307,5 @@ class CanvasSampler:
             of.block_index,
             of.num_left,
             of.num_positions,
+            batch.blocks.end_token_ids[rows],
         )

@@ -18,10 +18,10 @@ from vllm.v1.core.sched.output import NewRequestData
 from csrc_triton.cpu import compiled
 from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.messages import Assignment, RequestSpec
+from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, ServerOptions
-from vllm_osdt.policies import POLICIES, Schedule
+from vllm_osdt.policies import MODIFIERS, POLICIES, Schedule
 from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
@@ -77,6 +77,9 @@ class HostTables(NamedTuple):
     sub_block_length: np.ndarray  # int64, 0: none
     sub_block_cache: np.ndarray  # bool
     adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
+    modifies: np.ndarray  # int64, a bit for each of MODIFIERS that it has
+    by_entropy: np.ndarray  # bool, its confidences are of entropies
+    reads_logits: np.ndarray  # bool, its policy reads its logits
     prompt_end: np.ndarray  # int64, prompt tokens
     is_shaped: np.ndarray  # bool, its logits are changed before a token is proposed
     penalizes: np.ndarray  # bool, by the tokens that are there among other things
@@ -87,6 +90,7 @@ class HostTables(NamedTuple):
     cuts: np.ndarray  # int8, what says how long its blocks are: place in CUTTERS, from 1; 0: nothing
     block_limit: np.ndarray  # int32, positions of the active block where that is cut; 0: not known yet
     is_dual: np.ndarray  # bool, its steps between refreshes compute the active block alone
+    may_end: np.ndarray  # bool [slots, row_length], positions of holes that an end token may end
 
 
 class CanvasStates:
@@ -103,6 +107,7 @@ class CanvasStates:
         self.mask_token_id = traits.mask_token_id
         self.logits_shift = traits.logits_shift
         self.is_block_causal = traits.is_block_causal
+        self.commits_causally = traits.commits_causally
         self._slot_of: dict[str, int] = {}
         self.observed: set[str] = set()  # ids of the requests of which the engine core wants more than tokens
 
@@ -122,6 +127,9 @@ class CanvasStates:
         self.policy_memory = torch.zeros(
             max_num_reqs, MAX_BLOCK_LENGTH, 0, device=device
         )  # of positions; grows when asked for
+        # Of requests with modifiers, by place in MODIFIERS: numbers of the request, and of positions, likewise.
+        self.modifier_constants = torch.zeros(len(MODIFIERS), max_num_reqs, MAX_CONSTANTS, device=device)
+        self.modifier_memory = [self.policy_memory.clone() for _ in MODIFIERS]
         self.policy_tensors: dict[str, Mapping[str, torch.Tensor]] = {}  # by policy, of the operator's files
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
@@ -163,6 +171,9 @@ class CanvasStates:
             sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
             sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
             adjusts=np.zeros(max_num_reqs, dtype=np.int8),
+            modifies=np.zeros(max_num_reqs, dtype=np.int64),
+            by_entropy=np.zeros(max_num_reqs, dtype=bool),
+            reads_logits=np.zeros(max_num_reqs, dtype=bool),
             prompt_end=np.zeros(max_num_reqs, dtype=np.int64),
             is_shaped=np.zeros(max_num_reqs, dtype=bool),
             penalizes=np.zeros(max_num_reqs, dtype=bool),
@@ -173,6 +184,7 @@ class CanvasStates:
             cuts=np.zeros(max_num_reqs, dtype=np.int8),
             block_limit=self.block_limit.numpy() if is_host else np.zeros(max_num_reqs + 1, dtype=np.int32),
             is_dual=np.zeros(max_num_reqs, dtype=bool),
+            may_end=np.zeros((max_num_reqs, row_length), dtype=bool),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -183,11 +195,12 @@ class CanvasStates:
         self._slot_of[new.req_id] = slot
         row = np.full(canvas.end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
-        host.pinned[slot] = False
+        host.pinned[slot] = host.may_end[slot] = False
         if spec.pinned is not None:
             tokens, start = np.array(spec.pinned, dtype=np.int32), len(new.prompt_token_ids or ())
             given = start + np.flatnonzero(tokens >= 0)
             row[given], host.pinned[slot, given] = tokens[given - start], True
+            host.may_end[slot, start : start + tokens.size] = tokens == OPEN_HOLE
         self.token_ids[slot, : canvas.end] = to_device(row, self.device)
         host.canvas_start[slot] = canvas.start
         host.canvas_end[slot] = 0
@@ -207,7 +220,7 @@ class CanvasStates:
             host.fallback[slot, : parameters.size] = schedule.fallback.ravel()
         host.temperature[slot] = params.temperature
         host.seed[slot] = _seed(new.req_id, params.seed)
-        host.end_token_ids[slot] = -1 if spec.pinned is not None else _end_token_ids(params)
+        host.end_token_ids[slot] = _end_token_ids(params)
         host.has_grammar[slot] = assignment.has_grammar
         host.is_recorded[slot] = assignment.is_recorded or assignment.has_grammar
         host.is_watched[slot] = assignment.is_watched
@@ -223,10 +236,18 @@ class CanvasStates:
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
         host.is_dual[slot] = options.cache_mode == "dual"
         self._set_cutter(slot, options, POLICIES[policy], schedule)
+        host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
             self.policy_carry[slot] = 0.0
-            self._make_room(POLICIES[policy])
+            self.policy_memory = _with_room(self.policy_memory, POLICIES[policy].memory_size)
+        host.modifies[slot] = 0
+        for number, modifier in enumerate(MODIFIERS):
+            if modifier.is_on(options):
+                host.modifies[slot] |= 1 << number
+                self.modifier_constants[number, slot] = self._constants(modifier.constants(options))
+                size = modifier.memory_size(canvas.block_length)
+                self.modifier_memory[number] = _with_room(self.modifier_memory[number], size)
 
     def load_policies(self, operator: ServerOptions) -> None:
         """Read what policies have in files that the operator names."""
@@ -252,13 +273,6 @@ class CanvasStates:
             constants = ADABLOCK.constants(options) if cutter is ADABLOCK else schedule.constants
             self.cut_constants[slot] = self._constants(constants)
 
-    def _make_room(self, policy: Policy) -> None:
-        """Have memory for what a policy keeps of each position; what others keep is kept."""
-        before = self.policy_memory
-        if policy.memory_size > before.shape[2]:
-            self.policy_memory = before.new_zeros(*before.shape[:2], policy.memory_size)
-            self.policy_memory[..., : before.shape[2]] = before
-
     def remove_request(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
         slot = self._slot_of.pop(req_id, None)
@@ -268,7 +282,7 @@ class CanvasStates:
             host.block_length[slot] = 0
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
-            host.adjusts[slot] = host.cuts[slot] = 0
+            host.adjusts[slot] = host.cuts[slot] = host.modifies[slot] = 0
             host.is_shaped[slot] = host.has_grammar[slot] = False
             host.num_logprobs[slot] = -1
 
@@ -309,7 +323,8 @@ class CanvasStates:
         is_host = self.device.type == "cpu"  # masks are shared
         if not entered.size:
             return {}
-        if is_host and not (np.isfinite(host.edit_threshold[entered]).any() or host.adjusts[entered].any()):
+        keeps = np.isfinite(host.edit_threshold[entered]) | (host.adjusts[entered] > 0) | (host.modifies[entered] > 0)
+        if is_host and not keeps.any():
             return {}
         return {"entered": entered} | ({} if is_host else {"entered_masks": host.masked[entered]})
 
@@ -329,6 +344,9 @@ class CanvasStates:
             self.policy_state[entered] = 0.0
             if self.policy_memory.shape[2]:
                 self.policy_memory[entered] = 0.0
+        if self.host.modifies[self._entered].any():
+            for memory in self.modifier_memory:
+                memory[entered] = 0.0
 
     def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
         """Whether the next step of these requests has the rows of the one that is being prepared, as far as is known.
@@ -373,6 +391,15 @@ class CanvasStates:
         assert self._copied is not None
         self._copied.record()
         self._copy_pending, self._copy_width = slots_np, width
+
+
+def _with_room(memory: torch.Tensor, size: int) -> torch.Tensor:
+    """Memory of positions, ``[..., size]`` at least; what is there is kept."""
+    if size <= memory.shape[-1]:
+        return memory
+    grown = memory.new_zeros(*memory.shape[:-1], size)
+    grown[..., : memory.shape[-1]] = memory
+    return grown
 
 
 @compiled()

@@ -10,13 +10,14 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
-from vllm_osdt.policies import POLICIES, Policy
+from vllm_osdt.policies import MODIFIERS, POLICIES, Policy
 from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
-TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
+NOWHERE = 2**30  # a place behind all minima of output
+TOP_K = int(Rule.TOP_K)
 
 
 class LogitRows(NamedTuple):
@@ -27,7 +28,7 @@ class LogitRows(NamedTuple):
         rows_np: int64 ``[S]``, the same as ``rows``, likewise.
         rows: int64 ``[S]``, which of the M.
         slots: int32 ``[S]``, the same as ``slots_np``.
-        place: int64 ``[S]``, position of the token that each predicts.
+        place: int64 ``[S]``, position of the token that each predicts; ``NOWHERE`` where ``min_tokens`` is not asked.
         asks_share: bool ``[S]``, whose confidence is their share of what is left; None when no row's is.
         penalties: float64 ``[S, 5]``, presence, frequency and repetition penalty, end of prompt, end of canvas; None
             when no row has a penalty.
@@ -89,6 +90,24 @@ class AdjustedRows(NamedTuple):
     read: ReadRows | None  # where the policy reads logits
 
 
+class ModifiedRequests(NamedTuple):
+    """The logit rows of the requests that have a modifier, S of a step's M: those of their masked positions.
+
+    Attributes:
+        number: Place of the modifier in ``policies.MODIFIERS``.
+        rows: int64 ``[S]``, which of the M.
+        slots: int64 ``[S]``, of the request of each.
+        offset: int64 ``[S]``, position in the active block.
+        step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
+    """
+
+    number: int
+    rows: torch.Tensor
+    slots: torch.Tensor
+    offset: torch.Tensor
+    step_index: torch.Tensor
+
+
 @dataclass(frozen=True)
 class DenoiseBatch:
     """What the sampler needs of a step; R requests, W the longest block among them, M positions with logits.
@@ -116,6 +135,7 @@ class DenoiseBatch:
         num_scores: Log probabilities returned of each token, besides its own, of the request that asks for most; -1
             when none asks.
         grammar: What grammars allow, which comes after the model has run; None where no request has one.
+        modified: The rows of each modifier that a request has.
         asking: int64 ``[A]`` slots of the requests that ask for them, None when none does.
     """
 
@@ -140,24 +160,29 @@ class DenoiseBatch:
     num_scores: int = -1
     asking: torch.Tensor | None = None
     grammar: GrammarRows | None = None
+    modified: tuple[ModifiedRequests, ...] = ()
 
     @property
     def needs_logits(self) -> bool:
         """Whether the step needs more of its logits than the best token and its confidence."""
-        reads = any(one.read is not None for one in self.adjusted)
+        reads = bool(self.modified) or any(one.read is not None for one in self.adjusted)
         return (reads and self.position.shape[0] > 0) or self.shaped is not None or self.scored is not None
 
 
 class BlockQueries(NamedTuple):
-    """A step's rows cut at block boundaries, S blocks: each sees all positions up to its own end, and nothing else."""
+    """A step's rows cut into S pieces of requests: each sees all positions up to its own end, and nothing else.
 
-    query_start_loc: np.ndarray  # int32 [S + 1], first row of each block
+    A row of a causal piece sees those up to its own.
+    """
+
+    query_start_loc: np.ndarray  # int32 [S + 1], first row of each piece
     seq_lens: np.ndarray  # int32 [S], position behind each
     request: np.ndarray  # int64 [S], whose it is
+    causal: np.ndarray | None = None  # int32 [S], 1: it is causal; None: none is
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For the device, by names of their own."""
-        return {"block_" + name: array for name, array in self._asdict().items()}
+        return {"block_" + name: array for name, array in self._asdict().items() if array is not None}
 
 
 class Queries(NamedTuple):
@@ -170,6 +195,7 @@ class Queries(NamedTuple):
     max_seq_len: int | None  # None: any; attention plans its work by it
     start_loc_np: np.ndarray | None = None  # on the host, where it is no graph's
     seq_lens_np: np.ndarray | None = None
+    causal: torch.Tensor | None = None  # int32 [S], 1: a row sees the positions up to its own; None: none is causal
 
 
 @dataclass
@@ -343,7 +369,9 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
         num_output_positions=np.empty(num_reqs, np.int32),
         min_unmask=np.empty(num_reqs, np.int32),
     )
-    num_logits = _fill(states.host, rows, states.logits_shift, plan)
+    # A position that is decided alone is predicted from the row before it (see the plans of the engine core).
+    shifts = states.logits_shift, max(states.logits_shift, int(states.commits_causally))
+    num_logits = _fill(states.host, rows, shifts, plan)
     return plan._replace(
         logit_rows=plan.logit_rows[:num_logits],
         logit_slots=plan.logit_slots[:num_logits],
@@ -352,8 +380,11 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
 
 
 @compiled()
-def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -> int:
-    """Write a plan, count its fallbacks and return the number of logit rows."""
+def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepPlan) -> int:
+    """Write a plan, count its fallbacks and return the number of logit rows.
+
+    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone.
+    """
     row_length = host.parameters.shape[1]
     padding_cell = host.parameters.size
     row = num_logits = 0
@@ -364,6 +395,7 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         first_cell = slot * row_length
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if decides_first else num_active
+        logits_shift = shifts[1] if decides_first else shifts[0]
         if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
             first_read = _sub_block(host, slot, block_start, num_active) - block_start
             last_read = first_read + host.sub_block_length[slot]
@@ -415,6 +447,17 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
     return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
 
 
+def split_queries_at_canvas(rows: StepRows) -> BlockQueries:
+    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block."""
+    num_causal = np.minimum(rows.block_start - rows.start, rows.num_rows)
+    length = np.stack([num_causal, rows.num_rows - num_causal], axis=1).ravel()
+    piece = np.flatnonzero(length)
+    query_start_loc = np.zeros(piece.size + 1, dtype=np.int32)
+    length[piece].cumsum(out=query_start_loc[1:])
+    end = np.stack([rows.start + num_causal, rows.start + rows.num_rows], axis=1).ravel()[piece]
+    return BlockQueries(query_start_loc, end.astype(np.int32), piece // 2, 1 - (piece % 2).astype(np.int32))
+
+
 class DenoisePlan(NamedTuple):
     """What the sampler needs of a step, on the host: :class:`DenoiseBatch` before it is sent to the device."""
 
@@ -430,11 +473,14 @@ class DenoisePlan(NamedTuple):
     scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
     num_scores: int  # log probabilities of each token, -1: none
     read_slots: dict[int, np.ndarray]  # of rows that a policy reads and whose logits are changed, by policy
+    modifiers: list[int]  # places in MODIFIERS of those that requests have
 
     @property
     def needs_logits(self) -> bool:
         """As ``DenoiseBatch.needs_logits``."""
-        reads = any(policy.reads_logits for policy in self.policies)
+        reads = bool(self.modifiers) or any(
+            f"read_{number}_rows" in self.arrays for number in range(len(self.policies))
+        )
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
@@ -475,30 +521,39 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
             cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
     read_slots: dict[int, np.ndarray] = {}
+    modifies = host.modifies[slots] * is_active
+    modifiers = [number for number in range(len(MODIFIERS)) if (modifies >> number & 1).any()]
+    reads = host.reads_logits[slots] & is_active & ~decides_first
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    if temperature.any() or is_shaped.any() or is_scored.any() or any(one.reads_logits for one in policies):
+    if temperature.any() or is_shaped.any() or is_scored.any() or reads.any() or modifiers:
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
         row_slots = slots[row_req]
         if temperature.any():
             arrays["temperature"] = temperature[row_req]
             arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
+        may_end = host.may_end[slots[row_req], places]
+        places = np.where(may_end, NOWHERE, places)
         shaped_rows = np.flatnonzero(is_shaped[row_req])
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
         scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
-        for number, policy in enumerate(policies):
-            if policy.reads_logits:
+        for number in modifiers:
+            rows = np.flatnonzero((modifies[row_req] >> number & 1).astype(bool) & host.masked[row_slots, row_pos])
+            of_rows = {"rows": rows, "slots": row_slots[rows], "offset": row_pos[rows], "step": step[row_req[rows]]}
+            arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
+        for number in range(len(policies)):
+            of_policy = of_policies[f"adjusted_rows_{number}"]
+            if reads[of_policy].any():
                 request_of = np.full(slots.size, -1)
-                of_policy = of_policies[f"adjusted_rows_{number}"]
-                request_of[of_policy] = np.arange(of_policy.size)
+                request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
                 rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
                 arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
                 arrays[f"read_{number}_offset"] = row_pos[rows]
                 arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
                 rows = rows[arrays[f"read_{number}_at"]]
                 read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
-    asks_entropy = host.rule[slots] == ENTROPY_BOUND
+    asks_entropy = host.by_entropy[slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
     edit_threshold = host.edit_threshold[slots]
@@ -522,6 +577,7 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         scored_slots,
         int(num_scores.max(initial=-1)),
         read_slots,
+        modifiers,
     )
 
 
@@ -601,7 +657,7 @@ def _count_left(
 
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {})
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {}, [])
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -640,12 +696,18 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         scored=_logit_rows("scored", plan.scored_slots, plan.arrays, sent),
         num_scores=plan.num_scores,
         asking=sent.get("asking"),
+        modified=tuple(
+            ModifiedRequests(
+                number, *(sent[f"modified_{number}_{name}"] for name in ("rows", "slots", "offset", "step"))
+            )
+            for number in plan.modifiers
+        ),
     )
 
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
     read = None
-    if policy.reads_logits:
+    if f"read_{number}_rows" in sent:
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
         read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])

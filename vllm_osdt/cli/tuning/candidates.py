@@ -2,8 +2,7 @@
 
 from vllm_osdt.calibration.profile import OptionValue
 from vllm_osdt.calibration.thresholds import num_requests_needed
-from vllm_osdt.options import DEFAULTS
-from vllm_osdt.policies import POLICIES
+from vllm_osdt.options import DEFAULTS, DecodingOptions
 
 Setting = dict[str, OptionValue]
 
@@ -29,12 +28,24 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
         {"max_threshold": high, "min_threshold": low}
         for high, low in ((0.85, 0.6), (0.8, 0.6), (0.75, 0.6), (0.7, 0.6), (0.6, 0.5), (0.5, 0.4), (0.4, 0.3))
     ),
+    "prophet": tuple(
+        {"prophet_early": 3 * late, "prophet_middle": 2 * late, "prophet_late": late}
+        for late in (5.0, 3.5, 2.5, 1.75, 1.25)
+    ),
+    "sched": tuple({"sched_high": 3 * low, "sched_low": low} for low in (5.0, 3.5, 2.5, 1.75, 1.25)),
 }
 
 
 def candidates_of(policy: str, num_calibrating: int) -> list[Setting]:
     """The settings of a policy in their order; without those that need more calibrating requests than there are."""
-    settings = CANDIDATES[policy]
-    if POLICIES[policy].calibrates:
-        settings = tuple(one for one in settings if num_requests_needed(float(one["risk"])) <= num_calibrating)
-    return [{"policy": policy, **setting} for setting in settings]
+    settings = [{"policy": policy, **setting} for setting in CANDIDATES[policy]]
+    return [one for one in settings if not calibrates(one) or num_requests_needed(_risk(one)) <= num_calibrating]
+
+
+def calibrates(setting: Setting) -> bool:
+    """Whether a setting takes thresholds from the task's profile."""
+    return DecodingOptions(**setting).calibrates
+
+
+def _risk(setting: Setting) -> float:
+    return float(setting.get("risk", DEFAULTS["risk"]))
