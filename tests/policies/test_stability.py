@@ -11,6 +11,7 @@ from tests.policies.adjusted import chosen, make_step, next_step
 from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
+from vllm_osdt import describe
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES, PositionLogits
 
@@ -121,7 +122,7 @@ class PlainLESS(Plain):
 
 
 class PlainStable(Plain):
-    def __init__(self, steps=2, confidence=0.5):
+    def __init__(self, steps=1, confidence=0.8):
         super().__init__()
         self.length, self.confidence = steps, confidence
 
@@ -405,3 +406,20 @@ def test_a_block_begins_anew_after_preemption(tasks_llm, decoded):
         expected = [(tokens, 0, margin) for tokens, _, margin in found[name][:5]]
         own = {i: (list(finished[req_id].token_ids), 0) for req_id, (other, i) in ids.items() if other == name}
         assert_equal_but_for_near_ties([own[i] for i in range(5)], expected, least=4)
+
+
+@pytest.mark.e2e
+def test_an_average_is_over_the_steps_before(tasks_llm, golden_tasks):
+    """Every position is noted, and one committed a step: its share is the mean of three steps'."""
+    network = ReferenceLLaDA.load(golden_tasks.folder)
+    options = {"policy": "ccd", "ccd_window": 3, "ccd_positions": 16, "ccd_dynamic": False, **CANVAS}
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:6]]
+    got = generate(tasks_llm, prompts, sampling(32, return_trace=True, **options))
+    differences = []
+    for prompt, completion in zip(prompts, got, strict=True):
+        expected = decode(network, prompt, PlainCCD(window=3, positions=16, dynamic=False), **CANVAS)
+        trace = describe(completion)["trace"]
+        for step, confidence, (place, _, share) in zip(trace["step"], trace["confidence"], expected.steps, strict=True):
+            if step == place:  # near ties may be decided in another order
+                differences.append(abs(confidence - share))
+    assert len(differences) > 0.8 * 32 * len(prompts) and max(differences) < 1e-4
