@@ -99,7 +99,8 @@ class Step(NamedTuple):
         memory: float32 ``[R, W, memory_size]``, zero when a block is entered. May be overwritten, and is kept until the
             next block.
         reading: float32 ``[R, W, 4]``, what :meth:`Policy.read` wrote; 0 elsewhere.
-        carry: float32 ``[R, 4]``, zero when the request starts or resumes. May be overwritten, and is kept.
+        carry: float32 ``[R, 4]``, zero when the request starts. May be overwritten, and is kept; a preempted request
+            resumes with what it was when its block was entered.
         block_index: int64 ``[R]``, of the active block, from 0.
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.

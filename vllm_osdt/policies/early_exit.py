@@ -40,8 +40,7 @@ class EarlyExitOptions(StepsOptions, CalibratedOptions):
         "block",
         Literal["block", "answer"],
         "Of `prophet` and `sched`: what an early exit fills. `block`: the active block; progress counts in it. "
-        "`answer`: that, and every later block in its first step; progress counts in the whole canvas. A request that "
-        "is preempted after the exit has to reach it again.",
+        "`answer`: that, and every later block in its first step; progress counts in the whole canvas.",
     )
     commit_threshold: float | None = option(
         None,

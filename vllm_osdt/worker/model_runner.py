@@ -88,6 +88,11 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         self.model_state.assignments = _canvas_step(scheduler_output).assignments
         super().add_requests(scheduler_output)  # type: ignore[misc]
 
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """As vLLM does; what is kept of requests that may come back is kept of no others."""
+        super().finish_requests(scheduler_output)  # type: ignore[misc]
+        self.model_state.canvas_states.forget(scheduler_output.finished_req_ids)
+
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does; a step without rows has an output of its own, which takes our report."""
         return self._report(super().execute_model(*args, **kwargs))  # type: ignore[misc]

@@ -7,7 +7,7 @@ that runs beside the engine's own copy of the output. Schedules come from the en
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
 
+Carry = torch.Tensor | float
 MAX_END_TOKENS = 8  # of a request that its blocks are searched for
 RUN_AHEAD_SHARE = 0.75  # of a step's blocks that should go on, for another step to be launched behind it
 # index + 1 in HostTables.cuts
@@ -123,6 +124,9 @@ class CanvasStates:
         self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
         self.policy_carry = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self._carry_at_entry = self.policy_carry.clone()  # when the active block was entered
+        # Of preempted requests: first position of their block, and both of the above.
+        self._kept_carry: dict[str, tuple[int, Carry, Carry]] = {}
         self.cut_constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.block_limit = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)  # as HostTables.block_limit
         self.policy_memory = torch.zeros(
@@ -247,7 +251,7 @@ class CanvasStates:
         host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
-            self.policy_carry[slot] = 0.0
+            self.policy_carry[slot] = self._carry_of(new.req_id, num_prefill)
             self.policy_memory = _with_room(self.policy_memory, POLICIES[policy].memory_size)
         host.modifies[slot] = 0
         for number, modifier in enumerate(MODIFIERS):
@@ -256,6 +260,16 @@ class CanvasStates:
                 self.modifier_constants[number, slot] = self._constants(modifier.constants(options))
                 size = modifier.memory_size(canvas.block_length)
                 self.modifier_memory[number] = _with_room(self.modifier_memory[number], size)
+
+    def _carry_of(self, req_id: str, num_decided: int) -> Carry:
+        """What a policy kept of a request that has so many decided positions, before its next block; 0 at its start."""
+        block_start, at_entry, at_end = self._kept_carry.pop(req_id, (num_decided, 0.0, 0.0))
+        return at_end if num_decided > block_start else at_entry
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Requests have ended: what is kept for those that come back goes."""
+        for req_id in req_ids:
+            self._kept_carry.pop(req_id, None)
 
     def load_policies(self, operator: ServerOptions) -> None:
         """Read what policies have in files that the operator names."""
@@ -299,6 +313,9 @@ class CanvasStates:
         self.observed.discard(req_id)
         if slot is not None:
             host = self.host
+            if host.adjusts[slot] and host.block_start[slot] >= 0:
+                carry = self._carry_at_entry[slot].clone(), self.policy_carry[slot].clone()
+                self._kept_carry[req_id] = (int(host.block_start[slot]), *carry)
             host.block_length[slot] = 0
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
@@ -362,6 +379,7 @@ class CanvasStates:
         self.num_post_steps[entered] = 0
         if self.host.adjusts[self._entered].any():
             self.policy_state[entered] = 0.0
+            self._carry_at_entry[entered] = self.policy_carry[entered]
             if self.policy_memory.shape[2]:
                 self.policy_memory[entered] = 0.0
         if self.host.modifies[self._entered].any():
