@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.reference.block_causal_checkpoints import COMMON_FIELDS, _attention_matrices, _Maker
-from tests.reference.decode import Decoded, Rule, sureness
+from tests.reference.decode import Decoded, Draft, Rule, sureness
 from tests.reference.rope import rotate
 
 FIELDS: dict[str, Any] = {
@@ -111,6 +111,7 @@ def decode_nemotron(
     cache_mode: str = "causal",
     pinned: dict[int, int] | None = None,
     banned: int | None = None,
+    draft: Draft | None = None,
 ) -> Decoded:
     """Decode a request with the whole sequence in every forward.
 
@@ -125,6 +126,7 @@ def decode_nemotron(
             such token.
         pinned: Tokens of the output that are given, by their index.
         banned: A token that no position is given.
+        draft: Tokens that a step unmasks beside what the rule says, where it proposes them.
     """
     ids, result = list(prompt), Decoded()
     end = len(prompt) + max_tokens
@@ -154,6 +156,8 @@ def decode_nemotron(
                 chosen = [start] if start in masked else []
             else:
                 chosen = rule(len(result.record) - 1, step, confidence) if confidence else []
+            if draft is not None:
+                chosen = list({*chosen, *draft.confirmed(rule, -len(prompt), token, confidence)})
             result.record[-1].append([(c, position in chosen) for position, c in confidence.items()])
             for position in chosen:
                 canvas[position] = token[position]
@@ -162,7 +166,7 @@ def decode_nemotron(
             step += 1
         ids += ready
     result.tokens = ids[len(prompt) :]
-    result.rule_margin = getattr(rule, "margin", float("inf"))
+    result.rule_margin = min(getattr(rule, "margin", float("inf")), draft.margin if draft else float("inf"))
     return result
 
 
