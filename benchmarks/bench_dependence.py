@@ -8,7 +8,7 @@ positions choose apart: a shuffled list repeats an item, an edit is made twice o
 
 - Every rule decodes the same held-out problems. Valid is what the task's exact checker accepts.
 - Forwards (NFE) are the engine's count, for a canvas of 16 positions: 3 to 7 tokens, or 9 of a square, then the end of
-  the text, which all rules but one token per step fill at once. Tokens per forward are those before the end, over NFE.
+  the text, which all rules but one token per step fill at once. Tokens per forward count the end token.
 - OSDT has calibrated on other problems of the same task, as many as its default asks for.
 """
 
