@@ -5,6 +5,7 @@ grammar imposes, and, where answers are one letter, under a choice of letters. T
 for the masks of a step, for a vocabulary as large as those of published models; it passes while the model runs.
 
     python benchmarks/bench_structured.py --json results.jsonl
+    python benchmarks/bench_structured.py --models PATH --choices 8 16 32 --filtered  # chains of other lengths
 
 - Requests of one setting run together; medians of the repetitions are printed.
 - Forward passes (NFE) are counted by the engine. Answers are checked, as far as they can be.
@@ -12,6 +13,7 @@ for the masks of a step, for a vocabulary as large as those of published models;
 """
 
 import argparse
+import itertools
 import os
 import random
 import statistics
@@ -29,11 +31,12 @@ from common import environment, write_lines
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_osdt.engine.grammar import MAX_CHOICES
+from vllm_osdt.engine import grammar as chains
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import check, generate
 
 VOCABULARY = 151_936
+MAX_CHOICES = chains.MAX_CHOICES
 SCHEMA = '{"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}'
 POLICIES: dict[str, dict[str, Any]] = {
     "one token per step": {"osdt_policy": "fixed_steps"},
@@ -43,15 +46,17 @@ POLICIES: dict[str, dict[str, Any]] = {
 GRAMMARS: dict[str, dict[str, Any] | None] = {"free": None, "any text": {"regex": r"[\s\S]*"}}
 
 
-def decode(llm: LLM, problems: list[Any], policy: str, grammar: str, repetitions: int) -> dict[str, Any]:
-    """Figures of one setting."""
+def decode(
+    llm: LLM, problems: list[Any], policy: str, grammar: str, repetitions: int, *, filtered: bool = False
+) -> dict[str, Any]:
+    """Figures of one setting; ``filtered`` is the option ``filtered_confidence``."""
     asked = GRAMMARS[grammar]
     params = [
         SamplingParams(
             max_tokens=96,
             temperature=0.0,
             structured_outputs=None if asked is None else StructuredOutputsParams(**asked),
-            extra_args=POLICIES[policy],
+            extra_args={**POLICIES[policy], "osdt_filtered_confidence": filtered},
         )
         for _ in problems
     ]
@@ -74,6 +79,8 @@ def decode(llm: LLM, problems: list[Any], policy: str, grammar: str, repetitions
     return {
         "policy": policy,
         "grammar": grammar,
+        "max_choices": chains.MAX_CHOICES,
+        "filtered_confidence": filtered,
         "nfe": nfe / len(problems),
         "tokens_per_forward": num_tokens / nfe,
         "step_ms": statistics.median(times),
@@ -114,14 +121,17 @@ def main() -> None:
     parser.add_argument("--json", help="file to append lines to")
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=["llada-mini", "sdar-mini"], help="bundled models, or folders")
+    parser.add_argument("--choices", nargs="+", type=int, default=[MAX_CHOICES], help="positions with a choice a step")
+    parser.add_argument("--filtered", action="store_true", help="also with filtered_confidence")
     arguments = parser.parse_args()
     lines: list[dict[str, Any]] = []
     torch.set_num_threads(1)
     lines.append({"benchmark": "structured", "part": "masks", "vocabulary": VOCABULARY, **mask_time_ms(20)})
     print(lines[-1])
-    for model in ("llada-mini", "sdar-mini"):
+    for model in arguments.models:
         llm = LLM(
-            model_path(model),
+            model if os.path.isdir(model) else model_path(model),
             dtype="float32",
             max_num_seqs=arguments.problems,
             max_model_len=256,
@@ -131,11 +141,16 @@ def main() -> None:
         )
         problems = generate("code", "held_out", arguments.problems, seed=3)
         for policy in POLICIES:
-            for grammar in GRAMMARS:
+            for grammar, asked in GRAMMARS.items():
                 decode(llm, problems, policy, grammar, 1)  # compiles the grammar; calibrates the task
-                found = decode(llm, problems, policy, grammar, arguments.repetitions)
-                lines.append({"benchmark": "structured", "part": "decoding", "model": model, **found})
-                print(lines[-1], flush=True)
+                sizes = [MAX_CHOICES] if asked is None else arguments.choices
+                for size, filtered in itertools.product(sizes, [False, True] if arguments.filtered else [False]):
+                    chains.MAX_CHOICES = size
+                    found = decode(llm, problems, policy, grammar, arguments.repetitions, filtered=filtered)
+                    name = os.path.basename(model)
+                    lines.append({"benchmark": "structured", "part": "decoding", "model": name, **found})
+                    print(lines[-1], flush=True)
+                chains.MAX_CHOICES = MAX_CHOICES
         del llm
     if arguments.json:
         write_lines(arguments.json, [{**environment(), **line} for line in lines])

@@ -113,7 +113,7 @@ FRAGMENTS = (
 def save_text_tokenizer(golden: Golden, folder: Path) -> None:
     """Save a tokenizer of a recorded checkpoint's vocabulary that can write JSON.
 
-    Printable ASCII, fragments of JSON, and words in angle brackets for what is left of the ids.
+    Printable ASCII, as many fragments of JSON as there are ids, and words in angle brackets for what is left.
     """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
@@ -130,7 +130,7 @@ def save_text_tokenizer(golden: Golden, folder: Path) -> None:
     free = (token_id for token_id in range(golden.config["vocab_size"]) if token_id not in named)
     words = {word: token_id for token_id, word in named.items()} | dict(zip(texts, free, strict=False))
     words |= {f"<{token_id}>": token_id for token_id in free}
-    tokenizer = Tokenizer(BPE(words, merges))
+    tokenizer = Tokenizer(BPE(words, [pair for pair in merges if "".join(pair) in words]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     eos, mask = (named[golden.config[name]] for name in ("eos_token_id", "mask_token_id"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import forked
 from tests.calibration.records import KEY, MODEL, chosen, of_task, recorded
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
 from vllm_osdt.calibration.recording import Recording
@@ -245,10 +246,13 @@ def test_wrong_arguments_end_with_status_2(arguments, capsys):
     assert "usage" in capsys.readouterr().err
 
 
+COMMAND = str(Path(sys.executable).with_name("vllm-osdt"))
+
+
 def command(*arguments, **environment):
     """The installed command, in a process of its own."""
     return subprocess.run(
-        [str(Path(sys.executable).with_name("vllm-osdt")), *arguments],
+        [COMMAND, *arguments],
         env={**os.environ, **environment},  # the engine in the process itself, as the command has it by default
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -268,11 +272,11 @@ ONE_SHOT = json.dumps({"num_calibration_requests": 1, "statistic": "q1"})
 
 
 def calibrate(folder, prompts, *arguments):
-    """``vllm-osdt calibrate`` of the bundled model, as far as the options are common to the tests."""
+    """``vllm-osdt calibrate`` of the bundled model, forked, as far as the options are common to the tests."""
     file = folder / "prompts.txt"
     file.write_text("".join(f"{prompt}\n" for prompt in prompts))
-    return command("calibrate", "llada-mini", "--task", "quiz", "--prompts", str(file), "--dir", str(folder / "p"),
-                   "--dtype", "float32", *arguments)  # fmt: skip
+    options = ["--task", "quiz", "--prompts", str(file), "--dir", str(folder / "p"), "--dtype", "float32"]
+    return forked.run([COMMAND, "calibrate", "llada-mini", *options, *arguments], env=os.environ, timeout=300)
 
 
 @pytest.fixture

@@ -337,7 +337,10 @@ def test_steps_default_to_one_token_a_step_of_fixed_steps_and_to_no_quota_of_a_t
         ),
         ({"entropy": 0.5, "policy": "factor"}, "osdt_entropy is 0.5, which policy 'factor' does not use"),
         ({"delta": 0.5, "policy": "factor"}, "osdt_delta is 0.5, which policy 'factor' does not use"),
-        ({"threshold": 0.5, "policy": "fixed_steps"}, "send osdt_policy = 'osdt' or 'static_threshold'."),
+        (
+            {"threshold": 0.5, "policy": "fixed_steps"},
+            "send osdt_policy = 'osdt', 'static_threshold', ",
+        ),
         ({"recalibrate": True, "policy": "joint_bound"}, "osdt_recalibrate is True, which policy 'joint_bound'"),
     ],
 )

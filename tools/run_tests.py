@@ -57,12 +57,14 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/test_scheduler.py",
         "tests/policies/test_local_leap.py",
         "tests/policies/test_bacd.py",
+        "tests/policies/test_selection.py",
         "tests/e2e/test_cache_modes.py",
     ),
     (
         "tests/e2e/test_illada.py",
         "tests/e2e/test_stable_diffcoder.py",
         "tests/e2e/test_a2d.py",
+        "tests/e2e/test_nemotron_labs_diffusion.py",
         "tests/models/test_illada.py",
         "tests/models/test_a2d.py",
         "tests/models/test_stable_diffcoder.py",
@@ -80,6 +82,20 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/models/test_dream.py",
         "tests/models/test_llada.py",
         "tests/models/test_quantization.py",
+    ),
+    # Those that start servers and programs: one process imports vLLM for all of them (tests/forked.py).
+    (
+        "tests/e2e/test_examples.py",
+        "tests/e2e/test_clients.py",
+        "tests/test_cli.py",
+        "tests/e2e/test_tensor_parallel.py",
+    ),
+    (
+        "tests/e2e/test_server_block_causal.py",
+        "tests/e2e/test_server.py",
+        "tests/e2e/test_text.py",
+        "tests/e2e/test_golden_server.py",
+        "tests/e2e/test_structured_server.py",
     ),
 )
 # How a module says that all or some of its tests start engines.

@@ -26,8 +26,8 @@ def sampling_params(**values: Any) -> "SamplingParams":
     without ``max_tokens`` the answer has the model's usual length.
 
     Args:
-        values: Fields of vLLM's ``SamplingParams``, and decoding options by their names (``task="quiz"``), which go to
-            ``extra_args`` with the prefix ``osdt_``.
+        values: Fields of vLLM's ``SamplingParams``, and decoding options by their names (``task="quiz"``) and
+            ``infill``, ``suffix`` and ``draft``, which go to ``extra_args`` with the prefix ``osdt_``.
 
     Raises:
         InvalidOptionError: A name is neither.
@@ -36,11 +36,11 @@ def sampling_params(**values: Any) -> "SamplingParams":
 
     from vllm_osdt.declaration import did_you_mean
     from vllm_osdt.errors import InvalidOptionError
-    from vllm_osdt.options import FORMER_NAMES, OPTION_NAMES, PREFIX
+    from vllm_osdt.options import FORMER_NAMES, OPTION_NAMES, PREFIX, REQUEST_FIELDS
 
     fields = SamplingParams.__struct_fields__
     for name in values:
-        if name not in (*fields, *OPTION_NAMES, *FORMER_NAMES):
+        if name not in (*fields, *OPTION_NAMES, *FORMER_NAMES, *REQUEST_FIELDS):
             close = did_you_mean(name, (*OPTION_NAMES, *fields))
             raise InvalidOptionError(
                 f"{name!r} is neither a sampling parameter of vLLM nor a decoding option{close}; the decoding options "
@@ -49,7 +49,8 @@ def sampling_params(**values: Any) -> "SamplingParams":
                 parameter=name,
                 value=values[name],
             )
-    own = {PREFIX + name: values.pop(name) for name in (*OPTION_NAMES, *FORMER_NAMES) if name in values}
+    own_names = (*OPTION_NAMES, *FORMER_NAMES, *REQUEST_FIELDS)
+    own = {PREFIX + name: values.pop(name) for name in own_names if name in values}
     extra_args = {**(values.pop("extra_args", None) or {}), **own}
     return SamplingParams(**{"temperature": 0.0, "max_tokens": None, **values}, extra_args=extra_args or None)
 
@@ -64,8 +65,8 @@ def describe(completion: Any) -> dict[str, Any] | None:
         ``policy``, ``task`` (the one it was found to belong to), ``profile`` (id of the calibration profile it used, or
         None), ``calibrating`` (whether it was recorded for one), ``nfe`` (forward passes it took part in),
         ``tokens_per_forward``, ``weights_version`` (number of weight updates before its last tokens were decided, or
-        the caller's label of the weights) and ``weights_version_at_start`` (the same for its first tokens). None for
-        other models.
+        the caller's label of the weights) and ``weights_version_at_start`` (the same for its first tokens). ``trace``
+        where the request asked for it, ``error`` where its own parameters left it no token. None for other models.
     """
     return getattr(completion.spec_decode_metrics, "osdt", None)
 

@@ -57,6 +57,7 @@ class Declaration:
         needs_task: Whether it says nothing to a request without a task.
         with_any_policy: Whether a request may send it with a policy that does not read it.
         follows_policy: Whether an operator's value holds for a request that asks for another policy.
+        needs: Another option, a flag, without which it says nothing; with "=" and a word, that value of it.
     """
 
     of: Any
@@ -69,6 +70,7 @@ class Declaration:
     needs_task: bool = False
     with_any_policy: bool = False
     follows_policy: bool = True
+    needs: str = ""
 
     @cached_property
     def _adapter(self) -> TypeAdapter:

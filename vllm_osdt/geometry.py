@@ -11,7 +11,10 @@ MAX_BLOCK_LENGTH = 128  # the unmask kernel ranks a block in one program
 BlockLength = count(1, MAX_BLOCK_LENGTH)
 BLOCK_CACHE = "block"  # cache mode of block-causal models, the only one they have
 CANVAS_CACHES = ("none", "prefix", "dual")  # those of models whose positions see the whole canvas
-CACHE_MODES = (*CANVAS_CACHES, BLOCK_CACHE)
+CAUSAL_CACHE, CAUSAL_FUSED_CACHE = "causal", "causal_fused"  # those of models that commit causally
+CAUSAL_CACHES = (CAUSAL_CACHE, CAUSAL_FUSED_CACHE)
+CACHES_OF_FAMILIES = (CANVAS_CACHES, (BLOCK_CACHE,), CAUSAL_CACHES)
+CACHE_MODES = tuple(mode for modes in CACHES_OF_FAMILIES for mode in modes)
 PROMPT = "prompt"  # parameter of refusals for the prompt's length; each endpoint has its own name for it
 USUAL_LENGTH = 128  # of a canvas at first, where neither operator nor checkpoint names one
 
@@ -46,7 +49,7 @@ class Canvas(NamedTuple):
 
     Attributes:
         start: First position of the first block: behind the prompt, or the start of the prompt's last, incomplete block
-            in a block-causal model.
+            where blocks lie on a grid.
         end: Position behind the last block; the end of the context may cut that block.
         max_output_end: Position behind the last token that the request may output.
         block_length: Positions denoised together.
@@ -82,16 +85,14 @@ class Canvas(NamedTuple):
         return (position - self.start) // self.block_length
 
 
-def canvas_start(prompt_length: int, block_length: int, *, is_block_causal: bool) -> int:
-    """The first position of a canvas (see :class:`Canvas`)."""
-    return prompt_length // block_length * block_length if is_block_causal else prompt_length
+def canvas_start(prompt_length: int, block_length: int, *, is_on_grid: bool) -> int:
+    """The first position of a canvas (see :class:`Canvas`); ``is_on_grid``: blocks lie on a grid from position 0."""
+    return prompt_length // block_length * block_length if is_on_grid else prompt_length
 
 
-def canvas_of(
-    prompt_length: int, gen_length: int, max_tokens: int, block_length: int, *, is_block_causal: bool
-) -> Canvas:
+def canvas_of(prompt_length: int, gen_length: int, max_tokens: int, block_length: int, *, is_on_grid: bool) -> Canvas:
     """The canvas of a request whose length is known."""
-    start = canvas_start(prompt_length, block_length, is_block_causal=is_block_causal)
+    start = canvas_start(prompt_length, block_length, is_on_grid=is_on_grid)
     return Canvas(start, start + gen_length, prompt_length + max_tokens, block_length)
 
 
@@ -126,6 +127,8 @@ class CanvasRequest(NamedTuple):
         sub_block_length: Positions of a block that are denoised together; None for all of them.
         is_block_causal: Whether a position sees the blocks up to its own; else it sees the whole canvas.
         can_grow: Whether the canvas may be a part of what the output may need at first.
+        is_on_grid: Whether a block-causal model's blocks lie on a grid from position 0; else they begin behind the
+            prompt.
     """
 
     prompt_length: int
@@ -136,6 +139,7 @@ class CanvasRequest(NamedTuple):
     sub_block_length: int | None = None
     is_block_causal: bool = False
     can_grow: bool = True
+    is_on_grid: bool = True
 
 
 def full_attention_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
@@ -204,7 +208,7 @@ def full_attention_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
 
 
 def block_causal_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
-    """The canvas of a block-causal model: whole blocks from the prompt's last, incomplete block on.
+    """The canvas of a block-causal model: whole blocks, from the prompt's last, incomplete one on or behind the prompt.
 
     Raises:
         InvalidOptionError: The canvas does not fit.
@@ -220,7 +224,8 @@ def block_causal_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
             parameter="block_length",
             value=block,
         )
-    start, end = canvas_start(prompt_length, block, is_block_causal=True), limit // block * block
+    start = canvas_start(prompt_length, block, is_on_grid=asked.is_on_grid)
+    end = start + (limit - start) // block * block
     if prompt_length >= end:
         raise InvalidOptionError(
             f"The prompt has {prompt_length} tokens; its first block of {block} new ones would end at "
@@ -240,4 +245,4 @@ def block_causal_canvas(asked: CanvasRequest, limits: Limits) -> Canvas:
     if max_tokens is None:
         max_tokens = room if limits.open_ended is None else min(limits.open_ended, room)
     max_output_end = prompt_length + max_tokens
-    return Canvas(start, math.ceil(max_output_end / block) * block, max_output_end, block)
+    return Canvas(start, start + math.ceil((max_output_end - start) / block) * block, max_output_end, block)

@@ -20,8 +20,10 @@ RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
 STEP_REPORT = "step_report"  # attribute of ModelRunnerOutput
 GRAMMAR_CHAINS = "grammar_chains"  # attribute of GrammarOutput: GrammarChain by request id
+HOLE, OPEN_HOLE = -1, -2  # in RequestSpec.pinned
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
 TRACE = "trace"  # in a response's field, see engine.trace
+ERROR = "error"  # likewise: why the request could not go on
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,16 @@ class RequestSpec:
         canvas: Its positions.
         follows_choice: Whether neither the request nor the operator says how positions are chosen, so that the task's
             profile may.
-        pinned: Token ids from the prompt's end on, -1 where the model writes; None where that is everywhere.
+        pinned: Token ids from the prompt's end on, ``HOLE`` where the model writes, ``OPEN_HOLE`` where an end token
+            may end the hole; None where the model writes everywhere.
+        draft: Token ids from the prompt's end on, each of which is taken once the model proposes it; None for none.
     """
 
     options: DecodingOptions
     canvas: Canvas
     follows_choice: bool = False
     pinned: list[int] | None = None
+    draft: list[int] | None = None
 
     def as_extra_args(self) -> dict[str, Any]:
         """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
@@ -48,6 +53,7 @@ class RequestSpec:
             "canvas": list(self.canvas),
             "follows": self.follows_choice,
             "pinned": self.pinned,
+            "draft": self.draft,
         }
         return {RESOLVED_KEY: values}
 
@@ -57,7 +63,8 @@ class RequestSpec:
         found = (getattr(sampling_params, "extra_args", None) or {}).get(RESOLVED_KEY)
         if found is None:
             return None
-        return cls(DecodingOptions(**found["options"]), Canvas(*found["canvas"]), found["follows"], found["pinned"])
+        options, canvas = DecodingOptions(**found["options"]), Canvas(*found["canvas"])
+        return cls(options, canvas, found["follows"], found["pinned"], found["draft"])
 
 
 class Decides(IntEnum):
@@ -80,6 +87,9 @@ class Assignment(NamedTuple):
         is_watched: Whether the guard wants its confidence at block entry.
         policy: Name of its policy, where the task's profile has chosen it; None for that of its options.
         has_grammar: Whether a grammar says which tokens it may have; its steps are reported as those of a calibration.
+        has_drafts: Whether tokens are drafted for it, by its own draft or by n-grams.
+        by_entropy: Whether its confidences are of entropies.
+        reads_logits: Whether its policy reads its logits.
     """
 
     schedule: Schedule
@@ -87,6 +97,9 @@ class Assignment(NamedTuple):
     is_watched: bool = False
     policy: str | None = None
     has_grammar: bool = False
+    has_drafts: bool = False
+    by_entropy: bool = False
+    reads_logits: bool = False
 
 
 @dataclass
@@ -97,10 +110,13 @@ class CanvasStep:
         assignments: Of the requests that start or resume, by id.
         first_position: Ids of the requests of which this step decides the first position alone
             (``Decides.FIRST_POSITION``); vLLM's draft counts tell the other two.
+        drafts: Tokens that are drafted for the blocks that are entered, -1 for none: the position of the first, and
+            token ids, by request.
     """
 
     assignments: dict[str, Assignment] = field(default_factory=dict)
     first_position: frozenset[str] = frozenset()
+    drafts: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
 
 class GrammarChain(NamedTuple):

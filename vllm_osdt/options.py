@@ -21,7 +21,10 @@ from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.geometry import (
     BLOCK_CACHE,
     CACHE_MODES,
+    CACHES_OF_FAMILIES,
     CANVAS_CACHES,
+    CAUSAL_CACHE,
+    CAUSAL_CACHES,
     BlockLength,
     Canvas,
     CanvasRequest,
@@ -30,7 +33,10 @@ from vllm_osdt.geometry import (
     full_attention_canvas,
 )
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.policies import POLICIES
+from vllm_osdt.policies import MODIFIERS, POLICIES
+from vllm_osdt.policies.adablock import AdaBlockOptions
+from vllm_osdt.policies.early_exit import EarlyExit, is_adaptive
+from vllm_osdt.policies.osdt import OSDTOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it uses
 
 PREFIX = "osdt_"
+REQUEST_FIELDS = ("infill", "suffix", "draft")  # of a request alone, with the prefix (vllm_osdt.frontend)
 AUTO_TASK = "auto"
 UNDECIDED_TASK = "auto:undecided"  # too little was seen to name the task
 
@@ -55,7 +62,7 @@ def _is_path(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class CommonOptions:
+class CommonOptions(AdaBlockOptions):
     """Options of every policy."""
 
     task: str | None = option(
@@ -92,8 +99,11 @@ class CommonOptions:
         "dual",
         Literal[CACHE_MODES],
         "What is recomputed between refreshes: `none` (everything, always), `prefix` or `dual` (arXiv 2505.22618, "
-        "section 3). Block-causal models have `block` (finished blocks stay) and nothing else.",
-        default_text="`dual`; `block` for block-causal models",
+        "section 3). Block-causal models have `block` (finished blocks stay) and nothing else. "
+        "Nemotron-Labs-Diffusion has `causal` (the causal forward that writes a finished block's keys and values gives "
+        "the next block's first token) and `causal_fused` (it is the next block's first denoising step, too, and gives "
+        "no token of its own).",
+        default_text="`dual`; `block` for block-causal models; `causal` for Nemotron-Labs-Diffusion",
         formerly="cache",
     )
     refresh_interval: int = option(
@@ -133,6 +143,19 @@ class CommonOptions:
         "A proposal's confidence is its share of the tokens that `top_p`, `top_k`, `min_p`, biases and penalties "
         "leave, instead of the model's own probability. More tokens per forward, and less certain ones.",
     )
+    draft_threshold: float = option(
+        0.3,
+        number(ge=0, le=1),
+        "Of a request with a [draft](parameters.md#drafts): confidence that the model has at least in a drafted token "
+        "that it proposes itself, for the token to be taken.",
+    )
+    draft_ngram: int | None = option(
+        None,
+        count(1, 32) | None,
+        "Draft each block from the prompt and the output so far: the tokens behind an earlier occurrence of their last "
+        "so many tokens. `null` for no such drafts.",
+        unit="tokens",
+    )
     return_trace: bool = option(
         False,
         Flag,
@@ -149,11 +172,16 @@ class CommonOptions:
     @property
     def is_block_causal(self) -> bool:
         """Whether they are for a block-causal model, which has a cache mode of its own."""
+        return self.cache_mode not in CANVAS_CACHES
+
+    @property
+    def is_on_grid(self) -> bool:
+        """Whether blocks lie on a grid from position 0; else they begin behind the prompt."""
         return self.cache_mode == BLOCK_CACHE
 
     @property
     def cache_key(self) -> str:
-        """The cache mode as profiles tell it apart."""
+        """The cache mode, and the modifiers, as profiles tell them apart."""
         return cache_key(
             self.cache_mode,
             sub_block_length=self.sub_block_length,
@@ -161,7 +189,22 @@ class CommonOptions:
             edit_threshold=self.edit_threshold,
             refresh_interval=self.refresh_interval,
             refresh_confidence=self.refresh_confidence,
+            block_cut=self.block_cut,
+            modifiers=[one.key(self) for one in MODIFIERS if one.is_on(self)],
         )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether its policy takes thresholds from the task's profile."""
+        return POLICIES[self.policy].calibrates(self)
+
+    @property
+    def block_cut(self) -> str:
+        """What says how long blocks are besides ``block_length``; "" for nothing."""
+        if not self.adablock:
+            return ""
+        delimiters = "-".join(map(str, self.adablock_delimiters or ()))
+        return f"ada{self.adablock_length}-{self.adablock_threshold:g}-{delimiters}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values, to travel between processes."""
@@ -169,8 +212,8 @@ class CommonOptions:
 
 
 def _compose() -> type:
-    """One class of the common options and those of every policy; options of the same name are one."""
-    own = dict.fromkeys(policy.Options for policy in POLICIES.values())
+    """One class of the common options and those of every policy and modifier; options of the same name are one."""
+    own = dict.fromkeys([*(one.Options for one in MODIFIERS), *(one.Options for one in POLICIES.values())])
     bases = [cls for cls in own if not any(other is not cls and issubclass(other, cls) for other in own)]
     composed = make_dataclass("DecodingOptions", [], bases=(CommonOptions, *bases), frozen=True)
     composed.__module__ = __name__  # where pickle looks for it
@@ -238,6 +281,13 @@ class ServerOptions:
     max_auto_tasks: int = option(
         256, count(), 'Prefixes that `"task": "auto"` tells apart in one front-end process.', unit="tasks"
     )
+    filter_file: str | None = option(
+        None,
+        Annotated[str, AfterValidator(_is_path)] | None,
+        "Weights of the policy `learned_filter`, for blocks of the served length; `vllm-osdt train-filter` writes it. "
+        "Every process of the engine reads it when it starts. `null`: requests are refused that policy.",
+        expected="the path of a file, or null for none",
+    )
     fused_commit: bool = option(
         True,
         Flag,
@@ -260,7 +310,10 @@ class ServerOptions:
     )
 
 
-DECLARED: dict[str, Declaration] = declarations(CommonOptions) | {
+_OF_MODIFIERS = {name: one for modifier in MODIFIERS for name, one in declarations(modifier.Options).items()}
+# Of every request, whatever its policy.
+_SHARED = declarations(CommonOptions) | _OF_MODIFIERS
+DECLARED: dict[str, Declaration] = _SHARED | {
     name: one for policy in POLICIES.values() for name, one in declarations(policy.Options).items()
 }
 SERVER_DECLARED = declarations(ServerOptions)
@@ -269,7 +322,7 @@ SERVER_OPTION_NAMES = tuple(SERVER_DECLARED)
 DEFAULTS = defaults(DecodingOptions)
 FORMER_NAMES = {one.formerly: name for name, one in DECLARED.items() if one.formerly}
 # Options that say how positions are chosen; whoever names one of them does not leave it to the task's profile.
-CHOOSING = {"policy", *OPTION_NAMES} - (set(declarations(CommonOptions)) - {"policy"})
+CHOOSING = {"policy", *OPTION_NAMES} - (set(_SHARED) - {"policy"})
 CHOOSING -= {"num_calibration_requests", "early", "recalibrate", "profile"}
 _warned: set[str] = set()
 
@@ -291,7 +344,7 @@ def with_choice(options: DecodingOptions, choice: Choice) -> DecodingOptions:
 
 def policies_of(name: str) -> tuple[str, ...]:
     """The policies that an option means something to, or with which a request may send it all the same."""
-    if name in declarations(CommonOptions) or DECLARED[name].with_any_policy:
+    if name in _SHARED or DECLARED[name].with_any_policy:
         return tuple(POLICIES)
     return _readers(name)
 
@@ -358,11 +411,11 @@ class ReferenceRow(NamedTuple):
 
 def reference_rows() -> list[ReferenceRow]:
     """Every option, in order, for ``vllm-osdt options`` and the documentation."""
-    common, rows = declarations(CommonOptions), []
+    rows = []
     for name, one in {**DECLARED, **SERVER_DECLARED}.items():
         of_operator = name in SERVER_DECLARED
         default = defaults(ServerOptions)[name] if of_operator else DEFAULTS[name]
-        owners = () if of_operator or name in common else _readers(name)
+        owners = () if of_operator or name in _SHARED else _readers(name)
         text = one.default_text or json.dumps(default)
         about = (one.expectation, text, one.meaning, one.unit, owners, of_operator, one.formerly)
         rows.append(ReferenceRow(name, *about, bool(one.default_text)))
@@ -391,8 +444,9 @@ def check_operator_values(values: Mapping[str, Any]) -> DecodingOptions:
     own = {name: value for name, value in values.items() if name in SERVER_OPTION_NAMES}
     parse_server_options(own)
     rest = {name: value for name, value in values.items() if name not in own}
-    is_block_causal = BLOCK_CACHE in (rest.get("cache_mode"), rest.get("cache"))
-    return parse_options(rest, base=DecodingOptions(cache_mode=BLOCK_CACHE) if is_block_causal else DecodingOptions())
+    asked = rest.get("cache_mode", rest.get("cache"))
+    of_another_family = asked in (BLOCK_CACHE, *CAUSAL_CACHES)
+    return parse_options(rest, base=DecodingOptions(cache_mode=asked) if of_another_family else DecodingOptions())
 
 
 def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: str = "") -> DecodingOptions:
@@ -407,13 +461,22 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
         InvalidOptionError: An unknown name, a wrong type, a value out of range, or options that contradict each other.
     """
     changes = _check_values(values, prefix)
-    options = replace(_without_what_does_not_follow(base, changes), **changes)
+    options = _with_changes(base, changes)
     if prefix:
         _check_used(options, changes)
     for policy in POLICIES.values():
         policy.check(options)
-    if options.is_block_causal != base.is_block_causal:
-        allowed = (BLOCK_CACHE,) if base.is_block_causal else CANVAS_CACHES
+    for modifier in MODIFIERS:
+        if modifier.is_on(options) and not modifier.goes_with(POLICIES[options.policy]):
+            raise InvalidOptionError(
+                f"{prefix}{modifier.name} is true, but policy {options.policy!r} compares the model's distributions of "
+                f"two steps, which {modifier.name} changes; leave it out or choose another policy.",
+                refusal="modifier-policy",
+                parameter=f"{prefix}{modifier.name}",
+                value=True,
+            )
+    allowed = next(modes for modes in CACHES_OF_FAMILIES if base.cache_mode in modes)
+    if options.cache_mode not in allowed:
         raise InvalidOptionError(
             f"{prefix}cache_mode is {options.cache_mode!r}; this model's attention allows {', '.join(allowed)}: leave "
             "it out.",
@@ -449,7 +512,7 @@ def _check_values(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         changes[name] = DECLARED[name].check(key, value)
     for name, value in changes.items():
         other = DECLARED[name].excludes
-        if value is not None and changes.get(other) is not None:
+        if value is not None and changes.get(other) not in (None, False):
             raise InvalidOptionError(
                 f"{prefix}{name} is {value} and {prefix}{other} {changes[other]}; send one of them.",
                 refusal="excludes",
@@ -479,8 +542,8 @@ def _present_name(former: str, prefix: str, values: Mapping[str, Any]) -> str:
     return name
 
 
-def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
-    """The defaults that still hold beside what was asked for.
+def _with_changes(base: DecodingOptions, changes: Mapping[str, Any]) -> DecodingOptions:
+    """What was asked for, and the defaults that still hold beside it.
 
     Without those that the changes replace in another form, and those that mean something else to another policy than
     the one they were set for.
@@ -491,16 +554,25 @@ def _without_what_does_not_follow(base: DecodingOptions, changes: Mapping[str, A
         for name, one in DECLARED.items():
             if not one.follows_policy and {policy, base.policy} <= set(policies_of(name)):
                 dropped.add(name)
-        if POLICIES[policy].ranks_by_entropy:
-            dropped.add("edit_threshold")
-    return replace(base, **{name: DEFAULTS[name] for name in dropped})
+        dropped |= {one.name for one in MODIFIERS if not one.goes_with(POLICIES[policy])}
+    others = {name: one.excludes for name, one in DECLARED.items()}
+    dropped |= {name for name, other in others.items() if changes.get(other) not in (None, False)}
+    changed = replace(base, **{**{name: DEFAULTS[name] for name in dropped}, **changes})
+    if _looks_at_entropy(changed) and not _looks_at_entropy(base):
+        changed = replace(changed, edit_threshold=changes.get("edit_threshold", DEFAULTS["edit_threshold"]))
+    return changed
+
+
+def _looks_at_entropy(options: DecodingOptions) -> bool:
+    return POLICIES[options.policy].looks_at_entropy(options)
 
 
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
     """What a request asks for must mean something to its policy, and to a request without a task."""
-    if options.task is None and POLICIES[options.policy].calibrates:
+    if options.task is None and options.calibrates:
         for name, value in asked.items():
-            if name == "policy" or (DECLARED[name].needs_task and value != DEFAULTS[name]):
+            is_osdt = name == "policy" and "calibrated" not in asked
+            if is_osdt or (DECLARED[name].needs_task and value != DEFAULTS[name]):
                 raise InvalidOptionError(
                     f"{PREFIX}{name} is {value!r}, but the request names no task, so that nothing is calibrated for "
                     f"it and it is decoded with the static threshold: send {PREFIX}task, or leave {PREFIX}{name} out.",
@@ -509,12 +581,31 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
                     value=value,
                 )
     for name, value in asked.items():
+        if name in declarations(AdaBlockOptions) and not options.adablock and value != DEFAULTS[name]:
+            raise InvalidOptionError(
+                f"{PREFIX}{name} is {value!r}, but {PREFIX}adablock is false; leave it out or send {PREFIX}adablock.",
+                refusal="adablock-off",
+                parameter=PREFIX + name,
+                value=value,
+            )
         policies = policies_of(name)
-        if options.policy not in policies and value != DEFAULTS[name]:
+        is_used = options.policy in policies or (name in declarations(OSDTOptions) and options.calibrates)
+        if not is_used and value != DEFAULTS[name]:
+            *others, last = map(repr, policies)
+            named = f"{', '.join(others)} or {last}" if others else last
             raise InvalidOptionError(
                 f"{PREFIX}{name} is {value!r}, which policy {options.policy!r} does not use: leave it out, or send "
-                f"{PREFIX}policy = {' or '.join(map(repr, policies))}.",
+                f"{PREFIX}policy = {named}.",
                 refusal="policy-does-not-use",
+                parameter=PREFIX + name,
+                value=value,
+            )
+        needed, _, word = DECLARED[name].needs.partition("=")
+        if needed and value != DEFAULTS[name] and getattr(options, needed) != (word or True):
+            raise InvalidOptionError(
+                f"{PREFIX}{name} is {value!r}, which says nothing without {PREFIX}{needed} = {word or True!r}: send "
+                f"that too, or leave {PREFIX}{name} out.",
+                refusal="needs-option",
                 parameter=PREFIX + name,
                 value=value,
             )
@@ -524,8 +615,8 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     """Refuse what only other model families have; fill in this one's sub-blocks.
 
     Raises:
-        InvalidOptionError: A canvas length, refreshes, token editing or sub-blocks on a model without, or sub-blocks
-            that do not fit a block.
+        InvalidOptionError: A canvas length, refreshes, token editing or sub-blocks on a model without, sub-blocks that
+            do not fit a block, or a policy that does not go with them.
     """
     if options.gen_length is not None and traits.is_block_causal:
         raise InvalidOptionError(
@@ -535,7 +626,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="gen_length",
             value=options.gen_length,
         )
-    if options.cache_mode in (BLOCK_CACHE, "none"):
+    if options.is_block_causal or options.cache_mode == "none":
         for name in ("refresh_interval", "refresh_confidence"):
             value = getattr(options, name)
             if value != DEFAULTS[name]:
@@ -553,7 +644,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="edit_threshold",
             value=options.edit_threshold,
         )
-    if options.edit_threshold is not None and POLICIES[options.policy].ranks_by_entropy:
+    if options.edit_threshold is not None and _looks_at_entropy(options):
         raise InvalidOptionError(
             f"edit_threshold is {options.edit_threshold:g}, a confidence, but policy {options.policy!r} looks at "
             "entropies; leave it out or choose another policy.",
@@ -561,15 +652,26 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="edit_threshold",
             value=options.edit_threshold,
         )
+    _validate_cuts(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
-    if own is not None and options.policy == "static_threshold" and steps is not None:
+    exits = isinstance(POLICIES[options.policy], EarlyExit)
+    has_least = options.policy != "fixed_steps" and "steps" in declarations(POLICIES[options.policy].Options)
+    if own is not None and has_least and steps is not None and (is_adaptive(options) or not exits):
         raise InvalidOptionError(
-            f"steps is {steps}; with policy 'static_threshold' this model's sub-blocks take as many steps as they "
+            f"steps is {steps}; with policy {options.policy!r} this model's sub-blocks take as many steps as they "
             "need: leave it out, or choose policy 'fixed_steps'.",
             refusal="sub-blocks-steps",
             parameter="steps" if options.steps else "steps_per_block",
             value=steps,
+        )
+    if POLICIES[options.policy].needs_whole_blocks and (own is not None or options.adablock):
+        reason = "adablock cuts blocks" if own is None else "this model decides the sub-blocks of a block one by one"
+        raise InvalidOptionError(
+            f"policy is {options.policy!r}, whose schedule is one of whole blocks, but {reason}: choose another.",
+            refusal="whole-blocks",
+            parameter="policy",
+            value=options.policy,
         )
     if own is None:
         if options.sub_block_length is not None or options.sub_block_cache:
@@ -590,6 +692,40 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             value=sub_block,
         )
     return replace(options, sub_block_length=sub_block)
+
+
+def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
+    """Refuse blocks that are cut where they cannot be.
+
+    Raises:
+        InvalidOptionError: A block-causal model, refreshes of every so many blocks, or two things that cut.
+    """
+    policy_cuts = POLICIES[options.policy].cuts_blocks
+    if not (options.adablock or policy_cuts):
+        return
+    name, what = ("adablock", "adablock is true") if options.adablock else ("policy", f"policy is {options.policy!r}")
+    if options.adablock and policy_cuts:
+        raise InvalidOptionError(
+            f"adablock is true, but policy {options.policy!r} says itself how long blocks are; leave adablock out.",
+            refusal="adablock-policy",
+            parameter="adablock",
+            value=True,
+        )
+    if traits.is_block_causal:
+        raise InvalidOptionError(
+            f"{what}, but this model's blocks, which see no later ones, have one length; leave it out.",
+            refusal="cut-block-causal",
+            parameter=name,
+            value=getattr(options, name),
+        )
+    if options.refresh_interval > 1:
+        raise InvalidOptionError(
+            f"{what} and refresh_interval {options.refresh_interval}, but blocks of different lengths are refreshed "
+            "when they are entered; leave refresh_interval out.",
+            refusal="cut-refresh",
+            parameter="refresh_interval",
+            value=options.refresh_interval,
+        )
 
 
 def resolve_canvas(
@@ -627,6 +763,7 @@ def resolve_canvas(
         options.sub_block_length,
         options.is_block_causal,
         can_grow=options.steps is None,  # which is shared out among all blocks
+        is_on_grid=options.is_on_grid,
     )
     if canvas is None:
         find = block_causal_canvas if options.is_block_causal else full_attention_canvas
@@ -650,7 +787,7 @@ def default_decoding_options(vllm_config: "VllmConfig") -> DecodingOptions:
     traits: Traits = vllm_config.model_config.hf_config.traits
     base = DecodingOptions(block_length=traits.block_length)
     if traits.is_block_causal:
-        base = replace(base, cache_mode=BLOCK_CACHE)
+        base = replace(base, cache_mode=CAUSAL_CACHE if traits.commits_causally else BLOCK_CACHE)
     values = operator_values(vllm_config)
     values = {name: values[name] for name in values if name not in SERVER_OPTION_NAMES}
     return validate_for_family(parse_options(values, base=base), traits)

@@ -36,7 +36,22 @@ REFUSALS = {
     "two-places": Refusal(
         OPTION, "Other values at the top of the body and in `vllm_xargs`.", "Send it in one of the two places."
     ),
-    "excludes": Refusal("`osdt_steps`, `osdt_steps_per_block`", "Both are sent.", "Send one of them."),
+    "excludes": Refusal(
+        "`osdt_steps` and `osdt_steps_per_block`, `osdt_adaptive_entropy` and `osdt_threshold`; `osdt_calibrated` and "
+        "what it replaces",
+        "Both are sent.",
+        "Send one of them.",
+    ),
+    "needs-option": Refusal(
+        "options of `osdt_credit`, of `osdt_calibrated`, of an early exit's form",
+        "The option that they belong to is not sent.",
+        "Send it too, or leave them out.",
+    ),
+    "modifier-policy": Refusal(
+        "`osdt_credit`",
+        "The policy compares the model's distributions of two steps.",
+        "Leave it out, or send another policy.",
+    ),
     "needs-task": Refusal(
         "options of a calibration", "The request names no task, so nothing is calibrated.", "Send `osdt_task` too."
     ),
@@ -46,9 +61,36 @@ REFUSALS = {
     "reserved": Refusal("`osdt_resolved`", "Always; the server sets it.", "Send options instead."),
     "cache-mode": Refusal(
         "`osdt_cache_mode`",
-        "`block` on a model whose positions see the whole canvas, or another one on a block-causal model.",
+        "It is one of models with another kind of attention.",
         "Leave it out.",
     ),
+    "adablock-off": Refusal(
+        "`osdt_adablock_threshold`, `osdt_adablock_length`, `osdt_adablock_delimiters`",
+        "`osdt_adablock` is false.",
+        "Leave it out, or send `osdt_adablock`.",
+    ),
+    "adablock-line-end": Refusal(
+        "`osdt_adablock`", "The tokenizer's line end is no single token.", "Send `osdt_adablock_delimiters`."
+    ),
+    "adablock-vocabulary": Refusal(
+        "`osdt_adablock_delimiters`", "One is no token id of the model.", "Send ids below the vocabulary's size."
+    ),
+    "adablock-policy": Refusal(
+        "`osdt_adablock`", "The policy says itself how long blocks are (`cad_llm`).", "Leave it out."
+    ),
+    "cut-block-causal": Refusal(
+        "`osdt_adablock`, `osdt_policy`",
+        "Blocks of many lengths on a block-causal model, whose blocks have one length.",
+        "Leave it out.",
+    ),
+    "cut-refresh": Refusal("`osdt_refresh_interval`", "Above 1 with blocks of many lengths.", "Leave it out."),
+    "cad-lengths": Refusal(
+        "`osdt_cad_min_block`, `osdt_cad_first_block`",
+        "Not in order: shortest, first and longest block (`osdt_block_length`).",
+        "Send values in that order.",
+    ),
+    "cad-thresholds": Refusal("`osdt_cad_min_threshold`", "Above `osdt_cad_threshold`.", "Lower it."),
+    "multi-block-shares": Refusal("`osdt_full_share`", "Below `osdt_enter_share`.", "Raise it."),
     "gen-length-block-causal": Refusal(
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
     ),
@@ -86,9 +128,15 @@ REFUSALS = {
     "sub-blocks-divide": Refusal(
         "`osdt_sub_block_length`", "It does not divide `osdt_block_length`.", "Send a divisor."
     ),
+    "whole-blocks": Refusal(
+        "`osdt_policy`",
+        "`dimple`, on a model with sub-blocks or with `osdt_adablock`: its schedule is one of whole blocks.",
+        "Send another policy.",
+    ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",
-        "With policy `static_threshold` on a model with sub-blocks.",
+        "With another policy than `fixed_steps` on a model with sub-blocks; `prophet` and `sched` take them without "
+        "`osdt_commit_threshold` and `osdt_calibrated`.",
         "Leave it out, or send policy `fixed_steps`.",
     ),
     "steps-share": Refusal(
@@ -103,6 +151,22 @@ REFUSALS = {
         "`osdt_num_calibration_requests`",
         "Too few for `osdt_risk` with `osdt_statistic` `conformal`.",
         "Raise either of them, or send another statistic.",
+    ),
+    "sched-bounds": Refusal("`osdt_sched_low`", "Above `osdt_sched_high`.", "Lower it."),
+    "nemotron-product": Refusal(
+        "`osdt_bound_min`, `osdt_bound_factor`",
+        "With `osdt_bound_form` `product`, which has no such bound.",
+        "Leave it out.",
+    ),
+    "no-filter": Refusal(
+        "`osdt_policy`",
+        "`learned_filter` on a server whose operator has named no `filter_file`.",
+        "Send another policy.",
+    ),
+    "filter-block-length": Refusal(
+        "`osdt_block_length`",
+        "`learned_filter` with blocks of another length than those that the server's filter is for.",
+        "Send the length that the message names, or another policy.",
     ),
     "bacd-bounds": Refusal("`osdt_min_threshold`", "Above `osdt_max_threshold`.", "Lower it."),
     "pin-policy": Refusal("`osdt_profile`", "The policy uses no profile.", "Leave it out."),
@@ -124,7 +188,7 @@ REFUSALS = {
     ),
     "pin-made-with": Refusal(
         "`osdt_profile`",
-        "It was made with another `osdt_block_length`, `osdt_cache_mode` or `osdt_threshold`.",
+        "It was made with another `osdt_block_length`, `osdt_cache_mode`, `osdt_threshold` or `osdt_credit`.",
         "Send the values that the message names.",
     ),
     "neither-parameter-nor-option": Refusal(
@@ -206,9 +270,24 @@ REFUSALS = {
         "Shorten the hole, or use a model whose positions see the whole canvas.",
     ),
     "infill-company": Refusal(
-        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output, `stop`, `stop_token_ids`",
-        "Beside a template or a suffix.",
+        "`osdt_gen_length`, `osdt_edit_threshold`, `logprobs`, structured output; `stop`, `stop_token_ids`; "
+        "`min_tokens`",
+        "Beside a template or a suffix; beside a template; beside open holes.",
         "Leave one of them out.",
+    ),
+    "draft-value": Refusal(
+        "`osdt_draft`, `prediction`", "It is neither text nor token ids of the model.", "Send what the message names."
+    ),
+    "draft-names": Refusal("`osdt_draft`, `prediction`", "Both are sent.", "Send one of them."),
+    "draft-grammar": Refusal(
+        "`osdt_draft`, `prediction`, `osdt_draft_ngram`",
+        "Beside structured output: a grammar decides from left to right, a draft in any order.",
+        "Leave one of them out.",
+    ),
+    "draft-without": Refusal(
+        "`osdt_draft_threshold`",
+        "The request has no draft.",
+        "Send `osdt_draft` or `osdt_draft_ngram`, or leave it out.",
     ),
     "prompt-scores": Refusal(
         "`echo` with `logprobs`, `prompt_logprobs`",

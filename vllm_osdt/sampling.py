@@ -1,6 +1,6 @@
 """Which of vLLM's sampling parameters these model families implement, and within which limits."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm_osdt.errors import InvalidOptionError, shown
@@ -73,7 +73,14 @@ def check_grammar(params: "SamplingParams", edit_threshold: float | None, config
         )
 
 
-def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int, *, bans_ends: bool = False) -> None:
+def check_limits(
+    params: "SamplingParams",
+    vocabulary: int,
+    mask_token_id: int,
+    *,
+    bans_ends: bool = False,
+    name_of: Callable[[str], str] = str,
+) -> None:
     """Refuse values of implemented parameters that the worker has no room or no meaning for.
 
     Args:
@@ -81,14 +88,15 @@ def check_limits(params: "SamplingParams", vocabulary: int, mask_token_id: int, 
         vocabulary: Token ids of the model.
         mask_token_id: Never generated.
         bans_ends: Whether no end token may be generated, as in a template.
+        name_of: What the client calls a sampling parameter.
 
     Raises:
         InvalidOptionError: Names the parameter, its value and the limit.
     """
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
         raise InvalidOptionError(
-            f"logprobs is {params.logprobs}; this diffusion model returns 0 to {MAX_LOGPROBS} of each token. Send a "
-            "number in that range.",
+            f"{name_of('logprobs')} is {params.logprobs}; this diffusion model returns 0 to {MAX_LOGPROBS} of each "
+            "token. Send a number in that range.",
             refusal="logprobs-number",
             parameter="logprobs",
             value=params.logprobs,

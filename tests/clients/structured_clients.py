@@ -30,14 +30,21 @@ MESSAGES: Any = [{"role": "user", "content": "yes no"}]
 
 
 def ask_instructor(url: str, model: str, logit_bias: dict[str, int]) -> dict[str, Any]:
-    """``instructor`` by JSON schema; its tools are not strict, so that vLLM lets their arguments be any JSON."""
+    """``instructor`` by JSON schema, and by tools that a hook makes strict: vLLM lets others' arguments be any JSON."""
     import instructor
 
-    mode = instructor.Mode.JSON_SCHEMA
-    client = instructor.from_openai(openai.OpenAI(base_url=url, api_key="none"), mode=mode)
+    def make_strict(*args: Any, **body: Any) -> None:
+        for tool in body.get("tools", ()):
+            tool["function"]["strict"] = True
+
     own = {"model": model, "max_tokens": 96, "max_retries": 0, "logit_bias": logit_bias}
-    trip = client.chat.completions.create(response_model=Trip, messages=MESSAGES, **own)
-    return {mode.name: trip.model_dump()}
+    found = {}
+    for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
+        client = instructor.from_openai(openai.OpenAI(base_url=url, api_key="none"), mode=mode)
+        client.on("completion:kwargs", make_strict)
+        trip = client.chat.completions.create(response_model=Trip, messages=MESSAGES, **own)
+        found[mode.name] = trip.model_dump()
+    return found
 
 
 def ask_langchain(url: str, model: str, logit_bias: dict[str, int]) -> dict[str, Any]:

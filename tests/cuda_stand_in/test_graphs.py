@@ -84,6 +84,23 @@ def test_random_requests_decode_the_same(pair, prompts, policies, ends):
     assert ends in {graph.ends for graph in replayed}
 
 
+def test_drafted_requests_decode_the_same(pair, prompts):
+    """Beside others; the graph proposes, and the draft is compared behind it."""
+    answers = tokens(generate(pair.without, prompts[:3], params()))
+    drafts = [answers[0], [*answers[1][:5], 7, *answers[1][6:]], answers[1]]
+    asked = [params(draft=draft, draft_threshold=0.1) for draft in drafts]
+    asked += [params(draft_ngram=1), params(), params(draft=answers[2], policy="entropy_bound", logprobs=1)]
+    texts = [*prompts[:3], *prompts[:3]]
+    replayed = count_replays(pair.with_graphs)
+    outcomes = [generate(llm, texts, asked) for llm in (pair.with_graphs, pair.without)]
+    assert tokens(outcomes[0]) == tokens(outcomes[1])
+    forwards = [[vllm_osdt.describe(one)["nfe"] for one in outcome] for outcome in outcomes]
+    assert forwards[0] == forwards[1]
+    [plain] = generate(pair.without, texts[:1], params())
+    assert forwards[0][0] < vllm_osdt.describe(plain)["nfe"]
+    assert {graph.ends for graph in replayed} >= {Ends.PROPOSED, Ends.MODEL}
+
+
 def test_structured_requests_decode_the_same(pair, prompts):
     replayed = count_replays(pair.with_graphs)
     outcomes = []

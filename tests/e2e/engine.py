@@ -90,6 +90,21 @@ def drive(llm: LLM, on_step: Callable[[int], None] = lambda step: None) -> dict[
     raise AssertionError("the engine does not come to an end")
 
 
+def watch_logits(monkeypatch: Any, see: Callable[[Any, Any], None]) -> None:
+    """Call ``see`` with the logit rows of every step, ``[M, vocabulary]``, and its input batch."""
+    from vllm_osdt.worker.model_runner import CanvasRunnerMixin
+
+    decide = CanvasRunnerMixin._decide_by_rows
+
+    def watching(self: Any, hidden_states: Any, input_batch: Any) -> Any:
+        num_rows = input_batch.denoise.position.shape[0]
+        if num_rows:
+            see(self.model.compute_logits(hidden_states[:num_rows]).clone(), input_batch)
+        return decide(self, hidden_states, input_batch)
+
+    monkeypatch.setattr(CanvasRunnerMixin, "_decide_by_rows", watching)
+
+
 def assert_idle(llm: LLM) -> None:
     """Nothing of any request is left behind: pages, slots, records, calibrations under way."""
     sched, states = scheduler(llm), canvas_states(llm)

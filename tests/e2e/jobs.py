@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 import vllm_osdt
-from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens, watch_logits
 from tests.reference.decode import (
     Decoded,
+    Draft,
     EntropyBound,
     Rule,
     ThresholdRule,
@@ -23,6 +24,7 @@ from tests.reference.decode import (
 )
 
 MIN_MARGIN = 1e-5
+DRAFT_THRESHOLD = 0.02  # confidences of random weights are low
 LOGIT_TOLERANCE = 2e-4  # see tests/models/test_llada.py
 
 
@@ -50,6 +52,7 @@ RULES: list[tuple[dict[str, Any], Callable[[], Rule]]] = [
     ({"policy": "entropy_bound", "entropy": 4.0}, lambda: EntropyBound(4.0)),
 ]  # as many as share no divisor with the number of a family's variants
 MIN_ENDED = 8  # jobs of a family that end at a stop token
+MIN_SHORTENED = 2  # that take fewer forwards by a draft
 CANVAS_VARIANTS = [{"cache_mode": cache, "block_length": b} for b in (4, 8, 16) for cache in ("none", "prefix", "dual")]
 
 
@@ -58,13 +61,15 @@ def make_jobs(
 ) -> list[Job]:
     """Random requests, each of the rules with each of the variants; those whose outcome hangs on rounding are left out.
 
+    Some have a draft: their own output with some other tokens, perhaps a part of it, perhaps with more behind it.
+
     Args:
         decode: Takes prompt, rule, ``max_tokens``, ``end_token_ids`` and a variant's options.
         variants: Options of requests, such as ``block_length``.
         number: How many to draw.
         rules: Options and the plain rule.
     """
-    rng, jobs = random.Random(0), []
+    rng, jobs, num_shortened = random.Random(0), [], 0
     for index in range(number):
         (options, rule), variant = rules[index % len(rules)], variants[index % len(variants)]
         prompt = [rng.randrange(8, 100) for _ in range(rng.randrange(1, 60))]
@@ -73,11 +78,27 @@ def make_jobs(
         if rng.randrange(3) == 0:  # it ends where the undisturbed output comes by
             ends = (rng.randrange(3, 8), decoded.tokens[len(decoded.tokens) // 2])
             decoded = decode(prompt, rule(), max_tokens=max_tokens, end_token_ids=ends, **variant)
+        if index % 5 == 4:
+            drafted = random_draft(random.Random(index), decoded.tokens)
+            options = {**options, "draft": drafted, "draft_threshold": DRAFT_THRESHOLD}
+            draft = Draft(dict(enumerate(drafted)), DRAFT_THRESHOLD)
+            without, decoded = (
+                decoded,
+                decode(prompt, rule(), max_tokens=max_tokens, end_token_ids=ends, draft=draft, **variant),
+            )
+            num_shortened += decoded.nfe < without.nfe
         if min(decoded.proposal_margin, decoded.rule_margin, decoded.edit_margin) > MIN_MARGIN:
             params = sampling(max_tokens, stop_token_ids=list(ends), **options, **variant)
             jobs.append(Job(prompt, params, decoded))
     assert sum(len(job.decoded.tokens) < job.params.max_tokens for job in jobs) >= MIN_ENDED
+    assert num_shortened >= MIN_SHORTENED
     return jobs
+
+
+def random_draft(rng: random.Random, answer: list[int], share: float = 0.3) -> list[int]:
+    """An answer with a share of other tokens, perhaps a part of it, perhaps with more behind it."""
+    tokens = [rng.randrange(8, 100) if rng.random() < share else token for token in answer]
+    return [*tokens[: rng.randrange(1, len(tokens) + 20)], *[8] * rng.choice([0, 20])]
 
 
 def make_canvas_jobs(network: Any) -> list[Job]:
@@ -199,6 +220,16 @@ def assert_first_logits_equal(llm: Any, network: Any, monkeypatch: Any, block_le
     _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=8, block_length=block_length, **options)
 
 
+def assert_first_causal_logits_equal(llm: Any, network: Any, monkeypatch: Any, cache_mode: str) -> None:
+    """The same of a model that commits causally: of the last prompt token, or of the first block (``causal_fused``)."""
+
+    def expected(prompt: list[int], number: int) -> torch.Tensor:
+        logits = network.forward(torch.tensor(prompt + [network.mask_token_id] * 16), len(prompt))
+        return logits[len(prompt) - (cache_mode == "causal") :][:number]
+
+    _assert_first_logits_are(llm, monkeypatch, expected, max_tokens=16, block_length=16, cache_mode=cache_mode)
+
+
 def assert_first_canvas_logits_equal(llm: Any, network: Any, monkeypatch: Any) -> None:
     """The same where positions see the whole canvas: logits of its first block."""
 
@@ -213,19 +244,15 @@ def _assert_first_logits_are(
     llm: Any, monkeypatch: Any, expected: Callable[[list[int], int], torch.Tensor], max_tokens: int, **options: Any
 ) -> None:
     """``expected`` takes a prompt and the number of rows."""
-    from vllm_osdt.worker.sampler import CanvasSampler
-
     seen = {}
-    sample = CanvasSampler.__call__
 
-    def recording(self: Any, logits: Any, input_batch: Any, *args: Any) -> Any:
+    def record(logits: Any, input_batch: Any) -> None:
         for row, req_id in enumerate(input_batch.req_ids):
             first, last = input_batch.cu_num_logits_np[row : row + 2]
-            if last > first and req_id not in seen:
-                seen[req_id] = logits[first:last].clone()
-        return sample(self, logits, input_batch, *args)
+            if last > first:
+                seen.setdefault(req_id, logits[first:last])
 
-    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    watch_logits(monkeypatch, record)
     rng = random.Random(4)
     prompts = [[rng.randrange(8, 100) for _ in range(length)] for length in (1, 5, 37, 53)]
     generate(llm, prompts, sampling(max_tokens, policy="static_threshold", **options))

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import httpx
 
+from tests.forked import Program
+
+VLLM = Path(sys.executable).with_name("vllm")
 START_LIMIT_S = 480  # two engines and two API servers on a busy machine take minutes
 
 
@@ -20,7 +23,7 @@ START_LIMIT_S = 480  # two engines and two API servers on a busy machine take mi
 class Server:
     """A running server and where to reach it."""
 
-    process: subprocess.Popen
+    process: Program | subprocess.Popen[bytes]
     url: str
     model: str
     log: Path
@@ -38,29 +41,36 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def vllm() -> list[str]:
-    """The ``vllm`` command; where the tests run on the stand-in for CUDA, so does it."""
+def serving(
+    model: str | Path, name: str, log: Path, *arguments: str, is_forked: bool = True
+) -> contextlib.AbstractContextManager[Server]:
+    """A server of a checkpoint, under a name, in float32.
+
+    Its processes are forks of one that has imported vLLM, unless told; on the stand-in for CUDA they never are.
+    """
+    port, command = free_port(), [str(VLLM)]
     if "tests.cuda_stand_in.cuda" in sys.modules:
-        return [sys.executable, "-m", "tests.cuda_stand_in.vllm"]
-    return [str(Path(sys.executable).with_name("vllm"))]
-
-
-def serving(model: str | Path, name: str, log: Path, *arguments: str) -> contextlib.AbstractContextManager[Server]:
-    """A server of a checkpoint, under a name, in float32."""
-    port = free_port()
-    command = [*vllm(), "serve", str(model), "--plugin", "osdt"]
+        is_forked, command = False, [sys.executable, "-m", "tests.cuda_stand_in.vllm"]
+    command += ["serve", str(model), "--plugin", "osdt"]
     command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    return waiting_for([*command, *arguments], environment, f"http://127.0.0.1:{port}", name, log)
+    url = f"http://127.0.0.1:{port}"
+    return waiting_for([*command, *arguments], environment, url, name, log, is_forked=is_forked)
 
 
 @contextlib.contextmanager
-def waiting_for(command: list[str], environment: dict[str, str], url: str, name: str, log: Path) -> Iterator[Server]:
+def waiting_for(
+    command: list[str], environment: dict[str, str], url: str, name: str, log: Path, *, is_forked: bool = False
+) -> Iterator[Server]:
     """Start a server, wait until it answers, and kill what is left of it at the end."""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+    process: Program | subprocess.Popen[bytes]
+    if is_forked:
+        process = Program(command, environment, log, log)
+    else:
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
     try:
         deadline = time.monotonic() + START_LIMIT_S
         while True:

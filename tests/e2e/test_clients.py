@@ -4,14 +4,14 @@ import asyncio
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.e2e.serving import Server, serving, vllm
+from tests import forked
+from tests.e2e.serving import VLLM, Server, serving
 from vllm_osdt.mini import model_path
 
 pytestmark = pytest.mark.e2e
@@ -35,8 +35,7 @@ def client(server: Server) -> openai.OpenAI:
 def command(*arguments: object) -> str:
     """What one of vLLM's commands prints."""
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    whole = [*vllm(), *map(str, arguments)]
-    done = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = forked.run([str(VLLM), *map(str, arguments)], env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -12,6 +12,7 @@ from tests.e2e.jobs import (
     assert_preemption_changes_nothing,
     make_canvas_jobs,
 )
+from tests.policies.test_block_cuts import LENGTH, PlainCadLLM
 from tests.reference.decode import best_first, calibrate, decode, osdt, static_threshold
 from tests.reference.dream import ReferenceDream, make_dream_checkpoint
 
@@ -141,3 +142,15 @@ def test_fixed_steps_take_as_many_forwards_as_asked_for(llm, network, steps, cac
     [got] = generate(llm, [prompt], sampling(32, policy="fixed_steps", steps=steps, cache_mode=cache, **CANVAS))
     assert nfe(got) == expected.nfe == steps
     assert expected.proposal_margin > MIN_MARGIN and list(got.token_ids) == expected.tokens
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_block_is_cut_when_all_of_its_proposals_are_known(llm, network, cache):
+    canvas = {"gen_length": LENGTH, "block_length": 16, "cache_mode": cache}
+    prompts, rules = random_prompts(6, seed=5), [PlainCadLLM(16) for _ in range(6)]
+    expected = [decode(network, prompt, rule, **canvas) for prompt, rule in zip(prompts, rules, strict=True)]
+    got = generate(llm, prompts, sampling(LENGTH, policy="cad_llm", cad_first_block=12, **canvas))
+    clear = [i for i, one in enumerate(expected) if min(one.rule_margin, one.proposal_margin) > MIN_MARGIN]
+    assert len(clear) >= 3 and all(len(set(rules[i].lengths)) > 1 for i in clear)
+    assert [list(got[i].token_ids) for i in clear] == [expected[i].tokens for i in clear]
+    assert [nfe(got[i]) for i in clear] == [expected[i].nfe for i in clear]

@@ -2,13 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 from ast import literal_eval
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import REPOSITORY
 from tests.e2e.serving import free_port, serving
 from vllm_osdt.mini import model_path
@@ -28,10 +27,7 @@ def run(tmp_path: Path, name: str, *arguments: str) -> str:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = forked.run([str(EXAMPLES / f"{name}.py"), *arguments], cwd=tmp_path, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

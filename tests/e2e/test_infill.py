@@ -1,6 +1,7 @@
-"""Infilling: pinned positions never change and holes are filled to their end, as a plain loop fills them."""
+"""Infilling: pinned positions never change and holes are filled, as a plain loop fills them."""
 
 import random
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -32,10 +33,20 @@ def rule() -> ThresholdRule:
     return ThresholdRule(lambda block, step: THRESHOLD, strict=False)
 
 
-def without_ends(llm: Any) -> Shape:
-    """A hole has no end but its own."""
-    ends = torch.tensor([llm.llm_engine.model_config.hf_config.eos_token_id])
-    return lambda row, before, index: row.index_fill(0, ends, -torch.inf)
+def end_of(llm: Any) -> int:
+    return llm.llm_engine.model_config.hf_config.eos_token_id
+
+
+def without_ends(llm: Any, may_end: Container[int] = (), bias: float = 0.0) -> Shape:
+    """A hole has no end but its own, except at places of open holes; ends are as much likelier as the bias says."""
+    end = end_of(llm)
+
+    def shape(row: torch.Tensor, before: list[int], index: int) -> torch.Tensor:
+        row = row.clone()
+        row[end] = row[end] + bias if index in may_end else -torch.inf
+        return row
+
+    return shape
 
 
 def random_template(rng: random.Random, vocabulary: int, length: int) -> list[int]:
@@ -193,7 +204,7 @@ def test_a_suffix_is_seen_and_not_output(golden_tasks, tasks_twin, tasks_llm):
         prompt, suffix = case["prompt_token_ids"], [7, 8, 9, 10, 11]
         canvas = {"gen_length": 25, "block_length": BLOCK, "cache_mode": "none"}
         pinned = {20 + place: token for place, token in enumerate(suffix)}
-        canvas |= {"shape": without_ends(tasks_llm), "max_tokens": 20}
+        canvas["max_tokens"] = 20
         done = decode(tasks_twin, prompt, rule(), pinned=pinned, **canvas)
         [one] = generate(tasks_llm, [prompt], [asked(osdt_suffix=suffix, max_tokens=20, cache_mode="none")])
         assert list(one.token_ids) == done.tokens and len(one.token_ids) == 20
@@ -219,6 +230,104 @@ def test_text_is_pinned_as_it_stands_there_a_mask_token_included(tasks_llm, gold
     assert one.token_ids[6] == 7 and golden_tasks.config["mask_token_id"] not in one.token_ids[3:6]
 
 
+def open_template(rng: random.Random, vocabulary: int) -> tuple[list[Any], list[int], list[set[int]]]:
+    """Parts with open holes, the template, and the places of each open hole."""
+    parts: list[Any] = []
+    template: list[int] = []
+    holes: list[set[int]] = []
+    for index in range(rng.randrange(3, 7)):
+        size = rng.randrange(1, 12)
+        if index % 2:
+            parts.append([rng.randrange(3, vocabulary) for _ in range(1 + size // 3)])
+            template += parts[-1]
+            continue
+        is_open = rng.random() < 0.7
+        parts.append({"max_tokens": size} if is_open else size)
+        if is_open:
+            holes.append(set(range(len(template), len(template) + size)))
+        template += [HOLE] * size
+    return parts, template, holes
+
+
+def without_tails(tokens: list[int], holes: list[set[int]], end: int) -> list[int]:
+    """A filled template without what open holes have from their ends on."""
+    left_out: set[int] = set()
+    for hole in holes:
+        ends = [place for place in hole if tokens[place] == end]
+        left_out |= {place for place in hole if ends and place >= min(ends)}
+    return [token for place, token in enumerate(tokens) if place not in left_out]
+
+
+def test_an_open_hole_ends_at_its_first_end_token(golden_tasks, tasks_twin, tasks_llm):
+    rng, end = random.Random(7), end_of(tasks_llm)
+    prompts, params, expected, whole = [], [], [], []
+    for case in golden_tasks.cases[:24]:
+        parts, template, holes = open_template(rng, golden_tasks.config["vocab_size"])
+        bias, mode = rng.choice([0.0, 4.0]), rng.choice(["none", "prefix", "dual"])
+        shape = without_ends(tasks_llm, set().union(*holes), bias)
+        canvas = {"gen_length": len(template), "block_length": BLOCK, "cache_mode": mode, "shape": shape}
+        done = decode(tasks_twin, case["prompt_token_ids"], rule(), pinned=pins_of(template), **canvas)
+        if min(done.proposal_margin, done.rule_margin) > MIN_MARGIN:
+            own = {"logit_bias": {end: bias}, "cache_mode": mode, "ignore_eos": False, "return_trace": True}
+            params.append(asked(osdt_infill=parts, **own))
+            prompts.append(case["prompt_token_ids"])
+            expected.append(without_tails(done.tokens, holes, end))
+            whole.append(done.tokens)
+    got = generate(tasks_llm, prompts, params)
+    assert tokens(got) == expected
+    assert sum(len(one) < len(all_of_it) for one, all_of_it in zip(expected, whole, strict=True)) >= 8
+    tokenizer = tasks_llm.get_tokenizer()
+    for one in got:
+        trace = vllm_osdt.describe(one)["trace"]
+        assert one.finish_reason == "length" and one.text.split() == tokenizer.decode(one.token_ids).split()
+        assert {len(trace[name]) for name in ("step", "forward", "confidence")} == {len(one.token_ids)}
+        assert sum(block["num_tokens"] for block in trace["blocks"]) == len(one.token_ids)
+    exact = [params.clone() for params in params]
+    for one in exact:
+        one.ignore_eos = True  # no end token ends anything
+    for one, all_of_it in zip(generate(tasks_llm, prompts, exact), whole, strict=True):
+        assert len(one.token_ids) == len(all_of_it) and end not in one.token_ids
+    assert_idle(tasks_llm)
+
+
+def test_an_open_hole_of_a_block_causal_model_ends_and_the_last_one_ends_the_answer(golden_sdar, sdar_llm):
+    network, end = ReferenceSDAR.load(golden_sdar.folder), end_of(sdar_llm)
+    prompts, params, expected, nfes = [], [], [], []
+    for case in golden_sdar.cases[:16]:
+        prompt = (case["prompt_token_ids"] * BLOCK)[: 2 * BLOCK]
+        template = [5, HOLE, HOLE, HOLE, 6, HOLE, HOLE, 7, *[HOLE] * 40]
+        holes = [{1, 2, 3}, set(range(8, 48))]
+        shape = without_ends(sdar_llm, set().union(*holes), 6.0)
+        done = decode_block_causal(
+            network, prompt, rule(), block_length=BLOCK, max_tokens=48, pinned=pins_of(template), shape=shape
+        )
+        if min(done.proposal_margin, done.rule_margin) > MIN_MARGIN:
+            parts = [[5], {"max_tokens": 3}, [6], 2, [7], {"max_tokens": 40}]
+            prompts.append(prompt)
+            params.append(asked(osdt_infill=parts, logit_bias={end: 6.0}, ignore_eos=False))
+            expected.append(without_tails(done.tokens, holes, end))
+            nfes.append(done.nfe)
+    got = generate(sdar_llm, prompts, params)
+    assert tokens(got) == expected and {one.finish_reason for one in got} == {"length"}
+    assert sum(nfe(one) < nfe_of_all for one, nfe_of_all in zip(got, nfes, strict=True)) >= 4
+    assert_idle(sdar_llm)
+
+
+def test_a_suffix_lets_an_answer_end_early(golden_tasks, tasks_llm):
+    end, suffix = end_of(tasks_llm), [7, 8, 9]
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:8]]
+    params = asked(osdt_suffix=suffix, max_tokens=32, ignore_eos=False, logit_bias={end: 4.0})
+    got = generate(tasks_llm, prompts, params)
+    ended = [one for one in got if one.finish_reason == "stop"]
+    assert len(ended) >= 4 and all(one.token_ids[-1] == end and end not in one.token_ids[:-1] for one in ended)
+    assert all(len(one.token_ids) == 32 for one in got if one not in ended)
+    [first] = generate(tasks_llm, prompts[:1], asked(osdt_suffix=suffix, max_tokens=32))
+    stop = first.token_ids[5]
+    [one] = generate(tasks_llm, prompts[:1], asked(osdt_suffix=suffix, max_tokens=32, stop_token_ids=[stop]))
+    assert one.finish_reason == "stop" and list(one.token_ids) == list(first.token_ids[: len(one.token_ids)])
+    assert_idle(tasks_llm)
+
+
 def test_a_template_is_traced_and_calibrates_nothing(tasks_llm, golden_tasks):
     prompt = golden_tasks.cases[0]["prompt_token_ids"]
     params = asked(osdt_infill=[[7, 8], 14], return_trace=True)
@@ -236,6 +345,10 @@ REFUSED = [
     ({"osdt_infill": [[5, 6]]}, "has no hole"),
     ({"osdt_infill": [3, [500]]}, r"osdt_infill has \[500\]"),
     ({"osdt_infill": [3, {"max": 4}]}, "expected text or a list of token ids"),
+    ({"osdt_infill": [{"max_tokens": 0}]}, "osdt_infill has {'max_tokens': 0}"),
+    ({"osdt_infill": [{"max_tokens": 3, "x": 1}]}, "of an open one"),
+    ({"osdt_infill": [{"max_tokens": 400}]}, "has 400 tokens or more, but max_model_len is 256"),
+    ({"osdt_infill": [{"max_tokens": 4}], "min_tokens": 2, "ignore_eos": False}, "min_tokens cannot be sent"),
     ({"osdt_infill": [3, [5]], "osdt_suffix": [5]}, "send one of"),
     ({"diffusion_pinned": [0]}, "diffusion_seed_canvas"),
     ({"diffusion_seed_canvas": [5] * 32, "diffusion_pinned": [0]}, "not pinned"),

@@ -140,6 +140,23 @@ def test_without_fused_commit_the_tokens_stay(checkpoint, start_llm, jobs):
     assert [nfe(c) for c in completions] == [job.decoded.nfe + len(job.decoded.record) - 1 for job in jobs]
 
 
+def test_log_probabilities_are_of_the_step_that_wrote_a_token_or_put_it_in_anothers_place(llm, jobs):
+    edited = [job for job in jobs if job.decoded.num_edits][:16]
+    params = [job.params.clone() for job in edited]
+    for number, one in enumerate(params):
+        one.logprobs = number % 3
+    got = generate(llm, [job.prompt for job in edited], params)
+    for job, asked, one in zip(edited, params, got, strict=True):
+        assert list(one.token_ids) == job.decoded.tokens
+        for found, token, logits in zip(one.logprobs, job.decoded.tokens, job.decoded.chosen_from, strict=True):
+            expected = logits.double().log_softmax(dim=-1)
+            assert set(found) == {token, *expected.topk(asked.logprobs).indices.tolist()}
+            assert {key: value.logprob for key, value in found.items()} == pytest.approx(
+                {key: expected[key].item() for key in found}, abs=2e-4
+            )
+            assert found[token].rank == int((expected >= expected[token]).sum())
+
+
 @pytest.mark.parametrize("edit_threshold", [None, 0.3])
 def test_a_threshold_with_steps_is_the_dynamic_rule_of_the_authors(llm, network, edit_threshold):
     rng = random.Random(20)

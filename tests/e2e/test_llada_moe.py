@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.e2e.engine import generate, sampling
+from tests.e2e.engine import generate, sampling, watch_logits
 from tests.e2e.jobs import (
     assert_company_changes_nothing,
     assert_one_batch_is_right,
@@ -72,16 +72,8 @@ def llm(checkpoint, start_llm):
 
 
 def test_logits_equal_those_of_the_plain_network(llm, network, monkeypatch):
-    from vllm_osdt.worker.sampler import CanvasSampler
-
     seen = []
-    sample = CanvasSampler.__call__
-
-    def recording(self, logits, input_batch, *args):
-        seen.append(logits[: input_batch.denoise.position.shape[0]].clone())
-        return sample(self, logits, input_batch, *args)
-
-    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    watch_logits(monkeypatch, lambda logits, _: seen.append(logits))
     prompt = list(range(3, 40))
     generate(llm, [prompt], sampling(16, policy="static_threshold", block_length=16, cache_mode="none"))
     full, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 16))

@@ -16,6 +16,7 @@ from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 from tests.reference.decode import decode, fixed_steps, static_threshold
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
+from tests.reference.nemotron_labs_diffusion import ReferenceNemotron, decode_nemotron, make_nemotron_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -53,6 +54,10 @@ def whole_canvas(network, prompt, threshold):
     return decode(network, prompt, static_threshold(threshold), gen_length=24, block_length=8, cache_mode="dual")
 
 
+def causal_commits(network, prompt, threshold):
+    return decode_nemotron(network, prompt, static_threshold(threshold), block_length=8, max_tokens=24)
+
+
 FAMILIES = {
     "SDAR": (make_sdar_checkpoint, ReferenceSDAR, ("q_proj", "v_proj", "o_proj", "down_proj"), block_causal),
     "SDAR, embeddings and head": (
@@ -62,6 +67,12 @@ FAMILIES = {
         block_causal,
     ),
     "LLaDA": (make_checkpoint, ReferenceLLaDA, ("q_proj", "v_proj", "attn_out", "ff_proj", "up_proj"), whole_canvas),
+    "Nemotron-Labs-Diffusion": (
+        make_nemotron_checkpoint,
+        ReferenceNemotron,
+        ("q_proj", "o_proj", "gate_proj"),
+        causal_commits,
+    ),
 }
 
 

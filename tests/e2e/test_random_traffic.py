@@ -3,9 +3,10 @@
 import random
 
 import pytest
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 import vllm_osdt
+from tests.conftest import Golden, save_text_tokenizer
 from tests.e2e.engine import assert_idle, generate, sampling, scheduler
 from tests.reference.block_causal_checkpoints import make_fast_dllm_v2_checkpoint, make_sdar_checkpoint
 from tests.reference.llada import make_checkpoint
@@ -14,6 +15,12 @@ pytestmark = pytest.mark.e2e
 
 NUM_REQUESTS = 100
 PROFILE = {"osdt_block_length": 8, "osdt_statistic": "q1", "osdt_num_calibration_requests": 1, "osdt_threshold": 0.4}
+GRAMMARS = [
+    {"regex": r"[a-c]{2,30}-\d{3}"},
+    {"choice": ["yes", "no", "maybe not"]},
+    {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
+    {"grammar": 'root ::= "a" root "b" | "ab"'},
+]
 # Little room, so that requests wait and are preempted: (checkpoint, engine, where pages are scarce).
 FAMILIES = {
     "SDAR": (make_sdar_checkpoint, {"max_num_batched_tokens": 120, "long_prefill_token_threshold": 72}),
@@ -49,9 +56,17 @@ def random_request(rng, family, beginnings, profile):
     own |= random_parameters(rng, max_tokens, is_sampled="temperature" in own)
     options["return_trace"] = rng.random() < 0.3
     params = sampling(max_tokens, **options, **own)
+    if rng.random() < 0.3:
+        drafts = {"osdt_draft": rng.choice(beginnings), "osdt_draft_ngram": 1}
+        params.extra_args |= {**drafts, "osdt_draft_threshold": 0.0}
     if rng.random() < 0.15 and "stop_token_ids" not in own:
         params.max_tokens, params.min_tokens, params.logprobs = None, 0, None
         params.extra_args["osdt_infill"] = random_template(rng, family)
+        params.ignore_eos = rng.random() < 0.3
+        params.logit_bias = {0: 5.0}  # its end token
+    elif rng.random() < 0.2:
+        params.structured_outputs = StructuredOutputsParams(**rng.choice(GRAMMARS))
+        params.ignore_eos, params.allowed_token_ids = False, None
     elif profile is not None and rng.random() < 0.2:
         params.extra_args = {"osdt_task": "pinned", "osdt_profile": profile, **PROFILE}
     return prompt, params
@@ -79,11 +94,11 @@ def random_parameters(rng, max_tokens, *, is_sampled):
 
 
 def random_template(rng, family):
-    """Text and holes; a hole is the last part where a model does not see later blocks."""
+    """Text and holes, some of them open; a hole is the last part where a model does not see later blocks."""
     text = [rng.randrange(3, 99) for _ in range(rng.randrange(1, 9))]
     if family == "LLaDA":
-        return [rng.randrange(1, 9), text, rng.randrange(1, 15), text[:2]]
-    return [text, rng.randrange(1, 25)]
+        return [rng.randrange(1, 9), text, {"max_tokens": rng.randrange(1, 15)}, text[:2]]
+    return [text, rng.choice([rng.randrange(1, 25), {"max_tokens": rng.randrange(1, 25)}])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +106,11 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
     make, arguments = FAMILIES[family]
     engine = {"max_num_seqs": 16, "max_model_len": 160, "num_gpu_blocks_override": 20, **arguments}
     config = {"osdt": {"profile_dir": str(tmp_path / "profiles")}}
-    llm = start_llm(make(tmp_path / "model", seed=1), additional_config=config, **engine)
+    folder = make(tmp_path / "model", seed=1)
+    save_text_tokenizer(Golden(folder, []), tmp_path / "tokenizer")
+    grammars = {"backend": "xgrammar", "disable_any_whitespace": True}
+    engine |= {"tokenizer": str(tmp_path / "tokenizer"), "structured_outputs_config": grammars}
+    llm = start_llm(folder, additional_config=config, **engine)
     rng = random.Random(31)
     beginnings = [[rng.randrange(3, 99) for _ in range(60)] for _ in range(3)]
     calibrating = sampling(32)
@@ -122,6 +141,12 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
                 finished[int(output.request_id)] = parts
     assert_idle(llm)
     assert preempted and finished.keys() | aborted == set(range(NUM_REQUESTS))
+    has_ended = [
+        parts[-1].finish_reason == "stop"
+        for index, parts in finished.items()
+        if requests[index][1].structured_outputs is not None
+    ]
+    assert len(has_ended) >= 8 and any(has_ended)
     for index in sorted(finished.keys() - aborted):
         prompt, params = requests[index]
         [alone] = generate(llm, [prompt], params)

@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # as a user has it
-        server = serving(model_path("llada-mini"), "llada-mini", log)
+        server = serving(model_path("llada-mini"), "llada-mini", log, is_forked=False)
     with server as running:
         yield running
 
@@ -166,6 +166,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}, "echo=True with logprobs asks for"),
         (COMPLETIONS, {"prompt_logprobs": 2}, "prompt_logprobs asks for log probabilities of the prompt"),
         (CHAT, {"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos is set"),
+        (CHAT, {"response_format": {"type": "json_object"}, "osdt_infill": ["A", 3]}, "response_format cannot be sent"),
+        (CHAT, {"logprobs": True, "top_logprobs": 2, "osdt_infill": ["A", 3]}, "top_logprobs cannot be sent"),
         (COMPLETIONS, {"structured_outputs": {"regex": "(A"}}, "regex"),
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}, 'tool_choice="required" requires'),
     ],
@@ -318,12 +320,29 @@ def test_log_probabilities_come_with_every_endpoint(server: Server) -> None:
     )
 
 
+def test_a_draft_saves_forwards_by_both_of_its_names(server: Server) -> None:
+    options = {"temperature": 0, "osdt_policy": "static_threshold", "osdt_draft_threshold": 0.2}
+    plain = {name: value for name, value in options.items() if "draft" not in name}
+    first = post(server, CHAT, **{**ENDPOINTS[CHAT], **plain}).raise_for_status().json()
+    text = first["choices"][0]["message"]["content"]
+    fields = ({"prediction": {"type": "content", "content": text}}, {"osdt_draft": text})
+    found = [post(server, CHAT, **{**ENDPOINTS[CHAT], **options, **one}).raise_for_status().json() for one in fields]
+    assert [one["choices"][0]["message"]["content"] for one in found] == [text, text]
+    assert found[0]["osdt"]["nfe"] == found[1]["osdt"]["nfe"] < first["osdt"]["nfe"]
+    parts = {"type": "content", "content": [{"type": "image", "text": "x"}]}
+    refused = post(server, CHAT, **{**ENDPOINTS[CHAT], "prediction": parts})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prediction"
+    beside = {"prediction": fields[0]["prediction"], "response_format": {"type": "json_object"}}
+    refused = post(server, CHAT, **{**ENDPOINTS[CHAT], **beside})
+    assert refused.status_code == 400 and "prediction cannot be sent with structured" in refused.text
+
+
 def test_a_suffix_and_a_template_are_filled(server: Server) -> None:
     suffix = " so the answer is A ."
     body = {"prompt": QUIZ, "max_tokens": 24, "temperature": 0, "suffix": suffix}
     answer = post(server, COMPLETIONS, **body, return_token_ids=True).raise_for_status().json()
     [choice] = answer["choices"]
-    assert len(choice["token_ids"]) == 24 and suffix not in choice["text"] and choice["finish_reason"] == "length"
+    assert len(choice["token_ids"]) <= 24 and suffix not in choice["text"]
     parts = [" so the answer is", 1, " ."]
     for path in (CHAT, COMPLETIONS):
         fields = {name: value for name, value in ENDPOINTS[path].items() if name != "max_tokens"}
@@ -333,5 +352,14 @@ def test_a_suffix_and_a_template_are_filled(server: Server) -> None:
         text = choice.get("text") or choice["message"]["content"]
         assert text.startswith(" so the answer is") and text.endswith(" .") and len(text.split()) == 6
         assert body["osdt"]["trace"]["confidence"].count(None) == 5
+    parts[1] = {"max_tokens": 8}
+    body = {"prompt": QUIZ, "temperature": 0, "osdt_infill": parts, "return_token_ids": True}
+    answer = post(server, COMPLETIONS, **body).raise_for_status().json()
+    [choice] = answer["choices"]
+    assert answer["usage"]["completion_tokens"] == len(choice["token_ids"]) <= 14
+    assert "<eos>" not in choice["text"] and choice["text"].endswith(" .")
+    stream = post(server, COMPLETIONS, **body, stream=True).raise_for_status().text
+    chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]
     refused = post(server, COMPLETIONS, prompt=QUIZ, osdt_infill=parts, stream=True, max_tokens=2)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"

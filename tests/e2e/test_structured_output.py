@@ -15,11 +15,13 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output.request import StructuredOutputRequest
 
-from tests.conftest import save_text_tokenizer
+import vllm_osdt
+from tests.conftest import Golden, save_text_tokenizer
 from tests.e2e.engine import assert_idle, drive, generate, nfe, registry, sampling, scheduler, submit, tokens
 from tests.e2e.jobs import MIN_MARGIN
 from tests.e2e.schemas import make_schema
 from tests.reference.block_causal import ReferenceSDAR
+from tests.reference.dream import ReferenceDream
 from tests.reference.grammar import Structured, decode_with_grammar
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.engine.grammar import MAX_CHOICES
@@ -54,13 +56,13 @@ POLICIES: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Served:
-    """An engine, its model in plain PyTorch, and the kind of its attention."""
+    """An engine, the kind of its attention, and its model in plain PyTorch where that is a loop's."""
 
     llm: Any
     prompts: list[list[int]]
-    forward: Callable[[list[int]], torch.Tensor]
     is_causal: bool
     config: dict[str, Any]
+    forward: Callable[[list[int]], torch.Tensor] | None = None
 
 
 def start(golden: Any, backend: str, start_llm: Any, folder: Any) -> Any:
@@ -81,7 +83,7 @@ def full(golden_random, start_llm, tmp_path_factory):
     llm = start(golden_random, "guidance", start_llm, tmp_path_factory.mktemp("tokenizer"))
     network = ReferenceLLaDA.load(golden_random.folder)
     prompts = [case["prompt_token_ids"] for case in golden_random.cases[:24]]
-    return Served(llm, prompts, lambda ids: network.forward(torch.tensor(ids))[0], False, golden_random.config)
+    return Served(llm, prompts, False, golden_random.config, lambda ids: network.forward(torch.tensor(ids))[0])
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +91,48 @@ def causal(golden_sdar, start_llm, tmp_path_factory):
     llm = start(golden_sdar, "xgrammar", start_llm, tmp_path_factory.mktemp("tokenizer"))
     network = ReferenceSDAR.load(golden_sdar.folder)
     prompts = [case["prompt_token_ids"] for case in golden_sdar.cases[:24]]
-    return Served(llm, prompts, lambda ids: network.forward(torch.tensor(ids), BLOCK), True, golden_sdar.config)
+    return Served(llm, prompts, True, golden_sdar.config, lambda ids: network.forward(torch.tensor(ids), BLOCK))
+
+
+@pytest.fixture(scope="module")
+def dream(golden_dream, start_llm, tmp_path_factory):
+    """Logits of a position are those of the row before it."""
+    llm = start(golden_dream, "xgrammar", start_llm, tmp_path_factory.mktemp("tokenizer"))
+    network = ReferenceDream.load(golden_dream.folder)
+    prompts = [case["prompt_token_ids"][:40] for case in golden_dream.cases[:24]]
+
+    def forward(ids: list[int]) -> torch.Tensor:
+        return network.forward(torch.tensor(ids))[0].roll(1, dims=0)
+
+    return Served(llm, prompts, False, golden_dream.config, forward)
+
+
+@pytest.fixture(scope="module")
+def fast_dllm_v2(golden_fast_dllm_v2, start_llm, tmp_path_factory):
+    """Logits are shifted, and blocks have sub-blocks; its config names no mask token."""
+    folder = tmp_path_factory.mktemp("model")
+    for file in golden_fast_dllm_v2.folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**golden_fast_dllm_v2.config, "mask_token_id": 255}))
+    golden = Golden(folder, golden_fast_dllm_v2.cases)
+    llm = start(golden, "guidance", start_llm, tmp_path_factory.mktemp("tokenizer"))
+    prompts = [case["prompt_token_ids"][:40] for case in golden.cases[:24]]
+    return Served(llm, prompts, True, golden.config)
 
 
 @pytest.fixture(params=["full", "causal"])
 def served(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["full", "causal", "dream"])
+def served_like_a_loop(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["full", "causal", "dream", "fast_dllm_v2"])
+def served_by_any(request):
     return request.getfixturevalue(request.param)
 
 
@@ -146,7 +185,8 @@ def many(served: Served) -> list[tuple[str, list[int], Any]]:
     return jobs
 
 
-def test_every_policy_writes_what_the_grammar_allows(served):
+def test_every_policy_writes_what_the_grammar_allows(served_by_any):
+    served = served_by_any
     jobs = many(served)
     got = generate(served.llm, [prompt for _, prompt, _ in jobs], [params for *_, params in jobs])
     for (kind, _, params), one in zip(jobs, got, strict=True):
@@ -156,7 +196,8 @@ def test_every_policy_writes_what_the_grammar_allows(served):
     assert_idle(served.llm)
 
 
-def test_requests_are_decoded_as_by_a_loop_that_asks_the_grammar_for_every_position(served):
+def test_requests_are_decoded_as_by_a_loop_that_asks_the_grammar_for_every_position(served_like_a_loop):
+    served = served_like_a_loop
     jobs: list[tuple[Any, list[int], Structured]] = []
     got = []
     for index, prompt in enumerate(served.prompts):
@@ -194,7 +235,8 @@ def test_requests_are_decoded_as_by_a_loop_that_asks_the_grammar_for_every_posit
     assert [nfe(one) for one in got] == [done.nfe for *_, done in jobs]
 
 
-def test_a_request_alone_in_a_batch_and_preempted_writes_the_same(served):
+def test_a_request_alone_in_a_batch_and_preempted_writes_the_same(served_by_any):
+    served = served_by_any
     jobs = many(served)[::2]
     together = tokens(generate(served.llm, [prompt for _, prompt, _ in jobs], [params for *_, params in jobs]))
     for (_, prompt, params), beside in list(zip(jobs, together, strict=True))[::4]:
@@ -244,6 +286,7 @@ def test_a_grammar_beside_parameters_that_allow_none_of_its_tokens_ends_with_an_
     params = asked(served, KINDS["choice"], policy="static_threshold", allowed_token_ids=[yes])
     [one] = generate(served.llm, served.prompts[:1], [params])
     assert one.finish_reason == "error" and not one.token_ids
+    assert vllm_osdt.describe(one)["error"].startswith("No token")
     banned = asked(served, KINDS["choice"], policy="static_threshold", min_tokens=12)  # vLLM lets the grammar end
     [one] = generate(served.llm, served.prompts[:1], [banned])
     assert_valid(served, one, banned, "choice")

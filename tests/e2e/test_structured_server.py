@@ -93,5 +93,11 @@ def test_what_cannot_be_a_grammar_is_answered_400_and_the_server_goes_on(server)
         assert refused.status_code == 400, refused.text
     refused = server.complete("yes", structured_outputs={"regex": "a"}, ignore_eos=True)
     assert refused.status_code == 400 and "ignore_eos" in refused.json()["error"]["message"]
+    words = json.loads((server.log.with_name("tokenizer") / "tokenizer.json").read_text())["model"]["vocab"]
+    own = {"structured_outputs": {"choice": ["yes", "no"]}, "allowed_token_ids": [words["b"]]}
+    stuck = server.complete("yes", **own)
+    assert stuck.status_code == 400 and "No token that" in stuck.json()["error"]["message"], stuck.text
+    assert stuck.json()["error"]["param"] == "structured_outputs"
+    assert '"code": 400' in server.complete("yes", **own, stream=True).text
     assert server.complete("yes", max_tokens=4).status_code == 200
     assert "EngineDeadError" not in server.log.read_text()

@@ -3,13 +3,14 @@
 import json
 import os
 import random
-import subprocess
-import sys
+import re
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.e2e import tensor_parallel_program
+from tests import forked
+from tests.conftest import REPOSITORY, Golden, save_text_tokenizer
+from tests.e2e import tensor_parallel_program, two_rank_program
+from tests.e2e.engine import generate
 from tests.e2e.jobs import MIN_MARGIN, above
 from tests.reference.block_causal import ReferenceLLaDA2, ReferenceSDAR, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_llada2_checkpoint, make_sdar_checkpoint
@@ -23,11 +24,9 @@ needs_two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two rank
 
 
 def run_on_two_ranks(program, *arguments):
-    command = [sys.executable, "-m", f"tests.e2e.{program}", *map(str, arguments)]
+    command = [str(REPOSITORY / "tests" / "e2e" / f"{program}.py"), *map(str, arguments)]
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    run = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    run = forked.run(command, cwd=REPOSITORY, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
 
 
@@ -85,11 +84,19 @@ def assert_as_expected(got, network, prompts, options, **more):
 
 
 @needs_two_cores
-def test_two_ranks_decode_sdar_as_one(tmp_path):
+def test_two_ranks_decode_sdar_as_one_with_and_without_grammars(tmp_path, start_llm):
     folder = make_sdar_checkpoint(tmp_path / "model", seed=3, num_attention_heads=4, num_key_value_heads=2)
+    save_text_tokenizer(Golden(folder, []), tmp_path / "tokenizer")
+    engine = {"tokenizer": str(tmp_path / "tokenizer"), "structured_outputs_config": {"backend": "xgrammar"}}
     prompts, options = random_requests()
-    got = decode_on_two_ranks(tmp_path, {"model": str(folder)}, prompts, options)
-    assert_as_expected(got, ReferenceSDAR.load(folder), prompts, options)
+    structured = [{**options[0], "regex": regex} for regex in (r"[a-c]{2,9}-\d{3}", "(yes|no|maybe not)")]
+    work = {"model": str(folder), "skip_tokenizer_init": False, **engine}
+    got = decode_on_two_ranks(tmp_path, work, prompts + prompts[:2], options + structured)
+    assert_as_expected(got[:-2], ReferenceSDAR.load(folder), prompts, options)
+    one_rank = start_llm(folder, max_num_seqs=16, max_model_len=256, **engine)
+    for prompt, asked, written in zip(prompts, structured, got[-2:], strict=False):
+        [alone] = generate(one_rank, [prompt], two_rank_program.params_of(asked))
+        assert written == list(alone.token_ids) and re.fullmatch(asked["regex"], alone.text)
 
 
 @needs_two_cores

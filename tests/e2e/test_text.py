@@ -5,16 +5,21 @@ The model has random weights, so what it says is pinned: the answer is the text 
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.sampling_params import RequestOutputKind
 
 from tests.byte_tokenizer import END, END_OF_TURN, MASK, VOCABULARY, byte_tokenizer
 from tests.conftest import load_golden
+from tests.e2e.engine import sampling
 from tests.e2e.serving import Server, serving
+from tests.reference.llada import make_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -29,6 +34,10 @@ TOOL = {
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
 }
 BLOCKS = (3, 16)
+MISTRAL_TOKENIZER = Path(find_spec("mistral_common").origin).with_name("data") / (
+    "mistral_instruct_tokenizer_241114.model.v7"
+)
+MISTRAL_TOKENS = 32768
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +194,31 @@ def test_a_chat_template_is_tokenized_once_as_it_stands(server: Server, tokenize
         ).json()
         assert body["prompt_token_ids"] == tokenizer.encode(text, add_special_tokens=False)
         assert body["prompt_token_ids"].count(tokenizer.eos_token_id) == text.count(END)
+
+
+def test_text_of_a_published_tokenizer_is_streamed_as_it_is_decoded_whole(tmp_path: Path, start_llm: Any) -> None:
+    """Mistral's, which falls back to bytes: an emoji is four tokens, and borders of blocks cut it."""
+    sizes = {"vocab_size": MISTRAL_TOKENS + 1, "embedding_size": MISTRAL_TOKENS + 1}
+    folder = make_checkpoint(tmp_path / "model", seed=1, mask_token_id=MISTRAL_TOKENS, **sizes)
+    (folder / "tokenizer.model.v7").symlink_to(MISTRAL_TOKENIZER)
+    llm = start_llm(folder, tokenizer=str(folder), tokenizer_mode="mistral", max_num_seqs=8, max_model_len=256)
+    tokenizer = llm.get_tokenizer()
+    pieces: dict[str, list[Any]] = {}
+    for index, block_length in enumerate((3, 4, 7, 16)):
+        one = sampling(None, policy="static_threshold", block_length=block_length)
+        one.extra_args["osdt_infill"] = [EMOJI, 1, EMOJI]
+        one.output_kind = RequestOutputKind.DELTA
+        llm.llm_engine.add_request(str(index), {"prompt_token_ids": [5, 6, 7]}, one)
+        pieces[str(index)] = []
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            pieces[output.request_id].append(output.outputs[0])
+    expected = tokenizer.encode(EMOJI, add_special_tokens=False)
+    assert len(expected) > len(EMOJI)  # characters of several tokens
+    for of_request in pieces.values():
+        ids = [token for piece in of_request for token in piece.token_ids]
+        assert ids[: len(expected)] == ids[-len(expected) :] == expected and len(ids) == 2 * len(expected) + 1
+        text = "".join(piece.text for piece in of_request)
+        assert (
+            len(of_request) > 4 and text == tokenizer.decode(ids, skip_special_tokens=True) and text.startswith(EMOJI)
+        )

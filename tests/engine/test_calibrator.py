@@ -135,6 +135,26 @@ def test_without_early_thresholds_all_requests_record_until_the_round_ends(optio
     assert record.recorder is not None and np.array_equal(record.assignment.schedule.parameters, static(record))
 
 
+@pytest.mark.parametrize("policy", ["local_leap", "ete", "streaming", "prophet", "sched"])
+def test_a_calibrated_policy_calibrates_with_the_static_threshold_and_shares_the_tasks_profile(policy):
+    calibrator = make_calibrator()
+    options = {"policy": policy, "calibrated": True}
+    first = start(calibrator, "a", **options)
+    assert first.recorder is not None and first.assignment.policy == "osdt"
+    assert np.array_equal(first.assignment.schedule.parameters, static(first))
+    waiting = start(calibrator, "b", **options)
+    assert waiting.recorder is None and waiting.assignment.policy == "osdt"
+    see_step(calibrator, "a", 0.5)
+    end(calibrator, "a")
+    with_profile, plain = start(calibrator, "c", **options), start(calibrator, "d")
+    assert with_profile.assignment.policy == policy and with_profile.profile is plain.profile is not None
+    assert np.array_equal(with_profile.assignment.schedule.parameters, plain.assignment.schedule.parameters)
+    assert with_profile.assignment.schedule.constants and with_profile.about.policy == policy
+    other = start(calibrator, "e", credit=True)  # whose confidences are others
+    assert other.recorder is not None and other.key != plain.key
+    assert calibrator.subject("c").allowed is None  # it unmasks more than the thresholds allow
+
+
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "osdt"])
 def test_other_policies_take_no_part_in_calibration(policy):
     calibrator = make_calibrator()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_osdt.engine.cache_modes import BASE_MODES, cache_mode_of
-from vllm_osdt.engine.canvas_plan import BlockCausalPlan, FullAttentionPlan, Rows
+from vllm_osdt.engine.canvas_plan import BlockCausalPlan, CausalCommitPlan, FullAttentionPlan, Rows
 from vllm_osdt.geometry import CANVAS_CACHES, Canvas
 from vllm_osdt.messages import Decides
 from vllm_osdt.options import DecodingOptions
@@ -59,6 +59,37 @@ def test_a_finished_block_is_computed_once_more_alone_or_with_the_next_one(is_fu
     plan.schedule(16, rows)
     assert plan.num_final == 16
     assert plan.next_rows(16, 100) == Rows(16, 8, 8)
+
+
+def test_a_causal_pass_over_what_is_decided_gives_the_next_blocks_first_token():
+    plan = CausalCommitPlan(8, is_seeded=True)
+    plan.admit(5)
+    rows = plan.next_rows(29, 17)
+    assert rows == Rows(5, 17, 0, Decides.NOTHING)  # a prompt is cut anywhere
+    plan.schedule(29, rows)
+    assert plan.num_final == 22
+    rows = plan.next_rows(29, 100)
+    assert rows == Rows(22, 7, 0, Decides.FIRST_POSITION)
+    plan.schedule(29, rows)
+    assert plan.next_rows(29, 7) is None
+    rows = plan.next_rows(29, 100)
+    assert rows == Rows(29, 8, 8) and plan.active_length(29) == 8
+    plan.schedule(29, rows)
+    assert plan.num_final == 29  # the block's keys and values are none to keep yet
+    assert plan.next_rows(37, 100) == Rows(29, 8, 0, Decides.FIRST_POSITION)
+
+
+def test_a_causal_pass_may_be_the_next_blocks_first_step():
+    plan = CausalCommitPlan(8, is_seeded=False)
+    plan.admit(0)
+    assert plan.next_rows(29, 36) == Rows(0, 29, 0, Decides.NOTHING)
+    rows = plan.next_rows(29, 37)
+    assert rows == Rows(0, 37, 8)
+    plan.schedule(29, rows)
+    assert plan.num_final == 29
+    assert plan.next_rows(29, 100) == Rows(29, 8, 8)
+    assert plan.next_rows(37, 100) == Rows(29, 16, 8)
+    assert plan.next_rows(37, 15) == Rows(29, 8, 0, Decides.NOTHING)
 
 
 @given(

@@ -170,6 +170,25 @@ def test_fused_commits_are_of_block_causal_models(checkpoint: str, block_causal:
         configure(checkpoint, additional_config=parted)
 
 
+def test_causal_commits_want_neither_whole_blocks_nor_pages_of_them(tmp_path: Path) -> None:
+    from tests.reference.nemotron_labs_diffusion import FIELDS
+
+    (tmp_path / "config.json").write_text(json.dumps({**FIELDS, "block_size": 24}))
+    config = configure(str(tmp_path), max_model_len=500, block_size=64)
+    assert config.model_config.max_model_len == 500
+    assert config.cache_config.enable_prefix_caching and config.cache_config.block_size == 64
+    assert configure(str(tmp_path)).cache_config.block_size == 32
+    options = default_decoding_options(config)
+    assert (options.cache_mode, options.block_length, options.is_on_grid) == ("causal", 24, False)
+    assert not config.model_config.hf_config.traits.is_threshold_strict
+    fused = configure(str(tmp_path), additional_config={"osdt": {"cache_mode": "causal_fused"}})
+    assert default_decoding_options(fused).cache_mode == "causal_fused"
+    with pytest.raises(ValueError, match="fused_commit is false, but cache_mode says"):
+        configure(str(tmp_path), additional_config={"osdt": {"fused_commit": False}})
+    with pytest.raises(ValueError, match="cache_mode is 'dual'; this model's attention allows causal, causal_fused"):
+        configure(str(tmp_path), additional_config={"osdt": {"cache_mode": "dual"}})
+
+
 @pytest.mark.parametrize(
     ("folder", "block_size", "arguments", "expected", "warning"),
     [
@@ -278,6 +297,9 @@ def test_a_gpu_gets_attention_that_has_room(monkeypatch, cache_dtype: str, expec
     attention = AttentionConfig()
     engine_config._choose_attention(attention, cache_dtype)
     assert (attention.backend and attention.backend.name) == expected
+    attention = AttentionConfig()
+    engine_config._choose_attention(attention, cache_dtype, mixes_causal=True)
+    assert attention.backend is not None and attention.backend.name == "TRITON_ATTN"
 
 
 FILTERS = {"top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
@@ -325,6 +347,25 @@ def test_running_ahead_is_refused_where_no_step_is_a_graph(checkpoint: str, monk
     monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
     with pytest.raises(OSDTError, match=r"run_ahead is true, but CUDA graphs, .* are switched off"):
         engine_config.CanvasModelConfig.verify_and_update_config(config)
+
+
+def test_a_filter_must_fit_the_served_blocks(checkpoint: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    def own(**options) -> dict:
+        return {"additional_config": {"osdt": {"profile_dir": "", **options}}}
+
+    shapes = {"hidden.weight": (8, 8), "hidden.bias": (8,), "out.weight": (8, 8), "out.bias": (8,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "filter.safetensors")
+    file = str(tmp_path / "filter.safetensors")
+    with pytest.raises(OSDTError, match=r"block_length is 32, but the filter of .* is for blocks of 8"):
+        configure(checkpoint, **own(filter_file=file))
+    assert configure(checkpoint, **own(filter_file=file, block_length=8, policy="learned_filter"))
+    with pytest.raises(OSDTError, match=r"filter_file .*none' cannot be read"):
+        configure(checkpoint, **own(filter_file=str(tmp_path / "none")))
+    with pytest.raises(OSDTError, match="policy is 'learned_filter', but this server has no filter"):
+        configure(checkpoint, **own(policy="learned_filter"))
 
 
 FUSED = {"osdt": {"fused_lm_head": True}}
@@ -397,6 +438,7 @@ FAMILY_FIELDS = {
     "A2D_QWEN3": "a2d_qwen3",
     "A2D_QWEN2": "a2d_qwen2",
     "A2D_LLAMA": "a2d_llama",
+    "NEMOTRON": "nemotron_labs_diffusion",
 }
 
 
@@ -467,6 +509,13 @@ REFUSED_FIELDS = {
     "A2D_QWEN3": [("hidden_act", "gelu"), ("use_sliding_window", True)],
     "A2D_QWEN2": [("hidden_act", "gelu"), ("use_sliding_window", True)],
     "A2D_LLAMA": [("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
+    "NEMOTRON": [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("sliding_window", 64),
+        ("dlm_paradigm", "autoregressive"),
+    ],
 }
 
 

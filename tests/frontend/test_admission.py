@@ -291,6 +291,15 @@ def test_what_an_endpoint_makes_of_its_fields_is_named_as_the_client_sent_it():
         admission.FIELD_NAMES.reset(token)
         with pytest.raises(InvalidOptionError, match=rf"model: {word} \(leave it out\)"):
             admission.check_sampling_params(params)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    for fields, name, of_client in (
+        ({"response_format": {"type": "json_object"}}, "structured_outputs", "response_format"),
+        ({"tools": [tool], "tool_choice": "required"}, "structured_outputs", "tools"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "structured_outputs"),
+        ({"logprobs": True, "top_logprobs": 3}, "logprobs", "top_logprobs"),
+    ):
+        chat = ChatCompletionRequest(messages=asked["messages"], **fields)
+        assert admission.sent_by(chat).name_of(name) == of_client
 
 
 @pytest.mark.parametrize(

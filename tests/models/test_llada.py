@@ -81,20 +81,13 @@ PUBLISHED = {
     ids=["one kv head, padded vocabulary", "tied, padded vocabulary", "two kv heads, other constants"],
 )  # fmt: skip
 def test_logits_and_tokens_equal_those_of_the_plain_model(tmp_path, monkeypatch, start_llm, fields):
-    from tests.e2e.engine import generate, sampling
-    from vllm_osdt.worker.sampler import CanvasSampler
+    from tests.e2e.engine import generate, sampling, watch_logits
 
     folder = make_checkpoint(tmp_path / "model", seed=3, mask_scale=4.0, **fields)
     network = ReferenceLLaDA.load(folder)
     llm = start_llm(folder, max_num_seqs=4, max_model_len=128)
     seen = []
-    sample = CanvasSampler.__call__
-
-    def recording(self, logits, input_batch, *args):
-        seen.append((logits[: input_batch.denoise.position.shape[0]].clone(), list(input_batch.num_scheduled_tokens)))
-        return sample(self, logits, input_batch, *args)
-
-    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    watch_logits(monkeypatch, lambda logits, batch: seen.append((logits, list(batch.num_scheduled_tokens))))
     completions = generate(llm, PROMPTS, sampling(64, policy="static_threshold", threshold=0.2, block_length=32))
     logits, num_rows = seen[0]  # the first step: every prompt with its whole canvas, logits of the first block
 

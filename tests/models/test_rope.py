@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.e2e.engine import generate, sampling
-from tests.e2e.jobs import LOGIT_TOLERANCE, assert_first_logits_equal
+from tests.e2e.engine import generate, sampling, watch_logits
+from tests.e2e.jobs import LOGIT_TOLERANCE, assert_first_causal_logits_equal, assert_first_logits_equal
 from tests.reference.a2d import ReferenceA2D, make_a2d_checkpoint
 from tests.reference.block_causal import ReferenceFastDLLMv2, ReferenceLLaDA2, ReferenceSDAR
 from tests.reference.block_causal_checkpoints import (
@@ -19,6 +19,7 @@ from tests.reference.dream import ReferenceDream, make_dream_checkpoint
 from tests.reference.illada import ReferenceILLaDA, make_illada_checkpoint
 from tests.reference.llada import ReferenceLLaDA, make_checkpoint
 from tests.reference.llada_moe import ReferenceLLaDAMoE, make_llada_moe_checkpoint
+from tests.reference.nemotron_labs_diffusion import ReferenceNemotron, make_nemotron_checkpoint
 from tests.reference.rope import frequencies
 from tests.reference.stable_diffcoder import ReferenceStableDiffcoder, make_stable_diffcoder_checkpoint
 from vllm_osdt.plugin import register
@@ -59,6 +60,7 @@ FAMILIES = {
     "a2d_qwen3": (partial(make_a2d_checkpoint, base="qwen3"), ReferenceA2D),
     "a2d_qwen2": (partial(make_a2d_checkpoint, base="qwen2"), ReferenceA2D),
     "a2d_llama": (partial(make_a2d_checkpoint, base="llama"), ReferenceA2D),
+    "nemotron_labs_diffusion": (make_nemotron_checkpoint, ReferenceNemotron),
 }
 
 
@@ -118,20 +120,15 @@ def test_logits_beyond_the_original_range_equal_those_of_the_plain_network(check
     assert not torch.equal(frequencies(32, network.config)[0], plain)
     write(folder, fields)
     llm = start_llm(folder, max_num_seqs=4, max_model_len=128, hf_overrides=overrides)
+    if isinstance(network, ReferenceNemotron):
+        assert_first_causal_logits_equal(llm, network, monkeypatch, "causal_fused")
+        return
     if not isinstance(network, ReferenceLLaDA):
         parts = {"sub_block_length": 16} if family == "fast_dllm_v2" else {}
         assert_first_logits_equal(llm, network, monkeypatch, block_length=16, **parts)  # up to position 64
         return
-    from vllm_osdt.worker.sampler import CanvasSampler
-
     seen = []
-    sample = CanvasSampler.__call__
-
-    def recording(self, logits, input_batch, *args):
-        seen.append(logits[: input_batch.denoise.position.shape[0]].clone())
-        return sample(self, logits, input_batch, *args)
-
-    monkeypatch.setattr(CanvasSampler, "__call__", recording)
+    watch_logits(monkeypatch, lambda logits, _: seen.append(logits))
     prompt = list(range(8, 58))
     generate(llm, [prompt], sampling(32, policy="static_threshold", block_length=16, cache_mode="none"))
     full, _ = network.forward(torch.tensor(prompt + [network.mask_token_id] * 32))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
-from tests.policies.adjusted import make_step
+from tests.policies.adjusted import make_step, next_step
 from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
@@ -40,7 +40,7 @@ def test_the_threshold_follows_what_the_block_has_committed(seed):
     step = make_step(torch.empty(2, 9), schedule, rows=2)
     for number in range(9):
         score = torch.rand(2, 9, generator=generator).masked_fill(~masked, -2.0)
-        step = step._replace(score=score, step_index=torch.full((2,), number))
+        step = next_step(step, score, step_index=torch.full((2,), number))
         policy.adjust(step)
         unmasked = torch.zeros(2, 9, dtype=torch.bool)
         for row, rule in enumerate(rules):

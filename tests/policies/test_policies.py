@@ -27,7 +27,7 @@ confidences = st.one_of(unit, st.sampled_from([0.0, 0.25, 0.5, 0.75, float(np.fl
 def options(draw, policy=None):
     block_length, num_blocks = draw(st.integers(1, 33)), draw(st.integers(1, 4))
     policy = policy or draw(st.sampled_from(POLICY_NAMES))
-    needs_steps = policy == "fixed_steps"
+    needs_steps = policy in ("fixed_steps", "dimple", "prophet", "sched")
     return DecodingOptions(
         policy=policy,
         statistic="q1",
@@ -35,6 +35,7 @@ def options(draw, policy=None):
         factor=draw(st.floats(0.01, 4.0)),
         delta=draw(st.floats(0.0, 0.99)),
         entropy=draw(st.floats(0.01, 40.0)),
+        max_entropy=draw(st.floats(0.01, 31.0)),
         steps=num_blocks * draw(st.integers(1, block_length)) if needs_steps or draw(st.booleans()) else None,
         block_length=block_length,
         gen_length=num_blocks * block_length,
@@ -124,7 +125,7 @@ def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresh
     schedule = schedule_of(opts.policy, opts, thresholds)
     assert schedule.parameters.shape == (opts.gen_length // opts.block_length, opts.block_length)
     assert schedule.parameters.dtype == np.float32 and np.isfinite(schedule.parameters).all()
-    if schedule.rule == Rule.TOP_K:
+    if opts.policy in ("fixed_steps", "prophet", "sched"):
         needed = schedule.parameters[:, : opts.steps // (opts.gen_length // opts.block_length)]
         assert (needed >= 1).all()
     else:
@@ -159,6 +160,7 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
         "factor": None,
         "joint_bound": None,
         "entropy_bound": None,
+        "entropy_threshold": reference.static_threshold(float(np.float32(1 - opts.max_entropy / 32))),
         "fixed_steps": reference.fixed_steps(steps, opts.block_length) if steps else None,
         "osdt": reference.ThresholdRule(lambda b, s: float(np.float32(calibrated.cutoff(b, s))), strict=True),
     }[opts.policy]

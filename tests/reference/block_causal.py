@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.reference.decode import Decoded, Rule, Shape, sureness
+from tests.reference.decode import Decoded, Draft, Rule, Shape, sureness
 from tests.reference.rope import rotate
 
 MAX_POST_STEPS = 16  # of LLaDA2.1's editing
@@ -196,6 +196,7 @@ def decode_block_causal(
     edit_threshold: float | None = None,
     shape: Shape | None = None,
     pinned: dict[int, int] | None = None,
+    draft: Draft | None = None,
 ) -> Decoded:
     """Decode a request with the whole sequence in every forward.
 
@@ -210,6 +211,7 @@ def decode_block_causal(
             step without masks edits nothing, at most MAX_POST_STEPS of them.
         shape: Changes the logits from which a token is proposed; its confidence stays the model's.
         pinned: Tokens of the output that are given, by their index.
+        draft: Tokens that a step unmasks beside what the rule says, where it proposes them.
     """
     ids, result = list(prompt), Decoded()
     chosen_from: dict[int, torch.Tensor] = {}
@@ -251,6 +253,9 @@ def decode_block_causal(
                         edits.append(position)
             num_post_steps += not masked
             chosen = rule(block - first_block, step, masked) if masked else []
+            if draft is not None:
+                found = {position: int(top.indices[position, 0]) for position in masked}
+                chosen = list({*chosen, *draft.confirmed(rule, -len(prompt), found, masked)})
             if masked:
                 result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
             for position in chosen + edits:
@@ -268,7 +273,7 @@ def decode_block_causal(
     if not pinned:
         result.chosen_from = [chosen_from[place] for place in range(len(prompt), len(ids))]
         result.steps = [steps[place] for place in range(len(prompt), len(ids))]
-    result.rule_margin = getattr(rule, "margin", float("inf"))
+    result.rule_margin = min(getattr(rule, "margin", float("inf")), draft.margin if draft else float("inf"))
     return result
 
 
@@ -282,6 +287,7 @@ def decode_fast_dllm_v2(
     sub_block_cache: bool,
     max_tokens: int,
     end_token_ids: tuple[int, ...] = (),
+    draft: Draft | None = None,
 ) -> Decoded:
     """Decode a request with Fast-dLLM v2's sub-blocks.
 
@@ -298,6 +304,7 @@ def decode_fast_dllm_v2(
         sub_block_cache: See above.
         max_tokens: Output tokens wanted.
         end_token_ids: Where output ends.
+        draft: Tokens that a step unmasks beside what the rule says, where it proposes them.
     """
     ids, result = list(prompt), Decoded()
     first_block = len(prompt) // block_length
@@ -336,6 +343,8 @@ def decode_fast_dllm_v2(
                 result.proposal_margin = min(result.proposal_margin, (top.values[0] - top.values[1]).item())
             if chosen is None:
                 chosen = rule(block - first_block, step, masked)
+            if draft is not None:
+                chosen = list({*chosen, *draft.confirmed(rule, -len(prompt), tokens, masked)})
             result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
             for position in chosen:
                 canvas[position], decided[position] = tokens[position], True
@@ -343,7 +352,7 @@ def decode_fast_dllm_v2(
             step += 1
         ids += ready
     result.tokens = ids[len(prompt) :]
-    result.rule_margin = getattr(rule, "margin", float("inf"))
+    result.rule_margin = min(getattr(rule, "margin", float("inf")), draft.margin if draft else float("inf"))
     return result
 
 

@@ -5,6 +5,7 @@ factor rules and the caches; OSDT (arXiv 2511.02077) for calibrated thresholds; 
 conformal ones.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -128,6 +129,32 @@ def sureness(rule: Rule, probability: torch.Tensor, token: int) -> float:
     return probability[token].item()
 
 
+@dataclass
+class Draft:
+    """Drafted tokens of an output, by their index, and the confidence that the model has at least in one it takes."""
+
+    tokens: dict[int, int]
+    threshold: float
+    margin: float = float("inf")
+
+    def confirmed(self, rule: Rule, first: int, proposals: dict[int, int], masked: dict[int, float]) -> list[int]:
+        """Positions whose proposal is the drafted token.
+
+        Args:
+            rule: Of the request; says what confidence is.
+            first: Index in the output of position 0.
+            proposals, masked: Token and confidence by masked position.
+        """
+        found = []
+        for position, confidence in masked.items():
+            if proposals[position] == self.tokens.get(first + position):
+                sure = math.exp(confidence) if getattr(rule, "by_entropy", False) else confidence
+                self.margin = min(self.margin, abs(sure - self.threshold))
+                if sure >= self.threshold:
+                    found.append(position)
+        return found
+
+
 def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
     """LLaDA's quota: equal shares, the first steps one more where they do not come out even."""
 
@@ -185,13 +212,18 @@ def decode(
     first_length: int | None = None,
     shape: Shape | None = None,
     pinned: dict[int, int] | None = None,
+    draft: Draft | None = None,
 ) -> Decoded:
     """Decode a request.
 
     Args:
         model: The network.
         prompt: Token ids.
-        rule: Which positions a step unmasks.
+        rule: Which positions a step unmasks. Before it is asked, its method ``see``, if it has one, gets the step in
+            the block, logits (-inf of the mask token), proposals and confidences by masked position, and the number of
+            undecided positions; it returns the token and confidence of positions that it changes. Its method ``cut``,
+            if it has one, gets proposals and confidences of the first step that has those of a whole block, and
+            returns how many positions the block has.
         gen_length: Canvas length; the last block is what is left of it.
         block_length: Positions denoised together.
         cache_mode: ``none``, ``prefix`` or ``dual``.
@@ -205,6 +237,7 @@ def decode(
             all before it are decided.
         shape: Changes the logits from which a token is proposed; its confidence stays the model's.
         pinned: Tokens of the canvas that are given, by their index.
+        draft: Tokens that a step unmasks beside what the rule says, where it proposes them.
     """
     end, shift = len(prompt) + gen_length, model.logits_shift
     kept, refreshed, is_unsure = None, -1, False
@@ -216,15 +249,22 @@ def decode(
     chosen_from: dict[int, torch.Tensor] = {}
     steps: dict[int, tuple[int, int, float]] = {}
     result = Decoded()
-    for block in range(-(-gen_length // block_length)):
-        first = len(prompt) + block * block_length
-        last = min(first + block_length, end)
-        length = last - first
-        seen = end if first_length is None else min(end, max(len(prompt) + first_length, last))
-        num_needed = min(length, wanted - block * block_length)
+    done = 0  # positions of finished blocks
+    while done < gen_length:
+        first, block = len(prompt) + done, done // block_length
+        seen = end
+        if first_length is not None:
+            grown = max(done + 1 - first_length, 0)
+            seen = min(end, len(prompt) + first_length + -(-grown // block_length) * block_length)
+        last = min(first + block_length, seen)
+        length, is_cut = last - first, not hasattr(rule, "cut")
+        num_needed = min(length, wanted - done)
         result.record.append([])
-        for step in range(length):
-            is_due = step == 0 and (refreshed < 0 or block - refreshed >= refresh_interval)
+        ready, step = None, -1
+        while ready is None:
+            step += 1
+            assert step < length
+            is_due = step == 0 and (refreshed < 0 or refresh_interval == 1 or block - refreshed >= refresh_interval)
             is_refresh = is_due or cache_mode == "none" or (step > 0 and is_unsure)
             if is_refresh:
                 logits, computed = model.forward(ids[:seen])
@@ -250,7 +290,7 @@ def decode(
                 assert kept is not None
                 # Softmax over keys does not mind their order: the rest of the sequence first, then the block's rows.
                 rest = [(torch.cat([k[:first], k[last:]]), torch.cat([v[:first], v[last:]])) for k, v in kept]
-                logits, _ = model.forward(ids[first:last], torch.arange(first, last), rest)
+                logits, computed = model.forward(ids[first:last], torch.arange(first, last), rest)
                 logits = logits.roll(shift, dims=0)
             result.nfe += 1
             probability, own = logits.double().softmax(dim=-1), logits.clone()
@@ -270,25 +310,42 @@ def decode(
                     masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))
                     margin = (top[offset, 0] - top[offset, 1]).item()
                     result.proposal_margin = min(result.proposal_margin, margin)
+            if hasattr(rule, "see"):
+                rows = {offset: logits[offset] for offset in masked}
+                left = sum(not one for one in decided[:seen])
+                seen_by = rule.see(step, rows, {offset: int(proposal[offset]) for offset in masked}, masked, left)
+                for offset, (token, confidence) in seen_by.items():
+                    proposal[offset], masked[offset] = token, confidence
+            if not is_cut and not is_alone:
+                length, is_cut = max(1, min(length, rule.cut(dict(enumerate(proposal)), masked))), True
+                if not is_refresh and cache_mode == "dual":  # what was computed behind the block stays
+                    assert kept is not None
+                    behind = slice(first + length, last)
+                    for before, now in zip(kept, computed, strict=True):
+                        for old, new in zip(before, now, strict=True):
+                            old[behind] = new[length:]
+                last, num_needed = first + length, min(length, wanted - done)
+                masked = {offset: one for offset, one in masked.items() if offset < length}
             mean = sum(masked.values()) / len(masked) if masked else 1.0
             result.refresh_margin = min(result.refresh_margin, abs(mean - refresh_confidence))
             is_unsure = refresh_confidence > 0 and mean < refresh_confidence and not is_refresh
             result.num_refreshes += is_refresh
             chosen = [0] if is_alone and masked else rule(block, step, masked) if masked else []
-            result.record[block].append([(c, offset in chosen) for offset, c in masked.items()])
+            if draft is not None:
+                tokens = {offset: int(proposal[offset]) for offset in masked}
+                chosen = list({*chosen, *draft.confirmed(rule, done, tokens, masked)})
+            result.record[-1].append([(c, offset in chosen) for offset, c in masked.items()])
             for offset in chosen:
                 ids[first + offset] = proposal[offset]
                 decided[first + offset] = True
                 chosen_from[first + offset - len(prompt)] = own[offset]
                 steps[first + offset - len(prompt)] = step, result.nfe, masked[offset]
             ready = _ready(ids[first:last].tolist(), decided[first:last], num_needed, end_token_ids)
-            if ready is not None:
-                break
-        assert ready is not None
         result.tokens += ready
+        done += length
         if len(result.tokens) >= wanted or result.tokens[-1] in end_token_ids:
             break
-    result.rule_margin = getattr(rule, "margin", float("inf"))
+    result.rule_margin = min(getattr(rule, "margin", float("inf")), draft.margin if draft else float("inf"))
     if not pinned:
         result.chosen_from = [chosen_from[k] for k in range(len(result.tokens))]
         result.steps = [steps[k] for k in range(len(result.tokens))]

@@ -42,8 +42,12 @@ def frequencies(size: int, config: dict[str, Any]) -> tuple[torch.Tensor, float]
         wavelength = asked["original_max_position_embeddings"] / times
         return size * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 
-    fast, slow = math.floor(pair_that_turns(32)), math.ceil(pair_that_turns(1))
+    fast = math.floor(pair_that_turns(asked.get("beta_fast", 32)))
+    slow = math.ceil(pair_that_turns(asked.get("beta_slow", 1)))
     fast, slow = max(fast, 0), min(slow, size - 1)
     interpolated = ((pair - fast) / max(slow - fast, 0.001)).clamp(0, 1)
     frequency = frequency * (1 - interpolated) + frequency / asked["factor"] * interpolated
-    return frequency, 0.1 * math.log(asked["factor"]) + 1.0
+    growth = 0.1 * max(math.log(asked["factor"]), 0.0)
+    if "mscale" in asked and "mscale_all_dim" in asked:  # as DeepSeek-V2's code has it
+        return frequency, (growth * asked["mscale"] + 1.0) / (growth * asked["mscale_all_dim"] + 1.0)
+    return frequency, growth + 1.0

@@ -18,9 +18,10 @@ def graph(**changes):
 
 
 @pytest.mark.parametrize("ends", Ends)
-@pytest.mark.parametrize("is_block_causal", [False, True])
-def test_places_do_not_overlap(ends, is_block_causal):
-    layout = layout_of(graph(ends=ends, num_queries=8), SHAPES._replace(is_block_causal=is_block_causal, can_edit=True))
+@pytest.mark.parametrize("kind", [{}, {"is_block_causal": True}, {"is_block_causal": True, "commits_causally": True}])
+def test_places_do_not_overlap(ends, kind):
+    layout = layout_of(graph(ends=ends, num_queries=8), SHAPES._replace(can_edit=True, **kind))
+    assert ("block_causal" in layout.fields) == ("commits_causally" in kind)
     ends_at = 0
     for name, field in layout.fields.items():
         size = 1

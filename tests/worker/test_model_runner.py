@@ -19,9 +19,10 @@ class Stock:
 
 
 class Runner(CanvasRunnerMixin, Stock):
-    def __init__(self, backend: str, *, is_block_causal: bool) -> None:
+    def __init__(self, backend: str, *, is_block_causal: bool, commits_causally: bool = False) -> None:
         super().__init__(backend)
-        self.model_state = SimpleNamespace(canvas_states=SimpleNamespace(is_block_causal=is_block_causal))
+        states = SimpleNamespace(is_block_causal=is_block_causal, commits_causally=commits_causally)
+        self.model_state = SimpleNamespace(canvas_states=states)
 
 
 @pytest.mark.parametrize("backend", ["FLASHINFER", "FLEX_ATTENTION"])
@@ -29,6 +30,22 @@ def test_attention_without_room_for_blocks_stops_the_engine_at_start(backend):
     with pytest.raises(OSDTError, match=f"attention backend {backend} holds as many requests"):
         Runner(backend, is_block_causal=True).initialize_kv_cache()
     Runner(backend, is_block_causal=False).initialize_kv_cache()
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_causal_commits_want_attention_that_takes_both_kinds_of_queries(monkeypatch, version):
+    from vllm.v1.attention.backends import fa_utils
+
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
+    runner = Runner("FLASH_ATTN", is_block_causal=True, commits_causally=True)
+    if version == 4:
+        runner.initialize_kv_cache()
+    else:
+        with pytest.raises(OSDTError, match=rf"FLASH_ATTN \(FlashAttention {version}\) takes a step's queries as all"):
+            runner.initialize_kv_cache()
+    with pytest.raises(OSDTError, match="attention backend ROCM_ATTN takes a step's queries as all causal or none"):
+        Runner("ROCM_ATTN", is_block_causal=True, commits_causally=True).initialize_kv_cache()
+    Runner("TRITON_ATTN", is_block_causal=True, commits_causally=True).initialize_kv_cache()
 
 
 @pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN"])

@@ -23,7 +23,7 @@ def make_states():
     return CanvasStates(4, 32, Traits(LENGTH, 99), torch.device("cpu"))
 
 
-def fill(states, slot, req_id, profile=None, chosen=None, **options):
+def fill(states, slot, req_id, profile=None, chosen=None, draft=None, **options):
     """Give a slot to a request of two blocks."""
     options = DecodingOptions(**{"block_length": LENGTH, "gen_length": 2 * LENGTH, "statistic": "q1"} | options)
     canvas = Canvas(len(PROMPT), len(PROMPT) + 2 * LENGTH, len(PROMPT) + 2 * LENGTH, LENGTH)
@@ -36,7 +36,8 @@ def fill(states, slot, req_id, profile=None, chosen=None, **options):
         prefill_token_ids=PROMPT,
         prompt_token_ids=PROMPT,
     )
-    states.add_request(slot, new, RequestSpec(options, canvas), Assignment(schedule, policy=chosen))
+    assignment = Assignment(schedule, policy=chosen, has_drafts=draft is not None)
+    states.add_request(slot, new, RequestSpec(options, canvas, draft=draft), assignment)
 
 
 def step(states, slot, block=0):
@@ -74,6 +75,18 @@ def test_cells_without_a_threshold_are_counted_too():
     for _ in range(3):
         step(states, 0)
     assert counted(states) == [0, 0, 0, 3]
+
+
+def test_a_slot_keeps_no_draft_of_the_request_before():
+    states = make_states()
+    fill(states, 0, "a", draft=[8, 9, 10])
+    assert states.drafts[3:6].tolist() == [8, 9, 10] and states.drafts[6:].max() == -1
+    fill(states, 1, "b")
+    assert np.isfinite(states.host.draft_threshold).tolist() == [True, False, False, False]
+    states.remove_request("a")
+    fill(states, 0, "c", draft=[11])
+    states.write_draft(0, 5, [12, -1])
+    assert states.drafts[:32][states.drafts[:32] >= 0].tolist() == [11, 12]
 
 
 def test_a_slot_holds_prompt_and_masks_and_is_empty_when_it_is_free():

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.worker.slots import CanvasStates, _seed
-from vllm_osdt.worker.step_plan import TOP_K, StepRows, noise_keys, plan_step, split_queries_by_block, step_rows
+from vllm_osdt.worker.step_plan import (
+    TOP_K,
+    StepRows,
+    noise_keys,
+    plan_step,
+    split_queries_at_canvas,
+    split_queries_by_block,
+    step_rows,
+)
 
 MASK64 = (1 << 64) - 1
 
@@ -149,6 +157,32 @@ def test_queries_are_cut_at_block_boundaries():
     none = np.empty(0, dtype=np.int64)
     empty = split_queries_by_block(states, StepRows(none, none, none, none, none, none > 0))
     assert empty.query_start_loc.tolist() == [0] and empty.request.size == 0
+
+
+def test_decided_rows_are_a_causal_query_and_the_active_block_is_another():
+    slots, start, num_rows = np.array([1, 0, 2]), np.array([16, 3, 0]), np.array([16, 4, 11])
+    block_start = start + num_rows - np.array([0, 4, 8])  # no canvas yet; a block alone; both
+    nothing = np.zeros(3, dtype=np.int64)
+    queries = split_queries_at_canvas(StepRows(slots, start, num_rows, block_start, nothing, nothing > 0))
+    assert queries.query_start_loc.tolist() == [0, 16, 20, 23, 31]
+    assert queries.seq_lens.tolist() == [32, 7, 3, 11]
+    assert queries.request.tolist() == [0, 1, 2, 2]
+    assert queries.causal is not None and queries.causal.tolist() == [1, 0, 1, 0]
+    assert set(queries.arrays()) == {f"block_{name}" for name in ("query_start_loc", "seq_lens", "request", "causal")}
+    none = np.empty(0, dtype=np.int64)
+    empty = split_queries_at_canvas(StepRows(none, none, none, none, none, none > 0))
+    assert empty.query_start_loc.tolist() == [0] and empty.request.size == 0
+
+
+def test_a_first_token_is_read_before_its_block_and_the_others_in_it():
+    states = CanvasStates(1, 32, Traits(8, 99, is_block_causal=True, commits_causally=True), torch.device("cpu"))
+    states.host.canvas_start[0], states.host.max_output_end[0], states.host.block_length[0] = 5, 21, 8
+    slots, none, block = np.array([0]), np.array([0], dtype=np.int32), np.array([8], dtype=np.int32)
+    plan = take_step(states, slots, np.array([0]), np.array([5]), none, [True])
+    assert (plan.logit_rows.tolist(), plan.position.tolist(), plan.rule.tolist()) == ([4], [0], [TOP_K])
+    states.host.masked[0, 0] = False
+    plan = take_step(states, slots, np.array([5]), np.array([8]), block)
+    assert (plan.positions.tolist(), plan.logit_rows.tolist()) == (list(range(5, 13)), list(range(1, 8)))
 
 
 def states_with_sub_blocks(cached):

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,8 +16,11 @@ from vllm_osdt.calibration.thresholds import CONFORMAL, DEFAULT_RISK, Thresholds
 from vllm_osdt.geometry import CACHE_MODES
 
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
-# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again.
-CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?"
+# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, what cuts
+# blocks, and what changes logits: modifiers with their numbers.
+CACHE_KEY = (
+    rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:ada[0-9.e-]+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
+)
 
 
 def cache_key(
@@ -28,6 +31,8 @@ def cache_key(
     edit_threshold: float | None = None,
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
+    block_cut: str = "",
+    modifiers: Iterable[str] = (),
 ) -> str:
     """A cache mode as profiles tell it apart (:data:`CACHE_KEY`): recorded confidences depend on all of these."""
     key = cache_mode
@@ -39,7 +44,9 @@ def cache_key(
         key += f":r{refresh_interval}"
     if refresh_confidence > 0:
         key += f":u{refresh_confidence:g}"
-    return key
+    if block_cut:
+        key += f":{block_cut}"
+    return ":".join((key, *modifiers))
 
 
 @dataclass(frozen=True)

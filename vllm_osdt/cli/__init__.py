@@ -15,6 +15,7 @@ from vllm_osdt.cli.calibrate import calibrate
 from vllm_osdt.cli.doctor import doctor
 from vllm_osdt.cli.options import options
 from vllm_osdt.cli.profiles import diff, export, import_profiles, list_profiles, plot, remove, show
+from vllm_osdt.cli.train_filter import train_filter
 from vllm_osdt.cli.tune import add_arguments as add_tune_arguments
 from vllm_osdt.cli.tune import tune
 from vllm_osdt.errors import OSDTError
@@ -103,6 +104,22 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="checkpoint, name of a bundled model, or of a model that the server has")
     add_tune_arguments(command)
     command.set_defaults(function=tune)
+
+    command = commands.add_parser(
+        "train-filter",
+        help="make the filter of the policy learned_filter",
+        description=train_filter.__doc__,
+        epilog="example:\n  vllm-osdt calibrate llada-mini --task quiz --prompts prompts.txt --max-tokens 96\n"
+        "  vllm-osdt train-filter quiz --out filter.safetensors\n"
+        '  vllm serve ... --osdt-config \'{"policy": "learned_filter", "filter_file": "filter.safetensors"}\'',
+        parents=[folder, one_model, as_json],
+        formatter_class=raw,
+    )
+    command.add_argument("profiles", nargs="+", help=profile_help)
+    command.add_argument("--out", type=Path, required=True, help="file to write, in the safetensors format")
+    command.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    command.add_argument("--max-updates", type=int, default=3000, help="of the weights (default: %(default)s)")
+    command.set_defaults(function=train_filter)
 
     command = commands.add_parser(
         "options", help="explain every option", description=options.__doc__, parents=[as_json]

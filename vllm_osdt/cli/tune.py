@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_osdt.calibration.fingerprint import hash_weights
 from vllm_osdt.calibration.profile import OptionValue
 from vllm_osdt.cli.common import CommandError, read_lines
-from vllm_osdt.cli.tuning.candidates import CANDIDATES
+from vllm_osdt.cli.tuning.candidates import CANDIDATES, USUAL
 from vllm_osdt.cli.tuning.decoders import Decoder, EngineDecoder, ServerDecoder
 from vllm_osdt.cli.tuning.judge import Judge, load_checker
 from vllm_osdt.cli.tuning.plan import Plan, name_run
@@ -72,7 +72,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--answer-pattern", type=regex, metavar="REGEX", help="what of a text is its answer: the last match")
     add("--risk", type=share, default=0.01, help="share of requests that may lose (default: %(default)s)")
     add("--confidence", type=share, default=0.95, help="that no more lose (default: %(default)s)")
-    add("--policies", type=policy_names, default=tuple(CANDIDATES), metavar="NAME,...", help="whose settings to try")
+    usual = ",".join(USUAL)
+    others = ", ".join(name for name in CANDIDATES if name not in USUAL)
+    add(
+        "--policies",
+        type=policy_names,
+        default=tuple(USUAL),
+        metavar="NAME,...",
+        help=f"whose settings to try (default: {usual}); others: {others}. More of them make each test stricter",
+    )
     add("--limit", type=positive, help="take only so many prompts")
     add("--max-tokens", type=positive, default=256, help="of every request (default: %(default)s)")
     for name in CANVAS_OPTIONS:

@@ -26,7 +26,7 @@ from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, server_options, with_choice
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, ServerOptions, server_options, with_choice
 from vllm_osdt.policies import POLICIES
 
 if TYPE_CHECKING:
@@ -72,10 +72,16 @@ class Calibrator:
         guard: What watches them; None without.
         traits: Of the model.
         agreement: Share of audited requests that must have the tokens of the static threshold, in (0, 1).
+        operator: What the operator alone decides.
     """
 
     def __init__(
-        self, registry: ProfileRegistry, guard: DriftGuard | None, traits: Traits, agreement: float = 0.9
+        self,
+        registry: ProfileRegistry,
+        guard: DriftGuard | None,
+        traits: Traits,
+        agreement: float = 0.9,
+        operator: ServerOptions | None = None,
     ) -> None:
         self.registry = registry
         self.guard = guard
@@ -83,6 +89,7 @@ class Calibrator:
         self._agreement = agreement
         self.statistics = EngineStatistics()
         self._traits = traits
+        self._operator = operator or ServerOptions()
         self._decodings: dict[str, _Decoding] = {}
         self._refused: set[str] = set()  # ids of profiles whose choice cannot be used here
 
@@ -97,7 +104,7 @@ class Calibrator:
                 options.drift, options.drift_window, options.drift_gap, options.drift_cosine, options.max_profiles
             )
         registry = ProfileRegistry(options.max_profiles, store)
-        return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement)
+        return cls(registry, guard, vllm_config.model_config.hf_config.traits, options.audit_agreement, options)
 
     def assign(
         self, req_id: str, spec: RequestSpec, max_tokens: int, *, is_kept: bool = False, has_grammar: bool = False
@@ -134,8 +141,9 @@ class Calibrator:
         )
         key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
         profile, recorder, is_early = None, None, False
-        is_usual = not (is_kept or has_grammar) and spec.pinned is None
-        if policy.calibrates:
+        is_usual = not (is_kept or has_grammar) and spec.pinned is None and spec.draft is None
+        asks_for_drafts = not has_grammar and (spec.draft is not None or options.draft_ngram is not None)
+        if policy.calibrates(options):
             profile = self._find_profile(options, key)
             if spec.follows_choice and profile is not None and not options.recalibrate:
                 options = self._choose(options, profile)
@@ -149,17 +157,22 @@ class Calibrator:
             if not is_kept:  # it was counted when it began
                 self.statistics.counts["requests", kind] += 1
         thresholds = None
-        if profile is not None and policy.calibrates:
-            thresholds = profile.thresholds(replace(setting_of(options), is_early=is_early))
+        if policy.calibrates(options):
+            if profile is not None:
+                thresholds = profile.thresholds(replace(setting_of(options), is_early=is_early))
+            else:
+                policy = POLICIES["osdt"]  # the static threshold alone
         schedule = policy.schedule(options, shape, thresholds)
         if profile is not None and schedule.rule == Rule.THRESHOLD:
             self.statistics.uses(key.task, profile.profile_id, float(schedule.parameters.mean()))
         about = About(
             options.policy, options.task, profile.profile_id if profile is not None else None, recorder is not None
         )
+        has_drafts = asks_for_drafts and recorder is None  # a task's steps are recorded as they are without n-grams
+        is_usual = is_usual and not has_drafts
         is_own_profile = profile is not None and options.profile is None and not is_early
-        has_probabilities = not policy.ranks_by_entropy
-        is_watched = self.guard is not None and is_own_profile and has_probabilities and is_usual
+        by_entropy = policy.looks_at_entropy(options)
+        is_watched = self.guard is not None and is_own_profile and not by_entropy and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
@@ -167,8 +180,11 @@ class Calibrator:
             schedule,
             is_recorded=recorder is not None,
             is_watched=is_watched,
-            policy=options.policy,
+            policy=policy.name,
             has_grammar=has_grammar,
+            has_drafts=has_drafts,
+            by_entropy=by_entropy,
+            reads_logits=policy.needs_logits(options),
         )
         return _Decoding(options, key, shape, about, assignment, profile, is_early, is_usual, recorder)
 
@@ -177,7 +193,9 @@ class Calibrator:
         if profile.choice is None:
             return options
         try:
-            return with_choice(options, profile.choice)
+            chosen = with_choice(options, profile.choice)
+            POLICIES[chosen.policy].check_operator(chosen, self._operator)
+            return chosen
         except InvalidOptionError as error:
             if profile.profile_id not in self._refused:
                 self._refused.add(profile.profile_id)
@@ -300,8 +318,10 @@ class Calibrator:
             if choice.num_changed is None:
                 return None
             return min(0.99, max(share, upper_bound(choice.num_changed, choice.num_prompts, _TUNING_LEVEL)))
-        # Statistics of the paper bound no share of requests; who asks for one accepts what it changes.
-        return max(share, options.risk) if options.statistic == CONFORMAL else None
+        # Statistics of the paper, and policies that unmask more than the thresholds allow, bound no share of requests;
+        # who asks for one accepts what it changes.
+        is_bound = options.statistic == CONFORMAL and options.policy == "osdt"
+        return max(share, options.risk) if is_bound else None
 
     def hear_audit(self, subject: Subject, *, is_same: bool) -> None:
         """An audit has ended: the static threshold gives the same tokens, or others."""

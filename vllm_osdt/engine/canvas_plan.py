@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from vllm_osdt.engine.cache_modes import BlockState, CacheMode, cache_mode_of
-from vllm_osdt.geometry import Canvas
+from vllm_osdt.geometry import CAUSAL_CACHE, Canvas
 from vllm_osdt.messages import Decides, RequestSpec
 from vllm_osdt.models.traits import Traits
 
@@ -189,6 +189,57 @@ class BlockCausalPlan:
         return position // self.block_length * self.block_length
 
 
+@dataclass(slots=True)
+class CausalCommitPlan:
+    """Prompt and finished blocks are computed causally, the active block bidirectionally (Nemotron-Labs-Diffusion).
+
+    Blocks begin behind the prompt. A finished block is computed once more, causally, for its final keys and values.
+    With ``is_seeded`` that pass, and the last one of the prompt, gives the next block's first token and denoises
+    nothing. Otherwise it is also the first denoising step of the next block. A causal pass may be cut anywhere.
+
+    Attributes:
+        block_length: Positions denoised together.
+        is_seeded: See above.
+        num_final: See ``CanvasPlan``.
+        pages_end: See ``CanvasPlan``.
+    """
+
+    block_length: int
+    is_seeded: bool
+    num_final: int = 0
+    pages_end: int = 0
+
+    def admit(self, num_cached: int) -> None:
+        """See ``CanvasPlan``; hits end anywhere before the last token."""
+        self.num_final, self.pages_end = num_cached, 0
+
+    def next_rows(self, num_tokens: int, budget: int) -> Rows | None:
+        """See ``CanvasPlan``."""
+        start, end = self.num_final, num_tokens + self.block_length
+        if end - start <= budget and (start == num_tokens or not self.is_seeded):
+            return Rows(start, end - start, self.block_length)
+        num_rows = min(budget, num_tokens - start)
+        if not num_rows:
+            return None
+        is_first = self.is_seeded and start + num_rows == num_tokens
+        return Rows(start, num_rows, 0, Decides.FIRST_POSITION if is_first else Decides.NOTHING)
+
+    def schedule(self, num_tokens: int, rows: Rows) -> None:
+        """See ``CanvasPlan``."""
+        self.num_final = min(rows.end, num_tokens)
+
+    def active_length(self, num_tokens: int) -> int:
+        """See ``CanvasPlan``."""
+        return self.block_length
+
+    def pages_needed(self, rows: Rows) -> int:
+        """Pages are taken as the request grows."""
+        return rows.end
+
+    def hear(self, mean_confidence: float) -> None:
+        """Nothing: finished blocks need no refresh."""
+
+
 def make_plan(spec: RequestSpec, traits: Traits, *, is_fused: bool) -> CanvasPlan:
     """The plan of a request.
 
@@ -197,6 +248,8 @@ def make_plan(spec: RequestSpec, traits: Traits, *, is_fused: bool) -> CanvasPla
         traits: Of the model.
         is_fused: The operator's ``fused_commit``.
     """
+    if traits.commits_causally:
+        return CausalCommitPlan(spec.canvas.block_length, decides_first_alone(spec, traits))
     if traits.is_block_causal:
         return BlockCausalPlan(spec.canvas.block_length, is_fused, traits.logits_shift > 0)
     return FullAttentionPlan(spec.canvas, cache_mode_of(spec.options), decides_first_alone(spec, traits))
@@ -204,4 +257,6 @@ def make_plan(spec: RequestSpec, traits: Traits, *, is_fused: bool) -> CanvasPla
 
 def decides_first_alone(spec: RequestSpec, traits: Traits) -> bool:
     """Whether a block's first step decides its first position alone (see the plans)."""
+    if traits.commits_causally:
+        return spec.options.cache_mode == CAUSAL_CACHE
     return traits.logits_shift > 0 and spec.options.cache_mode != "none"

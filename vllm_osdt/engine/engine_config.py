@@ -28,6 +28,7 @@ from vllm_osdt.options import (
     operator_values,
     server_options,
 )
+from vllm_osdt.policies import POLICIES
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
     """Settings of block-causal models; returns what was switched off.
 
     Keys and values of a block depend on all of its tokens, so pages may be shared only where each is a whole number of
-    blocks.
+    blocks. Those of a model that commits causally depend on what is before them, and its blocks lie on no grid.
     """
     cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
     for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
@@ -110,16 +111,18 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
                 f"{name} is {max_rows}; a step computes up to two blocks of {block_length}. Raise it to at least "
                 f"{2 * block_length}."
             )
-    if not options.fused_commit and model.hf_config.logits_shift:
-        raise OSDTError(
-            "fused_commit is false, but this model's forward of a finished block gives the next block's first token "
-            "and denoises nothing; leave it out."
-        )
-    _choose_attention(vllm_config.attention_config, cache.cache_dtype)
+    is_causal = model.hf_config.commits_causally
+    if not options.fused_commit and (model.hf_config.logits_shift or is_causal):
+        reason = "this model's forward of a finished block gives the next block's first token and denoises nothing"
+        if is_causal:
+            reason = "cache_mode says what this model's forward of a finished block does, 'causal' or 'causal_fused'"
+        raise OSDTError(f"fused_commit is false, but {reason}; leave it out.")
+    _choose_attention(vllm_config.attention_config, cache.cache_dtype, mixes_causal=is_causal)
+    grain = 1 if is_causal else block_length
     changed = []
     if model.max_model_len < block_length:
         raise OSDTError(f"max_model_len is {model.max_model_len}, less than one block of {block_length}; raise it.")
-    if model.max_model_len % block_length:
+    if model.max_model_len % grain:
         scheduler.max_model_len = model.max_model_len = model.max_model_len // block_length * block_length
         changed.append(
             f"the end of the context (max_model_len is {model.max_model_len}, whole blocks of {block_length})"
@@ -131,9 +134,9 @@ def _set_up_block_causal(vllm_config: "VllmConfig", block_length: int, options: 
     if not cache.enable_prefix_caching:
         return changed
     if not cache.user_specified_block_size:
-        cache.block_size = math.lcm(SMALLEST_PAGE["cpu" if current_platform.is_cpu() else "gpu"], block_length)
+        cache.block_size = math.lcm(SMALLEST_PAGE["cpu" if current_platform.is_cpu() else "gpu"], grain)
         cache.user_specified_block_size = True  # or the platform would choose
-    if cache.block_size % block_length:
+    if cache.block_size % grain:
         reason = f"pages of block_size {cache.block_size} cut this model's blocks of {block_length}"
         _refuse_if_asked("enable_prefix_caching", True, reason)
         cache.enable_prefix_caching = False
@@ -173,14 +176,14 @@ def _set_default_sampling(model: "ModelConfig") -> None:
         operator["temperature"] = 0.0
 
 
-def _choose_attention(attention: "AttentionConfig", cache_dtype: str) -> None:
-    """Keep vLLM from choosing such a backend.
+def _choose_attention(attention: "AttentionConfig", cache_dtype: str, *, mixes_causal: bool = False) -> None:
+    """Keep vLLM from choosing a backend that cannot take a block-causal model's queries.
 
     (The runner looks at what has been chosen in the end.)
     """
     if attention.backend is not None:
         check_attention(attention.backend.name)
-    elif current_platform.is_cuda() and cache_dtype not in UNQUANTIZED_CACHE:
+    elif current_platform.is_cuda() and (mixes_causal or cache_dtype not in UNQUANTIZED_CACHE):
         attention.backend = AttentionBackendEnum.TRITON_ATTN  # where FLASH_ATTN cannot, FLASHINFER would be next
 
 
@@ -486,6 +489,8 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         _settle_block_length(vllm_config.model_config, operator_values(vllm_config))
         defaults = default_decoding_options(vllm_config)
         options = server_options(vllm_config)  # refuses a bad value before anything is loaded
+        for policy in POLICIES.values():
+            policy.check_operator(defaults, options)
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
         scheduler.scheduler_cls = SCHEDULER_CLS
         switched_off = []

@@ -5,13 +5,14 @@ speculative placeholders, the way vLLM's own diffusion models do; rows start at 
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -23,6 +24,8 @@ from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
 from vllm_osdt.engine.grammar import Grammars
+from vllm_osdt.engine.infill import kept, num_needed, select
+from vllm_osdt.engine.ngram import draft_block
 from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.engine.trace import Tracer
 from vllm_osdt.engine.weights import Weights
@@ -30,7 +33,9 @@ from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
 from vllm_osdt.messages import (
     CANVAS_STEP,
+    ERROR,
     KEY,
+    OPEN_HOLE,
     STEP_REPORT,
     TRACE,
     CanvasStep,
@@ -43,7 +48,10 @@ from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
 
 logger = init_logger("vllm.vllm_osdt.engine.scheduler")
-NO_TOKEN = "no token that the request's other parameters allow continues its structured output."
+NO_TOKEN = (
+    "No token that the request's other parameters allow continues its structured output; leave out allowed_token_ids, "
+    "logit_bias, bad_words or min_tokens, or let them allow what the output needs."
+)
 
 
 def _ended_well(request: Request) -> bool:
@@ -135,12 +143,27 @@ class CanvasScheduler(Scheduler):
                 self._tracer.begin(new.req_id, assignment.schedule)
             step.assignments[new.req_id] = assignment
             request.canvas_about = self.calibrator.about(new.req_id)
-        if self._traits.logits_shift:
+            request.canvas_ngram = spec.options.draft_ngram if assignment.has_drafts else None
+            request.canvas_drafted = -1
+        self._draft(step, output.num_scheduled_tokens)
+        if self._traits.logits_shift or self._traits.commits_causally:
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
             )
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
+
+    def _draft(self, step: CanvasStep, req_ids: Iterable[str]) -> None:
+        """Look up drafts of the blocks that are entered, behind what a request drafts itself."""
+        for request in map(self.requests.__getitem__, req_ids):
+            begin = request.num_tokens
+            if request.canvas_ngram is None or request.canvas_drafted == begin:
+                continue
+            request.canvas_drafted = begin
+            if begin >= request.num_prompt_tokens + len(self._spec(request).draft or ()):
+                length = self._plan(request).active_length(begin)
+                tokens = draft_block(request.all_token_ids, request.canvas_ngram, length)
+                step.drafts[request.request_id] = begin, tokens
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """What the grammars of a step's requests allow in their active blocks; made while the model runs."""
@@ -347,6 +370,7 @@ class CanvasScheduler(Scheduler):
         far: the front end may end the request at a stop string. What audits give goes to no client.
         """
         audits = self._auditor.running
+        failed: list[str] = []
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
         if report is not None and report.weights.num_updates != self._weights.num_updates:
             # Not told between two steps: this one had pages and profiles of other weights. It is void, as vLLM's rule
@@ -361,9 +385,11 @@ class CanvasScheduler(Scheduler):
             self._trace(report)
             self._count_run_ahead(report)
             if report.recorded is not None:
-                self._fail(self._grammars.hear(report.recorded, self.requests), model_runner_output)
+                failed = self._grammars.hear(report.recorded, self.requests)
+                self._fail(failed, model_runner_output)
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
         self._count_commits(scheduler_output, requests)
+        self._end_templates(requests, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
             if audits:
@@ -374,10 +400,34 @@ class CanvasScheduler(Scheduler):
                     output.spec_decode_metrics = request.spec_decode_metrics
                     about = describe(request, request.canvas_about, request.canvas_weights, self._weights)
                     trace = self._tracer.take(output.request_id, len(output.new_token_ids))
+                    if output.new_token_ids and OPEN_HOLE in (self._spec(request).pinned or ()):
+                        trace = self._leave_out(request, output, trace)
                     if trace is not None:
                         about[TRACE] = trace
+                    if output.request_id in failed:
+                        about[ERROR] = NO_TOKEN
                     output.kv_transfer_params = {KEY: about}
         return outputs
+
+    def _end_templates(self, requests: dict[str, Request], model_runner_output: ModelRunnerOutput) -> None:
+        """End templates that nothing is missing of any more, before vLLM asks whether requests have ended."""
+        for req_id, request in requests.items():
+            template = self._spec(request).pinned
+            if template and template[-1] == OPEN_HOLE:
+                new = model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]]
+                tokens, ends = [*request.output_token_ids, *new], request.sampling_params.all_stop_token_ids
+                request.max_tokens = num_needed(template, tokens, ends) or request.max_tokens
+
+    def _leave_out(
+        self, request: Request, output: EngineCoreOutput, trace: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """Take what ends open holes, and is behind their ends, out of an output and its trace; returns that."""
+        template = self._spec(request).pinned
+        assert template is not None
+        flags = kept(template, request.output_token_ids, request.sampling_params.all_stop_token_ids)
+        flags = flags[-len(output.new_token_ids) :]
+        output.new_token_ids = [token for token, is_kept in zip(output.new_token_ids, flags, strict=True) if is_kept]
+        return None if trace is None else select(trace, flags)
 
     def _trace(self, report: StepReport) -> None:
         """Take in what is traced; the step that is reported is not counted yet."""
@@ -401,7 +451,7 @@ class CanvasScheduler(Scheduler):
         else:
             failed.update(req_ids)
         for req_id in req_ids:
-            logger.error("Request %s ends: %s", req_id, NO_TOKEN)
+            logger.info("Request %s ends: %s", req_id, NO_TOKEN)
             model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]] = []
 
     def _count_run_ahead(self, report: StepReport) -> None:

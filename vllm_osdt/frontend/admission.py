@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore, open_store
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.auto_task import AutoTasks
+from vllm_osdt.frontend.draft import PREDICTION, Draft, check_draft, read_draft
 from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_company, template_canvas
 from vllm_osdt.geometry import PROMPT, Canvas, Limits
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
@@ -25,6 +26,7 @@ from vllm_osdt.options import (
     AUTO_TASK,
     PREFIX,
     DecodingOptions,
+    ServerOptions,
     canvas_limits,
     choosing,
     default_decoding_options,
@@ -35,6 +37,7 @@ from vllm_osdt.options import (
     validate_for_family,
 )
 from vllm_osdt.policies import POLICIES
+from vllm_osdt.policies.adablock import LINE_END
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_grammar, check_limits
 
 if TYPE_CHECKING:
@@ -62,8 +65,8 @@ class Sent:
     Attributes:
         max_tokens: Its limit on output tokens, before vLLM bounds it by the context; None for none.
         max_tokens_name: The field that holds it.
-        options: Fields ``osdt_...`` at the top of the body, which vLLM drops.
-        fields: For a sampling parameter that vLLM makes of another field: that field's name and value.
+        options: Fields ``osdt_...`` and ``prediction`` at the top of the body, which vLLM drops.
+        names: For a sampling parameter that vLLM makes of another field: that field's name.
         prompt_name: The field that holds the prompt.
         is_default_limit: Nobody sent ``max_tokens``: completions have 16 by default.
     """
@@ -71,9 +74,19 @@ class Sent:
     max_tokens: int | None
     max_tokens_name: str = "max_tokens"
     options: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     prompt_name: str = PROMPT
     is_default_limit: bool = False
+
+    def name_of(self, parameter: str) -> str:
+        """What the client calls a sampling parameter."""
+        return self.names.get(parameter, parameter)
+
+
+def name_of(params: "SamplingParams", parameter: str) -> str:
+    """What the client calls a sampling parameter."""
+    sent: Sent | None = getattr(params, SENT, None)
+    return parameter if sent is None else sent.name_of(parameter)
 
 
 def sent_by(request: Any) -> Sent:
@@ -82,40 +95,31 @@ def sent_by(request: Any) -> Sent:
     Args:
         request: Its ``ChatCompletionRequest``, ``CompletionRequest`` or ``ResponsesRequest``.
     """
-    fields: dict[str, tuple[str, Any]] = {}
-    names = FIELD_NAMES.get()
-    for name in names:
-        if getattr(request, name, None) is not None:
-            fields[name] = (names[name], getattr(request, name))
+    of_endpoint = FIELD_NAMES.get()
+    names = {name: other for name, other in of_endpoint.items() if getattr(request, name, None) is not None}
     if getattr(request, "echo", False):
-        fields["prompt_logprobs"] = ("echo", True)
-    if getattr(request, "response_format", None) is not None:
-        name = names.get("response_format", "response_format")
-        fields["structured_outputs"] = (name, _plain(request.response_format))
-    elif getattr(getattr(request, "text", None), "format", None) is not None:
-        fields["structured_outputs"] = ("text.format", _plain(request.text.format))
-    elif getattr(request, "tools", None):
-        fields["structured_outputs"] = ("tool_choice", _plain(request.tool_choice))
+        names["prompt_logprobs"] = "echo"
+    if getattr(request, "structured_outputs", None) is None:
+        if getattr(request, "response_format", None) is not None:
+            names["structured_outputs"] = of_endpoint.get("response_format", "response_format")
+        elif getattr(getattr(request, "text", None), "format", None) is not None:
+            names["structured_outputs"] = "text.format"
+        elif getattr(request, "tools", None):
+            names["structured_outputs"] = "tools"
     if getattr(request, "top_logprobs", None):
-        fields["logprobs"] = ("top_logprobs", request.top_logprobs)
-    elif isinstance(getattr(request, "logprobs", None), bool):
-        fields["logprobs"] = ("logprobs", request.logprobs)
+        names["logprobs"] = "top_logprobs"
     elif getattr(request, "include", None):
-        fields["logprobs"] = ("include", request.include)
+        names["logprobs"] = "include"
     limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
     name = next((name for name in limits if getattr(request, name, None) is not None), "max_tokens")
     limit = getattr(request, name, None)
     if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
         name = "max_tokens"
-    own = {key: value for key, value in (request.model_extra or {}).items() if key.startswith(PREFIX)}
+    names_of_ours = (request.model_extra or {}).items()
+    own = {key: value for key, value in names_of_ours if key.startswith(PREFIX) or key == PREDICTION}
     prompt_name = next((one for one in PROMPT_NAMES if getattr(request, one, None) is not None), PROMPT)
     is_default_limit = bool((request.model_extra or {}).get(DEFAULT_LIMIT_FIELD))
-    return Sent(limit, name, own, fields, prompt_name, is_default_limit)
-
-
-def _plain(value: Any) -> Any:
-    """A field as the client wrote it."""
-    return value.model_dump(exclude_unset=True, by_alias=True) if hasattr(value, "model_dump") else value
+    return Sent(limit, name, own, names, prompt_name, is_default_limit)
 
 
 def check_sampling_params(params: "SamplingParams") -> None:
@@ -124,21 +128,16 @@ def check_sampling_params(params: "SamplingParams") -> None:
     Raises:
         InvalidOptionError: Names every such parameter as the client sent it, its value, and the one to send instead.
     """
-    sent: Sent | None = getattr(params, SENT, None)
     refused = []
     for name, neutral in UNSUPPORTED_SAMPLING_PARAMS.items():
         value = getattr(params, name, neutral[0])
         if value in neutral:
             continue
-        if sent is not None and name in sent.fields:
-            name, value = sent.fields[name]
-            neutral = (None,)
-        elif name == "structured_outputs":
-            value = {key: asked for key, asked in asdict(value).items() if asked and not key.startswith("_")}
+        name = name_of(params, name)
         remedy = "leave it out" if neutral[0] is None else f"send {neutral[0]!r} or leave it out"
         refused.append((name, value, f"{name}={shown(value)} ({remedy})"))
     if any(name in ("echo", "prompt_logprobs") for name, *_ in refused):
-        _refuse_prompt_scores(sent)
+        _refuse_prompt_scores(is_echo=name_of(params, "prompt_logprobs") == "echo")
     if refused:
         raise InvalidOptionError(
             f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(words for *_, words in refused))}.",
@@ -148,9 +147,8 @@ def check_sampling_params(params: "SamplingParams") -> None:
         )
 
 
-def _refuse_prompt_scores(sent: Sent | None) -> None:
+def _refuse_prompt_scores(*, is_echo: bool) -> None:
     """Refuse to score a prompt, which a harness does for multiple choice; clients often show the message alone."""
-    is_echo = sent is not None and "prompt_logprobs" in sent.fields
     asked = "echo=True with logprobs" if is_echo else "prompt_logprobs"
     raise InvalidOptionError(
         f"{asked} asks for log probabilities of the prompt, but these diffusion models have no next-token "
@@ -201,6 +199,10 @@ class FrontEnd:
         return default_decoding_options(self._config)
 
     @cached_property
+    def _server_options(self) -> ServerOptions:
+        return server_options(self._config)
+
+    @cached_property
     def _operator_names(self) -> tuple[str, ...]:
         return tuple(operator_values(self._config))
 
@@ -222,8 +224,8 @@ class FrontEnd:
         prompt_length: int | None,
         adapter: str,
         encode: Encode | None = None,
-    ) -> tuple[DecodingOptions, Canvas | None, Template | None]:
-        """The options of a request, its canvas, and what is pinned in it; changes nothing.
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
+        """The options of a request, its canvas, what is pinned in it, and its draft; changes nothing.
 
         Args:
             params: Its sampling parameters; vLLM may have bounded their ``max_tokens``.
@@ -237,41 +239,61 @@ class FrontEnd:
                 asks for cannot be used.
         """
         sent: Sent = getattr(asked, SENT, None) or Sent(asked.max_tokens)
+        try:
+            return self._check(params, asked, sent, prompt_length, adapter, encode)
+        except InvalidOptionError as error:
+            if error.parameter is not None:
+                error.parameter = sent.prompt_name if error.parameter == PROMPT else sent.name_of(error.parameter)
+            raise
+
+    def _check(
+        self,
+        params: "SamplingParams",
+        asked: "SamplingParams",
+        sent: Sent,
+        prompt_length: int | None,
+        adapter: str,
+        encode: Encode | None,
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
+        """See :meth:`check`; ``sent`` is what the client sent."""
         extra = merge_options(params.extra_args or {}, sent.options)
         base = replace(self._defaults, gen_length=None)
         traits = self._config.model_config.hf_config.traits
         vocabulary = self._config.model_config.get_vocab_size()
         reader = Reader(encode, vocabulary, traits.mask_token_id, self._limits.max_model_len)
-        template = reader.read(extra, sent.max_tokens, is_default_limit=sent.is_default_limit)
-        check_limits(params, vocabulary, traits.mask_token_id, bans_ends=template is not None)
+        template = reader.read(
+            extra, sent.max_tokens, ignores_ends=asked.ignore_eos, is_default_limit=sent.is_default_limit
+        )
+        draft = read_draft(extra, reader)
+        bans_ends = template is not None and not template.ends_itself
+        check_limits(params, vocabulary, traits.mask_token_id, bans_ends=bans_ends, name_of=sent.name_of)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
+        POLICIES[options.policy].check_operator(options, self._server_options)
+        options = with_delimiters(options, encode, vocabulary)
         check_grammar(params, options.edit_threshold, self._config.structured_outputs_config)
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
+        check_draft(draft, extra, options, asked)
         if template is not None:
-            check_company(template, options, asked, PREFIX + "gen_length" in extra)
+            check_company(template, options, asked, PREFIX + "gen_length" in extra, sent.name_of)
         if prompt_length is None:
-            return options, None, template
+            return options, None, template, draft
         room = self._limits.max_model_len - prompt_length
         # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
         bounded = params.max_tokens is not None and params.max_tokens < room
         if sent.max_tokens is None and options.gen_length is not None:
             bounded = bounded and self._is_capped  # a canvas of the request's own: the checkpoint's length is not asked
-        try:
-            return *resolve_canvas(
-                options,
-                prompt_length=prompt_length,
-                max_tokens=params.max_tokens if bounded else sent.max_tokens,
-                limits=self._limits,
-                max_tokens_name=sent.max_tokens_name,
-                canvas=None if template is None else template_canvas(template, prompt_length, options, self._limits),
-            ), template
-        except InvalidOptionError as error:
-            if error.parameter == PROMPT:
-                error.parameter = sent.prompt_name
-            raise
+        options, canvas = resolve_canvas(
+            options,
+            prompt_length=prompt_length,
+            max_tokens=params.max_tokens if bounded else sent.max_tokens,
+            limits=self._limits,
+            max_tokens_name=sent.max_tokens_name,
+            canvas=None if template is None else template_canvas(template, prompt_length, options, self._limits),
+        )
+        return options, canvas, template, draft
 
     def follows_choice(self, params: "SamplingParams", asked: "SamplingParams") -> bool:
         """Whether a request leaves it to its task's profile how positions are chosen; arguments of :meth:`check`."""
@@ -281,7 +303,7 @@ class FrontEnd:
 
     def name_task(self, options: DecodingOptions, token_ids: Sequence[int], adapter: str) -> DecodingOptions:
         """Find the task of a request that leaves it to us."""
-        if options.task != AUTO_TASK or not POLICIES[options.policy].calibrates:
+        if options.task != AUTO_TASK or not options.calibrates:
             return options
         return replace(options, task=self._tasks.name(token_ids, adapter))
 
@@ -297,7 +319,7 @@ class FrontEnd:
         return self._store.path(task).name in self._files
 
     def _check_pin(self, options: DecodingOptions) -> None:
-        if not POLICIES[options.policy].calibrates:
+        if not options.calibrates:
             raise InvalidOptionError(
                 f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out.",
                 refusal="pin-policy",
@@ -353,8 +375,8 @@ class FrontEnd:
                 remedy = f"send osdt_{name} = {made_with!r}"
                 if ":" in f"{made_with}{value}":
                     remedy = (
-                        "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval and "
-                        "refresh_confidence that it was made with"
+                        "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval, "
+                        "refresh_confidence and credit that it was made with"
                     )
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "
@@ -368,8 +390,11 @@ class FrontEnd:
 def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_config: "VllmConfig") -> None:
     """A page's keys and values depend on the block length, which its hash does not hold.
 
-    With blocks that pages cut, they also depend on tokens of the next page.
+    With blocks that pages cut, they also depend on tokens of the next page. Those of a model that commits causally
+    depend on what is before them alone.
     """
+    if vllm_config.model_config.hf_config.traits.commits_causally:
+        return
     if vllm_config.cache_config.block_size % block_length:
         assert request.sampling_params is not None
         request.sampling_params.skip_reading_prefix_cache = True
@@ -474,19 +499,50 @@ def admit(
     front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
     asked = params if asked is None else asked
-    options, canvas, template = front_end.check(params, asked, len(token_ids), adapter, encode)
+    options, canvas, template, draft = front_end.check(params, asked, len(token_ids), adapter, encode)
     options = front_end.name_task(options, token_ids, adapter)
     if vllm_config.cache_config.enable_prefix_caching:
         _keep_pages_apart(request, options.block_length, vllm_config)
     assert canvas is not None
     params.max_tokens = canvas.max_output_end - len(token_ids)
-    if template is not None:
-        # A hole has no end but its own: end tokens are banned, and those that are pinned end nothing.
+    if template is not None and not template.ends_itself:
+        # End tokens are banned but in open holes, and end no more than these.
         params.min_tokens, params.stop_token_ids, params._eos_token_id = params.max_tokens, [], None
     spec = RequestSpec(
         options,
         canvas,
         follows_choice=front_end.follows_choice(params, asked),
         pinned=None if template is None else template.tokens,
+        draft=draft.tokens[: params.max_tokens] if draft and draft.tokens else None,
     )
     params.extra_args = spec.as_extra_args()
+
+
+def with_delimiters(options: DecodingOptions, encode: Encode | None, vocabulary: int) -> DecodingOptions:
+    """The options with the delimiters of ``adablock``, where that is on.
+
+    Raises:
+        InvalidOptionError: None is given and the tokenizer's line end is no single token, or one is no token id.
+    """
+    if not options.adablock:
+        return options
+    ids = options.adablock_delimiters
+    if ids is None:
+        found = [] if encode is None else encode(LINE_END)
+        if len(found) != 1:
+            raise InvalidOptionError(
+                f"adablock is true, and this model's line end is {len(found)} tokens instead of one; send "
+                "adablock_delimiters.",
+                refusal="adablock-line-end",
+                parameter="adablock_delimiters",
+            )
+        return replace(options, adablock_delimiters=list(found))
+    for one in ids:
+        if one >= vocabulary:
+            raise InvalidOptionError(
+                f"adablock_delimiters has {one}; this model's token ids are below {vocabulary}: send one of them.",
+                refusal="adablock-vocabulary",
+                parameter="adablock_delimiters",
+                value=one,
+            )
+    return options

@@ -1,8 +1,9 @@
 """Infilling: text that a request pins at positions of its canvas, and the holes that the model fills.
 
 Three ways to say it: ``osdt_infill``, a list of text and lengths of holes; ``osdt_suffix``, text behind an answer of
-``max_tokens``; vLLM's ``diffusion_seed_canvas`` with ``diffusion_pinned``, token ids of a canvas and the positions that
-hold theirs. Pinned positions never change, and every hole is filled to its end.
+at most ``max_tokens``; vLLM's ``diffusion_seed_canvas`` with ``diffusion_pinned``, token ids of a canvas and the
+positions that hold theirs. Pinned positions never change. A hole of a given length is filled to its end, an open one to
+its first end token, if it has one.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.geometry import Canvas, Limits, canvas_start
+from vllm_osdt.messages import HOLE, OPEN_HOLE
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
     from vllm_osdt.options import DecodingOptions
 
-HOLE = -1
 INFILL, SUFFIX, SEED, PINNED = "osdt_infill", "osdt_suffix", "diffusion_seed_canvas", "diffusion_pinned"
+LENGTH = "max_tokens"  # of an open hole, {"max_tokens": 8}
 NAMES = (INFILL, SUFFIX, SEED, PINNED)
 Encode = Callable[[str], list[int]]
 
@@ -26,14 +28,16 @@ class Template(NamedTuple):
     """Tokens of a canvas.
 
     Attributes:
-        tokens: Token ids from the prompt's end on, ``HOLE`` where the model writes.
+        tokens: Token ids from the prompt's end on, ``HOLE`` or ``OPEN_HOLE`` where the model writes.
         num_output: How many of them, from the first, are the request's output.
         name: The field that says so.
+        ends_itself: Whether the output ends at an end token, as it does without a template.
     """
 
     tokens: list[int]
     num_output: int
     name: str
+    ends_itself: bool = False
 
 
 class Reader(NamedTuple):
@@ -51,12 +55,20 @@ class Reader(NamedTuple):
     mask_token_id: int
     max_model_len: int
 
-    def read(self, extra: dict[str, Any], max_tokens: int | None, *, is_default_limit: bool = False) -> Template | None:
+    def read(
+        self,
+        extra: dict[str, Any],
+        max_tokens: int | None,
+        *,
+        ignores_ends: bool = False,
+        is_default_limit: bool = False,
+    ) -> Template | None:
         """Take the template out of a request's ``extra_args``; None without one.
 
         Args:
             extra: Changed in place.
             max_tokens: The limit that the client sent; None for none.
+            ignores_ends: No end token ends anything: no hole is open.
             is_default_limit: It did not, and a template is as long as it is.
 
         Raises:
@@ -79,12 +91,12 @@ class Reader(NamedTuple):
                 parameter=next(iter(found)),
             )
         if INFILL in found:
-            template = self._of_parts(found[INFILL])
+            template = self._of_parts(found[INFILL], HOLE if ignores_ends else OPEN_HOLE)
         elif SUFFIX in found:
             template = self._of_suffix(found[SUFFIX], max_tokens)
         else:
             template = self._of_seed(found[SEED], found.get(PINNED, []))
-        if HOLE not in template.tokens[: template.num_output]:
+        if min(template.tokens[: template.num_output], default=0) >= 0:
             raise InvalidOptionError(
                 f"{template.name} has no hole; leave one to be filled.", refusal="infill-value", parameter=template.name
             )
@@ -97,16 +109,21 @@ class Reader(NamedTuple):
             )
         return template
 
-    def _of_parts(self, parts: Any) -> Template:
+    def _of_parts(self, parts: Any, open_hole: int) -> Template:
         if not isinstance(parts, list | tuple) or not parts:
             raise _value(INFILL, parts)
         tokens: list[int] = []
         for part in parts:
-            is_length = isinstance(part, int) and not isinstance(part, bool)
-            if is_length and part < 1:
+            mark, length = HOLE, part
+            if isinstance(part, dict) and part.keys() == {LENGTH}:
+                mark, length = open_hole, part[LENGTH]
+            if isinstance(length, bool) or not isinstance(length, int):
+                tokens += self._ids(INFILL, part)
+            elif length < 1:
                 raise _value(INFILL, part)
-            self._check_length(INFILL, len(tokens) + (part if is_length else 0))
-            tokens += [HOLE] * part if is_length else self._ids(INFILL, part)
+            else:
+                self._check_length(INFILL, len(tokens) + length)
+                tokens += [mark] * length
         return Template(tokens, len(tokens), INFILL)
 
     def _of_suffix(self, suffix: Any, max_tokens: int | None) -> Template:
@@ -117,7 +134,7 @@ class Reader(NamedTuple):
                 parameter=SUFFIX,
             )
         self._check_length(SUFFIX, max_tokens)
-        return Template([HOLE] * max_tokens + self._ids(SUFFIX, suffix), max_tokens, SUFFIX)
+        return Template([HOLE] * max_tokens + self._ids(SUFFIX, suffix), max_tokens, SUFFIX, ends_itself=True)
 
     def _check_length(self, name: str, length: int) -> None:
         """Refuse what can fit no context, before it is made."""
@@ -150,18 +167,29 @@ class Reader(NamedTuple):
         return Template([one if k in held else HOLE for k, one in enumerate(ids)], len(ids), SEED)
 
     def _ids(self, name: str, part: Any) -> list[int]:
-        """Token ids of a text, or of a list of them."""
+        """Token ids of a text, or of a list of them; refuses anything else."""
+        found = self.ids_of(part)
+        if found is None:
+            raise _value(name, part)
+        return found
+
+    def ids_of(self, part: Any) -> list[int] | None:
+        """Token ids of a text, or of a list of them; None of anything else."""
         if isinstance(part, str) and self.encode is not None:
             return list(self.encode(part))
         if isinstance(part, list | tuple) and all(
             isinstance(one, int) and not isinstance(one, bool) and 0 <= one < self.vocabulary for one in part
         ):
             return list(part)
-        raise _value(name, part)
+        return None
 
 
 def check_company(
-    template: Template, options: "DecodingOptions", asked: "SamplingParams", sent_gen_length: bool
+    template: Template,
+    options: "DecodingOptions",
+    asked: "SamplingParams",
+    sent_gen_length: bool,
+    name_of: Callable[[str], str] = str,
 ) -> None:
     """Refuse what cannot be combined with a template.
 
@@ -170,6 +198,7 @@ def check_company(
         options: Of the request.
         asked: Its sampling parameters, as they came.
         sent_gen_length: Whether it asks for a canvas length of its own.
+        name_of: What the client calls a sampling parameter.
 
     Raises:
         InvalidOptionError: Names the parameter.
@@ -179,13 +208,15 @@ def check_company(
         "edit_threshold": options.edit_threshold is not None and "pinned tokens must not be replaced",
         "logprobs": asked.logprobs is not None and "no step chooses a pinned token",
         "structured_outputs": asked.structured_outputs is not None and "a grammar does not know of holes",
-        "stop": bool(asked.stop) and "the template is always filled to its end",
-        "stop_token_ids": bool(asked.stop_token_ids) and "the template is always filled to its end",
+        "min_tokens": OPEN_HOLE in template.tokens and asked.min_tokens > 0 and "its open holes may end anywhere",
     }
+    if not template.ends_itself:
+        why = "nothing but its holes' own ends shortens a template"
+        others |= {"stop": bool(asked.stop) and why, "stop_token_ids": bool(asked.stop_token_ids) and why}
     for name, reason in others.items():
         if reason:
             raise InvalidOptionError(
-                f"{name} cannot be sent with {template.name}: {reason}. Leave one of them out.",
+                f"{name_of(name)} cannot be sent with {template.name}: {reason}. Leave one of them out.",
                 refusal="infill-company",
                 parameter=name,
             )
@@ -201,11 +232,11 @@ def template_canvas(template: Template, prompt_length: int, options: "DecodingOp
         InvalidOptionError: It does not fit, or a hole does not see what follows it.
     """
     length, block = len(template.tokens), options.block_length
-    start = canvas_start(prompt_length, block, is_block_causal=options.is_block_causal)
+    start = canvas_start(prompt_length, block, is_on_grid=options.is_on_grid)
     end, limit = prompt_length + length, limits.max_model_len
     if options.is_block_causal:
-        end, limit = -(-end // block) * block, limit // block * block
-        _check_holes(template, prompt_length, block)
+        end, limit = start + -(-(end - start) // block) * block, start + (limit - start) // block * block
+        _check_holes(template, prompt_length - start, block)
     else:
         limit = min(limit, limits.max_num_batched_tokens)
     if end > limit:
@@ -218,13 +249,14 @@ def template_canvas(template: Template, prompt_length: int, options: "DecodingOp
     return Canvas(start, end, prompt_length + template.num_output, block)
 
 
-def _check_holes(template: Template, prompt_length: int, block: int) -> None:
+def _check_holes(template: Template, offset: int, block: int) -> None:
+    """``offset``: positions of the first block that the prompt has."""
     begin = None
     for k, token in enumerate(template.tokens):
-        if token == HOLE:
+        if token < 0:
             begin = k if begin is None else begin
         elif begin is not None:
-            first, last = (prompt_length + begin) // block, (prompt_length + k) // block
+            first, last = (offset + begin) // block, (offset + k) // block
             if first != last:
                 raise InvalidOptionError(
                     f"{template.name} has a hole at position {begin} whose text behind it, at {k}, is in a later block "
@@ -237,5 +269,7 @@ def _check_holes(template: Template, prompt_length: int, block: int) -> None:
 
 
 def _value(name: str, value: Any) -> InvalidOptionError:
-    kinds = "text or a list of token ids" + (", or the length of a hole" if name == INFILL else "")
+    kinds = "text or a list of token ids"
+    if name == INFILL:
+        kinds += f', or the length of a hole, or {{"{LENGTH}": length}} of an open one'
     return InvalidOptionError(f"{name} has {shown(value)}; expected {kinds}.", refusal="infill-value", parameter=name)

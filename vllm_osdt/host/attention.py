@@ -9,6 +9,7 @@ from vllm_osdt.errors import OSDTError
 BACKENDS_WITH_BUFFERS = ("FLASHINFER", "FLEX_ATTENTION")
 # Their metadata is what a step's queries are, in tensors that a graph can read.
 BACKENDS_WITH_GRAPHS = ("FLASH_ATTN", "TRITON_ATTN")
+BACKENDS_WITH_MIXED_QUERIES = ("CPU_ATTN", "TRITON_ATTN")
 UNQUANTIZED_CACHE = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -24,6 +25,25 @@ def check_attention(name: str) -> None:
         raise OSDTError(
             f"attention backend {name} holds as many requests as max_num_seqs says, but to attention every block of "
             "this model's rows is one; choose FLASH_ATTN or TRITON_ATTN with --attention-backend."
+        )
+
+
+def check_causal_attention(name: str) -> None:
+    """Refuse an attention backend that cannot take causal and other queries in one step.
+
+    A model that commits causally has both.
+
+    Raises:
+        OSDTError: It is one of those.
+    """
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version = get_flash_attn_version() if name == "FLASH_ATTN" else None
+    if name not in BACKENDS_WITH_MIXED_QUERIES and version != 4:
+        found = name if version is None else f"{name} (FlashAttention {version})"
+        raise OSDTError(
+            f"attention backend {found} takes a step's queries as all causal or none, but this model has both; choose "
+            "TRITON_ATTN with --attention-backend, or leave it out. (FlashAttention 4 would do, too.)"
         )
 
 

@@ -6,7 +6,7 @@ Every patch leaves other models alone: it looks at the model first and otherwise
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from copy import copy
 from types import MappingProxyType, ModuleType
@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import round_up
 
 from vllm_osdt.errors import InvalidOptionError, OSDTError
-from vllm_osdt.messages import KEY, TRACE, join_traces
+from vllm_osdt.messages import ERROR, KEY, TRACE, join_traces
 from vllm_osdt.models.registry import is_canvas_model
 from vllm_osdt.options import OPTION_NAMES, PREFIX, operator_help, parse_operator_json
 
@@ -173,6 +173,8 @@ def patch_early_refusals(admission: ModuleType, response: ModuleType, parsing: M
         def generate(self, prompt, sampling_params, *args, **kwargs):
             if is_canvas_model(self.model_config):
                 _check_early(admission.check_early, self, prompt, sampling_params, kwargs.get("lora_request"))
+                parameter = admission.name_of(sampling_params, "structured_outputs")
+                return _refusing_failed(original(self, prompt, sampling_params, *args, **kwargs), parameter)
             return original(self, prompt, sampling_params, *args, **kwargs)
 
         return generate
@@ -203,6 +205,18 @@ def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_r
     except VLLMValidationError as error:
         logger.info("Refused a request: %s", error)
         raise
+
+
+async def _refusing_failed(results: Any, parameter: str) -> Any:
+    """The results of a request; one that its own parameters left no token for its grammar is refused like others."""
+    async with aclosing(results):
+        async for result in results:
+            for output in result.outputs:
+                reason = (getattr(output, KEY) or {}).get(ERROR)
+                if reason is not None:
+                    logger.info("Refused a request: %s", reason)
+                    raise RefusedRequestError(reason, parameter=parameter)
+            yield result
 
 
 def patch_server(admission: ModuleType) -> None:
@@ -372,27 +386,19 @@ def patch_answers(response: ModuleType) -> None:
         return completion_stream_generator
 
     def make_full(original):
-        async def full_generator(self, request, result_generator, *args, **kwargs):
+        async def full_generator(self, request, results, *args, **kwargs):
             if not is_canvas_model(self.model_config):
-                return await original(self, request, result_generator, *args, **kwargs)
+                return await original(self, request, results, *args, **kwargs)
             told: dict[int, Any] = {}
-            answer = await original(self, request, response.noting(result_generator, told), *args, **kwargs)
-            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, num_choices(request))
+            if isinstance(results, list):  # of a batch of chats, a choice each
+                noted = [response.noting(one, told, lambda _, index=index: index) for index, one in enumerate(results)]
+                n = len(results)
+            else:
+                noted, n = response.noting(results, told), num_choices(request)
+            answer = await original(self, request, noted, *args, **kwargs)
+            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, n)
 
         return full_generator
-
-    def make_batch(original):
-        async def chat_completion_full_generator_batch(self, request, generators, *args, **kwargs):
-            if not is_canvas_model(self.model_config):
-                return await original(self, request, generators, *args, **kwargs)
-            told: dict[int, Any] = {}
-            noted = [
-                response.noting(results, told, lambda _, index=index: index) for index, results in enumerate(generators)
-            ]
-            answer = await original(self, request, noted, *args, **kwargs)
-            return answer if isinstance(answer, ErrorResponse) else response.tell(answer, told, len(generators))
-
-        return chat_completion_full_generator_batch
 
     def make_stream(original):
         def stream_generator(self, request, result_generator, *args, **kwargs):
@@ -408,7 +414,7 @@ def patch_answers(response: ModuleType) -> None:
     _wrap(OpenAIServingCompletion, "completion_stream_generator", make_completion_stream)
     _wrap(OpenAIServingChat, "chat_completion_full_generator", make_full)
     _wrap(OpenAIServingChat, "chat_completion_stream_generator", make_stream)
-    _wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", make_batch)
+    _wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", make_full)
     _wrap(ServingTokens, "serve_tokens_full_generator", make_full)
     _wrap(ServingTokens, "serve_tokens_stream_generator", make_stream)
 

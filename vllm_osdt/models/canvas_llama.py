@@ -24,16 +24,22 @@ class CanvasAttention(LlamaAttention):
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         query, key = self.rotary_emb(positions, query, key)
-        attended = self.attn(query, key, value)
+        attended = self.attn(self.scale_queries(positions, query), key, value)
         output, _ = self.o_proj(attended if rows is None else attended[rows])
         return output
+
+    def scale_queries(self, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """What attention takes of the rotated queries ``[rows, heads * head size]``; here the same."""
+        return query
 
 
 class CanvasDecoderLayer(LlamaDecoderLayer):
     """A layer that, as the last one, computes nothing behind its attention for rows whose logits are not read."""
 
+    attention: type[CanvasAttention] = CanvasAttention
+
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config, prefix, attn_layer_type=CanvasAttention)
+        super().__init__(vllm_config, prefix, attn_layer_type=self.attention)
         self.is_last = extract_layer_index(prefix) == vllm_config.model_config.hf_config.num_hidden_layers - 1
 
     def forward(
@@ -60,8 +66,10 @@ class CanvasDecoderLayer(LlamaDecoderLayer):
 class CanvasForCausalLM(CanvasMixin, LlamaForCausalLM):
     """vLLM's Llama with these layers and the model state of a canvas."""
 
+    layer: type[CanvasDecoderLayer] = CanvasDecoderLayer
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=CanvasDecoderLayer)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer)
         self.vocab_size = vllm_config.model_config.hf_config.vocab_size
 
     def forward(

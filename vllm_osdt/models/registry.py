@@ -28,6 +28,11 @@ FAMILIES: dict[str, Family] = {  # by architecture, as in config.json
     "A2DQwen3LMHeadModel": Family("a2d:A2DQwen3LMHeadModel", "a2d-qwen3", "a2d:A2DQwen3Config"),
     "A2DQwen2LMHeadModel": Family("a2d:A2DQwen2LMHeadModel", "a2d-qwen2", "a2d:A2DQwen2Config"),
     "A2DLlamaLMHeadModel": Family("a2d:A2DLlamaLMHeadModel", "a2d-llama", "a2d:A2DLlamaConfig"),
+    "NemotronLabsDiffusionModel": Family(
+        "nemotron_labs_diffusion:NemotronLabsDiffusionModel",
+        "nemotron_labs_diffusion",
+        "nemotron_labs_diffusion:NemotronLabsDiffusionConfig",
+    ),
 }
 # Other model types that checkpoints of a family say.
 ALIASES = {"lladamoe": "LLaDAMoEModelLM"}

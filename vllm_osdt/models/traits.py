@@ -23,6 +23,8 @@ class Traits:
         mask_token_id: Token of positions that are not decided yet.
         is_block_causal: Whether a position sees the blocks up to its own, which lie on a grid from position 0; else it
             sees the whole canvas.
+        commits_causally: Of a block-causal model: whether keys and values of prompt and finished blocks are those of
+            causal passes. Only positions of the active block then see later ones, and blocks begin behind the prompt.
         is_threshold_strict: Whether a confidence that equals a static threshold does not pass.
         logits_shift: Position i is predicted from the logits at i - logits_shift.
         can_edit: Whether the model was trained to replace tokens that it has written.
@@ -34,6 +36,7 @@ class Traits:
     mask_token_id: int
     sub_block_length: int | None = None
     is_block_causal: bool = False
+    commits_causally: bool = False
     is_threshold_strict: bool = False
     logits_shift: int = 0
     can_edit: bool = False
@@ -63,6 +66,7 @@ class CanvasConfigMixin:
     mask_token_id: int | None
     sub_block_length: int | None = None
     is_block_causal: bool = False
+    commits_causally: bool = False
     is_threshold_strict: bool = False
     logits_shift: int = 0
     can_edit: bool = False
@@ -80,6 +84,7 @@ class CanvasConfigMixin:
             mask_token_id=self.mask_token_id,
             sub_block_length=self.sub_block_length,
             is_block_causal=self.is_block_causal,
+            commits_causally=self.commits_causally,
             is_threshold_strict=self.is_threshold_strict,
             logits_shift=self.logits_shift,
             can_edit=self.can_edit,

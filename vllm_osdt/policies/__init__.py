@@ -9,14 +9,33 @@ from importlib import metadata
 
 from vllm_osdt.declaration import declarations
 from vllm_osdt.policies.bacd import BACD
-from vllm_osdt.policies.base import Policy, Schedule, Step
+from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.cad_llm import CadLLM
+from vllm_osdt.policies.ccd import CCD
+from vllm_osdt.policies.confidence_adaptive import ConfidenceAdaptive
+from vllm_osdt.policies.credit import Credit
+from vllm_osdt.policies.dimple import Dimple
 from vllm_osdt.policies.entropy_bound import EntropyBound
+from vllm_osdt.policies.entropy_threshold import EntropyThreshold
+from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
+from vllm_osdt.policies.hierarchical import Hierarchical
 from vllm_osdt.policies.joint_bound import JointBound
+from vllm_osdt.policies.klass import KLASS
+from vllm_osdt.policies.learned_filter import LearnedFilter
+from vllm_osdt.policies.less import LESS
 from vllm_osdt.policies.local_leap import LocalLeap
+from vllm_osdt.policies.modifier import Modifier
+from vllm_osdt.policies.multi_block import MultiBlock
+from vllm_osdt.policies.nemotron_bound import NemotronBound
 from vllm_osdt.policies.osdt import OSDT
+from vllm_osdt.policies.prophet import Prophet
+from vllm_osdt.policies.sched import Sched
+from vllm_osdt.policies.stable import Stable
 from vllm_osdt.policies.static_threshold import StaticThreshold
+from vllm_osdt.policies.streaming import Streaming
+from vllm_osdt.policies.wedlm import WeDLM
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -27,8 +46,25 @@ OWN: tuple[type[Policy], ...] = (
     Factor,
     JointBound,
     EntropyBound,
+    EntropyThreshold,
     LocalLeap,
     BACD,
+    CadLLM,
+    ETE,
+    MultiBlock,
+    ConfidenceAdaptive,
+    Dimple,
+    Hierarchical,
+    NemotronBound,
+    Streaming,
+    WeDLM,
+    Prophet,
+    Sched,
+    KLASS,
+    LESS,
+    CCD,
+    Stable,
+    LearnedFilter,
     FixedSteps,
 )
 
@@ -66,5 +102,6 @@ def _check(name: str, policy: type[Policy], policies: dict[str, Policy]) -> None
 
 
 POLICIES = load_policies()
+MODIFIERS: tuple[Modifier, ...] = (Credit(),)
 
-__all__ = ["POLICIES", "Policy", "Schedule", "Step"]
+__all__ = ["MODIFIERS", "POLICIES", "Modifier", "Policy", "PositionLogits", "Schedule", "Step"]

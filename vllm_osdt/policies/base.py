@@ -3,25 +3,29 @@
 A request's schedule is a small table that is made once, when the request is first planned. Each step then is one lookup
 for the whole batch and one call of :func:`csrc_triton.unmask`. A policy whose parameters depend on what the steps see
 also has :meth:`Policy.adjust`, which runs on the batch's requests of that policy before each decision, and
-:meth:`Policy.observe`, which runs after it.
+:meth:`Policy.observe`, which runs after it. One that wants more of the logits than the best token and its probability
+has :meth:`Policy.read`, which runs before both.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from csrc_triton.types import Rule
+from csrc_triton.types import NO_CONFIDENCE, Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
 
 if TYPE_CHECKING:
     import torch
 
-MAX_CONSTANTS = 8  # numbers that a policy may keep for each request
-MAX_STATE = 4  # numbers that a policy may keep for each request's active block
+MAX_CONSTANTS = 8  # numbers that a policy is given with each request
+MAX_STATE = 4  # numbers that a policy may keep for each request's active block, and as many for the request
+MAX_READINGS = 4  # numbers that a policy may read off the logits of each position
+CHOSEN = 2.0  # score of a position that a policy has chosen: above every confidence
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,38 @@ class Schedule:
     constants: Sequence[float] = ()
 
 
+class PositionLogits(NamedTuple):
+    """Logits of masked positions, of the batch's requests of one policy; S of them, perhaps not all at once.
+
+    A row knows nothing of the others, so that it is the same in every batch.
+
+    Attributes:
+        logits: float32 ``[S, vocabulary]``, without temperature, as sampling parameters left them: -inf of what is left
+            out and of the mask token.
+        before: The same of the block's step before, float32 ``[S, vocabulary]``, as the model wrote them; anything
+            where the position had no logits in that step, which ``memory`` can tell. None unless the policy's
+            ``reads_step_before``.
+        token: int64 ``[S]``, the proposal. May be overwritten.
+        confidence: float32 ``[S]``, of the proposal. May be overwritten.
+        constants: float32 ``[S, 8]``, from the request's schedule.
+        memory: float32 ``[S, memory_size]``, zero when the block is entered. May be overwritten, and is kept until the
+            next block.
+        reading: float32 ``[S, 4]``, zero; what is written there comes to ``Step.reading``.
+        step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
+        earlier: Like ``before``, of the steps before that one, the latest first; ``num_steps_before`` - 1 of them.
+    """
+
+    logits: "torch.Tensor"
+    before: "torch.Tensor | None"
+    token: "torch.Tensor"
+    confidence: "torch.Tensor"
+    constants: "torch.Tensor"
+    memory: "torch.Tensor"
+    reading: "torch.Tensor"
+    step_index: "torch.Tensor"
+    earlier: "tuple[torch.Tensor, ...]" = ()
+
+
 class Step(NamedTuple):
     """One denoising step of the batch's requests of one policy; R requests, W the longest block.
 
@@ -57,6 +93,19 @@ class Step(NamedTuple):
         constants: float32 ``[R, 8]``, from the request's schedule.
         state: float32 ``[R, 4]``, zero when a block is entered. May be overwritten, and is kept until the next block.
         step_index: int64 ``[R]``, denoising steps that the block has seen before this one.
+        confidence: float32 ``[R, W]``, the same as ``score``, as it was.
+        token: int64 ``[R, W]``, the proposals; 0 without logits.
+        is_open: bool ``[R, W]``, masked positions that have logits.
+        memory: float32 ``[R, W, memory_size]``, zero when a block is entered. May be overwritten, and is kept until the
+            next block.
+        reading: float32 ``[R, W, 4]``, what :meth:`Policy.read` wrote; 0 elsewhere.
+        carry: float32 ``[R, 4]``, zero when the request starts. May be overwritten, and is kept; a preempted request
+            resumes with what it was when its block was entered.
+        block_index: int64 ``[R]``, of the active block, from 0.
+        num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
+        num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
+        end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
+        tensors: What :meth:`Policy.tensors` has read for the engine, by name.
     """
 
     score: "torch.Tensor"
@@ -64,6 +113,62 @@ class Step(NamedTuple):
     constants: "torch.Tensor"
     state: "torch.Tensor"
     step_index: "torch.Tensor"
+    confidence: "torch.Tensor"
+    token: "torch.Tensor"
+    is_open: "torch.Tensor"
+    memory: "torch.Tensor"
+    reading: "torch.Tensor"
+    carry: "torch.Tensor"
+    block_index: "torch.Tensor"
+    num_left: "torch.Tensor"
+    num_positions: "torch.Tensor"
+    end_token_ids: "torch.Tensor"
+    tensors: "Mapping[str, torch.Tensor]" = MappingProxyType({})
+
+    def choose(self, chosen: "torch.Tensor", rank: "torch.Tensor | None" = None) -> None:
+        """Have exactly these positions unmasked, whatever the schedule's threshold; at least the first by rank.
+
+        The schedule's rule must be ``Rule.THRESHOLD``.
+
+        Args:
+            chosen: bool ``[R, W]``; what is not open does not count.
+            rank: float32 ``[R, W]`` in [0, 1], by which one position is unmasked where none is chosen; None for the
+                confidence.
+        """
+        rank = self.confidence if rank is None else rank.clamp(0.0, 1.0)
+        score = rank.masked_fill(chosen, CHOSEN).masked_fill(~self.is_open, NO_CONFIDENCE)
+        self.score.copy_(score)
+        self.parameter.fill_(CHOSEN)
+
+
+def best(score: "torch.Tensor", number: "torch.Tensor") -> "torch.Tensor":
+    """The positions with the highest scores, the first ones among equals.
+
+    Args:
+        score: float32 ``[R, W]``; NaN counts as -1, as in ``csrc_triton.unmask``.
+        number: int64 ``[R]``, how many.
+
+    Returns:
+        bool ``[R, W]``.
+    """
+    order = score.nan_to_num(nan=-1.0).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1) < number.unsqueeze(1)
+
+
+class Cutter(Protocol):
+    """Says how long a block is when it is entered, where every position sees the whole canvas."""
+
+    def cut(self, step: Step) -> "torch.Tensor":
+        """The positions of the blocks that are entered.
+
+        Args:
+            step: Their first step that has logits of all masked positions, before anything of it is decided;
+                ``constants`` are the cutter's. Nothing of it may be overwritten.
+
+        Returns:
+            int64 ``[R]``; less than 1 counts as 1, and more than ``block_length`` as that.
+        """
+        ...
 
 
 class Policy(ABC):
@@ -72,17 +177,38 @@ class Policy(ABC):
     Attributes:
         name: What a user calls it.
         Options: A frozen dataclass of the options that it reads (``vllm_osdt.declaration.option``).
-        calibrates: Whether requests of a task share a calibration profile, whose thresholds ``schedule`` is given.
         ranks_by_entropy: Whether confidence is 1 - H / 32, with H the entropy of the position in nats, in place of the
-            probability of the proposal. Token editing, which compares probabilities, is then refused.
+            probability of the proposal. Token editing, which compares probabilities, is then refused. Where it depends
+            on options: :meth:`looks_at_entropy`.
         adjusts: Whether :meth:`adjust` and :meth:`observe` run.
+        reads_logits: Whether :meth:`read` runs too. Where it depends on options: :meth:`needs_logits`.
+        reads_step_before: Whether it gets the logits of the step before. The worker keeps hidden states for it, not
+            logits, so that each step multiplies with the output weight once more.
+        num_steps_before: How many steps before; each but the first is one more multiplication.
+        memory_size: Numbers that it keeps of each position of the active block.
+        needs_whole_blocks: Whether its schedule is one of blocks as long as ``block_length``. Refused for models with
+            sub-blocks, and where blocks are cut.
+        cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
+            ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
-    calibrates: ClassVar[bool] = False
     ranks_by_entropy: ClassVar[bool] = False
     adjusts: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = False
+    reads_step_before: ClassVar[bool] = False
+    num_steps_before: ClassVar[int] = 1
+    memory_size: ClassVar[int] = 0
+    needs_whole_blocks: ClassVar[bool] = False
+    cuts_blocks: ClassVar[bool] = False
+
+    def calibrates(self, options: Any) -> bool:
+        """Whether requests of a task share a calibration profile, whose thresholds :meth:`schedule` is given.
+
+        Where there is no profile, a request that would have one is decoded with the static threshold instead.
+        """
+        return False
 
     def check(self, options: Any) -> None:
         """Refuse options that contradict each other.
@@ -91,6 +217,26 @@ class Policy(ABC):
             InvalidOptionError: They do.
         """
 
+    def check_operator(self, options: Any, operator: Any) -> None:
+        """Refuse what the operator has not provided for; every policy is asked when an engine starts.
+
+        Args:
+            options: Of a request of this policy; when an engine starts, those of a request that sets none, which may
+                be another policy's.
+            operator: The ``ServerOptions``.
+
+        Raises:
+            OSDTError: The operator's options do not fit, or do not let requests use the policy.
+        """
+
+    def tensors(self, operator: Any) -> "Mapping[str, torch.Tensor]":
+        """What ``Step.tensors`` has, read from files that the operator names when a worker starts.
+
+        Args:
+            operator: The ``ServerOptions``, which :meth:`check_operator` has seen.
+        """
+        return {}
+
     def resolve(self, options: Any, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Options of its own that follow from the canvas, by name.
 
@@ -98,6 +244,14 @@ class Policy(ABC):
             InvalidOptionError: An option does not fit the canvas.
         """
         return {}
+
+    def looks_at_entropy(self, options: Any) -> bool:
+        """Whether a request's confidences are of entropies, as ``ranks_by_entropy`` says."""
+        return self.ranks_by_entropy
+
+    def needs_logits(self, options: Any) -> bool:
+        """Whether a request's logits are read; never without ``reads_logits``."""
+        return self.reads_logits
 
     @abstractmethod
     def schedule(self, options: Any, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
@@ -109,8 +263,15 @@ class Policy(ABC):
             thresholds: Calibrated T, where a profile applies; else None.
         """
 
+    def read(self, rows: PositionLogits) -> None:
+        """Read logits: write to ``rows.reading`` and ``rows.memory``, or change proposals and confidences."""
+
     def adjust(self, step: Step) -> None:
         """Change scores and parameters of a step before the rule decides."""
+
+    def cut(self, step: Step) -> "torch.Tensor":
+        """See :class:`Cutter`; for a policy with ``cuts_blocks``."""
+        raise NotImplementedError
 
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Keep in ``step.state`` what the next step needs.

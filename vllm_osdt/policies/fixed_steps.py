@@ -4,6 +4,7 @@ Source: LLaDA (arXiv 2502.09992), appendix B.4; ``get_num_transfer_tokens`` of t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,9 @@ class StepsOptions:
         None,
         count() | None,
         "Total denoising steps of `fixed_steps`, a multiple of the number of blocks. With `static_threshold`, a step "
-        "unmasks at least as many positions as `fixed_steps` would: the dynamic rule of SDAR and LLaDA2.",
+        "unmasks at least as many positions as `fixed_steps` would: the dynamic rule of SDAR and LLaDA2. With `klass`, "
+        "`less` and `ccd`, a step unmasks so many where none is stable. With `dimple`, blocks take at most so many. "
+        "`prophet` and `sched` take them up to an early exit.",
         unit="denoising steps",
         default_text="one token per step",
         excludes="steps_per_block",
@@ -60,6 +63,24 @@ class FixedSteps(Policy):
         assert options.steps is not None
         shares = positions_per_step(options.steps, shape)
         return Schedule(Rule.TOP_K, np.tile(shares.astype(np.float32), (shape.num_blocks, 1)))
+
+
+def quotas(options: StepsOptions, shape: DecodeShape, constants: Sequence[float]) -> Schedule:
+    """The schedule of a policy that chooses positions itself, and takes ``fixed_steps``' number of them where it must.
+
+    ``Step.parameter`` is that number, at least 1; without steps it is 1.
+    """
+    row = np.ones(shape.block_length, dtype=np.float32)
+    if options.steps is not None:
+        row = np.maximum(row, positions_per_step(options.steps, shape))
+    return Schedule(Rule.THRESHOLD, np.tile(row.astype(np.float32), (shape.num_blocks, 1)), constants=constants)
+
+
+def resolve_if_asked(options: StepsOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
+    """Total steps of the canvas, where the request asks for steps; what ``Policy.resolve`` returns."""
+    if options.steps is None and options.steps_per_block is None:
+        return {}
+    return {"steps": resolve_steps(options, asked, canvas)}
 
 
 def positions_per_step(steps: int, shape: DecodeShape) -> np.ndarray:

@@ -5,7 +5,7 @@ unmasked, at least the best one. Ours: a floor under tau, off by default, and th
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -119,7 +119,10 @@ class OSDT(Policy):
 
     name = "osdt"
     Options = OSDTOptions
-    calibrates = True
+
+    def calibrates(self, options: OSDTOptions) -> bool:
+        """Always."""
+        return True
 
     def check(self, options: OSDTOptions) -> None:
         """The conformal statistic needs enough requests for its risk, and the wrong proposals."""
@@ -146,22 +149,46 @@ class OSDT(Policy):
 
     def schedule(self, options: OSDTOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class."""
-        static = static_schedule(options, shape)
-        if thresholds is None:
-            return static
-        num_blocks, block_length = shape.num_blocks, shape.block_length
-        known_blocks, known_steps = thresholds.values.shape
-        blocks = np.minimum(np.arange(num_blocks), known_blocks - 1)
-        steps = np.minimum(np.arange(block_length), known_steps - 1)
-        cells = np.ix_(blocks, steps)
-        values, fallback = thresholds.values[cells].astype(np.float64), thresholds.fallback[cells]
-        if options.granularity == "step_block":
-            fallback[:, known_steps:] = Fallback.STEP
-        fallback[known_blocks:] = Fallback.BLOCK
-        if options.statistic == CONFORMAL:
-            values = 1.0 - (1.0 - values) * (1.0 - options.margin)
-        table = np.maximum(np.minimum(values, options.threshold_cap) * (1.0 - options.slack), options.floor)
-        # "confidence > x" is "confidence >= the next float32"; the static threshold is passed by equality.
-        parameters = np.nextafter(table.astype(np.float32), np.float32(np.inf))
-        parameters = np.where(np.isnan(values), static.parameters, parameters)
-        return Schedule(Rule.THRESHOLD, parameters.astype(np.float32), fallback=fallback)
+        return calibrated_schedule(options, shape, thresholds)
+
+
+@dataclass(frozen=True)
+class CalibratedOptions:
+    """Of a policy whose threshold may be that of a profile."""
+
+    calibrated: bool = option(
+        False,
+        Flag,
+        "The policy's threshold comes from the task's profile, as with `osdt` and its options. While the task "
+        "calibrates, and without a task, the request is decoded with the static threshold alone.",
+        needs_task=True,
+    )
+
+
+def calibrated_schedule(options: Any, shape: DecodeShape, thresholds: Thresholds | None) -> Schedule:
+    """The schedule of a profile's thresholds.
+
+    Args:
+        options: With those of :class:`OSDTOptions`.
+        shape: The request's blocks.
+        thresholds: The profile's; None for the static threshold.
+    """
+    static = static_schedule(options, shape)
+    if thresholds is None:
+        return static
+    num_blocks, block_length = shape.num_blocks, shape.block_length
+    known_blocks, known_steps = thresholds.values.shape
+    blocks = np.minimum(np.arange(num_blocks), known_blocks - 1)
+    steps = np.minimum(np.arange(block_length), known_steps - 1)
+    cells = np.ix_(blocks, steps)
+    values, fallback = thresholds.values[cells].astype(np.float64), thresholds.fallback[cells]
+    if options.granularity == "step_block":
+        fallback[:, known_steps:] = Fallback.STEP
+    fallback[known_blocks:] = Fallback.BLOCK
+    if options.statistic == CONFORMAL:
+        values = 1.0 - (1.0 - values) * (1.0 - options.margin)
+    table = np.maximum(np.minimum(values, options.threshold_cap) * (1.0 - options.slack), options.floor)
+    # "confidence > x" is "confidence >= the next float32"; the static threshold is passed by equality.
+    parameters = np.nextafter(table.astype(np.float32), np.float32(np.inf))
+    parameters = np.where(np.isnan(values), static.parameters, parameters)
+    return Schedule(Rule.THRESHOLD, parameters.astype(np.float32), fallback=fallback)

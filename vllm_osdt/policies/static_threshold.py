@@ -15,7 +15,7 @@ from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
 from vllm_osdt.policies.base import Policy, Schedule, constant
-from vllm_osdt.policies.fixed_steps import StepsOptions, positions_per_step, resolve_steps
+from vllm_osdt.policies.fixed_steps import StepsOptions, positions_per_step, resolve_if_asked
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class ThresholdOptions:
     threshold: float = option(
         0.9,
         number(gt=0, le=1),
-        "Confidence of the static threshold, also that of a calibration. Equality passes, but not in block-causal "
-        "models.",
+        "Confidence of the static threshold, also that of a calibration, and of policies that have one beside other "
+        "bounds. Equality passes, but not in SDAR, LLaDA2 and Fast-dLLM v2.",
     )
 
 
@@ -35,12 +35,17 @@ class StaticThresholdOptions(ThresholdOptions, StepsOptions):
     """A threshold, and the fewest positions of a step."""
 
 
-def static_schedule(options: ThresholdOptions, shape: DecodeShape) -> Schedule:
-    """The schedule of the threshold alone; where equality must not pass, of the next larger float32."""
+def threshold_of(options: ThresholdOptions, shape: DecodeShape) -> float:
+    """The threshold, in float32; where equality must not pass, the next larger one."""
     threshold = np.float32(options.threshold)
     if shape.is_strict:
         threshold = np.nextafter(threshold, np.float32(np.inf))
-    return constant(shape, Rule.THRESHOLD, float(threshold))
+    return float(threshold)
+
+
+def static_schedule(options: ThresholdOptions, shape: DecodeShape) -> Schedule:
+    """The schedule of the threshold alone."""
+    return constant(shape, Rule.THRESHOLD, threshold_of(options, shape))
 
 
 class StaticThreshold(Policy):
@@ -51,9 +56,7 @@ class StaticThreshold(Policy):
 
     def resolve(self, options: StaticThresholdOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas, where the request asks for steps."""
-        if options.steps is None and options.steps_per_block is None:
-            return {}
-        return {"steps": resolve_steps(options, asked, canvas)}
+        return resolve_if_asked(options, asked, canvas)
 
     def schedule(
         self, options: StaticThresholdOptions, shape: DecodeShape, thresholds: Thresholds | None = None

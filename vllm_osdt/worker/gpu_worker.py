@@ -77,6 +77,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             return None
         if manager.is_uniform and ((length < longest).any() or not manager.takes_whole_blocks(rows)):
             return None
+        if manager.shapes.commits_causally:
+            return rows.size if manager.is_uniform else 2 * rows.size
         return int((-(-rows // length)).sum()) if manager.shapes.is_block_causal else rows.size
 
     def _put_into_graph(
@@ -85,16 +87,17 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """The graph of a step, its arrays on the device, and its queries."""
         manager, ends = self.cudagraph_manager, Ends.DECIDED
         assert manager is not None
-        if denoise.shaped_slots.size or denoise.scored_slots.size:
+        if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies:
+        elif denoise.policies or denoise.cutters or "draft_threshold" in arrays:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED
         graph = manager.choose(size, arrays["position"].size, ends)
         sent = manager.fill(graph, arrays)
-        if "edit_threshold" not in arrays:
-            sent.pop("edit_threshold", None)
+        for name in ("edit_threshold", "draft_threshold"):
+            if name not in arrays:
+                sent.pop(name, None)
         if ends == Ends.MODEL:  # without the padding
             sent |= {name: sent[name][: arrays[name].shape[0]] for name in LOGIT_ARRAYS if name in arrays}
         return graph, sent, manager.queries(graph, sent)

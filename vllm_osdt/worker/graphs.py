@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 LOGIT_SHARES = (4, 2, 1)  # logit rows of a graph: its rows, divided by each
 BYTES_PER_REQUEST = 512  # of arrays that only some steps have
-BYTES_PER_LOGIT_ROW = 192  # likewise
+BYTES_PER_LOGIT_ROW = 320  # likewise
 LOGIT_ARRAYS = ("position", "temperature", "noise_key", "by_entropy", "logit_slots", "logit_rows")  # one entry a row
 
 
@@ -53,7 +53,7 @@ class Ends(Enum):
     EDITED = "edited"
     """Likewise, after tokens have been edited: logits are read in whole blocks."""
     PROPOSED = "proposed"
-    """Tokens are proposed; policies that adjust the step decide outside."""
+    """Tokens are proposed; policies that adjust the step decide outside, and so does who has a draft."""
     MODEL = "model"
     """The model has run; what follows reads more of the logits than their best token."""
 
@@ -102,6 +102,7 @@ class GraphShapes(NamedTuple):
     padding_slot: int  # of CanvasStates.masked
     is_block_causal: bool
     can_edit: bool
+    commits_causally: bool = False
 
 
 def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
@@ -131,10 +132,14 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
     }
     if graph.ends == Ends.EDITED or (graph.ends in (Ends.PROPOSED, Ends.MODEL) and shapes.can_edit):
         fields["edit_threshold"] = Field(np.float32, (reqs,), np.inf)
+    if graph.ends in (Ends.PROPOSED, Ends.MODEL):
+        fields["draft_threshold"] = Field(np.float32, (reqs,), np.inf)
     if shapes.is_block_causal:
         fields["block_query_start_loc"] = Field(np.int32, (graph.num_queries + 1,), -1)
         fields["block_seq_lens"] = Field(np.int32, (graph.num_queries,), 0)
         fields["block_request"] = Field(np.int64, (graph.num_queries,), 0)
+    if shapes.commits_causally:
+        fields["block_causal"] = Field(np.int32, (graph.num_queries,), 0)
     return Layout(fields)
 
 
@@ -164,6 +169,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
             states.masked.shape[0] - 1,
             states.is_block_causal,
             vllm_config.model_config.hf_config.traits.can_edit,
+            states.commits_causally,
         )
         # Attention that captures batches of equal queries only has whole blocks as queries.
         self.is_uniform = cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
@@ -199,7 +205,9 @@ class CanvasGraphManager(ModelCudaGraphManager):
                 continue
             num_reqs = max(1, min(self.max_num_reqs, num_tokens // self._rows_per_request()))
             num_queries, longest = num_reqs, length if self.is_uniform else num_tokens
-            if self.shapes.is_block_causal:
+            if self.shapes.commits_causally:  # what is decided, and the active block
+                num_queries = num_reqs if self.is_uniform else 2 * num_reqs
+            elif self.shapes.is_block_causal:
                 num_queries, longest = num_tokens // length + (0 if self.is_uniform else num_reqs), length
             whole = StepDescriptor(
                 cg_mode=CUDAGraphMode.FULL,
@@ -226,8 +234,9 @@ class CanvasGraphManager(ModelCudaGraphManager):
 
     def takes_whole_blocks(self, rows: np.ndarray) -> bool:
         """Whether attention's queries are whole blocks if the requests of a step have so many rows each, ``[R]``."""
-        length = self.shapes.block_length
-        return not (rows % length if self.shapes.is_block_causal else rows - length).any()
+        length, shapes = self.shapes.block_length, self.shapes
+        may_be_several = shapes.is_block_causal and not shapes.commits_causally
+        return not (rows % length if may_be_several else rows - length).any()
 
     def dispatch(
         self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
@@ -364,6 +373,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
             views.get("block_request"),
             graph.max_query_len,
             max_seq_len=None,
+            causal=views.get("block_causal"),
         )
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> torch.Tensor:

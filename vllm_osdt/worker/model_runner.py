@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_osdt.host.attention import check_attention
+from vllm_osdt.host.attention import check_attention, check_causal_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.grammar import grammar_rows
@@ -36,6 +36,7 @@ from vllm_osdt.worker.step_plan import (
     denoise_batch,
     plan_denoise,
     plan_step,
+    split_queries_at_canvas,
     split_queries_by_block,
     step_rows,
 )
@@ -75,14 +76,22 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, unless it has chosen attention that cannot take a block-causal model's blocks."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        if self.model_state.canvas_states.is_block_causal:
-            for group in chain.from_iterable(self.attn_groups):
-                check_attention(group.backend.get_name())
+        states = self.model_state.canvas_states
+        for name in {group.backend.get_name() for group in chain.from_iterable(self.attn_groups)}:
+            if states.is_block_causal:
+                check_attention(name)
+            if states.commits_causally:
+                check_causal_attention(name)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """As vLLM does; the model state finds what the engine core assigned to each request."""
         self.model_state.assignments = _canvas_step(scheduler_output).assignments
         super().add_requests(scheduler_output)  # type: ignore[misc]
+
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """As vLLM does; what is kept of requests that may come back is kept of no others."""
+        super().finish_requests(scheduler_output)  # type: ignore[misc]
+        self.model_state.canvas_states.forget(scheduler_output.finished_req_ids)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does; a step without rows has an output of its own, which takes our report."""
@@ -122,10 +131,14 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         if num_drafts is None:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
         num_computed = self.req_states.num_computed_tokens_np[slots]
-        first_position = _canvas_step(scheduler_output).first_position
+        canvas_step = _canvas_step(scheduler_output)
+        first_position = canvas_step.first_position
         decides_first = np.zeros(num_reqs, dtype=bool)
         if first_position:
             decides_first[:] = [req_id in first_position for req_id in batch_req_state.req_ids]
+        for slot, req_id in zip(slots.tolist(), batch_req_state.req_ids, strict=True) if canvas_step.drafts else ():
+            if req_id in canvas_step.drafts:
+                states.write_draft(slot, *canvas_step.drafts[req_id])
         rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, decides_first)
         runs_as_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
         plan, denoise, pieces, arrays = self._plan(rows, self.decode_query_len if runs_as_graph else None)
@@ -209,7 +222,11 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         states = self.model_state.canvas_states
         plan = plan_step(states, rows, width)
         denoise = plan_denoise(states, rows.slots, plan, rows.decides_first)
-        pieces = split_queries_by_block(states, rows) if states.is_block_causal else None
+        pieces = None
+        if states.commits_causally:
+            pieces = split_queries_at_canvas(rows)
+        elif states.is_block_causal:
+            pieces = split_queries_by_block(states, rows)
         arrays = {
             "positions": plan.positions,
             "source": plan.source,
@@ -239,12 +256,8 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             width = input_batch.denoise.blocks.canvas_index.shape[1]
             rows = grammar_rows(grammar_output, input_batch.req_ids, input_batch.cu_num_logits_np, width, self.device)
             input_batch.denoise = replace(input_batch.denoise, grammar=rows)
-        if input_batch.graph is None and self.head.writes_logits:
-            logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
-            output = self.sampler(logits, input_batch)
-        else:
-            decision, ran_ahead = self._decide(hidden_states, input_batch)
-            output = self.sampler.finish(input_batch, decision, ran_ahead)
+        decision, ran_ahead = self._decide(hidden_states, input_batch)
+        output = self.sampler.finish(input_batch, decision, ran_ahead)
         return output, output.num_sampled, output.num_rejected
 
     def _decide(
@@ -265,8 +278,9 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         if batch.needs_logits:
             # Requests that want no logits have the proposals that they have without the others.
             own = None if self.head.writes_logits else self.head.propose(hidden_states, batch)
-            logits = self.model.compute_logits(hidden_states[: batch.position.shape[0]])
-            return self.sampler.decide_by_logits(logits, batch, own)
+            rows = hidden_states[: batch.position.shape[0]]
+            logits = self.model.compute_logits(rows)
+            return self.sampler.decide_by_logits(logits, batch, own, rows, self.model.compute_logits)
         proposals = self.head.propose(hidden_states, batch)
         return self.sampler.decide(batch, proposals, keeps_masks=batch.recorded is not None)
 
@@ -309,6 +323,7 @@ def _queries(sent: Mapping[str, torch.Tensor], plan: StepPlan, pieces: BlockQuer
         int(seq_lens.max()),
         start_loc,
         seq_lens,
+        sent.get("block_causal"),
     )
 
 

@@ -18,6 +18,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import server_options
 from vllm_osdt.worker.recorder import StepRecorder
 from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.slots import CanvasStates
@@ -31,7 +32,8 @@ class CanvasModelState(ModelState):
     canvas, they attend to all pages of the request; keys and values of rows that do not run stay as the last refresh
     left them. Those of a block-causal model are cut at block boundaries, and each block is to attention a request of
     its own that ends with it; keys and values of all rows are written before any is read, so a block sees the ones
-    before it that run in the same step.
+    before it that run in the same step. Where the model commits causally, the cut is at the active block, and the rows
+    before it are a causal query.
     """
 
     num_new_sampled_tokens_per_step = 0
@@ -41,6 +43,7 @@ class CanvasModelState(ModelState):
         traits: Traits = vllm_config.model_config.hf_config.traits
         row_length = self.model_config.max_model_len + MAX_BLOCK_LENGTH - 1
         self.canvas_states = CanvasStates(self.max_num_reqs, row_length, traits, device)
+        self.canvas_states.load_policies(server_options(vllm_config))
         self.recorder = StepRecorder(self.canvas_states)
         self._piece_tables: dict[int, torch.Tensor] = {}  # by KV group, of steps that run as graphs
         self.assignments: dict[str, Assignment] = {}  # of the step that is being prepared, from the scheduler
@@ -140,7 +143,7 @@ class CanvasModelState(ModelState):
             kv_cache_config=kv_cache_config,
             seq_lens_cpu_upper_bound=seq_lens_cpu,
             for_cudagraph_capture=for_capture,
-            causal=False,
+            causal=False if queries.causal is None else queries.causal,
         )
 
     def _tables_of_pieces(

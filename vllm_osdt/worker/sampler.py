@@ -4,21 +4,30 @@ Source: LLaDA (arXiv 2502.09992) for proposals and confidence; Fast-dLLM (arXiv 
 2511.02077) for the rules, which ``vllm_osdt.policies`` turns into parameters.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from csrc_triton import Proposals, implementations
+from csrc_triton import Proposals, Rules, UnmaskResult, implementations
+from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
+from vllm_osdt.policies.base import MAX_READINGS
 from vllm_osdt.worker.logprobs import LogprobStore
+from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
+from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
 from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
-from vllm_osdt.worker.shaping import CHUNK_ELEMENTS, LogitShaping
+from vllm_osdt.worker.shaping import LogitShaping
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch
+from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch
+
+Readings = Sequence[torch.Tensor | None]  # of each policy that adjusts a step
 
 
 class CanvasSampler:
@@ -43,6 +52,8 @@ class CanvasSampler:
         self.states = states
         self.recorder = recorder
         self.shaping = LogitShaping(sampler, states)
+        self._modifying = LogitModifying(states)
+        self._reader = PolicyReader(states, self.shaping)
         mode = sampler.logprobs_mode
         self._reads_processed = mode.startswith("processed")
         self._logprobs = LogprobStore(
@@ -64,43 +75,47 @@ class CanvasSampler:
         self.shaping.apply_staged_writes()
 
     def __call__(self, logits: torch.Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
-        """Sample one step.
+        """What vLLM measures the memory of, with a dummy batch.
 
         Args:
-            logits: ``[M, vocabulary]``, one row per position of the active blocks that is masked or may be edited.
-            input_batch: A ``CanvasInputBatch``; vLLM's dummy batch while memory is measured.
+            logits: ``[M, vocabulary]``.
+            input_batch: vLLM's.
             draft_logits: Unused, part of vLLM's interface.
         """
-        batch: DenoiseBatch | None = getattr(input_batch, "denoise", None)
-        if batch is None:
-            token, _ = self._confidence(logits, self.states.mask_token_id, None, None)
-            self.shaping.measure()
-            none = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
-            return SamplerOutput(token[:, None], None, None, num_sampled=none, num_rejected=none)
-
-        return self.finish(input_batch, self.decide_by_logits(logits, batch))
+        token, _ = self._confidence(logits, self.states.mask_token_id, None, None)
+        self.shaping.measure()
+        none = torch.zeros(logits.shape[0], dtype=torch.int32, device=logits.device)
+        return SamplerOutput(token[:, None], None, None, num_sampled=none, num_rejected=none)
 
     def decide_by_logits(
-        self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals | None = None
+        self,
+        logits: torch.Tensor,
+        batch: DenoiseBatch,
+        proposals: Proposals | None,
+        hidden: torch.Tensor,
+        compute_logits: ComputeLogits,
     ) -> Decision:
         """Propose and decide, and keep the log probabilities that are asked for.
 
         Args:
-            logits: ``[M, vocabulary]``.
+            logits: ``[M, vocabulary]``, one row per position of the active blocks that is masked or may be edited.
             batch: The step.
             proposals: What the model proposes by itself, where that is known; changed in place.
+            hidden: ``[at least M, hidden_size]``, of which the logits were made.
+            compute_logits: The model's output layer.
         """
-        proposals = self.propose(logits, batch, proposals)
+        proposals, modified = self._propose(logits, batch, proposals)
+        readings = self._reader.read(modified, batch, proposals, hidden, compute_logits)
         blocks, scored = batch.blocks, batch.scored
         keeps_masks = batch.recorded is not None
         if scored is None:
-            return self.decide(batch, proposals, keeps_masks=keeps_masks)
+            return self.decide(batch, proposals, keeps_masks=keeps_masks, readings=readings)
         offset = proposals.position[scored.rows] % blocks.canvas_index.shape[1]
         before = written = None
         if batch.edit_threshold is not None:
             before, written = self._logprobs.read(scored.slots, offset), blocks.cells[blocks.canvas_index]
         self._keep_logprobs(logits, batch, proposals)
-        decision = self.decide(batch, proposals, keeps_masks=keeps_masks)
+        decision = self.decide(batch, proposals, keeps_masks=keeps_masks, readings=readings)
         if before is not None and written is not None:  # a written token that stays keeps its own
             assert decision.is_masked is not None
             is_new = decision.is_masked | (proposals.of_grid(written) != proposals.of_grid(decision.canvas))
@@ -134,24 +149,36 @@ class CanvasSampler:
 
     def propose(self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals | None = None) -> Proposals:
         """What the model proposes where logits were read; arguments of :meth:`decide_by_logits`."""
+        return self._propose(logits, batch, proposals)[0]
+
+    def _propose(
+        self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals | None
+    ) -> tuple[Proposals, StepLogits]:
+        """As :meth:`propose`, and the logits with what modifiers add."""
         logits = logits[: batch.position.shape[0]]
         noise = batch.temperature, batch.noise_key
         if proposals is None:
             found = self._confidence(logits, self.states.mask_token_id, *noise, batch.by_entropy)
             proposals = Proposals(batch.position, *found)
+        modified = self._modifying.modify(logits, batch, proposals)
         if batch.shaped is not None:
             found = proposals.token, proposals.confidence
-            self.shaping.propose(logits, batch.shaped, *noise, *found, batch.by_entropy, batch.grammar)
-        return proposals
+            self.shaping.propose(modified, batch.shaped, *noise, *found, batch.by_entropy, batch.grammar)
+        return proposals, modified
 
-    def decide(self, batch: DenoiseBatch, proposals: Proposals, *, keeps_masks: bool) -> Decision:
+    def decide(
+        self, batch: DenoiseBatch, proposals: Proposals, *, keeps_masks: bool, readings: Readings = ()
+    ) -> Decision:
         """Edit and unmask, by the requests' rules.
 
         Args:
             batch: The step.
             proposals: Of :meth:`propose`.
             keeps_masks: Whether the masks before the step are kept.
+            readings: What policies have read off logits; empty where no policy has.
         """
+        if batch.cut:
+            batch = self._cut_blocks(batch, proposals)
         states, blocks = self.states, batch.blocks
         width = blocks.canvas_index.shape[1]
         before = states.masked[blocks.slots, :width] if keeps_masks else None
@@ -159,14 +186,14 @@ class CanvasSampler:
         if batch.edit_threshold is not None:
             is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
         if batch.adjusted:
-            canvas, confidence, result = self._unmask_adjusted(batch, proposals)
+            canvas, confidence, result = self._unmask_adjusted(batch, proposals, readings)
         elif batch.grammar is not None:
             token, confidence = proposals.to_grids(*blocks.canvas_index.shape)
             score, rules = batch.grammar.restrict(token, confidence, batch.rules)
             allowed = proposals._replace(confidence=proposals.of_grid(score))
-            canvas, _, result = self._unmask(blocks, allowed, rules)
+            canvas, _, result = self._unmask_and_confirm(batch, allowed, rules, proposals)
         else:
-            canvas, confidence, result = self._unmask(blocks, proposals, batch.rules)
+            canvas, confidence, result = self._unmask_and_confirm(batch, proposals, batch.rules, proposals)
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
         num_ready = result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0)
         return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready)
@@ -182,7 +209,8 @@ class CanvasSampler:
         batch: DenoiseBatch = input_batch.denoise
         num_reqs, width = batch.slots_np.size, decision.canvas.shape[1]
         if decision.after is not None:
-            self.states.copy_masks_to_host(batch.slots_np, decision.after, width)
+            limit = self.states.block_limit.index_select(0, batch.slots) if batch.has_cuts else None
+            self.states.copy_masks_to_host(batch.slots_np, decision.after, width, limit)
         recorded = None
         if batch.recorded is not None:
             recorded = grids_to_record(self.states, batch, decision)
@@ -199,23 +227,37 @@ class CanvasSampler:
             num_rejected=self._no_rejected[:num_reqs],
         )
 
-    def _unmask_adjusted(self, batch: DenoiseBatch, proposals: Proposals) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def _unmask_and_confirm(
+        self, batch: DenoiseBatch, changed: Proposals, rules: Rules, proposals: Proposals
+    ) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
+        """Unmask by the rules, and take drafted tokens that the model proposes.
+
+        Args:
+            batch: The step.
+            changed: With the scores that the rules read.
+            rules: By block.
+            proposals: With the model's own confidence.
+        """
+        canvas, confidence, result = self._unmask(batch.blocks, changed, rules)
+        if batch.draft_threshold is not None:
+            drafts = self.states.drafts
+            canvas, result = confirm(batch.blocks, proposals, drafts, batch.draft_threshold, result)
+        return canvas, confidence, result
+
+    def _unmask_adjusted(
+        self, batch: DenoiseBatch, proposals: Proposals, readings: Readings
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy."""
-        width = batch.blocks.canvas_index.shape[1]
-        token, score = proposals.to_grids(*batch.blocks.canvas_index.shape)
-        parameter = batch.rules.parameter.clone()
-        masked = self.states.masked[batch.blocks.slots, :width]
+        states, width = self.states, batch.blocks.canvas_index.shape[1]
+        token, confidence = proposals.to_grids(*batch.blocks.canvas_index.shape)
+        score, parameter = confidence.clone(), batch.rules.parameter.clone()
+        masked = states.masked[batch.blocks.slots, :width]
         score.masked_fill_(~masked, NO_CONFIDENCE)  # a request that edits has logits of written positions too
         steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
-        for adjusted in batch.adjusted:
-            rows, slots = adjusted.rows, adjusted.slots
-            step = Step(
-                score[rows],
-                parameter[rows],
-                self.states.constants[slots],
-                self.states.policy_state[slots],
-                adjusted.step_index,
-            )
+        for adjusted, reading in zip_longest(batch.adjusted, readings):
+            rows = adjusted.rows
+            step = self._step(batch, adjusted, states.constants, score, parameter, token, reading)
+            step = step._replace(tensors=states.policy_tensors.get(adjusted.policy.name, {}))
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
             steps.append((adjusted, step, masked[rows]))
@@ -223,9 +265,65 @@ class CanvasSampler:
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(token, score, rules)
         changed = proposals._replace(confidence=proposals.of_grid(allowed))
-        canvas, _, result = self._unmask(batch.blocks, changed, rules)
+        canvas, _, result = self._unmask_and_confirm(batch, changed, rules, proposals)
         for adjusted, step, before in steps:
-            after = self.states.masked[adjusted.slots, :width]
-            adjusted.policy.observe(step, before & ~after)
-            self.states.policy_state[adjusted.slots] = step.state
-        return canvas, score, result
+            slots, policy = adjusted.slots, adjusted.policy
+            policy.observe(step, before & ~states.masked[slots, :width])
+            states.policy_state[slots], states.policy_carry[slots] = step.state, step.carry
+            if policy.memory_size:
+                states.policy_memory[slots, :width, : policy.memory_size] = step.memory
+        return canvas, confidence.masked_fill(~masked, NO_CONFIDENCE), result
+
+    def _cut_blocks(self, batch: DenoiseBatch, proposals: Proposals) -> DenoiseBatch:
+        """The step with the blocks that are entered as long as their cutters say; positions behind them are left."""
+        states, blocks, width = self.states, batch.blocks, batch.blocks.canvas_index.shape[1]
+        token, score = proposals.to_grids(*blocks.canvas_index.shape)
+        score.masked_fill_(~states.masked[blocks.slots, :width], NO_CONFIDENCE)
+        num_output_positions = blocks.num_output_positions.clone()
+        place = torch.arange(width, device=score.device)
+        for one in batch.cut:
+            step = self._step(batch, one, states.cut_constants, score, batch.rules.parameter, token)
+            length = one.cutter.cut(step).clamp(1, width).to(torch.int32)
+            states.block_limit[one.slots] = length
+            states.masked[one.slots, :width] &= place < length[:, None]
+            num_output_positions[one.rows] = torch.minimum(num_output_positions[one.rows], length)
+        return replace(batch, blocks=blocks._replace(num_output_positions=num_output_positions))
+
+    def _step(
+        self,
+        batch: DenoiseBatch,
+        of: AdjustedRows | CutRows,
+        constants: torch.Tensor,
+        score: torch.Tensor,
+        parameter: torch.Tensor,
+        token: torch.Tensor,
+        reading: torch.Tensor | None = None,
+    ) -> Step:
+        """What the requests of a policy or cutter see of a step.
+
+        Args:
+            batch: The step.
+            of: The requests.
+            constants: float32 ``[slots, 8]``.
+            score, parameter, token: Of the whole batch.
+            reading: See ``policies.Step``.
+        """
+        states, rows, slots = self.states, of.rows, of.slots
+        own, memory_size = score[rows], of.policy.memory_size if isinstance(of, AdjustedRows) else 0
+        return Step(
+            own,
+            parameter[rows],
+            constants[slots],
+            states.policy_state[slots],
+            of.step_index,
+            own.clone(),
+            token[rows],
+            own != NO_CONFIDENCE,
+            states.policy_memory[slots, : own.shape[1], :memory_size],
+            own.new_zeros(*own.shape, MAX_READINGS) if reading is None else reading,
+            states.policy_carry[slots],
+            of.block_index,
+            of.num_left,
+            of.num_positions,
+            batch.blocks.end_token_ids[rows],
+        )

@@ -20,10 +20,10 @@ from vllm.v1.worker.gpu.sample.penalties import use_penalty
 
 from csrc_triton import implementations
 from vllm_osdt.worker.grammar import GrammarRows
+from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, StepLogits
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import LogitRows
 
-CHUNK_ELEMENTS = 1 << 23  # logits that are changed at once: 32 MiB of fp32
 NUM_TEMPORARIES = 10  # copies of them, and counts by token of prompt and output, in 4 bytes each
 
 
@@ -69,7 +69,7 @@ class LogitShaping:
 
     def propose(
         self,
-        logits: torch.Tensor,
+        logits: StepLogits,
         shaped: LogitRows,
         temperature: torch.Tensor | None,
         noise_key: torch.Tensor | None,
@@ -81,17 +81,17 @@ class LogitShaping:
         """Put the proposals of the rows of :class:`LogitRows` in place of the model's own.
 
         Args:
-            logits: ``[M, vocabulary]``, as the model wrote them; not modified.
+            logits: M rows.
             shaped: The rows.
             temperature, noise_key, by_entropy: ``[M]``, see ``csrc_triton.confidence``.
             token, confidence: int64 and fp32 ``[M]``, written in place.
             grammar: What the step's grammars allow.
         """
         size = shaped.rows.shape[0]
-        step = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        step = max(1, CHUNK_ELEMENTS // logits.written.shape[1])
         for start in range(0, size, step):
             part = shaped.part(start, start + step)
-            own = logits.index_select(0, part.rows).float()
+            own = logits.rows(part.rows)
             of_part = [None if one is None else one[part.rows] for one in (temperature, noise_key, by_entropy)]
             left = self.shape(own.clone(), part, of_part[0], grammar)
             found, share = self._confidence(left, self._states.mask_token_id, *of_part)

@@ -7,7 +7,7 @@ that runs beside the engine's own copy of the output. Schedules come from the en
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +18,19 @@ from vllm.v1.core.sched.output import NewRequestData
 from csrc_triton.cpu import compiled
 from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.messages import Assignment, RequestSpec
+from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.policies import POLICIES
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE
+from vllm_osdt.options import DecodingOptions, ServerOptions
+from vllm_osdt.policies import MODIFIERS, POLICIES, Schedule
+from vllm_osdt.policies.adablock import ADABLOCK
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
 
+Carry = torch.Tensor | float
 MAX_END_TOKENS = 8  # of a request that its blocks are searched for
 RUN_AHEAD_SHARE = 0.75  # of a step's blocks that should go on, for another step to be launched behind it
+# index + 1 in HostTables.cuts
+CUTTERS: tuple[Cutter, ...] = (ADABLOCK, *(policy for policy in POLICIES.values() if policy.cuts_blocks))
 ADJUSTING = tuple(name for name, policy in POLICIES.items() if policy.adjusts)  # index + 1 in HostTables.adjusts
 
 
@@ -50,6 +55,8 @@ class HostTables(NamedTuple):
 
     canvas_start: np.ndarray  # int64, see geometry.Canvas
     canvas_end: np.ndarray  # int64, position behind the part of the canvas that has been computed
+    first_end: np.ndarray  # int64, position behind the part of the canvas that is there at first
+    last_end: np.ndarray  # int64, position behind all of the canvas
     max_output_end: np.ndarray  # int64
     block_length: np.ndarray  # int64; 0: the slot has no canvas
     block_start: np.ndarray  # int64, position of the active block; -1: none yet
@@ -71,6 +78,9 @@ class HostTables(NamedTuple):
     sub_block_length: np.ndarray  # int64, 0: none
     sub_block_cache: np.ndarray  # bool
     adjusts: np.ndarray  # int8, the policy that adjusts its steps: place in ADJUSTING, from 1; 0: none
+    modifies: np.ndarray  # int64, a bit for each of MODIFIERS that it has
+    by_entropy: np.ndarray  # bool, its confidences are of entropies
+    reads_logits: np.ndarray  # bool, its policy reads its logits
     prompt_end: np.ndarray  # int64, prompt tokens
     is_shaped: np.ndarray  # bool, its logits are changed before a token is proposed
     penalizes: np.ndarray  # bool, by the tokens that are there among other things
@@ -78,6 +88,11 @@ class HostTables(NamedTuple):
     filters_confidence: np.ndarray  # bool, its confidence is the proposal's share of what is left
     num_logprobs: np.ndarray  # int32, log probabilities of each token besides its own; -1: none at all
     pinned: np.ndarray  # bool [slots, row_length], positions of the canvas that the request gives
+    cuts: np.ndarray  # int8, what says how long its blocks are: place in CUTTERS, from 1; 0: nothing
+    block_limit: np.ndarray  # int32, positions of the active block where that is cut; 0: not known yet
+    is_dual: np.ndarray  # bool, its steps between refreshes compute the active block alone
+    may_end: np.ndarray  # bool [slots, row_length], positions of holes that an end token may end
+    draft_threshold: np.ndarray  # float32, confidence that confirms a drafted token; infinite without a draft
 
 
 class CanvasStates:
@@ -94,6 +109,7 @@ class CanvasStates:
         self.mask_token_id = traits.mask_token_id
         self.logits_shift = traits.logits_shift
         self.is_block_causal = traits.is_block_causal
+        self.commits_causally = traits.commits_causally
         self._slot_of: dict[str, int] = {}
         self.observed: set[str] = set()  # ids of the requests of which the engine core wants more than tokens
 
@@ -107,9 +123,28 @@ class CanvasStates:
         # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
         self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self.policy_carry = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self._carry_at_entry = self.policy_carry.clone()  # when the active block was entered
+        # Of preempted requests: first position of their block, and both of the above.
+        self._kept_carry: dict[str, tuple[int, Carry, Carry]] = {}
+        self.cut_constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
+        self.block_limit = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)  # as HostTables.block_limit
+        self.policy_memory = torch.zeros(
+            max_num_reqs, MAX_BLOCK_LENGTH, 0, device=device
+        )  # of positions; grows when asked for
+        # Of requests with modifiers, by place in MODIFIERS: numbers of the request, and of positions, likewise.
+        self.modifier_constants = torch.zeros(len(MODIFIERS), max_num_reqs, MAX_CONSTANTS, device=device)
+        self.modifier_memory = [self.policy_memory.clone() for _ in MODIFIERS]
+        self.policy_tensors: dict[str, Mapping[str, torch.Tensor]] = {}  # by policy, of the operator's files
+        # Drafted tokens of the cells, -1 for none; there once a request has a draft.
+        self.drafts = torch.empty(0, dtype=torch.int32, device=device)
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
         self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
+        self._limit_host = self.block_limit if is_host else torch.zeros_like(self.block_limit, device="cpu")
+        if not is_host:
+            self._limit_host = self._limit_host.pin_memory()
+        self._limit_pending = False
         self._copied = None if is_host else torch.cuda.Event()
         self._copy_pending: np.ndarray | None = None  # slots
         self._copy_width = 0
@@ -120,6 +155,8 @@ class CanvasStates:
         self.host = HostTables(
             canvas_start=np.zeros(max_num_reqs, dtype=np.int64),
             canvas_end=np.zeros(max_num_reqs, dtype=np.int64),
+            first_end=np.zeros(max_num_reqs, dtype=np.int64),
+            last_end=np.zeros(max_num_reqs, dtype=np.int64),
             max_output_end=np.zeros(max_num_reqs, dtype=np.int64),
             block_length=np.zeros(max_num_reqs, dtype=np.int64),
             block_start=np.full(max_num_reqs, -1, dtype=np.int64),
@@ -141,6 +178,9 @@ class CanvasStates:
             sub_block_length=np.zeros(max_num_reqs, dtype=np.int64),
             sub_block_cache=np.zeros(max_num_reqs, dtype=bool),
             adjusts=np.zeros(max_num_reqs, dtype=np.int8),
+            modifies=np.zeros(max_num_reqs, dtype=np.int64),
+            by_entropy=np.zeros(max_num_reqs, dtype=bool),
+            reads_logits=np.zeros(max_num_reqs, dtype=bool),
             prompt_end=np.zeros(max_num_reqs, dtype=np.int64),
             is_shaped=np.zeros(max_num_reqs, dtype=bool),
             penalizes=np.zeros(max_num_reqs, dtype=bool),
@@ -148,6 +188,11 @@ class CanvasStates:
             filters_confidence=np.zeros(max_num_reqs, dtype=bool),
             num_logprobs=np.full(max_num_reqs, -1, dtype=np.int32),
             pinned=np.zeros((max_num_reqs, row_length), dtype=bool),
+            cuts=np.zeros(max_num_reqs, dtype=np.int8),
+            block_limit=self.block_limit.numpy() if is_host else np.zeros(max_num_reqs + 1, dtype=np.int32),
+            is_dual=np.zeros(max_num_reqs, dtype=bool),
+            may_end=np.zeros((max_num_reqs, row_length), dtype=bool),
+            draft_threshold=np.full(max_num_reqs, np.inf, dtype=np.float32),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -158,14 +203,17 @@ class CanvasStates:
         self._slot_of[new.req_id] = slot
         row = np.full(canvas.end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
-        host.pinned[slot] = False
+        host.pinned[slot] = host.may_end[slot] = False
         if spec.pinned is not None:
             tokens, start = np.array(spec.pinned, dtype=np.int32), len(new.prompt_token_ids or ())
             given = start + np.flatnonzero(tokens >= 0)
             row[given], host.pinned[slot, given] = tokens[given - start], True
+            host.may_end[slot, start : start + tokens.size] = tokens == OPEN_HOLE
         self.token_ids[slot, : canvas.end] = to_device(row, self.device)
         host.canvas_start[slot] = canvas.start
         host.canvas_end[slot] = 0
+        host.first_end[slot] = canvas.end if canvas.first_end is None else canvas.first_end
+        host.last_end[slot] = canvas.end
         host.max_output_end[slot] = canvas.max_output_end
         host.block_length[slot] = canvas.block_length
         host.block_start[slot] = -1
@@ -180,7 +228,7 @@ class CanvasStates:
             host.fallback[slot, : parameters.size] = schedule.fallback.ravel()
         host.temperature[slot] = params.temperature
         host.seed[slot] = _seed(new.req_id, params.seed)
-        host.end_token_ids[slot] = -1 if spec.pinned is not None else _end_token_ids(params)
+        host.end_token_ids[slot] = _end_token_ids(params)
         host.has_grammar[slot] = assignment.has_grammar
         host.is_recorded[slot] = assignment.is_recorded or assignment.has_grammar
         host.is_watched[slot] = assignment.is_watched
@@ -189,15 +237,75 @@ class CanvasStates:
         host.sub_block_length[slot] = options.sub_block_length or 0
         host.sub_block_cache[slot] = options.sub_block_cache
         host.prompt_end[slot] = len(new.prompt_token_ids or ())
+        host.draft_threshold[slot] = np.inf
+        if assignment.has_drafts:
+            self._clear_draft(slot, options.draft_threshold)
+            self.write_draft(slot, int(host.prompt_end[slot]), spec.draft or [])
         host.filters_confidence[slot] = options.filtered_confidence
         if host.is_recorded[slot] or assignment.is_watched or options.refresh_confidence > 0:
             self.observed.add(new.req_id)
         policy = assignment.policy or options.policy
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
+        host.is_dual[slot] = options.cache_mode == "dual"
+        self._set_cutter(slot, options, POLICIES[policy], schedule)
+        host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
-            constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
-            constants[: len(schedule.constants)] = schedule.constants
-            self.constants[slot] = to_device(constants, self.device)
+            self.constants[slot] = self._constants(schedule.constants)
+            self.policy_carry[slot] = self._carry_of(new.req_id, num_prefill)
+            self.policy_memory = _with_room(self.policy_memory, POLICIES[policy].memory_size)
+        host.modifies[slot] = 0
+        for number, modifier in enumerate(MODIFIERS):
+            if modifier.is_on(options):
+                host.modifies[slot] |= 1 << number
+                self.modifier_constants[number, slot] = self._constants(modifier.constants(options))
+                size = modifier.memory_size(canvas.block_length)
+                self.modifier_memory[number] = _with_room(self.modifier_memory[number], size)
+
+    def _carry_of(self, req_id: str, num_decided: int) -> Carry:
+        """What a policy kept of a request that has so many decided positions, before its next block; 0 at its start."""
+        block_start, at_entry, at_end = self._kept_carry.pop(req_id, (num_decided, 0.0, 0.0))
+        return at_end if num_decided > block_start else at_entry
+
+    def forget(self, req_ids: Iterable[str]) -> None:
+        """Requests have ended: what is kept for those that come back goes."""
+        for req_id in req_ids:
+            self._kept_carry.pop(req_id, None)
+
+    def load_policies(self, operator: ServerOptions) -> None:
+        """Read what policies have in files that the operator names."""
+        for name, policy in POLICIES.items():
+            found = {key: tensor.to(self.device) for key, tensor in policy.tensors(operator).items()}
+            if found:
+                self.policy_tensors[name] = found
+
+    def _constants(self, values: Sequence[float]) -> torch.Tensor:
+        """Numbers of a request, float32 ``[8]``."""
+        constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
+        constants[: len(values)] = values
+        return to_device(constants, self.device)
+
+    def _set_cutter(self, slot: int, options: DecodingOptions, policy: Policy, schedule: Schedule) -> None:
+        """Fill in what says how long a request's blocks are."""
+        cutter: Cutter | None = policy if policy.cuts_blocks else None
+        if options.adablock:
+            cutter = ADABLOCK
+        self.host.cuts[slot] = 0
+        if cutter is not None:
+            self.host.cuts[slot] = CUTTERS.index(cutter) + 1
+            constants = ADABLOCK.constants(options) if cutter is ADABLOCK else schedule.constants
+            self.cut_constants[slot] = self._constants(constants)
+
+    def _clear_draft(self, slot: int, threshold: float) -> None:
+        """A request with drafts takes the slot; nothing is drafted yet."""
+        if not self.drafts.numel():
+            self.drafts = torch.full_like(self.cells, -1)
+        self.drafts[:-1].view(self.token_ids.shape)[slot] = -1
+        self.host.draft_threshold[slot] = threshold
+
+    def write_draft(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        """Draft the tokens of a request from position ``start`` on, -1 for none."""
+        own = self.drafts[:-1].view(self.token_ids.shape)[slot]
+        own[start : start + len(tokens)] = to_device(np.array(tokens, dtype=np.int32), self.device)
 
     def remove_request(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
@@ -205,10 +313,13 @@ class CanvasStates:
         self.observed.discard(req_id)
         if slot is not None:
             host = self.host
+            if host.adjusts[slot] and host.block_start[slot] >= 0:
+                carry = self._carry_at_entry[slot].clone(), self.policy_carry[slot].clone()
+                self._kept_carry[req_id] = (int(host.block_start[slot]), *carry)
             host.block_length[slot] = 0
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
-            host.adjusts[slot] = 0
+            host.adjusts[slot] = host.cuts[slot] = host.modifies[slot] = 0
             host.is_shaped[slot] = host.has_grammar[slot] = False
             host.num_logprobs[slot] = -1
 
@@ -235,6 +346,9 @@ class CanvasStates:
             self._copied.synchronize()  # long done: the engine has read the output of that step
             slots_of_copy, width = self._copy_pending, self._copy_width
             self.host.masked[slots_of_copy, :width] = self._masked_host[: slots_of_copy.size, :width].numpy()
+            if self._limit_pending:
+                self.host.block_limit[slots_of_copy] = self._limit_host[: slots_of_copy.size].numpy()
+                self._limit_pending = False
             self._copy_pending = None
         is_new = np.empty(slots.size, dtype=bool)
         _enter_blocks(self.host, slots, block_start, num_active, is_new)
@@ -246,7 +360,8 @@ class CanvasStates:
         is_host = self.device.type == "cpu"  # masks are shared
         if not entered.size:
             return {}
-        if is_host and not (np.isfinite(host.edit_threshold[entered]).any() or host.adjusts[entered].any()):
+        keeps = np.isfinite(host.edit_threshold[entered]) | (host.adjusts[entered] > 0) | (host.modifies[entered] > 0)
+        if is_host and not keeps.any():
             return {}
         return {"entered": entered} | ({} if is_host else {"entered_masks": host.masked[entered]})
 
@@ -264,6 +379,12 @@ class CanvasStates:
         self.num_post_steps[entered] = 0
         if self.host.adjusts[self._entered].any():
             self.policy_state[entered] = 0.0
+            self._carry_at_entry[entered] = self.policy_carry[entered]
+            if self.policy_memory.shape[2]:
+                self.policy_memory[entered] = 0.0
+        if self.host.modifies[self._entered].any():
+            for memory in self.modifier_memory:
+                memory[entered] = 0.0
 
     def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
         """Whether the next step of these requests has the rows of the one that is being prepared, as far as is known.
@@ -278,7 +399,7 @@ class CanvasStates:
         """
         host = self.host
         steps = host.step[slots]
-        if (host.is_recorded[slots] | host.reports_confidence[slots]).any():
+        if (host.is_recorded[slots] | host.reports_confidence[slots] | (host.cuts[slots] > 0)).any():
             return False
         if not (steps.all() and num_active.all()) or host.sub_block_length[slots].any():
             return False
@@ -290,18 +411,33 @@ class CanvasStates:
         self._seen[slots] = np.stack([host.block_start[slots], steps, left], axis=1)
         return bool((left * num_steps > removed).mean() >= RUN_AHEAD_SHARE)
 
-    def copy_masks_to_host(self, slots_np: np.ndarray, masks: torch.Tensor, width: int) -> None:
+    def copy_masks_to_host(
+        self, slots_np: np.ndarray, masks: torch.Tensor, width: int, limit: torch.Tensor | None = None
+    ) -> None:
         """Start copying the masks that a step left; :meth:`begin_step` picks them up.
 
         Args:
             slots_np: ``[num_reqs]`` slots, on the host.
             masks: bool ``[num_reqs or more, MAX_BLOCK_LENGTH]`` of those slots, on the device.
             width: Longest block among them.
+            limit: int32 ``[num_reqs or more]``, how long the blocks are, where some have been cut.
         """
         self._masked_host[: slots_np.size].copy_(masks[: slots_np.size], non_blocking=True)
+        if limit is not None:
+            self._limit_host[: slots_np.size].copy_(limit[: slots_np.size], non_blocking=True)
+            self._limit_pending = True
         assert self._copied is not None
         self._copied.record()
         self._copy_pending, self._copy_width = slots_np, width
+
+
+def _with_room(memory: torch.Tensor, size: int) -> torch.Tensor:
+    """Memory of positions, ``[..., size]`` at least; what is there is kept."""
+    if size <= memory.shape[-1]:
+        return memory
+    grown = memory.new_zeros(*memory.shape[:-1], size)
+    grown[..., : memory.shape[-1]] = memory
+    return grown
 
 
 @compiled()
@@ -314,7 +450,7 @@ def _enter_blocks(
         is_new[req] = num_active[req] > 0 and host.block_start[slot] != block_start[req]
         host.step[slot] += num_active[req] > 0
         if is_new[req]:
-            host.block_start[slot], host.step[slot] = block_start[req], 0
+            host.block_start[slot], host.step[slot], host.block_limit[slot] = block_start[req], 0, 0
             size = min(host.block_length[slot], num_active[req])
             for k in range(host.masked.shape[1]):
                 host.masked[slot, k] = k < size and not host.pinned[slot, block_start[req] + k]

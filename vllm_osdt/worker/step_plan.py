@@ -10,21 +10,15 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
-from vllm_osdt.policies import POLICIES, Policy
+from csrc_triton.types import ENTROPY_SCALE
+from vllm_osdt.policies import MODIFIERS, POLICIES, Policy
+from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.grammar import GrammarRows
-from vllm_osdt.worker.slots import ADJUSTING, CanvasStates, HostTables
+from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
-TOP_K, ENTROPY_BOUND = int(Rule.TOP_K), int(Rule.ENTROPY_BOUND)
-
-
-class AdjustedRows(NamedTuple):
-    """The requests of a policy that adjusts its steps; S of them."""
-
-    policy: Policy
-    rows: torch.Tensor  # int64 [S], which of the batch's requests
-    slots: torch.Tensor  # int64 [S]
-    step_index: torch.Tensor  # int64 [S], denoising steps that the block has seen before
+NOWHERE = 2**30  # a place behind all minima of output
+TOP_K = int(Rule.TOP_K)
 
 
 class LogitRows(NamedTuple):
@@ -35,7 +29,7 @@ class LogitRows(NamedTuple):
         rows_np: int64 ``[S]``, the same as ``rows``, likewise.
         rows: int64 ``[S]``, which of the M.
         slots: int32 ``[S]``, the same as ``slots_np``.
-        place: int64 ``[S]``, position of the token that each predicts.
+        place: int64 ``[S]``, position of the token that each predicts; ``NOWHERE`` where ``min_tokens`` is not asked.
         asks_share: bool ``[S]``, whose confidence is their share of what is left; None when no row's is.
         penalties: float64 ``[S, 5]``, presence, frequency and repetition penalty, end of prompt, end of canvas; None
             when no row has a penalty.
@@ -52,6 +46,67 @@ class LogitRows(NamedTuple):
     def part(self, start: int, stop: int) -> "LogitRows":
         """Rows ``start`` to ``stop`` of them."""
         return LogitRows._make(None if one is None else one[start:stop] for one in self)
+
+
+class ReadRows(NamedTuple):
+    """The logit rows that a policy reads, S of a step's M: those of its requests' masked positions.
+
+    Attributes:
+        rows: int64 ``[S]``, which of the M.
+        request: int64 ``[S]``, whose each is: which of the policy's requests.
+        offset: int64 ``[S]``, position in the active block.
+        shaped: Those of them whose logits are changed; None without any.
+        shaped_np: int64, on the host: which of the S those are.
+    """
+
+    rows: torch.Tensor
+    request: torch.Tensor
+    offset: torch.Tensor
+    shaped: LogitRows | None
+    shaped_np: np.ndarray
+
+
+class CutRows(NamedTuple):
+    """The requests whose blocks are cut in a step, of one cutter; S of them."""
+
+    cutter: Cutter
+    rows: torch.Tensor  # int64 [S], which of the batch's requests
+    slots: torch.Tensor  # int64 [S]
+    step_index: torch.Tensor  # int64 [S], as in policies.Step, like the rest
+    block_index: torch.Tensor  # int64 [S]
+    num_left: torch.Tensor  # int64 [S]
+    num_positions: torch.Tensor  # int64 [S]
+
+
+class AdjustedRows(NamedTuple):
+    """The requests of a policy that adjusts its steps; S of them, see ``policies.Step``."""
+
+    policy: Policy
+    rows: torch.Tensor  # int64 [S], which of the batch's requests
+    slots: torch.Tensor  # int64 [S]
+    step_index: torch.Tensor  # int64 [S]
+    block_index: torch.Tensor  # int64 [S]
+    num_left: torch.Tensor  # int64 [S]
+    num_positions: torch.Tensor  # int64 [S]
+    read: ReadRows | None  # where the policy reads logits
+
+
+class ModifiedRequests(NamedTuple):
+    """The logit rows of the requests that have a modifier, S of a step's M: those of their masked positions.
+
+    Attributes:
+        number: Place of the modifier in ``policies.MODIFIERS``.
+        rows: int64 ``[S]``, which of the M.
+        slots: int64 ``[S]``, of the request of each.
+        offset: int64 ``[S]``, position in the active block.
+        step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
+    """
+
+    number: int
+    rows: torch.Tensor
+    slots: torch.Tensor
+    offset: torch.Tensor
+    step_index: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -71,7 +126,10 @@ class DenoiseBatch:
         noise_key: int64 ``[M]``, or None likewise.
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
         edit_threshold: float32 ``[R]``, infinite where nothing is edited, or None when no request edits.
+        draft_threshold: float32 ``[R]``, infinite where nothing is drafted, or None when no request has a draft.
         adjusted: The requests whose policy adjusts the step, by policy.
+        has_cuts: Whether the blocks of some requests are, or will be, shorter than ``block_length``.
+        cut: The requests whose blocks are cut in this step, by cutter.
         recorded_np: int64 ``[C]``, on the host: which of the batch's requests calibrate or have a grammar.
         recorded: The same on the device, None where none does.
         shaped: Rows whose logits are changed before a token is proposed; None without any.
@@ -79,6 +137,7 @@ class DenoiseBatch:
         num_scores: Log probabilities returned of each token, besides its own, of the request that asks for most; -1
             when none asks.
         grammar: What grammars allow, which comes after the model has run; None where no request has one.
+        modified: The rows of each modifier that a request has.
         asking: int64 ``[A]`` slots of the requests that ask for them, None when none does.
     """
 
@@ -93,7 +152,10 @@ class DenoiseBatch:
     noise_key: torch.Tensor | None
     by_entropy: torch.Tensor | None
     edit_threshold: torch.Tensor | None
+    draft_threshold: torch.Tensor | None
     adjusted: list[AdjustedRows]
+    has_cuts: bool
+    cut: list[CutRows]
     recorded_np: np.ndarray
     recorded: torch.Tensor | None
     shaped: LogitRows | None = None
@@ -101,23 +163,29 @@ class DenoiseBatch:
     num_scores: int = -1
     asking: torch.Tensor | None = None
     grammar: GrammarRows | None = None
+    modified: tuple[ModifiedRequests, ...] = ()
 
     @property
     def needs_logits(self) -> bool:
         """Whether the step needs more of its logits than the best token and its confidence."""
-        return self.shaped is not None or self.scored is not None
+        reads = bool(self.modified) or any(one.read is not None for one in self.adjusted)
+        return (reads and self.position.shape[0] > 0) or self.shaped is not None or self.scored is not None
 
 
 class BlockQueries(NamedTuple):
-    """A step's rows cut at block boundaries, S blocks: each sees all positions up to its own end, and nothing else."""
+    """A step's rows cut into S pieces of requests: each sees all positions up to its own end, and nothing else.
 
-    query_start_loc: np.ndarray  # int32 [S + 1], first row of each block
+    A row of a causal piece sees those up to its own.
+    """
+
+    query_start_loc: np.ndarray  # int32 [S + 1], first row of each piece
     seq_lens: np.ndarray  # int32 [S], position behind each
     request: np.ndarray  # int64 [S], whose it is
+    causal: np.ndarray | None = None  # int32 [S], 1: it is causal; None: none is
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For the device, by names of their own."""
-        return {"block_" + name: array for name, array in self._asdict().items()}
+        return {"block_" + name: array for name, array in self._asdict().items() if array is not None}
 
 
 class Queries(NamedTuple):
@@ -130,6 +198,7 @@ class Queries(NamedTuple):
     max_seq_len: int | None  # None: any; attention plans its work by it
     start_loc_np: np.ndarray | None = None  # on the host, where it is no graph's
     seq_lens_np: np.ndarray | None = None
+    causal: torch.Tensor | None = None  # int32 [S], 1: a row sees the positions up to its own; None: none is causal
 
 
 @dataclass
@@ -227,10 +296,20 @@ def step_rows(
     num_active = np.where(decides_first & (num_drafts == 0), block_length, np.minimum(block_length, num_drafts))
     states.begin_step(slots, block_start, num_active)
     rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first)
+    if host.cuts[slots].any():
+        rows = _without_rows_behind_blocks(host, rows)
     if host.sub_block_cache[slots].any():
         rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
         skip_cached_rows(host, rows)
     return rows
+
+
+def _without_rows_behind_blocks(host: HostTables, rows: StepRows) -> StepRows:
+    """The rows of a step without those behind blocks that have been cut, where the block alone is computed."""
+    limit = np.where(host.cuts[rows.slots] > 0, host.block_limit[rows.slots], 0)
+    num_active = np.where(limit > 0, np.minimum(rows.num_active, limit), rows.num_active)
+    is_block_alone = host.is_dual[rows.slots] & (rows.start == rows.block_start) & (rows.num_active == rows.num_rows)
+    return rows._replace(num_active=num_active, num_rows=np.where(is_block_alone, num_active, rows.num_rows))
 
 
 @compiled()
@@ -293,7 +372,9 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
         num_output_positions=np.empty(num_reqs, np.int32),
         min_unmask=np.empty(num_reqs, np.int32),
     )
-    num_logits = _fill(states.host, rows, states.logits_shift, plan)
+    # A position that is decided alone is predicted from the row before it (see the plans of the engine core).
+    shifts = states.logits_shift, max(states.logits_shift, int(states.commits_causally))
+    num_logits = _fill(states.host, rows, shifts, plan)
     return plan._replace(
         logit_rows=plan.logit_rows[:num_logits],
         logit_slots=plan.logit_slots[:num_logits],
@@ -302,8 +383,11 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
 
 
 @compiled()
-def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -> int:
-    """Write a plan, count its fallbacks and return the number of logit rows."""
+def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepPlan) -> int:
+    """Write a plan, count its fallbacks and return the number of logit rows.
+
+    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone.
+    """
     row_length = host.parameters.shape[1]
     padding_cell = host.parameters.size
     row = num_logits = 0
@@ -314,6 +398,7 @@ def _fill(host: HostTables, rows: StepRows, logits_shift: int, plan: StepPlan) -
         first_cell = slot * row_length
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if decides_first else num_active
+        logits_shift = shifts[1] if decides_first else shifts[0]
         if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
             first_read = _sub_block(host, slot, block_start, num_active) - block_start
             last_read = first_read + host.sub_block_length[slot]
@@ -365,6 +450,17 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
     return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
 
 
+def split_queries_at_canvas(rows: StepRows) -> BlockQueries:
+    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block."""
+    num_causal = np.minimum(rows.block_start - rows.start, rows.num_rows)
+    length = np.stack([num_causal, rows.num_rows - num_causal], axis=1).ravel()
+    piece = np.flatnonzero(length)
+    query_start_loc = np.zeros(piece.size + 1, dtype=np.int32)
+    length[piece].cumsum(out=query_start_loc[1:])
+    end = np.stack([rows.start + num_causal, rows.start + rows.num_rows], axis=1).ravel()[piece]
+    return BlockQueries(query_start_loc, end.astype(np.int32), piece // 2, 1 - (piece % 2).astype(np.int32))
+
+
 class DenoisePlan(NamedTuple):
     """What the sampler needs of a step, on the host: :class:`DenoiseBatch` before it is sent to the device."""
 
@@ -372,11 +468,23 @@ class DenoisePlan(NamedTuple):
     is_active: np.ndarray  # bool [R]
     step: np.ndarray  # int64 [R], denoising steps that the block has seen before
     policies: list[Policy]  # that adjust the step
+    cutters: list[Cutter]  # that cut blocks in this step
+    has_cuts: bool  # whether some request has a cutter
     recorded: np.ndarray  # int64 [C], requests that calibrate or have a grammar
     arrays: dict[str, np.ndarray]  # for the device
     shaped_slots: np.ndarray  # int64 [S], of the rows whose logits are changed
     scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
     num_scores: int  # log probabilities of each token, -1: none
+    read_slots: dict[int, np.ndarray]  # of rows that a policy reads and whose logits are changed, by policy
+    modifiers: list[int]  # places in MODIFIERS of those that requests have
+
+    @property
+    def needs_logits(self) -> bool:
+        """As ``DenoiseBatch.needs_logits``."""
+        reads = bool(self.modifiers) or any(
+            f"read_{number}_rows" in self.arrays for number in range(len(self.policies))
+        )
+        return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
 def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoisePlan:
@@ -404,30 +512,62 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     temperature = host.temperature[slots]
     is_shaped, num_scores = host.is_shaped[slots], host.num_logprobs[slots]
     is_scored = num_scores >= 0
+    takes_part = is_active & ~decides_first
+    policies, of_policies = _adjusting(states, slots, step, takes_part)
+    cuts = host.cuts[slots]
+    cutters: list[Cutter] = []
+    if cuts.any():
+        is_due = takes_part & (cuts > 0) & (host.block_limit[slots] == 0)
+        for number in np.unique(cuts[is_due]).tolist():
+            own = _arrays_of_requests(states, slots, step, np.flatnonzero(is_due & (cuts == number)))
+            of_policies |= {f"cut_{name}_{len(cutters)}": array for name, array in own.items()}
+            cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
+    read_slots: dict[int, np.ndarray] = {}
+    modifies = host.modifies[slots] * is_active
+    modifiers = [number for number in range(len(MODIFIERS)) if (modifies >> number & 1).any()]
+    reads = host.reads_logits[slots] & is_active & ~decides_first
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    if temperature.any() or is_shaped.any() or is_scored.any():
+    if temperature.any() or is_shaped.any() or is_scored.any() or reads.any() or modifiers:
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         places = host.block_start[slots][row_req] + row_pos
+        row_slots = slots[row_req]
         if temperature.any():
             arrays["temperature"] = temperature[row_req]
             arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
-        shaped_slots = _some_rows(arrays, "shaped", np.flatnonzero(is_shaped[row_req]), slots[row_req], places)
-        scored_slots = _some_rows(arrays, "scored", np.flatnonzero(is_scored[row_req]), slots[row_req], places)
-        if host.filters_confidence[shaped_slots].any():
-            arrays["shaped_asks_share"] = host.filters_confidence[shaped_slots]
-        for name, of_rows in (("shaped", shaped_slots), ("scored", scored_slots)):
-            if host.penalizes[of_rows].any():
-                ends = np.stack([host.prompt_end[of_rows], host.canvas_end[of_rows]], axis=1)
-                arrays[f"{name}_penalties"] = np.concatenate([host.penalties[of_rows], ends], axis=1, dtype=np.float64)
-    asks_entropy = host.rule[slots] == ENTROPY_BOUND
+        may_end = host.may_end[slots[row_req], places]
+        places = np.where(may_end, NOWHERE, places)
+        shaped_rows = np.flatnonzero(is_shaped[row_req])
+        shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
+        scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
+        for number in modifiers:
+            rows = np.flatnonzero((modifies[row_req] >> number & 1).astype(bool) & host.masked[row_slots, row_pos])
+            of_rows = {"rows": rows, "slots": row_slots[rows], "offset": row_pos[rows], "step": step[row_req[rows]]}
+            arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
+        for number in range(len(policies)):
+            of_policy = of_policies[f"adjusted_rows_{number}"]
+            if reads[of_policy].any():
+                request_of = np.full(slots.size, -1)
+                request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
+                rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
+                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
+                arrays[f"read_{number}_offset"] = row_pos[rows]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
+                rows = rows[arrays[f"read_{number}_at"]]
+                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
+    asks_entropy = host.by_entropy[slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
     edit_threshold = host.edit_threshold[slots]
     if np.isfinite(edit_threshold).any():
         arrays["edit_threshold"] = edit_threshold
-    policies, of_policies = _adjusting(states, slots, step, is_active & ~decides_first)
+    draft_threshold = host.draft_threshold[slots]
+    if np.isfinite(draft_threshold).any():
+        # Where confidence is 1 - H / 32, a distribution of entropy H counts as one of confidence exp(-H).
+        with np.errstate(divide="ignore"):
+            by_entropy = np.maximum(1 + np.log(draft_threshold) / np.float32(ENTROPY_SCALE), 0)
+        arrays["draft_threshold"] = np.where(asks_entropy, by_entropy, draft_threshold)
     recorded = _NONE
     if states.observed:
         recorded = np.flatnonzero(host.is_recorded[slots] & is_active)
@@ -438,50 +578,95 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         is_active,
         step,
         policies,
+        cutters,
+        bool(cuts.any()),
         recorded,
         arrays | of_policies,
         shaped_slots,
         scored_slots,
         int(num_scores.max(initial=-1)),
+        read_slots,
+        modifiers,
     )
 
 
 def _some_rows(
-    arrays: dict[str, np.ndarray], name: str, rows: np.ndarray, slots: np.ndarray, places: np.ndarray
+    host: HostTables, arrays: dict[str, np.ndarray], name: str, rows: np.ndarray, slots: np.ndarray, places: np.ndarray
 ) -> np.ndarray:
     """Add the arrays of ``LogitRows`` for some of the M logit rows; returns their slots.
 
     Args:
+        host: Tables.
         arrays: For the device, added to.
         name: Which rows they are.
         rows: int64 ``[S]``.
         slots, places: int64 ``[M]``.
     """
+    chosen = slots[rows]
     if rows.size:
         arrays[f"{name}_rows"], arrays[f"{name}_place"] = rows, places[rows]
-        arrays[f"{name}_slots"] = slots[rows].astype(np.int32)
-    return slots[rows]
+        arrays[f"{name}_slots"] = chosen.astype(np.int32)
+        if host.filters_confidence[chosen].any():
+            arrays[f"{name}_asks_share"] = host.filters_confidence[chosen]
+        if host.penalizes[chosen].any():
+            ends = np.stack([host.prompt_end[chosen], host.canvas_end[chosen]], axis=1)
+            arrays[f"{name}_penalties"] = np.concatenate([host.penalties[chosen], ends], axis=1, dtype=np.float64)
+    return chosen
 
 
 def _adjusting(
     states: CanvasStates, slots: np.ndarray, step: np.ndarray, takes_part: np.ndarray
 ) -> tuple[list[Policy], dict[str, np.ndarray]]:
-    """The policies that adjust a step, and their requests: rows, slots and steps of each."""
-    policy_of = np.where(takes_part, states.host.adjusts[slots], 0)
+    """The policies that adjust a step, and of their requests the arrays of :class:`AdjustedRows`."""
+    host = states.host
+    policy_of = np.where(takes_part, host.adjusts[slots], 0)
     policies: list[Policy] = []
     arrays: dict[str, np.ndarray] = {}
     if policy_of.any():
         for number in np.unique(policy_of[policy_of > 0]).tolist():
-            rows = np.flatnonzero(policy_of == number)
-            for name, array in (("rows", rows), ("slots", slots[rows]), ("step", step[rows])):
-                arrays[f"adjusted_{name}_{len(policies)}"] = array
+            of_policy = _arrays_of_requests(states, slots, step, np.flatnonzero(policy_of == number))
+            arrays |= {f"adjusted_{name}_{len(policies)}": array for name, array in of_policy.items()}
             policies.append(POLICIES[ADJUSTING[number - 1]])
     return policies, arrays
 
 
+def _arrays_of_requests(
+    states: CanvasStates, slots: np.ndarray, step: np.ndarray, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What ``policies.Step`` says of some of a step's requests, which it numbers ``rows``; in the order of fields."""
+    host, own = states.host, slots[rows]
+    block = (host.block_start[own] - host.canvas_start[own]) // host.block_length[own]
+    left, positions = np.empty(own.size, dtype=np.int64), np.empty(own.size, dtype=np.int64)
+    _count_left(host, own, states.is_block_causal, left, positions)
+    return {"rows": rows, "slots": own, "step": step[rows], "block": block, "left": left, "positions": positions}
+
+
+@compiled()
+def _count_left(
+    host: HostTables, slots: np.ndarray, is_block_causal: bool, left: np.ndarray, positions: np.ndarray
+) -> None:
+    """Count undecided and all positions of canvases, as far as they are there (``Canvas.end_at``)."""
+    for req in range(slots.size):
+        slot = slots[req]
+        start, length, first_end = host.block_start[slot], host.block_length[slot], host.first_end[slot]
+        grown = max(start + 1 - first_end, 0)
+        end = min(first_end + (grown + length - 1) // length * length, host.last_end[slot])
+        # A block-causal model's first block may begin in the prompt: it ends on the grid.
+        offset = start - host.canvas_start[slot]
+        behind = start + length - (offset % length if is_block_causal else 0)
+        if host.cuts[slot] and host.block_limit[slot]:
+            behind = start + host.block_limit[slot]
+        positions[req] = end - max(host.prompt_end[slot], host.canvas_start[slot])
+        left[req] = 0
+        for k in range(host.masked.shape[1]):
+            left[req] += host.masked[slot, k]
+        for position in range(behind, end):
+            left[req] += not host.pinned[slot, position]
+
+
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], _NONE, {}, _NONE, _NONE, -1)
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {}, [])
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -511,17 +696,43 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         noise_key=sent.get("noise_key"),
         by_entropy=sent.get("by_entropy"),
         edit_threshold=sent.get("edit_threshold"),
-        adjusted=[
-            AdjustedRows(policy, *(sent[f"adjusted_{name}_{number}"] for name in ("rows", "slots", "step")))
-            for number, policy in enumerate(plan.policies)
-        ],
+        draft_threshold=sent.get("draft_threshold"),
+        adjusted=[_adjusted_rows(policy, number, plan, sent) for number, policy in enumerate(plan.policies)],
+        has_cuts=plan.has_cuts,
+        cut=[CutRows(cutter, *_of_requests(sent, "cut", number)) for number, cutter in enumerate(plan.cutters)],
         recorded_np=plan.recorded,
         recorded=sent.get("recorded"),
         shaped=_logit_rows("shaped", plan.shaped_slots, plan.arrays, sent),
         scored=_logit_rows("scored", plan.scored_slots, plan.arrays, sent),
         num_scores=plan.num_scores,
         asking=sent.get("asking"),
+        modified=tuple(
+            ModifiedRequests(
+                number, *(sent[f"modified_{number}_{name}"] for name in ("rows", "slots", "offset", "step"))
+            )
+            for number in plan.modifiers
+        ),
     )
+
+
+def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
+    read = None
+    if f"read_{number}_rows" in sent:
+        rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
+        shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
+        read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])
+    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read)
+
+
+OfRequests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _of_requests(sent: Mapping[str, torch.Tensor], kind: str, number: int) -> OfRequests:
+    """:func:`_arrays_of_requests` on the device."""
+    rows, slots, step, block, left, positions = (
+        sent[f"{kind}_{name}_{number}"] for name in ("rows", "slots", "step", "block", "left", "positions")
+    )
+    return rows, slots, step, block, left, positions
 
 
 def _logit_rows(

@@ -80,8 +80,8 @@ def warm_up(
 
 
 def _num_rows(options: DecodingOptions) -> int:
-    """Of a request with a prompt of one token; a block-causal one is part of the first block, or is it."""
-    if options.is_block_causal:
+    """Of a request with a prompt of one token; on a grid it is part of the first block, or is it."""
+    if options.is_on_grid:
         return max(2, options.block_length)
     return options.block_length + 1
 
@@ -96,13 +96,18 @@ def _first_step(
 ) -> SchedulerOutput:
     """The step with which the scheduler would begin these requests."""
     num_rows, pages = _num_rows(options), _num_pages(kv_cache_config, options)
-    canvas = canvas_of(
-        1, options.block_length, num_rows - 1, options.block_length, is_block_causal=options.is_block_causal
-    )
+    canvas = canvas_of(1, options.block_length, num_rows - 1, options.block_length, is_on_grid=options.is_on_grid)
     extra_args = RequestSpec(options, canvas).as_extra_args()
     params = SamplingParams(**sampling, max_tokens=num_rows - 1, extra_args=extra_args)
     shape = DecodeShape(canvas.num_blocks, canvas.block_length, options.sub_block_length)
-    assignment = Assignment(POLICIES[options.policy].schedule(options, shape), is_recorded=True, is_watched=True)
+    policy = POLICIES[options.policy]
+    assignment = Assignment(
+        policy.schedule(options, shape),
+        is_recorded=True,
+        is_watched=True,
+        by_entropy=policy.looks_at_entropy(options),
+        reads_logits=policy.needs_logits(options),
+    )
     step = CanvasStep({req_id: assignment for req_id in req_ids})
     output, next_page = SchedulerOutput.make_empty(), 1  # page 0 is vLLM's null page
     for req_id in req_ids:

@@ -2,13 +2,13 @@
 
 from vllm_osdt.calibration.profile import OptionValue
 from vllm_osdt.calibration.thresholds import num_requests_needed
-from vllm_osdt.options import DEFAULTS
-from vllm_osdt.policies import POLICIES
+from vllm_osdt.options import DEFAULTS, DecodingOptions
 
 Setting = dict[str, OptionValue]
 
 REFERENCE: Setting = {"policy": "static_threshold", "threshold": DEFAULTS["threshold"]}
-CANDIDATES: dict[str, tuple[Setting, ...]] = {
+# Those of the policies that are tried unless others are named. More of them make each one's test stricter.
+USUAL: dict[str, tuple[Setting, ...]] = {
     "osdt": (
         {"risk": 0.02, "margin": 0.3},
         {"risk": 0.02, "margin": 0.1},
@@ -30,11 +30,63 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
         for high, low in ((0.85, 0.6), (0.8, 0.6), (0.75, 0.6), (0.7, 0.6), (0.6, 0.5), (0.5, 0.4), (0.4, 0.3))
     ),
 }
+# Those of policies that are tried when they are named.
+FURTHER: dict[str, tuple[Setting, ...]] = {
+    "entropy_threshold": tuple({"max_entropy": value} for value in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)),
+    "cad_llm": tuple(
+        {"cad_threshold": high, "cad_min_threshold": low}
+        for high, low in ((0.95, 0.8), (0.9, 0.7), (0.85, 0.6), (0.85, 0.4), (0.7, 0.4), (0.5, 0.3))
+    ),
+    "ete": tuple({"explore_below": number} for number in (1, 2, 3, 4, 6, 8)),
+    "multi_block": tuple({"max_entropy": value} for value in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)),
+    "confidence_adaptive": tuple(
+        {"threshold": value, "max_unmask": number}
+        for value, number in ((0.95, 4), (0.9, 4), (0.8, 4), (0.8, 8), (0.7, 8), (0.6, 16), (0.5, 32))
+    ),
+    "dimple": tuple({"threshold": value} for value in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)),
+    "hierarchical": tuple({"run_threshold": value} for value in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)),
+    "nemotron_bound": tuple(
+        {"bound_min": least, "bound_factor": value}
+        for least, value in ((0.7, 0.5), (0.6, 1.0), (0.5, 1.5), (0.45, 2.0), (0.4, 3.0), (0.3, 4.0))
+    ),
+    "streaming": tuple({"relaxation": value} for value in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)),
+    "wedlm": tuple({"adjusted_entropy": value} for value in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)),
+    "prophet": tuple(
+        {"prophet_early": one, "prophet_middle": two, "prophet_late": three, "commit_threshold": 0.9}
+        for one, two, three in ((12.0, 9.0, 6.0), (10.0, 7.0, 4.0), (7.5, 5.0, 2.5), (6.0, 4.0, 2.0), (4.0, 3.0, 1.5))
+    ),
+    "sched": tuple(
+        {"sched_high": high, "sched_low": low, "commit_threshold": 0.9}
+        for high, low in ((12.0, 6.0), (10.0, 4.0), (7.5, 2.5), (6.0, 2.0), (4.0, 1.0), (3.0, 0.0))
+    ),
+    "klass": tuple(
+        {"kl_confidence": value, "kl_threshold": kl}
+        for value, kl in ((0.95, 0.005), (0.9, 0.01), (0.8, 0.01), (0.7, 0.01), (0.6, 0.015), (0.5, 0.03))
+    ),
+    "less": tuple(
+        {"less_confidence": value, "js_threshold": js}
+        for value, js in ((0.9, 0.02), (0.8, 0.03), (0.75, 0.04), (0.6, 0.05), (0.5, 0.07), (0.4, 0.1))
+    ),
+    "ccd": tuple({"ccd_positions": value} for value in (2, 4, 8, 16)),
+    "stable": tuple(
+        {"stable_confidence": value, "stable_steps": number}
+        for value, number in ((0.8, 2), (0.7, 2), (0.6, 2), (0.5, 2), (0.5, 1), (0.3, 1))
+    ),
+    "learned_filter": tuple({"filter_threshold": value} for value in (0.995, 0.99, 0.98, 0.96, 0.9, 0.8, 0.6)),
+}
+CANDIDATES = USUAL | FURTHER
 
 
 def candidates_of(policy: str, num_calibrating: int) -> list[Setting]:
     """The settings of a policy in their order; without those that need more calibrating requests than there are."""
-    settings = CANDIDATES[policy]
-    if POLICIES[policy].calibrates:
-        settings = tuple(one for one in settings if num_requests_needed(float(one["risk"])) <= num_calibrating)
-    return [{"policy": policy, **setting} for setting in settings]
+    settings = [{"policy": policy, **setting} for setting in CANDIDATES[policy]]
+    return [one for one in settings if not calibrates(one) or num_requests_needed(_risk(one)) <= num_calibrating]
+
+
+def calibrates(setting: Setting) -> bool:
+    """Whether a setting takes thresholds from the task's profile."""
+    return DecodingOptions(**setting).calibrates
+
+
+def _risk(setting: Setting) -> float:
+    return float(setting.get("risk", DEFAULTS["risk"]))

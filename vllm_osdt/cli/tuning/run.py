@@ -22,12 +22,11 @@ from vllm_osdt.calibration.selection import (
 )
 from vllm_osdt.calibration.store import ProfileStore, UnusableFileError, read_file
 from vllm_osdt.cli.common import CommandError
-from vllm_osdt.cli.tuning.candidates import REFERENCE, Setting, candidates_of
+from vllm_osdt.cli.tuning.candidates import REFERENCE, Setting, calibrates, candidates_of
 from vllm_osdt.cli.tuning.decoders import Decoded, Decoder, RefusedError
 from vllm_osdt.cli.tuning.judge import Verdict
 from vllm_osdt.cli.tuning.plan import Plan
 from vllm_osdt.cli.tuning.state import State
-from vllm_osdt.policies import POLICIES
 
 BATCH = 64  # prompts that are decoded at a time
 POLL_S = 0.25
@@ -193,7 +192,7 @@ class Tuning:
 
     def _setting(self, setting: Setting) -> Setting:
         """What a request sends."""
-        if POLICIES[str(setting["policy"])].calibrates:
+        if calibrates(setting):
             setting = {**setting, "task": self._scratch, "num_calibration_requests": self.plan.num_calibrating}
         return {**self.plan.options, **setting}
 
@@ -263,9 +262,9 @@ class Tuning:
     def _test_policy(self, policy: str) -> list[Row]:
         """The candidates of a policy, tested in their order up to the first that is not accepted."""
         plan, number = self.plan, len(self.plan.prompts)
-        begin = (self._state.num_calibrating or 0) if POLICIES[policy].calibrates else 0
-        indices = range(begin, number)
         candidates = candidates_of(policy, plan.num_calibrating)
+        begin = (self._state.num_calibrating or 0) if any(map(calibrates, candidates)) else 0
+        indices = range(begin, number)
         needed = num_needed(plan.risk, plan.level)
         rows: list[Row] = []
         reason = ""
@@ -296,7 +295,7 @@ class Tuning:
             decoded, is_given_up = self._decode(name, self._setting(setting), indices, gives_up)
         except RefusedError as error:
             return Row(policy, _words(setting), "refused", reason=str(error))
-        if POLICIES[policy].calibrates and any(one.profile is None for one in decoded):
+        if calibrates(setting) and any(one.profile is None for one in decoded):
             raise CommandError(f"{name} was decoded without the profile of the calibration; run the command again")
         verdicts = self._verdicts(indices, decoded)
         is_accepted = not is_given_up and p_value(verdicts[Verdict.LOST], len(decoded), plan.risk) <= plan.level

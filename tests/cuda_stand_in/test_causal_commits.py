@@ -1,0 +1,33 @@
+"""A model that commits causally: graphs replay steps of causal and bidirectional queries, whatever their mix."""
+
+import random
+
+from tests.cuda_stand_in.test_graphs import count_replays, runner_of
+from tests.e2e.engine import generate, nfe, sampling, tokens
+from tests.reference.decode import static_threshold
+from tests.reference.nemotron_labs_diffusion import ReferenceNemotron, decode_nemotron, make_nemotron_checkpoint
+
+MODES = ("causal", "causal_fused")
+
+
+def test_graphs_decode_as_a_plain_loop_does(tmp_path, start_llm, monkeypatch):
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+    folder = make_nemotron_checkpoint(tmp_path / "model", seed=3, num_hidden_layers=1)
+    network, rng = ReferenceNemotron.load(folder), random.Random(2)
+    sizes = {"cudagraph_capture_sizes": [16, 48]}
+    llm = start_llm(folder, max_num_seqs=6, max_model_len=128, compilation_config=sizes)
+    assert {group.backend.get_name() for groups in runner_of(llm).attn_groups for group in groups} == {"TRITON_ATTN"}
+    prompts = [[rng.randrange(8, 100) for _ in range(rng.randrange(1, 40))] for _ in range(6)]
+    modes = [MODES[index % 2] for index in range(6)]
+    expected = [
+        decode_nemotron(network, prompt, static_threshold(0.3), block_length=8, max_tokens=20, cache_mode=mode)
+        for prompt, mode in zip(prompts, modes, strict=True)
+    ]
+    clear = [index for index, one in enumerate(expected) if min(one.proposal_margin, one.rule_margin) > 1e-4]
+    assert {modes[index] for index in clear} == set(MODES)
+    replayed = count_replays(llm)
+    asked = [sampling(20, policy="static_threshold", threshold=0.3, cache_mode=mode) for mode in modes]
+    got = generate(llm, prompts, asked)
+    assert [tokens(got)[index] for index in clear] == [expected[index].tokens for index in clear]
+    assert [nfe(got[index]) for index in clear] == [expected[index].nfe for index in clear]
+    assert {graph.num_tokens for graph in replayed} == {16, 48}

@@ -1,0 +1,188 @@
+"""Blocks of many lengths: AdaBlock and CadLLM against their definitions, alone and in an engine."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
+from tests.policies.adjusted import make_step
+from tests.reference.decode import best_first, decode, static_threshold
+from tests.reference.llada import ReferenceLLaDA
+from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.frontend.admission import with_delimiters
+from vllm_osdt.models.configs.llada import LLaDAConfig
+from vllm_osdt.models.configs.sdar import SDARConfig
+from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
+from vllm_osdt.policies import Schedule
+from vllm_osdt.policies.adablock import ADABLOCK
+
+DELIMITERS = (14, 9)
+LENGTH = 48
+
+
+class PlainAdaBlock:
+    """A static threshold whose blocks end behind a delimiter, as published."""
+
+    def __init__(self, tau=0.9, delimiter_tau=0.3, usual=8, delimiters=DELIMITERS):
+        self.rule, self.delimiter_tau, self.usual, self.delimiters = (
+            static_threshold(tau),
+            delimiter_tau,
+            usual,
+            delimiters,
+        )
+        self.lengths, self.cut_margin = [], math.inf
+
+    @property
+    def margin(self):
+        return min(self.rule.margin, self.cut_margin)
+
+    def __call__(self, block, step, masked):
+        return self.rule(block, step, masked)
+
+    def cut(self, proposals, masked):
+        found = best_first({k: masked[k] for k, token in proposals.items() if token in self.delimiters and k in masked})
+        confidences = [masked[k] for k in found]
+        self.cut_margin = min([self.cut_margin, *(abs(c - self.delimiter_tau) for c in confidences)])
+        self.cut_margin = min([self.cut_margin, *(a - b for a, b in itertools.pairwise(confidences))])
+        is_sure = bool(found) and masked[found[0]] >= self.delimiter_tau
+        self.lengths.append(found[0] + 1 if is_sure else self.usual)
+        return self.lengths[-1]
+
+
+class PlainCadLLM:
+    """CadLLM as published, of one request; ``ramp`` is the paper's or the code's threshold."""
+
+    def __init__(self, longest, ramp="canvas", high=0.85, low=0.4, shortest=4, first=12, steps=24, most_steps=90):
+        self.longest, self.ramp, self.high, self.low, self.shortest = longest, ramp, high, low, shortest
+        self.first, self.steps, self.most_steps = first, steps, most_steps
+        self.means, self.left, self.margin, self.lengths = [], 0, math.inf, []
+
+    def see(self, step, rows, proposals, masked, left):
+        self.left = left
+        return {}
+
+    def cut(self, proposals, masked):
+        if not self.means:
+            length, self.budget = self.first, float(self.steps)
+        else:
+            level = sum(self.means[-2:]) / len(self.means[-2:])
+            raw = (self.longest - self.shortest) * level
+            self.margin = min(self.margin, abs(raw - round(raw)))
+            length = min(max(self.shortest + math.floor(raw), self.shortest), self.longest)
+            budget = self.steps + (self.most_steps - self.steps) * (1 - level)
+            self.budget = max(budget * length / self.first, 1.0)
+        self.lengths.append(length)
+        return length
+
+    def __call__(self, block, step, masked):
+        share = 1 - self.left / LENGTH
+        tau = self.high * (1 - share) + self.low * share
+        if self.ramp == "block":
+            tau = max(self.high - 0.45 * step / self.budget, self.low)
+        self.margin = min([self.margin, *(abs(c - tau) for c in masked.values())])
+        self.means.append(sum(masked.values()) / len(masked))
+        return [k for k, c in masked.items() if c >= tau] or best_first(masked)[:1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_block_ends_behind_its_surest_delimiter(seed):
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(4, 21, generator=generator).masked_fill(torch.rand(4, 21, generator=generator) < 0.2, -2.0)
+    score[3] *= 0.1
+    token = torch.randint(0, 8, (4, 21), generator=generator)
+    options = DecodingOptions(adablock=True, adablock_delimiters=[3, 5], adablock_length=9, adablock_threshold=0.5)
+    schedule = Schedule(0, torch.zeros(1, 21).numpy(), constants=ADABLOCK.constants(options))
+    got = ADABLOCK.cut(make_step(score, schedule, 4)._replace(token=token)).tolist()
+    for row in range(4):
+        confidence = {k: c for k, c in enumerate(score[row].tolist()) if c >= 0}
+        proposals = dict(enumerate(token[row].tolist()))
+        assert got[row] == PlainAdaBlock(0.9, 0.5, 9, (3, 5)).cut(proposals, confidence)
+
+
+def plain(network, prompts, make_rule, **canvas):
+    rules = [make_rule() for _ in prompts]
+    found = [decode(network, prompt, rule, **canvas) for prompt, rule in zip(prompts, rules, strict=True)]
+    clear = [i for i, one in enumerate(found) if min(one.rule_margin, one.proposal_margin) > 1e-5]
+    assert len({length for rule in rules for length in rule.lengths}) > 3
+    assert len(clear) >= 0.6 * len(prompts)
+    return found, clear
+
+
+CASES = {
+    "adablock-dual": ("dual", PlainAdaBlock, {"policy": "static_threshold", "adablock": True}),
+    "adablock-prefix": ("prefix", PlainAdaBlock, {"policy": "static_threshold", "adablock": True}),
+    "cad_llm-dual": ("dual", lambda: PlainCadLLM(16), {"policy": "cad_llm", "cad_first_block": 12}),
+    "cad_llm-none": (
+        "none",
+        lambda: PlainCadLLM(16, "block"),
+        {"policy": "cad_llm", "cad_first_block": 12, "cad_ramp": "block"},
+    ),
+}
+
+
+@pytest.mark.e2e
+def test_an_engine_decodes_as_the_plain_loops_in_one_batch_and_after_preemption(tasks_llm, golden_tasks):
+    network = ReferenceLLaDA.load(golden_tasks.folder)
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:12]]
+    requests, expected = [], []
+    for cache_mode, make_rule, options in CASES.values():
+        if "adablock" in options:
+            options = {**options, "adablock_delimiters": list(DELIMITERS), "adablock_length": 8}
+        canvas = {"gen_length": LENGTH, "block_length": 16, "cache_mode": cache_mode}
+        found, clear = plain(network, prompts, make_rule, **canvas)
+        requests += [(prompts[i], sampling(LENGTH, **options, **canvas)) for i in clear]
+        expected += [found[i] for i in clear]
+    got = generate(tasks_llm, [prompt for prompt, _ in requests], [params for _, params in requests])
+    assert [list(one.token_ids) for one in got] == [one.tokens for one in expected]
+    assert [nfe(one) for one in got] == [one.nfe for one in expected]
+
+    ids = {submit(tasks_llm, *request): i for i, request in enumerate(requests[::3])}
+
+    def preempt(step):
+        if step in (5, 9, 14, 20):  # also in later blocks: what is kept of a request survives
+            assert scheduler(tasks_llm).reset_prefix_cache(reset_running_requests=True)
+
+    finished = drive(tasks_llm, preempt)
+    assert {i: list(finished[req_id].token_ids) for req_id, i in ids.items()} == {
+        i: one.tokens for i, one in enumerate(expected[::3])
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"osdt_adablock_threshold": 0.5}, "osdt_adablock_threshold is 0.5, but osdt_adablock is false"),
+        ({"osdt_adablock": True, "osdt_policy": "cad_llm"}, "policy 'cad_llm' says itself how long blocks are"),
+        ({"osdt_adablock": True, "osdt_refresh_interval": 2}, "adablock is true and refresh_interval 2"),
+        (
+            {"osdt_policy": "cad_llm", "osdt_cad_threshold": 0.3},
+            "cad_min_threshold is 0.4, above cad_threshold 0.3; lower it",
+        ),
+        (
+            {"osdt_adablock": True, "osdt_adablock_delimiters": []},
+            "adablock_delimiters is \\[\\]; expected 1 to 5 token",
+        ),
+    ],
+)
+def test_what_contradicts_blocks_of_many_lengths_is_refused(values, message):
+    traits = LLaDAConfig().traits
+    with pytest.raises(InvalidOptionError, match=message):
+        validate_for_family(parse_options(values, base=DecodingOptions(), prefix="osdt_"), traits)
+
+
+@pytest.mark.parametrize("values", [{"osdt_adablock": True}, {"osdt_policy": "cad_llm"}])
+def test_block_causal_models_refuse_them(values):
+    base = DecodingOptions(cache_mode="block")
+    with pytest.raises(InvalidOptionError, match="this model's blocks, which see no later ones, have one length"):
+        validate_for_family(parse_options(values, base=base, prefix="osdt_"), SDARConfig().traits)
+
+
+def test_the_tokenizers_line_end_is_the_delimiter():
+    options = DecodingOptions(adablock=True)
+    assert list(with_delimiters(options, lambda text: [7], 10).adablock_delimiters) == [7]
+    with pytest.raises(InvalidOptionError, match="line end is 2 tokens instead of one; send adablock_delimiters"):
+        with_delimiters(options, lambda text: [7, 8], 10)
+    with pytest.raises(InvalidOptionError, match="adablock_delimiters has 12; this model's token ids are below 10"):
+        with_delimiters(DecodingOptions(adablock=True, adablock_delimiters=[12]), None, 10)

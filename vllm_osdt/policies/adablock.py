@@ -1,0 +1,78 @@
+"""AdaBlock: a block ends behind a delimiter that the model is sure of.
+
+Source: AdaBlock-dLLM (arXiv 2509.26432). When a block is entered, of the positions in a window whose proposal is a
+delimiter, such as a line's end, the most confident one counts: if its confidence reaches a threshold, the block ends
+behind it, else it has the usual length. The authors' window is a quarter of the canvas; here it is ``block_length``.
+Works beside every policy, for models whose positions see the whole canvas.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from vllm_osdt.declaration import Flag, count, number, option
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.policies.base import MAX_CONSTANTS, Step
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_DELIMITERS = MAX_CONSTANTS - 3
+LINE_END = "\n"
+
+
+@dataclass(frozen=True)
+class AdaBlockOptions:
+    """How long blocks are."""
+
+    adablock: bool = option(
+        False,
+        Flag,
+        "AdaBlock (arXiv 2509.26432): a block ends behind the delimiter among its proposals that the model is surest "
+        "of. `block_length` is then the longest block, in which it looks for one.",
+    )
+    adablock_threshold: float = option(
+        0.3,
+        number(ge=0, le=1),
+        "Of `adablock`: confidence that the delimiter needs. The authors take 0.3 for LLaDA and 0.5 for Dream.",
+    )
+    adablock_length: int = option(
+        32,
+        count(1, MAX_BLOCK_LENGTH),
+        "Of `adablock`: length of a block without such a delimiter; `block_length` where that is shorter.",
+        unit="tokens",
+    )
+    adablock_delimiters: Sequence[int] | None = option(
+        None,
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_DELIMITERS)] | None,
+        "Of `adablock`: token ids of delimiters.",
+        expected=f"1 to {MAX_DELIMITERS} token ids",
+        default_text="the tokenizer's line end",
+    )
+
+
+class AdaBlock:
+    """The cutter of requests that ask for it."""
+
+    def constants(self, options: Any) -> Sequence[float]:
+        """What :meth:`cut` reads of a request's resolved options."""
+        ids = options.adablock_delimiters
+        return (options.adablock_threshold, options.adablock_length, len(ids), *ids)
+
+    def cut(self, step: Step) -> "torch.Tensor":
+        """See ``Cutter``."""
+        import torch  # late: options are read without it
+
+        ids, place = step.constants[:, 3:], torch.arange(step.score.shape[1], device=step.score.device)
+        is_given = torch.arange(ids.shape[1], device=ids.device) < step.constants[:, 2:3]  # [R, ids]
+        is_id = (step.token.unsqueeze(-1) == ids.long().unsqueeze(1)) & is_given.unsqueeze(1)
+        score = step.confidence.masked_fill(~(is_id.any(dim=-1) & step.is_open), -1.0)
+        highest = score.amax(dim=1, keepdim=True)
+        first = place.where(score == highest, score.shape[1]).amin(dim=1)
+        is_sure = (highest.squeeze(1) >= step.constants[:, 0]) & (highest.squeeze(1) >= 0)
+        return torch.where(is_sure, first + 1, step.constants[:, 1].long())
+
+
+ADABLOCK = AdaBlock()

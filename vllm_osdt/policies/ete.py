@@ -1,0 +1,67 @@
+"""Explore-Then-Exploit: where little passes the threshold, a position of high uncertainty is decided as well.
+
+Source: ETE (arXiv 2511.21103), abstract and introduction; no code is public. A token of confidence c carries about
+-log c bits, so that a decoder which unmasks near-certain tokens alone is slow by design: to decide an uncertain one
+makes others certain in the next step. The paper unmasks every position above a threshold, also in later blocks, which
+here is a matter of ``block_length``. What it leaves open is ours: a step explores when fewer positions than
+``explore_below`` pass; of the others it then decides the one that stands ``explore_rank`` of the way from the surest to
+the least sure. With ``calibrated`` the threshold is that of OSDT.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import count, number, option
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
+from vllm_osdt.policies.base import Policy, Schedule, Step
+from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.static_threshold import ThresholdOptions
+
+
+@dataclass(frozen=True)
+class ETEOptions(ThresholdOptions, CalibratedOptions):
+    """When a step explores, and where."""
+
+    explore_below: int = option(
+        2,
+        count(1, MAX_BLOCK_LENGTH),
+        "Of `ete`: a step in which fewer positions pass the threshold decides one more.",
+        unit="positions",
+    )
+    explore_rank: float = option(
+        0.0,
+        number(ge=0, le=1),
+        "Of `ete`: which one, of those that do not pass: 0 for the surest, 1 for the least sure.",
+    )
+
+
+class ETE(Policy):
+    """A static threshold, and one position more where it lets few pass."""
+
+    name = "ete"
+    Options = ETEOptions
+    adjusts = True
+
+    def schedule(self, options: Any, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
+        """See the class."""
+        schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
+        return replace(schedule, constants=(options.explore_below, options.explore_rank))
+
+    def calibrates(self, options: Any) -> bool:
+        """If the request says so."""
+        return options.calibrated
+
+    def adjust(self, step: Step) -> None:
+        """Choose what passes, the surest position where nothing does, and the explored one."""
+        import torch  # late: options are read without it
+
+        confidence = step.confidence.nan_to_num(nan=-1.0)
+        passes = step.is_open & (confidence >= step.parameter.unsqueeze(1))
+        order = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # rank of each position
+        passes |= step.is_open & (order == 0)
+        num_passing, num_open = passes.sum(dim=1), step.is_open.sum(dim=1)
+        rest = (num_open - num_passing - 1).clamp(min=0)
+        explored = num_passing + torch.floor(rest * step.constants[:, 1] + 0.5).long()
+        explores = num_passing < step.constants[:, 0]
+        step.choose(passes | (step.is_open & (order == explored.unsqueeze(1)) & explores.unsqueeze(1)))

@@ -1,0 +1,59 @@
+"""dInfer's hierarchical decoding: the best position of every run of masks, beside those above a threshold.
+
+Source: dInfer (inclusionAI/dInfer), ``get_transfer_index_hierarchy_fast_v2``. A run is a stretch of masked positions
+with none decided in between; positions far from each other depend less on each other. A step unmasks the most confident
+position of every run, where its confidence is above ``run_threshold``, and all positions that pass the threshold; at
+least the most confident one. The authors' tests have 0.4 and 0.9. Equality passes the threshold, as the option says;
+theirs is strict.
+"""
+
+from dataclasses import dataclass
+
+from csrc_triton.types import Rule
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import number, option
+from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.policies.base import Policy, Schedule, Step, constant
+from vllm_osdt.policies.static_threshold import ThresholdOptions, threshold_of
+
+
+@dataclass(frozen=True)
+class HierarchicalOptions(ThresholdOptions):
+    """Two thresholds."""
+
+    run_threshold: float = option(
+        0.4,
+        number(ge=0, lt=1),
+        "Of `hierarchical`: confidence above which the best position of a run of masks passes. Above `threshold` it "
+        "changes nothing.",
+    )
+
+
+class Hierarchical(Policy):
+    """``options.threshold`` for all positions, ``options.run_threshold`` for the best one of each run."""
+
+    name = "hierarchical"
+    Options = HierarchicalOptions
+    adjusts = True
+
+    def schedule(
+        self, options: HierarchicalOptions, shape: DecodeShape, thresholds: Thresholds | None = None
+    ) -> Schedule:
+        """See the class."""
+        threshold = threshold_of(options, shape)
+        return constant(shape, Rule.THRESHOLD, threshold, (threshold, options.run_threshold))
+
+    def adjust(self, step: Step) -> None:
+        """Lift the score of a run's best position to the threshold, where it is above that of runs."""
+        import torch  # late: options are read without it
+
+        is_open, width = step.is_open, step.score.shape[1]
+        score = step.score.nan_to_num(nan=-1.0)
+        place = torch.arange(width, device=score.device).expand_as(score)
+        run = (~is_open).cumsum(dim=1)  # [R, W], the same throughout a run
+        largest = score.new_full((score.shape[0], width + 1), -2.0).scatter_reduce(1, run, score, "amax")
+        is_largest = is_open & (score == largest.gather(1, run))
+        first = place.new_full(largest.shape, width).scatter_reduce(1, run, place.where(is_largest, width), "amin")
+        threshold, run_threshold = step.constants[:, :1], step.constants[:, 1:2]
+        is_best = (place == first.gather(1, run)) & is_open & (score > run_threshold) & (score < threshold)
+        step.score.copy_(torch.where(is_best, threshold, step.score))

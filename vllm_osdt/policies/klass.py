@@ -1,0 +1,87 @@
+"""KLASS: positions that are sure, and whose distribution has stopped moving.
+
+Source: KLASS (arXiv 2511.05664), section 3 and the authors' code (shkim0116/KLASS): masked positions with confidence >
+the threshold and KL(p_t || p_{t-1}) < the bound in each of the last ``kl_steps`` steps; where there are none, the most
+confident ones, as many as ``fixed_steps`` would take. The authors' thresholds for LLaDA are 0.9 and 0.01 (code, and
+HumanEval), 0.6 and 0.015 (GSM8K), 0.6 and 0.01 (MATH), 0.7 and 0.01 (MBPP); for Dream 0.8 or 0.9 and 0.001 to 0.005.
+
+Deviations: divergences are counted from the block's first step, whereas the authors' code has those of earlier blocks'
+steps too, so that later blocks may begin one step sooner. The step before is as the model wrote it, without the tokens
+that sampling parameters rule out; biases and penalties are in p_t alone, and such positions pass later or not at all.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import count, number, option
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
+from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, best
+from vllm_osdt.policies.fixed_steps import StepsOptions, quotas, resolve_if_asked
+
+CONFIDENCE, DIVERGENCE, NUM_STEPS = range(3)  # constants
+SEEN, RUN = range(2)  # memory: steps of the block with logits, the last of them with a small divergence
+
+
+@dataclass(frozen=True)
+class KLASSOptions(StepsOptions):
+    """Two thresholds and for how long they must hold."""
+
+    kl_confidence: float = option(
+        0.9, number(ge=0, lt=1), "Of `klass`: confidence above which a stable position passes."
+    )
+    kl_threshold: float = option(
+        0.01,
+        number(gt=0),
+        "Of `klass`: a position is stable while its distribution's divergence KL(pₜ ‖ pₜ₋₁) is below this.",
+        unit="nats",
+    )
+    kl_steps: int = option(
+        2,
+        count(1, MAX_BLOCK_LENGTH),
+        "Of `klass`: for how many steps in a row a position must be stable.",
+        unit="denoising steps",
+    )
+
+
+class KLASS(Policy):
+    """Confidence above a threshold, and small divergences in a row; else the most confident positions."""
+
+    name = "klass"
+    Options = KLASSOptions
+    adjusts = True
+    reads_logits = True
+    reads_step_before = True
+    memory_size = 2
+
+    def resolve(self, options: KLASSOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
+        """Total steps of the canvas, where the request asks for steps."""
+        return resolve_if_asked(options, asked, canvas)
+
+    def schedule(self, options: KLASSOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
+        """See the class; ``adjust`` chooses."""
+        return quotas(options, shape, (options.kl_confidence, options.kl_threshold, options.kl_steps))
+
+    def read(self, rows: PositionLogits) -> None:
+        """Count the steps in a row with a small divergence."""
+        import torch  # late: options are read without it
+
+        assert rows.before is not None
+        is_left = rows.logits > -torch.inf
+        now = rows.logits.log_softmax(dim=-1)
+        before = rows.before.masked_fill(~is_left, -torch.inf).log_softmax(dim=-1)
+        divergence = (now.exp() * (now - before)).masked_fill(~is_left, 0.0).sum(dim=-1)
+        is_small = (rows.memory[:, SEEN] > 0) & (divergence < rows.constants[:, DIVERGENCE])
+        rows.memory[:, RUN] = torch.where(is_small, rows.memory[:, RUN] + 1, 0.0)
+        rows.memory[:, SEEN] += 1
+        rows.reading[:, 0] = rows.memory[:, RUN]
+
+    def adjust(self, step: Step) -> None:
+        """Choose what is sure and stable, else the quota."""
+        import torch  # late: options are read without it
+
+        constants = step.constants
+        passes = step.is_open & (step.confidence > constants[:, CONFIDENCE, None])
+        passes &= step.reading[..., 0] >= constants[:, NUM_STEPS, None]
+        quota = best(step.confidence, step.parameter.long())
+        step.choose(torch.where(passes.any(dim=1, keepdim=True), passes, quota))

@@ -1,0 +1,132 @@
+"""What policies read off logits: more of a position than its best token and that token's probability.
+
+A policy that compares steps gets the logits of the steps before. They are not kept: their hidden states are, which are
+smaller by the vocabulary over the hidden size, and the model's output layer computes them again.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from csrc_triton import Proposals
+from vllm_osdt.policies import PositionLogits
+from vllm_osdt.policies.base import MAX_READINGS
+from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, StepLogits
+from vllm_osdt.worker.shaping import LogitShaping
+from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch, ReadRows
+
+ComputeLogits = Callable[[torch.Tensor], torch.Tensor]
+
+
+class PolicyReader:
+    """Runs ``Policy.read`` on the rows of each policy that has it.
+
+    Args:
+        states: Tables of the canvases.
+        shaping: Changes logits as sampling parameters ask.
+    """
+
+    def __init__(self, states: CanvasStates, shaping: LogitShaping) -> None:
+        self._states = states
+        self._shaping = shaping
+        # Of the last steps, by slot and position in the block, the latest first; [0, 0, 0, 0] until a policy asks.
+        self._hidden = torch.zeros(0, 0, 0, 0, device=states.device)
+
+    def read(
+        self,
+        logits: StepLogits,
+        batch: DenoiseBatch,
+        proposals: Proposals,
+        hidden: torch.Tensor,
+        compute_logits: ComputeLogits,
+    ) -> list[torch.Tensor | None]:
+        """Have every policy of the batch that reads logits do so.
+
+        Args:
+            logits: M rows.
+            batch: The step.
+            proposals: Of the step; tokens and confidences are changed in place.
+            hidden: ``[at least M, hidden_size]``, of which the logits were made.
+            compute_logits: The model's output layer.
+
+        Returns:
+            For each of ``batch.adjusted`` float32 ``[R, W, 4]``, see ``policies.Step.reading``; None where it has not
+            read.
+        """
+        width = batch.blocks.canvas_index.shape[1]
+        return [
+            None
+            if one.read is None
+            else self._read_policy(one, one.read, logits, batch, proposals, hidden, compute_logits, width)
+            for one in batch.adjusted
+        ]
+
+    def _read_policy(
+        self,
+        adjusted: AdjustedRows,
+        read: ReadRows,
+        logits: StepLogits,
+        batch: DenoiseBatch,
+        proposals: Proposals,
+        hidden: torch.Tensor,
+        compute_logits: ComputeLogits,
+        width: int,
+    ) -> torch.Tensor:
+        """As :meth:`read`, of one policy."""
+        policy, states = adjusted.policy, self._states
+        num_requests, num_rows = adjusted.rows.shape[0], read.rows.shape[0]
+        reading = torch.zeros(num_requests, width, MAX_READINGS, device=states.device)
+        slots = adjusted.slots[read.request]
+        num_before = policy.num_steps_before if policy.reads_step_before else 0
+        if num_before:
+            self._make_room(hidden, num_before)
+        size = max(1, CHUNK_ELEMENTS // logits.written.shape[1])
+        for start in range(0, num_rows, size):
+            part = slice(start, start + size)
+            rows, slot, offset = read.rows[part], slots[part], read.offset[part]
+            own = self._as_shaped(logits.rows(rows), read, start, batch)
+            before = []
+            for back in range(num_before):
+                before.append(compute_logits(self._hidden[slot, offset, back]).float())
+                before[-1][:, states.mask_token_id] = -torch.inf
+            found = PositionLogits(
+                own,
+                before[0] if before else None,
+                proposals.token[rows],
+                proposals.confidence[rows],
+                states.constants[slot],
+                states.policy_memory[slot, offset, : policy.memory_size],
+                reading[read.request[part], read.offset[part]],
+                adjusted.step_index[read.request[part]],
+                tuple(before[1:]),
+            )
+            policy.read(found)
+            proposals.token[rows], proposals.confidence[rows] = found.token, found.confidence
+            states.policy_memory[slot, offset, : policy.memory_size] = found.memory
+            reading[read.request[part], read.offset[part]] = found.reading
+        if num_before:
+            self._hidden[slots, read.offset, 1:] = self._hidden[slots, read.offset, :-1]
+            self._hidden[slots, read.offset, 0] = hidden[read.rows]
+        return reading
+
+    def _as_shaped(self, own: torch.Tensor, read: ReadRows, start: int, batch: DenoiseBatch) -> torch.Tensor:
+        """Logits of some of a policy's rows, from the one numbered ``start`` on, as sampling parameters leave them."""
+        if read.shaped is not None:
+            first, last = read.shaped_np.searchsorted([start, start + own.shape[0]])
+            if first < last:
+                some = read.shaped.part(first, last)
+                at = torch.from_numpy(read.shaped_np[first:last] - start).to(own.device, non_blocking=True)
+                temperature = None if batch.temperature is None else batch.temperature[some.rows]
+                own[at] = self._shaping.shape(own[at], some, temperature, batch.grammar)
+        own[:, self._states.mask_token_id] = -torch.inf
+        return own
+
+    def _make_room(self, hidden: torch.Tensor, num_steps: int) -> None:
+        """Have room for hidden states like these, of every slot and so many steps; what is there is kept."""
+        num_slots, width = self._states.policy_state.shape[0], self._states.policy_memory.shape[1]
+        known = self._hidden
+        if known.shape[2] < num_steps:
+            self._hidden = hidden.new_zeros(num_slots, width, num_steps, hidden.shape[1])
+            if known.numel():
+                self._hidden[:, :, : known.shape[2]] = known
