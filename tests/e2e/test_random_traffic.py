@@ -21,6 +21,27 @@ GRAMMARS = [
     {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
     {"grammar": 'root ::= "a" root "b" | "ab"'},
 ]
+# Policies that look at more than a table, with options that matter for random weights.
+FURTHER = [
+    {"policy": "local_leap", "anchor_threshold": 0.5, "relaxed_threshold": 0.1},
+    {"policy": "bacd", "min_threshold": 0.1, "max_threshold": 0.6},
+    {"policy": "ete", "threshold": 0.4, "explore_rank": 0.5},
+    {"policy": "multi_block", "part_length": 4, "max_entropy": 2.0},
+    {"policy": "confidence_adaptive", "threshold": 0.2, "max_unmask": 3},
+    {"policy": "hierarchical", "run_threshold": 0.1},
+    {"policy": "streaming", "threshold": 0.5},
+    {"policy": "wedlm", "adjusted_entropy": 2.0},
+    {"policy": "prophet", "prophet_early": 2.0, "prophet_late": 1.0, "exit_scope": "answer", "commit_threshold": 0.5},
+    {"policy": "sched", "sched_high": 3.0, "sched_low": 1.0, "sched_patience": 1, "sched_max_change": 0.5},
+    {"policy": "klass", "kl_confidence": 0.1, "kl_threshold": 0.5, "kl_steps": 1},
+    {"policy": "less", "less_confidence": 0.1, "js_threshold": 0.5, "persistence": 1},
+    {"policy": "ccd"},
+    {"policy": "stable", "stable_confidence": 0.1},
+]
+CUTTING = [
+    {"policy": "cad_llm", "cad_first_block": 4, "cad_min_block": 2, "cad_threshold": 0.5, "cad_min_threshold": 0.1},
+    {"policy": "static_threshold", "adablock": True, "adablock_threshold": 0.05, "adablock_delimiters": [5, 9, 20, 41]},
+]
 # Little room, so that requests wait and are preempted: (checkpoint, engine, where pages are scarce).
 FAMILIES = {
     "SDAR": (make_sdar_checkpoint, {"max_num_batched_tokens": 120, "long_prefill_token_threshold": 72}),
@@ -34,7 +55,11 @@ def random_request(rng, family, beginnings, profile):
     block_length = rng.choice([4, 8, 16, 24, 32])
     options, own = {"block_length": block_length}, {}
     options["policy"] = rng.choice(["static_threshold", "factor", "joint_bound", "entropy_bound", "fixed_steps"])
-    if options["policy"] == "static_threshold":
+    if rng.random() < 0.6:
+        options |= rng.choice(FURTHER + (CUTTING if family == "LLaDA" else []))
+        if options["policy"] not in ("klass", "ccd", "less") and rng.random() < 0.3:
+            options["credit"] = True
+    elif options["policy"] == "static_threshold":
         options["threshold"] = rng.choice([0.1, 0.4, 0.9])
         if family != "Fast-dLLM v2" and rng.random() < 0.4:
             options["steps_per_block"] = rng.randrange(1, block_length + 1)
@@ -56,7 +81,8 @@ def random_request(rng, family, beginnings, profile):
     own |= random_parameters(rng, max_tokens, is_sampled="temperature" in own)
     options["return_trace"] = rng.random() < 0.3
     params = sampling(max_tokens, **options, **own)
-    if rng.random() < 0.3:
+    is_drafted = rng.random() < 0.3
+    if is_drafted:
         drafts = {"osdt_draft": rng.choice(beginnings), "osdt_draft_ngram": 1}
         params.extra_args |= {**drafts, "osdt_draft_threshold": 0.0}
     if rng.random() < 0.15 and "stop_token_ids" not in own:
@@ -64,7 +90,7 @@ def random_request(rng, family, beginnings, profile):
         params.extra_args["osdt_infill"] = random_template(rng, family)
         params.ignore_eos = rng.random() < 0.3
         params.logit_bias = {0: 5.0}  # its end token
-    elif rng.random() < 0.2:
+    elif not is_drafted and rng.random() < 0.3:
         params.structured_outputs = StructuredOutputsParams(**rng.choice(GRAMMARS))
         params.ignore_eos, params.allowed_token_ids = False, None
     elif profile is not None and rng.random() < 0.2:
