@@ -46,18 +46,17 @@ ONE_POSITION: dict[str, dict[str, Any]] = {
     "entropy_bound": {"entropy": 1e-9},
     "local_leap": {"anchor_threshold": 1.0, "relaxed_threshold": 1.0},
     "bacd": {"max_threshold": 1.0, "min_threshold": 1.0},
-    "ete": {"threshold": 1.0, "explore_below": 1},
     "prophet": {"prophet_early": 1e9, "prophet_middle": 1e9, "prophet_late": 1e9},
     "sched": {"sched_high": 1e9, "sched_low": 1e9},
     "fixed_steps": {},
     "confidence_adaptive": {"threshold": 1.0},
     "entropy_threshold": {"max_entropy": 1e-9},
-    "streaming": {"threshold": 1.0, "streaming_decay": 0.0},
+    "streaming": {"threshold": 1.0, "relaxation": 0.0},
     "less": {"persistence": 128},
     "klass": {"kl_steps": 128},
     "stable": {"stable_steps": 128},
     "ccd": {"ccd_dynamic": False},
-    "wedlm": {"wedlm_threshold": 1e-9},
+    "wedlm": {"adjusted_entropy": 1e-9},
 }
 REPORTED = ("task", "name", "options", "seconds", "notes")
 HEADER = (
@@ -70,17 +69,20 @@ def measure(bench: Bench, task: str, problems: list[Problem], name: str, setting
     start = time.process_time()
     outcome = bench.run(task, problems, name, **setting)
     outcome.notes["cpu_ms_per_forward"] = 1e3 * (time.process_time() - start) / sum(outcome.nfe)
-    outcome.notes["bytes_per_request"] = kept_bytes(str(setting["policy"]))
+    outcome.notes["bytes_per_request"] = kept_bytes(
+        str(setting["policy"]), bench.llm.llm_engine.model_config.get_hidden_size()
+    )
     return outcome
 
 
-def kept_bytes(policy: str) -> int:
-    """Bytes that a policy keeps of each request on the device, besides constants."""
+def kept_bytes(policy: str, hidden_size: int) -> int:
+    """Bytes that a policy keeps of each request on the device, besides constants; hidden states in float32."""
     from vllm_osdt.geometry import MAX_BLOCK_LENGTH
     from vllm_osdt.policies.base import MAX_STATE
 
     found = POLICIES[policy]
-    return 4 * (2 * MAX_STATE + MAX_BLOCK_LENGTH * found.memory_size) if found.adjusts else 0
+    num_hidden = found.num_steps_before * hidden_size if found.reads_step_before else 0
+    return 4 * (2 * MAX_STATE + MAX_BLOCK_LENGTH * (found.memory_size + num_hidden)) if found.adjusts else 0
 
 
 def words(setting: Mapping[str, Any]) -> str:

@@ -189,7 +189,6 @@ class CommonOptions(AdaBlockOptions):
             edit_threshold=self.edit_threshold,
             refresh_interval=self.refresh_interval,
             refresh_confidence=self.refresh_confidence,
-            block_cut=self.block_cut,
             modifiers=[one.key(self) for one in MODIFIERS if one.is_on(self)],
         )
 
@@ -197,14 +196,6 @@ class CommonOptions(AdaBlockOptions):
     def calibrates(self) -> bool:
         """Whether its policy takes thresholds from the task's profile."""
         return POLICIES[self.policy].calibrates(self)
-
-    @property
-    def block_cut(self) -> str:
-        """What says how long blocks are besides ``block_length``; "" for nothing."""
-        if not self.adablock:
-            return ""
-        delimiters = "-".join(map(str, self.adablock_delimiters or ()))
-        return f"ada{self.adablock_length}-{self.adablock_threshold:g}-{delimiters}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values, to travel between processes."""
@@ -572,10 +563,13 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
     if options.task is None and options.calibrates:
         for name, value in asked.items():
             is_osdt = name == "policy" and "calibrated" not in asked
+            remedy = f"leave {PREFIX}{name} out"
+            if is_osdt and POLICIES[options.policy].name != "osdt":
+                remedy = f"{PREFIX}calibrated = false"
             if is_osdt or (DECLARED[name].needs_task and value != DEFAULTS[name]):
                 raise InvalidOptionError(
                     f"{PREFIX}{name} is {value!r}, but the request names no task, so that nothing is calibrated for "
-                    f"it and it is decoded with the static threshold: send {PREFIX}task, or leave {PREFIX}{name} out.",
+                    f"it and it is decoded with the static threshold: send {PREFIX}task, or {remedy}.",
                     refusal="needs-task",
                     parameter=PREFIX + name,
                     value=value,
@@ -706,8 +700,16 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
     name, what = ("adablock", "adablock is true") if options.adablock else ("policy", f"policy is {options.policy!r}")
     if options.adablock and policy_cuts:
         raise InvalidOptionError(
-            f"adablock is true, but policy {options.policy!r} says itself how long blocks are; leave adablock out.",
+            f"adablock is true, but policy {options.policy!r} says itself how long blocks are; send adablock = false.",
             refusal="adablock-policy",
+            parameter="adablock",
+            value=True,
+        )
+    if options.adablock and options.task is not None and options.calibrates:
+        raise InvalidOptionError(
+            f"adablock is true, but the thresholds of task {options.task!r} are for blocks of one length; send "
+            "adablock = false, or no task.",
+            refusal="adablock-task",
             parameter="adablock",
             value=True,
         )
@@ -721,7 +723,7 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
     if options.refresh_interval > 1:
         raise InvalidOptionError(
             f"{what} and refresh_interval {options.refresh_interval}, but blocks of different lengths are refreshed "
-            "when they are entered; leave refresh_interval out.",
+            "when they are entered; send refresh_interval = 1.",
             refusal="cut-refresh",
             parameter="refresh_interval",
             value=options.refresh_interval,

@@ -75,6 +75,11 @@ REFUSALS = {
     "adablock-vocabulary": Refusal(
         "`osdt_adablock_delimiters`", "One is no token id of the model.", "Send ids below the vocabulary's size."
     ),
+    "adablock-task": Refusal(
+        "`osdt_adablock`",
+        "With a task whose calibrated thresholds the policy takes.",
+        "Send `osdt_adablock` = false, or no task.",
+    ),
     "adablock-policy": Refusal(
         "`osdt_adablock`", "The policy says itself how long blocks are (`cad_llm`).", "Leave it out."
     ),
@@ -89,6 +94,7 @@ REFUSALS = {
         "Not in order: shortest, first and longest block (`osdt_block_length`).",
         "Send values in that order.",
     ),
+    "cad-steps": Refusal("`osdt_cad_max_steps`", "Below `osdt_cad_steps`.", "Raise it."),
     "cad-thresholds": Refusal("`osdt_cad_min_threshold`", "Above `osdt_cad_threshold`.", "Lower it."),
     "multi-block-shares": Refusal("`osdt_full_share`", "Below `osdt_enter_share`.", "Raise it."),
     "gen-length-block-causal": Refusal(

@@ -26,9 +26,10 @@ class PlainETE:
     def __call__(self, block, step, masked):
         self.margin = min([self.margin, *(abs(c - self.tau) for c in masked.values())])
         order = best_first(masked)
+        is_little = sum(c >= self.tau for c in masked.values()) < self.below
         passing = [k for k in order if masked[k] >= self.tau] or order[:1]
         rest = order[len(passing) :]
-        if rest and len(passing) < self.below:
+        if rest and is_little:
             passing.append(rest[math.floor(self.rank * (len(rest) - 1) + 0.5)])
         return passing
 

@@ -18,9 +18,7 @@ from vllm_osdt.geometry import CACHE_MODES
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
 # confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, what cuts
 # blocks, and what changes logits: modifiers with their numbers.
-CACHE_KEY = (
-    rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:ada[0-9.e-]+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
-)
+CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
 
 
 def cache_key(
@@ -31,7 +29,6 @@ def cache_key(
     edit_threshold: float | None = None,
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
-    block_cut: str = "",
     modifiers: Iterable[str] = (),
 ) -> str:
     """A cache mode as profiles tell it apart (:data:`CACHE_KEY`): recorded confidences depend on all of these."""
@@ -44,8 +41,6 @@ def cache_key(
         key += f":r{refresh_interval}"
     if refresh_confidence > 0:
         key += f":u{refresh_confidence:g}"
-    if block_cut:
-        key += f":{block_cut}"
     return ":".join((key, *modifiers))
 
 

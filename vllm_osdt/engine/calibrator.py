@@ -13,7 +13,7 @@ import numpy as np
 
 from csrc_triton.types import Rule
 from vllm_osdt.calibration.guard import AgreementGuard, DriftGuard
-from vllm_osdt.calibration.profile import CalibrationProfile, ProfileKey, Setting
+from vllm_osdt.calibration.profile import CalibrationProfile, Choice, ProfileKey, Setting
 from vllm_osdt.calibration.recording import Recorder
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.calibration.selection import upper_bound
@@ -22,12 +22,19 @@ from vllm_osdt.calibration.thresholds import CONFORMAL, Fallback
 from vllm_osdt.engine.audit import Subject
 from vllm_osdt.engine.canvas_plan import decides_first_alone
 from vllm_osdt.engine.statistics import About, EngineStatistics
-from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.errors import OSDTError
+from vllm_osdt.geometry import CanvasRequest, DecodeShape
 from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, ServerOptions, server_options, with_choice
-from vllm_osdt.policies import POLICIES
+from vllm_osdt.options import (
+    UNDECIDED_TASK,
+    DecodingOptions,
+    ServerOptions,
+    server_options,
+    validate_for_family,
+    with_choice,
+)
+from vllm_osdt.policies import MODIFIERS, POLICIES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -57,6 +64,11 @@ class _Decoding:
 def setting_of(options: DecodingOptions) -> Setting:
     """How a request's thresholds are made from a profile."""
     return Setting(options.granularity, options.statistic, options.record, options.risk)
+
+
+def _modifiers(options: DecodingOptions) -> list[bool]:
+    """Which modifiers are on; workers read them, and token editing, from what admission made of a request."""
+    return [modifier.is_on(options) for modifier in MODIFIERS]
 
 
 def _has_early_thresholds(options: DecodingOptions) -> bool:
@@ -146,7 +158,7 @@ class Calibrator:
         if policy.calibrates(options):
             profile = self._find_profile(options, key)
             if spec.follows_choice and profile is not None and not options.recalibrate:
-                options = self._choose(options, profile)
+                options = self._choose(spec, max_tokens, profile)
                 policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
             if is_own and is_usual and self._calibrates(req_id, options, key, max_tokens, profile):
@@ -172,7 +184,9 @@ class Calibrator:
         is_usual = is_usual and not has_drafts
         is_own_profile = profile is not None and options.profile is None and not is_early
         by_entropy = policy.looks_at_entropy(options)
-        is_watched = self.guard is not None and is_own_profile and not by_entropy and is_usual
+        # A guard compares blocks, which others cut elsewhere.
+        can_watch = is_own_profile and not by_entropy and not policy.cuts_blocks
+        is_watched = self.guard is not None and can_watch and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
             self.guard.begin(profile, req_id)
@@ -188,15 +202,17 @@ class Calibrator:
         )
         return _Decoding(options, key, shape, about, assignment, profile, is_early, is_usual, recorder)
 
-    def _choose(self, options: DecodingOptions, profile: CalibrationProfile) -> DecodingOptions:
+    def _choose(self, spec: RequestSpec, max_tokens: int, profile: CalibrationProfile) -> DecodingOptions:
         """The options of a request that leaves it to its profile how positions are chosen."""
+        options = spec.options
         if profile.choice is None:
             return options
         try:
-            chosen = with_choice(options, profile.choice)
-            POLICIES[chosen.policy].check_operator(chosen, self._operator)
-            return chosen
-        except InvalidOptionError as error:
+            chosen = self._with_choice(spec, max_tokens, profile.choice)
+            if chosen.edit_threshold == options.edit_threshold and _modifiers(chosen) == _modifiers(options):
+                return chosen
+            raise OSDTError("It does not go with the token editing, or the credits, of the request.")
+        except OSDTError as error:
             if profile.profile_id not in self._refused:
                 self._refused.add(profile.profile_id)
                 logger.warning(
@@ -207,6 +223,26 @@ class Calibrator:
                     error,
                 )
             return options
+
+    def _with_choice(self, spec: RequestSpec, max_tokens: int, choice: Choice) -> DecodingOptions:
+        """The options of a request with its profile's choice, as admission would make them.
+
+        Raises:
+            OSDTError: They do not go with the request, the model, or the operator's files.
+        """
+        options, canvas = spec.options, spec.canvas
+        chosen = validate_for_family(with_choice(options, choice), self._traits)
+        policy = POLICIES[chosen.policy]
+        policy.check_operator(chosen, self._operator)
+        asked = CanvasRequest(
+            canvas.start,
+            max_tokens,
+            options.gen_length,
+            canvas.block_length,
+            sub_block_length=chosen.sub_block_length,
+            is_block_causal=chosen.is_block_causal,
+        )
+        return replace(chosen, **policy.resolve(chosen, asked, canvas))
 
     def _find_profile(self, options: DecodingOptions, key: ProfileKey) -> CalibrationProfile | None:
         if options.profile is not None:

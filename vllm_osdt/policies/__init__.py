@@ -94,6 +94,11 @@ def _check(name: str, policy: type[Policy], policies: dict[str, Policy]) -> None
         raise ValueError(f"its class is named {policy.name!r}; name the entry point likewise")
     if name in policies:
         raise ValueError("a policy of that name is there already")
+    if not callable(policy.calibrates):
+        raise ValueError("its calibrates is no method; it takes the request's options and says whether it does")
+    for modifier in MODIFIERS:
+        if declarations(policy.Options).keys() & declarations(modifier.Options).keys():
+            raise ValueError(f"it has an option of {modifier.name!r}; give it another name")
     for other in policies.values():
         theirs = declarations(other.Options)
         for option, declaration in declarations(policy.Options).items():
@@ -101,7 +106,7 @@ def _check(name: str, policy: type[Policy], policies: dict[str, Policy]) -> None
                 raise ValueError(f"its option {option!r} is one of policy {other.name!r}; give it another name")
 
 
-POLICIES = load_policies()
 MODIFIERS: tuple[Modifier, ...] = (Credit(),)
+POLICIES = load_policies()
 
 __all__ = ["MODIFIERS", "POLICIES", "Modifier", "Policy", "PositionLogits", "Schedule", "Step"]

@@ -6,12 +6,14 @@ behind it, else it has the usual length. The authors' window is a quarter of the
 Works beside every policy, for models whose positions see the whole canvas.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from csrc_triton.types import ENTROPY_SCALE
 from vllm_osdt.declaration import Flag, count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.policies.base import MAX_CONSTANTS, Step
@@ -36,7 +38,8 @@ class AdaBlockOptions:
     adablock_threshold: float = option(
         0.3,
         number(ge=0, le=1),
-        "Of `adablock`: confidence that the delimiter needs. The authors take 0.3 for LLaDA and 0.5 for Dream.",
+        "Of `adablock`: confidence that the delimiter needs; with a policy that looks at entropies, exp(−H) instead. "
+        "The authors take 0.3 for LLaDA and 0.5 for Dream.",
     )
     adablock_length: int = option(
         32,
@@ -56,10 +59,17 @@ class AdaBlockOptions:
 class AdaBlock:
     """The cutter of requests that ask for it."""
 
-    def constants(self, options: Any) -> Sequence[float]:
-        """What :meth:`cut` reads of a request's resolved options."""
-        ids = options.adablock_delimiters
-        return (options.adablock_threshold, options.adablock_length, len(ids), *ids)
+    def constants(self, options: Any, *, by_entropy: bool = False) -> Sequence[float]:
+        """What :meth:`cut` reads of a request's resolved options.
+
+        Args:
+            options: Resolved.
+            by_entropy: Whether its confidences are 1 - H / 32. An entropy H then counts as a confidence exp(-H).
+        """
+        ids, threshold = options.adablock_delimiters, options.adablock_threshold
+        if by_entropy and threshold > 0:
+            threshold = max(1.0 + math.log(threshold) / ENTROPY_SCALE, 0.0)
+        return (threshold, min(options.adablock_length, options.block_length), len(ids), *ids)
 
     def cut(self, step: Step) -> "torch.Tensor":
         """See ``Cutter``."""

@@ -62,5 +62,6 @@ class BACD(Policy):
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Count the confidences of what the step committed."""
         is_counted = unmasked & (step.score >= 0)  # a position without logits has none
-        step.state[:, 0] += step.score.masked_fill(~is_counted, 0.0).sum(dim=-1)
+        confidence = step.score.masked_fill(~is_counted, 0.0).double()  # so that padding changes no sum
+        step.state[:, 0] += confidence.sum(dim=-1).float()
         step.state[:, 1] += is_counted.sum(dim=-1)

@@ -4,9 +4,9 @@ Source: CadLLM (arXiv 2512.07173). With m the mean confidence of the masked posi
 last two m, a block that is entered has clip(Bmin + floor((Bmax - Bmin) c), Bmin, Bmax) positions, the first one B0. The
 paper's threshold goes from t0 to tmin with the share g of the canvas that is decided: t0 (1 - g) + tmin g. The authors'
 code has another one, a ramp in each block: max(t0 - 0.45 i / S, tmin) in its step i, with S = (S0 + (Smax - S0)(1 - c))
-B / B0. Bmax is ``block_length`` here. Not here: the paper's subset of the vocabulary, whose size depends on a measure
-of repetition that its text does not define; a probability among fewer tokens is larger, so that a lower threshold does
-the same.
+B / B0. Here Bmax is ``block_length``, and m is over the active block. Not here: the paper's subset of the vocabulary,
+whose size depends on a measure of repetition that its text does not define; a probability among fewer tokens is larger,
+so that a lower threshold does the same.
 """
 
 from dataclasses import dataclass
@@ -49,10 +49,18 @@ class CadLLMOptions:
         unit="tokens",
     )
     cad_steps: int = option(
-        24, count(), "Of `cad_llm` with a ramp in each block: S0, its steps when the model is sure.", unit="steps"
+        24,
+        count(),
+        "Of `cad_llm` with a ramp in each block: S0, its steps when the model is sure.",
+        unit="steps",
+        needs="cad_ramp=block",
     )
     cad_max_steps: int = option(
-        90, count(), "Of `cad_llm` with a ramp in each block: Smax, its steps when the model is unsure.", unit="steps"
+        90,
+        count(),
+        "Of `cad_llm` with a ramp in each block: Smax, its steps when the model is unsure.",
+        unit="steps",
+        needs="cad_ramp=block",
     )
 
 
@@ -65,7 +73,14 @@ class CadLLM(Policy):
     cuts_blocks = True
 
     def check(self, options: Any) -> None:
-        """The thresholds must be in order."""
+        """The thresholds and the steps must be in order."""
+        if options.cad_max_steps < options.cad_steps:
+            raise InvalidOptionError(
+                f"cad_max_steps is {options.cad_max_steps}, below cad_steps {options.cad_steps}; raise it.",
+                refusal="cad-steps",
+                parameter="cad_max_steps",
+                value=options.cad_max_steps,
+            )
         if options.cad_min_threshold > options.cad_threshold:
             raise InvalidOptionError(
                 f"cad_min_threshold is {options.cad_min_threshold:g}, above cad_threshold {options.cad_threshold:g}; "
@@ -121,7 +136,8 @@ class CadLLM(Policy):
         ramp = torch.maximum(high - RAMP_DEPTH * step.step_index / step.state[:, NUM_STEPS], low)
         step.parameter.copy_(torch.where(by_block > 0, ramp, high * (1.0 - share) + low * share))
         number = step.is_open.sum(dim=1)
-        mean = step.confidence.nan_to_num().masked_fill(~step.is_open, 0.0).sum(dim=1) / number.clamp(min=1)
+        total = step.confidence.nan_to_num().masked_fill(~step.is_open, 0.0).double().sum(dim=1)
+        mean = (total / number.clamp(min=1)).float()
         after = torch.stack([mean, step.carry[:, LAST], step.carry[:, NUM_FORWARDS] + 1, step.carry[:, 3]], dim=1)
         step.carry.copy_(torch.where(number.unsqueeze(1) > 0, after, step.carry))
 

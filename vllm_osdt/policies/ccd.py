@@ -62,12 +62,14 @@ class CCDOptions(StepsOptions):
         count(2, 3),
         "Of `ccd` by the paper: how many steps are averaged, this one included; the authors' is 3 for Dream.",
         unit="denoising steps",
+        needs="ccd_rule=paper",
     )
     ccd_positions: int = option(
         4,
         count(1, MAX_BLOCK_LENGTH),
         "Of `ccd` by the paper: how many positions each step notes.",
         unit="positions",
+        needs="ccd_rule=paper",
     )
 
 

@@ -21,7 +21,7 @@ class EntropyThresholdOptions:
     max_entropy: float = option(
         0.5,
         number(gt=0, lt=ENTROPY_SCALE),
-        "Of `entropy_threshold`: positions with at most this entropy pass.",
+        "Of `entropy_threshold` and `multi_block`: positions with at most this entropy pass.",
         unit="nats",
     )
 

@@ -59,9 +59,10 @@ class ETE(Policy):
         confidence = step.confidence.nan_to_num(nan=-1.0)
         passes = step.is_open & (confidence >= step.parameter.unsqueeze(1))
         order = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # rank of each position
+        explores = passes.sum(dim=1) < step.constants[:, 0]
         passes |= step.is_open & (order == 0)
-        num_passing, num_open = passes.sum(dim=1), step.is_open.sum(dim=1)
+        num_passing = passes.sum(dim=1)
+        num_open = step.is_open.sum(dim=1)
         rest = (num_open - num_passing - 1).clamp(min=0)
         explored = num_passing + torch.floor(rest * step.constants[:, 1] + 0.5).long()
-        explores = num_passing < step.constants[:, 0]
         step.choose(passes | (step.is_open & (order == explored.unsqueeze(1)) & explores.unsqueeze(1)))

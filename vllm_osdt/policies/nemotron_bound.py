@@ -57,8 +57,8 @@ class NemotronBound(Policy):
             value = getattr(options, name)
             if options.bound_form == "product" and value != defaults(NemotronBoundOptions)[name]:
                 raise InvalidOptionError(
-                    f"{name} is {value:g}, but bound_form 'product' has no bound of a rank: leave {name} out, or send "
-                    "bound_form 'rank'.",
+                    f"{name} is {value:g}, but bound_form 'product' has no bound of a rank: send {name} = "
+                    f"{defaults(NemotronBoundOptions)[name]:g}, or bound_form 'rank'.",
                     refusal="nemotron-product",
                     parameter=name,
                     value=value,

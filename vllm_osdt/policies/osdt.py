@@ -159,8 +159,9 @@ class CalibratedOptions:
     calibrated: bool = option(
         False,
         Flag,
-        "The policy's threshold comes from the task's profile, as with `osdt` and its options. While the task "
-        "calibrates, and without a task, the request is decoded with the static threshold alone.",
+        "The policy's threshold comes from the task's profile, as with `osdt` and its options. Without a task, and "
+        "where the request calibrates it, the static threshold alone decodes it; with `early`, other requests have "
+        "thresholds from what is recorded so far.",
         needs_task=True,
     )
 

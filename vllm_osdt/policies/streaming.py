@@ -5,8 +5,8 @@ threshold x (1 - ``relaxation`` x (1 - r)), and equality passes; at least the mo
 0.9 and 0.6, and finds that more relaxation costs quality; the authors' code has 0.3 (xiaoshideta/Streaming-dLLM).
 
 Deviations: in the authors' code r is the masked share of the block and of the window behind it, and 1 in a block's
-first step. Here it is the share of the masks with which the block, or the sub-block, began. Ours: with ``calibrated``
-the threshold that falls is that of OSDT.
+first step. Here it is the share of the most masks that the block, or a sub-block of it, has had. Ours: with
+``calibrated`` the threshold that falls is that of OSDT.
 """
 
 from dataclasses import dataclass, replace

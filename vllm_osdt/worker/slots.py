@@ -21,7 +21,7 @@ from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, ServerOptions
-from vllm_osdt.policies import MODIFIERS, POLICIES, Schedule
+from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
@@ -247,7 +247,7 @@ class CanvasStates:
         policy = assignment.policy or options.policy
         host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
         host.is_dual[slot] = options.cache_mode == "dual"
-        self._set_cutter(slot, options, POLICIES[policy], schedule)
+        self._set_cutter(slot, options, POLICIES[policy], assignment)
         host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
@@ -284,7 +284,7 @@ class CanvasStates:
         constants[: len(values)] = values
         return to_device(constants, self.device)
 
-    def _set_cutter(self, slot: int, options: DecodingOptions, policy: Policy, schedule: Schedule) -> None:
+    def _set_cutter(self, slot: int, options: DecodingOptions, policy: Policy, assignment: Assignment) -> None:
         """Fill in what says how long a request's blocks are."""
         cutter: Cutter | None = policy if policy.cuts_blocks else None
         if options.adablock:
@@ -292,7 +292,9 @@ class CanvasStates:
         self.host.cuts[slot] = 0
         if cutter is not None:
             self.host.cuts[slot] = CUTTERS.index(cutter) + 1
-            constants = ADABLOCK.constants(options) if cutter is ADABLOCK else schedule.constants
+            constants = assignment.schedule.constants
+            if cutter is ADABLOCK:
+                constants = ADABLOCK.constants(options, by_entropy=assignment.by_entropy)
             self.cut_constants[slot] = self._constants(constants)
 
     def _clear_draft(self, slot: int, threshold: float) -> None:
