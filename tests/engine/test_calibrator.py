@@ -11,6 +11,7 @@ from vllm_osdt.calibration.guard import DriftGuard
 from vllm_osdt.calibration.registry import ProfileRegistry
 from vllm_osdt.calibration.store import ProfileStore
 from vllm_osdt.calibration.thresholds import Fallback
+from vllm_osdt.cli.tuning.candidates import CANDIDATES, candidates_of
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.geometry import Canvas
 from vllm_osdt.messages import RecordedStep, RequestSpec, StepReport
@@ -360,6 +361,28 @@ def test_a_request_that_leaves_it_open_is_decoded_by_its_tasks_choice(choice):
     else:
         assert decided.assignment.schedule.parameters == pytest.approx(0.3, abs=1e-6)
     assert decided.key == KEY  # the calibration's threshold, not the choice's
+
+
+@pytest.mark.parametrize("policy", CANDIDATES)
+def test_whatever_tune_may_choose_decodes_a_request_or_is_passed_over(policy):
+    for candidate in candidates_of(policy, 64):
+        choice = chosen(**candidate)
+        decided = start(choosing(choice), "a", follows_choice=True)
+        is_usable = policy != "learned_filter"  # no operator has named a file
+        assert decided.options.policy == (policy if is_usable else "osdt")
+        assert decided.assignment.policy == decided.options.policy
+
+
+def test_a_choice_that_workers_would_read_otherwise_is_passed_over():
+    choice = chosen("ccd")
+    decided = start(choosing(choice), "a", follows_choice=True, credit=True)
+    assert decided.options.policy == "osdt" and decided.options.credit
+
+
+def test_a_task_tuned_to_blocks_of_many_lengths_is_not_watched():
+    guard = DriftGuard("warn", WINDOW, 0.03, 0.95)
+    assert start(choosing(chosen("factor", factor=1.5), guard), "a", follows_choice=True).assignment.is_watched
+    assert not start(choosing(chosen("cad_llm"), guard), "a", follows_choice=True).assignment.is_watched
 
 
 def test_a_request_that_says_how_positions_are_chosen_does_not_follow_the_choice():

@@ -155,6 +155,8 @@ def test_an_engine_decodes_as_the_plain_loops_in_one_batch_and_after_preemption(
     [
         ({"osdt_adablock_threshold": 0.5}, "osdt_adablock_threshold is 0.5, but osdt_adablock is false"),
         ({"osdt_adablock": True, "osdt_policy": "cad_llm"}, "policy 'cad_llm' says itself how long blocks are"),
+        ({"osdt_adablock": True, "osdt_task": "quiz"}, "the thresholds of task 'quiz' are for blocks of one length"),
+        ({"osdt_policy": "cad_llm", "osdt_cad_steps": 30}, "says nothing without osdt_cad_ramp = 'block'"),
         ({"osdt_adablock": True, "osdt_refresh_interval": 2}, "adablock is true and refresh_interval 2"),
         (
             {"osdt_policy": "cad_llm", "osdt_cad_threshold": 0.3},
@@ -170,6 +172,17 @@ def test_what_contradicts_blocks_of_many_lengths_is_refused(values, message):
     traits = LLaDAConfig().traits
     with pytest.raises(InvalidOptionError, match=message):
         validate_for_family(parse_options(values, base=DecodingOptions(), prefix="osdt_"), traits)
+
+
+def test_a_usual_length_is_no_longer_than_a_block_and_an_entropy_counts_as_a_confidence():
+    options = DecodingOptions(adablock=True, adablock_delimiters=[3], adablock_threshold=0.5, block_length=16)
+    assert list(ADABLOCK.constants(options)) == [0.5, 16, 1, 3]
+    score = torch.full((2, 8), 1 - 0.6 / 32)  # entropies of 0.6 and 0.8 nats; ln 2 is 0.69
+    score[1] = 1 - 0.8 / 32
+    schedule = Schedule(0, torch.zeros(1, 8).numpy(), constants=ADABLOCK.constants(options, by_entropy=True))
+    token = torch.zeros(2, 8, dtype=torch.int64)
+    token[:, 2] = 3
+    assert ADABLOCK.cut(make_step(score, schedule, 2)._replace(token=token)).tolist() == [3, 16]
 
 
 @pytest.mark.parametrize("values", [{"osdt_adablock": True}, {"osdt_policy": "cad_llm"}])
