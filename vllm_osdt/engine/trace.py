@@ -88,6 +88,7 @@ class Tracer:
         schedule, num_steps = self._schedules[req_id], int(self._num_steps[row])
         parameters = schedule.parameters[self._block[row], :num_steps]
         confidence = self._confidence[row, :num_tokens].tolist()
+        self._token[row] = _UNKNOWN  # the next block may begin with a step that decides nothing, and is not told
         return {
             "step": self._step[row, :num_tokens].tolist(),
             "forward": self._forward[row, :num_tokens].tolist(),

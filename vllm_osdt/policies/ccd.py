@@ -110,7 +110,8 @@ class CCD(Policy):
             share = logits.masked_fill(~is_left, -torch.inf).softmax(dim=-1)
             total = torch.where(noted.unsqueeze(1), total + share, total)
         mean = total / (1 + counts[0].long() + counts[1].long()).unsqueeze(1)
-        rows.reading[:, RANK] = 1.0 + torch.special.xlogy(mean, mean).sum(dim=-1) / ENTROPY_SCALE
+        entropy = -torch.special.xlogy(mean, mean).sum(dim=-1, dtype=torch.float64)
+        rows.reading[:, RANK] = 1.0 - entropy.float() / ENTROPY_SCALE
         share, likeliest = mean.max(dim=-1)
         is_averaged = (counts[0] | counts[1]) & (rows.token == token)  # which a sample of another token is not
         rows.token.copy_(torch.where(is_averaged, likeliest, rows.token))

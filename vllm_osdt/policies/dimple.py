@@ -81,7 +81,7 @@ class Dimple(Policy):
 
         probability = rows.logits.softmax(dim=-1)
         first, second = probability.topk(2, dim=-1).values.unbind(dim=-1)
-        entropy = torch.special.entr(probability).sum(dim=-1)
+        entropy = torch.special.entr(probability).sum(dim=-1, dtype=torch.float64).float()
         rank = torch.where(rows.constants[:, 2] == MARGIN, first - second, 1.0 - entropy / ENTROPY_SCALE)
         rows.reading[:, 0] = rank
 

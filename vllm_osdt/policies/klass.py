@@ -70,7 +70,7 @@ class KLASS(Policy):
         is_left = rows.logits > -torch.inf
         now = rows.logits.log_softmax(dim=-1)
         before = rows.before.masked_fill(~is_left, -torch.inf).log_softmax(dim=-1)
-        divergence = (now.exp() * (now - before)).masked_fill(~is_left, 0.0).sum(dim=-1)
+        divergence = (now.exp() * (now - before)).masked_fill(~is_left, 0.0).sum(dim=-1, dtype=torch.float64).float()
         is_small = (rows.memory[:, SEEN] > 0) & (divergence < rows.constants[:, DIVERGENCE])
         rows.memory[:, RUN] = torch.where(is_small, rows.memory[:, RUN] + 1, 0.0)
         rows.memory[:, SEEN] += 1

@@ -75,6 +75,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         length = self.model_state.canvas_states.host.block_length[state.idx_mapping_np]
         if not length.all() or length.max() > longest:  # 0: vLLM's own requests
             return None
+        if manager.is_uniform and self.model_state.canvas_states.host.cuts[state.idx_mapping_np].any():
+            return None  # rows behind a cut are left out
         if manager.is_uniform and ((length < longest).any() or not manager.takes_whole_blocks(rows)):
             return None
         if manager.shapes.commits_causally:

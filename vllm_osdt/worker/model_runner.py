@@ -67,6 +67,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     head: Head
     replays_graphs = True
     _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
+    _num_logit_rows = 0  # of the step that is being decided
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, and choose what makes proposals of hidden states."""
@@ -279,10 +280,24 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             # Requests that want no logits have the proposals that they have without the others.
             own = None if self.head.writes_logits else self.head.propose(hidden_states, batch)
             rows = hidden_states[: batch.position.shape[0]]
+            self._num_logit_rows = rows.shape[0]
             logits = self.model.compute_logits(rows)
-            return self.sampler.decide_by_logits(logits, batch, own, rows, self.model.compute_logits)
+            return self.sampler.decide_by_logits(logits, batch, own, rows, self._compute_some_logits)
         proposals = self.head.propose(hidden_states, batch)
         return self.sampler.decide(batch, proposals, keeps_masks=batch.recorded is not None)
+
+    def _compute_some_logits(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of other hidden states in place of some of a step's rows.
+
+        Args:
+            hidden_states: ``[S, hidden_size]``.
+            rows: int64 ``[S]``, which of the step's rows whose logits are read; adapters know a row by that.
+        """
+        if self.lora_config is None:
+            return self.model.compute_logits(hidden_states)
+        all_rows = hidden_states.new_zeros(self._num_logit_rows, hidden_states.shape[1])
+        all_rows[rows] = hidden_states
+        return self.model.compute_logits(all_rows)[rows]
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the sampler has written the canvas, and the scheduler says where each step starts."""

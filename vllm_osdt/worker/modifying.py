@@ -49,17 +49,18 @@ class LogitModifying:
         self._states = states
         self._confidence = implementations(states.device).confidence
 
-    def modify(self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals) -> StepLogits:
+    def modify(self, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals, *, are_read: bool) -> StepLogits:
         """The logits of a step with what modifiers add, and the proposals of the rows that they change.
 
         Args:
             logits: ``[M, vocabulary]``, not modified.
             batch: The step.
             proposals: The model's own; tokens and confidences are changed in place.
+            are_read: Whether these were read off the logits; a kernel without logits may differ in the last bits.
         """
         changed = StepLogits(logits)
         for one in batch.modified:
-            token, addition = self._add(one, logits, batch, proposals)
+            token, addition = self._add(one, logits, batch, proposals, are_read=are_read)
             num_rows, width = logits.shape[0], token.shape[1]
             tokens, additions = token.new_zeros(num_rows, width), addition.new_zeros(num_rows, width)
             tokens[one.rows], additions[one.rows] = token, addition
@@ -72,12 +73,12 @@ class LogitModifying:
         return changed
 
     def _add(
-        self, one: ModifiedRequests, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals
+        self, one: ModifiedRequests, logits: torch.Tensor, batch: DenoiseBatch, proposals: Proposals, *, are_read: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a modifier adds to each of its rows, see ``Modifier.additions``."""
         states = self._states
         memory = states.modifier_memory[one.number]
-        if batch.temperature is None and batch.by_entropy is None:
+        if are_read and batch.temperature is None and batch.by_entropy is None:
             token, probability = proposals.token[one.rows], proposals.confidence[one.rows]
         else:
             token = torch.empty_like(one.rows)

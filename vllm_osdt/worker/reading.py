@@ -16,7 +16,8 @@ from vllm_osdt.worker.shaping import LogitShaping
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch, ReadRows
 
-ComputeLogits = Callable[[torch.Tensor], torch.Tensor]
+# Hidden states [S, hidden_size] in place of some of a step's M rows, and int64 [S], which: logits [S, vocabulary].
+ComputeLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PolicyReader:
@@ -80,7 +81,7 @@ class PolicyReader:
         slots = adjusted.slots[read.request]
         num_before = policy.num_steps_before if policy.reads_step_before else 0
         if num_before:
-            self._make_room(hidden, num_before)
+            self._make_room(hidden, width, num_before)
         size = max(1, CHUNK_ELEMENTS // logits.written.shape[1])
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
@@ -88,7 +89,7 @@ class PolicyReader:
             own = self._as_shaped(logits.rows(rows), read, start, batch)
             before = []
             for back in range(num_before):
-                before.append(compute_logits(self._hidden[slot, offset, back]).float())
+                before.append(compute_logits(self._hidden[slot, offset, back], rows).float())
                 before[-1][:, states.mask_token_id] = -torch.inf
             found = PositionLogits(
                 own,
@@ -116,17 +117,19 @@ class PolicyReader:
             first, last = read.shaped_np.searchsorted([start, start + own.shape[0]])
             if first < last:
                 some = read.shaped.part(first, last)
-                at = torch.from_numpy(read.shaped_np[first:last] - start).to(own.device, non_blocking=True)
+                at = read.shaped_at[first:last] - start
                 temperature = None if batch.temperature is None else batch.temperature[some.rows]
                 own[at] = self._shaping.shape(own[at], some, temperature, batch.grammar)
         own[:, self._states.mask_token_id] = -torch.inf
         return own
 
-    def _make_room(self, hidden: torch.Tensor, num_steps: int) -> None:
-        """Have room for hidden states like these, of every slot and so many steps; what is there is kept."""
-        num_slots, width = self._states.policy_state.shape[0], self._states.policy_memory.shape[1]
+    def _make_room(self, hidden: torch.Tensor, width: int, num_steps: int) -> None:
+        """Have room for hidden states like these, of every slot, so long blocks and steps; what is there is kept."""
         known = self._hidden
-        if known.shape[2] < num_steps:
-            self._hidden = hidden.new_zeros(num_slots, width, num_steps, hidden.shape[1])
-            if known.numel():
-                self._hidden[:, :, : known.shape[2]] = known
+        if known.shape[1] >= width and known.shape[2] >= num_steps:
+            return
+        num_slots = self._states.policy_state.shape[0]
+        size = max(width, known.shape[1]), max(num_steps, known.shape[2])
+        self._hidden = hidden.new_zeros(num_slots, *size, hidden.shape[1])
+        if known.numel():
+            self._hidden[:, : known.shape[1], : known.shape[2]] = known

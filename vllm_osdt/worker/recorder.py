@@ -219,5 +219,9 @@ def grids_to_record(states: CanvasStates, batch: DenoiseBatch, decision: Decisio
     proposal = torch.where(has_logits, token, -1).to(torch.int32)
     before = (decision.before & has_logits).to(torch.int32)
     after = states.masked[batch.blocks.slots, : shape[1]].to(torch.int32)
+    if batch.has_cuts:  # what is behind a cut is as undecided as it was
+        limit = states.block_limit[batch.slots]
+        place = torch.arange(shape[1], device=limit.device)
+        after |= ((limit > 0).unsqueeze(1) & (place >= limit.unsqueeze(1))).to(torch.int32)
     grids = (confidence.view(torch.int32), proposal, before, after, decision.canvas)
     return torch.stack(grids)[:, rows]

@@ -156,11 +156,11 @@ class CanvasSampler:
     ) -> tuple[Proposals, StepLogits]:
         """As :meth:`propose`, and the logits with what modifiers add."""
         logits = logits[: batch.position.shape[0]]
-        noise = batch.temperature, batch.noise_key
+        noise, are_read = (batch.temperature, batch.noise_key), proposals is None
         if proposals is None:
             found = self._confidence(logits, self.states.mask_token_id, *noise, batch.by_entropy)
             proposals = Proposals(batch.position, *found)
-        modified = self._modifying.modify(logits, batch, proposals)
+        modified = self._modifying.modify(logits, batch, proposals, are_read=are_read)
         if batch.shaped is not None:
             found = proposals.token, proposals.confidence
             self.shaping.propose(modified, batch.shaped, *noise, *found, batch.by_entropy, batch.grammar)
@@ -310,6 +310,7 @@ class CanvasSampler:
         """
         states, rows, slots = self.states, of.rows, of.slots
         own, memory_size = score[rows], of.policy.memory_size if isinstance(of, AdjustedRows) else 0
+        is_open = own != NO_CONFIDENCE
         return Step(
             own,
             parameter[rows],
@@ -318,9 +319,9 @@ class CanvasSampler:
             of.step_index,
             own.clone(),
             token[rows],
-            own != NO_CONFIDENCE,
+            is_open,
             states.policy_memory[slots, : own.shape[1], :memory_size],
-            own.new_zeros(*own.shape, MAX_READINGS) if reading is None else reading,
+            own.new_zeros(*own.shape, MAX_READINGS) if reading is None else reading * is_open.unsqueeze(-1),
             states.policy_carry[slots],
             of.block_index,
             of.num_left,

@@ -379,6 +379,7 @@ class CanvasStates:
         if "entered_masks" in sent:
             self.masked[entered] = sent["entered_masks"]
         self.num_post_steps[entered] = 0
+        self.block_limit[entered] = 0
         if self.host.adjusts[self._entered].any():
             self.policy_state[entered] = 0.0
             self._carry_at_entry[entered] = self.policy_carry[entered]

@@ -56,13 +56,15 @@ class ReadRows(NamedTuple):
         request: int64 ``[S]``, whose each is: which of the policy's requests.
         offset: int64 ``[S]``, position in the active block.
         shaped: Those of them whose logits are changed; None without any.
-        shaped_np: int64, on the host: which of the S those are.
+        shaped_at: int64: which of the S those are.
+        shaped_np: The same on the host.
     """
 
     rows: torch.Tensor
     request: torch.Tensor
     offset: torch.Tensor
     shaped: LogitRows | None
+    shaped_at: torch.Tensor
     shaped_np: np.ndarray
 
 
@@ -720,7 +722,7 @@ def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping
     if f"read_{number}_rows" in sent:
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
-        read = ReadRows(rows, request, offset, shaped, plan.arrays[f"read_{number}_at"])
+        read = ReadRows(rows, request, offset, shaped, sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"])
     return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read)
 
 

@@ -50,7 +50,7 @@ def warm_up(
     defaults = default_decoding_options(vllm_config)
     no_steps: dict[str, Any] = {"steps": None, "steps_per_block": None}
     defaults = replace(defaults, task=None, policy="static_threshold", **no_steps)
-    defaults = replace(defaults, edit_threshold=None, gen_length=defaults.block_length)
+    defaults = replace(defaults, edit_threshold=None, adablock=False, gen_length=defaults.block_length)
     steps = [(number, temperature, defaults, by_entropy) for number, temperature, by_entropy in _STEPS]
     if vllm_config.model_config.hf_config.traits.can_edit:
         steps.append((2, 0.0, replace(defaults, edit_threshold=0.5), False))
