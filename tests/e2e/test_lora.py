@@ -101,6 +101,11 @@ def test_adapters_of_a_batch_keep_to_their_requests(tmp_path, start_llm, family)
         assert [list(c.token_ids) for c in run(order, params)] == [expected[i].tokens for i in order]
     alone = [run([i], params)[0] for i in clear[:6]]
     assert [list(c.token_ids) for c in alone] == [expected[i].tokens for i in clear[:6]]
+    # A policy that compares steps has the output layer compute some of a step's rows once more.
+    klass = sampling(24, policy="klass", kl_confidence=0.1, kl_threshold=0.5, kl_steps=1, block_length=8)
+    mixed = run(clear[:6], [klass if place % 2 else params for place in range(6)])
+    alone[1::2] = [run([i], klass)[0] for i in clear[1:6:2]]
+    assert [list(c.token_ids) for c in mixed] == [list(c.token_ids) for c in alone]
     assert_idle(llm)
 
 

@@ -50,7 +50,7 @@ from vllm_osdt.options import server_options
 logger = init_logger("vllm.vllm_osdt.engine.scheduler")
 NO_TOKEN = (
     "No token that the request's other parameters allow continues its structured output; leave out allowed_token_ids, "
-    "logit_bias, bad_words or min_tokens, or let them allow what the output needs."
+    "logit_bias, bad_words, min_tokens or stop_token_ids, or let them allow what the output needs."
 )
 
 
