@@ -81,7 +81,7 @@ def make_jobs(
         if index % 5 == 4:
             drafted = random_draft(random.Random(index), decoded.tokens)
             options = {**options, "draft": drafted, "draft_threshold": DRAFT_THRESHOLD}
-            draft = Draft(dict(enumerate(drafted)), DRAFT_THRESHOLD)
+            draft = Draft(dict(enumerate(drafted[:max_tokens])), DRAFT_THRESHOLD)
             without, decoded = (
                 decoded,
                 decode(prompt, rule(), max_tokens=max_tokens, end_token_ids=ends, draft=draft, **variant),
