@@ -57,7 +57,7 @@ class PlainCadLLM:
     def __init__(self, longest, ramp="canvas", high=0.85, low=0.4, shortest=4, first=12, steps=24, most_steps=90):
         self.longest, self.ramp, self.high, self.low, self.shortest = longest, ramp, high, low, shortest
         self.first, self.steps, self.most_steps = first, steps, most_steps
-        self.means, self.left, self.margin, self.lengths = [], 0, math.inf, []
+        self.means, self.left, self.margin, self.lengths, self.length = [], 0, math.inf, [], LENGTH
 
     def see(self, step, rows, proposals, masked, left):
         self.left = left
@@ -77,7 +77,7 @@ class PlainCadLLM:
         return length
 
     def __call__(self, block, step, masked):
-        share = 1 - self.left / LENGTH
+        share = 1 - self.left / self.length
         tau = self.high * (1 - share) + self.low * share
         if self.ramp == "block":
             tau = max(self.high - 0.45 * step / self.budget, self.low)
