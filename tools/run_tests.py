@@ -61,6 +61,16 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/e2e/test_cache_modes.py",
     ),
     (
+        "tests/policies/test_credit.py",
+        "tests/policies/test_several_at_once.py",
+        "tests/policies/test_learned_filter.py",
+        "tests/policies/test_stability.py",
+        "tests/policies/test_block_cuts.py",
+        "tests/policies/test_early_exit.py",
+        "tests/e2e/test_drafts.py",
+        "tests/e2e/test_infill.py",
+    ),
+    (
         "tests/e2e/test_illada.py",
         "tests/e2e/test_stable_diffcoder.py",
         "tests/e2e/test_a2d.py",
