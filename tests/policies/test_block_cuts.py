@@ -199,3 +199,15 @@ def test_the_tokenizers_line_end_is_the_delimiter():
         with_delimiters(options, lambda text: [7, 8], 10)
     with pytest.raises(InvalidOptionError, match="adablock_delimiters has 12; this model's token ids are below 10"):
         with_delimiters(DecodingOptions(adablock=True, adablock_delimiters=[12]), None, 10)
+
+
+@pytest.mark.e2e
+def test_an_operator_may_have_all_blocks_cut(golden_tasks, start_llm):
+    """The first steps of an engine come before a request has told, or a tokenizer, what delimits."""
+    config = {"osdt": {"profile_dir": "", "adablock": True, "policy": "static_threshold"}}
+    llm = start_llm(golden_tasks.folder, max_num_seqs=2, max_model_len=128, additional_config=config)
+    network, prompt = ReferenceLLaDA.load(golden_tasks.folder), golden_tasks.cases[0]["prompt_token_ids"]
+    canvas = {"gen_length": LENGTH, "block_length": 16, "cache_mode": "dual"}
+    expected = decode(network, prompt, PlainAdaBlock(), **canvas)
+    params = sampling(LENGTH, adablock_delimiters=list(DELIMITERS), adablock_length=8, **canvas)
+    assert [list(one.token_ids) for one in generate(llm, [prompt], params)] == [expected.tokens]
