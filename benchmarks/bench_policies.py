@@ -10,7 +10,8 @@ another one has fewer forwards and no lower accuracy there; one that is dominate
     python benchmarks/bench_policies.py --model llada-mini --model sdar-mini --json results.jsonl --pictures pictures
 
 - Accuracies are compared in pairs with static 0.9: exact McNemar test, two-sided.
-- ``--sensitivity`` decodes the held-out problems with every setting of the search, and the pictures show them.
+- What the search decodes is reported too, as ``policies_search``; with ``--sensitivity`` it tries the rest of the
+  settings after one that loses too much.
 - Time per forward is of the whole engine and depends on how many requests share a step; compare it between rules with
   about as many forwards. ``--overhead`` compares rules: each has a setting under which every step decides one position,
   so that all have the same steps.
@@ -107,18 +108,37 @@ def refusal(bench: Bench, policy: str, problem: Problem) -> str | None:
     return None
 
 
-def tuned(bench: Bench, policy: str, task: str, split: list[Problem], base: Outcome, margin: float) -> dict[str, Any]:
-    """The setting that the search finds on ``split``: the fewest forwards without losing more than ``margin``."""
-    best, fewest = {}, float("inf")
+def search(bench: Bench, policy: str, task: str, split: list[Problem], base: Outcome) -> list[Outcome]:
+    """The settings of the search on ``split``, up to one that loses more than ``margin``, or all."""
+    tried = []
     for setting in CANDIDATES.get(policy, ()):
         own = for_task(policy, setting, f"{task} tuning")
         calibrate(bench, policy, own, task)
-        outcome = bench.run(task, split, "", **own)
+        outcome = compared(bench.run(task, split, f"{policy}, {words(setting)}", **own), base)
+        tried.append(outcome)
+        if outcome.accuracy < base.accuracy - bench.args.margin and not bench.args.sensitivity:
+            break
+    return tried
+
+
+def found_setting(tried: list[Outcome], base: Outcome, margin: float) -> dict[str, Any]:
+    """The setting that the search finds: the fewest forwards before one loses more than ``margin``."""
+    best, fewest = {}, float("inf")
+    for outcome in tried:
         if outcome.accuracy < base.accuracy - margin:
             break
         if outcome.mean_nfe < fewest:
-            best, fewest = dict(setting), outcome.mean_nfe
-    return best
+            best, fewest = outcome.options, outcome.mean_nfe
+    return {name: value for name, value in best.items() if name not in ("policy", "task")}
+
+
+def compared(outcome: Outcome, static: Outcome) -> Outcome:
+    """With the answers that it loses and wins against static 0.9."""
+    pairs = list(zip(outcome.right, static.right, strict=True))
+    outcome.notes["lost"] = sum(old and not new for new, old in pairs)
+    outcome.notes["won"] = sum(new and not old for new, old in pairs)
+    outcome.notes["p_against_static_0.9"] = mcnemar(outcome.right, static.right)
+    return outcome
 
 
 def calibrate(bench: Bench, policy: str, options: Mapping[str, Any], task: str) -> None:
@@ -142,33 +162,29 @@ def report(outcome: Outcome, static: Outcome) -> str:
 
 def measure_task(
     bench: Bench, task: str, problems: list[Problem], split: list[Problem], policies: list[str]
-) -> list[Outcome]:
-    """All policies on one task; prints its table."""
+) -> tuple[list[Outcome], list[Outcome]]:
+    """All policies on one task, and what the search tried; prints the task's table."""
     args = bench.args
     bench.decode(problems[:8], **STATIC)  # warm
     static = measure(bench, task, problems, "static 0.9", STATIC)
     base = bench.run(task, split, "", **STATIC)
-    outcomes = [static]
+    outcomes, searched = [static], [compared(base, base)]
     print(f"\n{task}: {len(problems)} problems, tuned on {len(split)}\n{HEADER}\n{report(static, static)}", flush=True)
     for policy in policies:
-        best = tuned(bench, policy, task, split, base, args.margin)
+        tried = search(bench, policy, task, split, base)
+        searched += tried
+        best = found_setting(tried, base, args.margin)
         settings: list[tuple[str, Mapping[str, Any]]] = [(f"{policy}, defaults", {})]
         if best:
             settings.append((f"{policy}, {words(best)}", best))
-        if args.sensitivity:
-            settings += [(f"{policy} ({words(one)})", one) for one in CANDIDATES.get(policy, ()) if dict(one) != best]
         for name, setting in settings:
             own = for_task(policy, setting, task)
             if own.keys() <= STATIC.keys() and {**STATIC, **own} == STATIC:
                 continue  # the first row
             calibrate(bench, policy, own, task)
-            outcome = measure(bench, task, problems, name, own)
-            outcome.notes["p_against_static_0.9"] = mcnemar(outcome.right, static.right)
-            outcome.notes["is_candidate"] = float(name.endswith(")"))
-            outcomes.append(outcome)
-            if not name.endswith(")") or args.verbose:
-                print(report(outcome, static), flush=True)
-    return outcomes
+            outcomes.append(compared(measure(bench, task, problems, name, own), static))
+            print(report(outcomes[-1], static), flush=True)
+    return outcomes, searched
 
 
 def measure_overhead(bench: Bench, problems: list[Problem], policies: list[str], repeats: int) -> dict[str, float]:
@@ -199,13 +215,20 @@ def dominated(outcomes: list[Outcome]) -> list[str]:
     """Rules that on every task have another with fewer forwards and no lower accuracy, by their best rows."""
     by_task: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        if not outcome.notes.get("is_candidate"):
-            by_task[outcome.task].append(outcome)
+        by_task[outcome.task].append(outcome)
     never = None
     for own in by_task.values():
         beaten = {str(one.options["policy"]) for one in own} - {str(one.options["policy"]) for one in pareto(own)}
         never = beaten if never is None else never & beaten
     return sorted(never or ())
+
+
+def line(label: str, bench: str, outcome: Outcome) -> dict[str, Any]:
+    """An outcome as a JSON line."""
+    values = {name: getattr(outcome, name) for name in REPORTED}
+    values |= {"accuracy": outcome.accuracy, "interval": outcome.interval(), "nfe": outcome.mean_nfe}
+    values |= {"tokens_per_forward": outcome.tokens_per_forward, "num_problems": len(outcome.right)}
+    return {"bench": bench, "model": label, **values}
 
 
 def draw(folder: Path, label: str, task: str, outcomes: list[Outcome]) -> None:
@@ -274,13 +297,11 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.01, help="accuracy that a setting may lose there")
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
     parser.add_argument("--gen-length", type=int, help="of --task-file; default: 96")
-    parser.add_argument("--sensitivity", action="store_true", help="decode all settings of the search")
+    parser.add_argument("--sensitivity", action="store_true", help="have the search try all of its settings")
     parser.add_argument("--overhead", type=int, default=0, metavar="N", help="repeat the measurement of time N times")
     add_engine_arguments(parser)
-    parser.add_argument("--verbose", action="store_true", help="print every setting")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     args = parser.parse_args()
-    lines: list[dict[str, Any]] = []
     for model in args.model or ["llada-mini"]:
         label, folder, gen_length, tasks = tasks_of_model(args, model)
         bench = Bench(args, folder, gen_length)
@@ -292,24 +313,24 @@ def main() -> None:
         for policy, why in refused.items():
             print(f"left out: {policy}: {why}")
         policies = [policy for policy in args.policy or POLICIES if policy not in refused]
+        if args.json:
+            arguments = [Path(one).name for one in sys.argv[1:]]  # no folders of this machine
+            write_lines(args.json, [{"bench": "policies_run", **record, "arguments": arguments, "left_out": refused}])
         outcomes: list[Outcome] = []
         for task, (problems, split, _) in tasks.items():
-            outcomes += measure_task(bench, task, problems, split, policies)
+            found, searched = measure_task(bench, task, problems, split, policies)
+            outcomes += found
+            if args.json:
+                write_lines(args.json, [line(label, "policies", one) for one in found])
+                write_lines(args.json, [line(label, "policies_search", one) for one in searched])
             if args.pictures:
                 draw(args.pictures, label, task, [one for one in outcomes if one.task == task])
         print(f"\ndominated on every task: {', '.join(dominated(outcomes)) or 'none'}")
-        lines.append({"bench": "policies_run", **record, "arguments": sys.argv[1:], "left_out": refused})
-        for outcome in outcomes:
-            values = {name: getattr(outcome, name) for name in REPORTED}
-            values |= {"accuracy": outcome.accuracy, "interval": outcome.interval(), "nfe": outcome.mean_nfe}
-            values |= {"tokens_per_forward": outcome.tokens_per_forward, "num_problems": len(outcome.right)}
-            lines.append({"bench": "policies", "model": label, **values})
         if args.overhead:
             ratios = measure_overhead(bench, next(iter(tasks.values()))[0][:32], policies, args.overhead)
-            lines.append({"bench": "policies_overhead", "model": label, "cpu_over_static": ratios})
+            if args.json:
+                write_lines(args.json, [{"bench": "policies_overhead", "model": label, "cpu_over_static": ratios}])
         del bench
-    if args.json:
-        write_lines(args.json, lines)
 
 
 if __name__ == "__main__":
