@@ -146,16 +146,15 @@ class Bench:
             seconds,
         )
 
-    def generate(self, problems: list[Problem], options: list[dict[str, Any]]) -> list[Any]:
-        """The completion of every problem, each with options of its own."""
+    def generate(self, problems: list[Problem], options: list[dict[str, Any]], **changes: Any) -> list[Any]:
+        """The completion of every problem, each with options of its own; ``changes`` are sampling parameters."""
         from vllm import SamplingParams
 
         args = self.args
         cache = {} if args.cache is None else {"cache_mode": args.cache}
         params = [
             SamplingParams(
-                temperature=0.0,
-                max_tokens=self.gen_length,
+                **{"temperature": 0.0, "max_tokens": self.gen_length, **changes},
                 extra_args={"osdt_" + name: value for name, value in {**cache, **own}.items()},
             )
             for own in options

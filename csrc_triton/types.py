@@ -91,13 +91,13 @@ class Proposals(NamedTuple):
         size, shape = num_blocks * block_length, (num_blocks, block_length)
         token = self.token.new_zeros(size + 1)  # the last: of padding
         confidence = self.confidence.new_full((size + 1,), NO_CONFIDENCE)
-        token[self.position] = self.token
-        confidence[self.position] = self.confidence
+        token.scatter_(0, self.position, self.token)
+        confidence.scatter_(0, self.position, self.confidence)
         return token[:-1].view(shape), confidence[:-1].view(shape)
 
     def of_grid(self, grid: "torch.Tensor") -> "torch.Tensor":
         """[M]: what a grid [num_blocks, block_length] holds at the proposals' positions; anything for padding."""
-        return grid.reshape(-1)[self.position.clamp(max=grid.numel() - 1)]
+        return grid.reshape(-1).index_select(0, self.position.clamp(max=grid.numel() - 1))
 
 
 class Rules(NamedTuple):

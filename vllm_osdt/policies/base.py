@@ -273,6 +273,11 @@ class Policy(ABC):
         """See :class:`Cutter`; for a policy with ``cuts_blocks``."""
         raise NotImplementedError
 
+    @property
+    def observes(self) -> bool:
+        """Whether it has :meth:`observe`."""
+        return type(self).observe is not Policy.observe
+
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Keep in ``step.state`` what the next step needs.
 

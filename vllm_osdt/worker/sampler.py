@@ -18,7 +18,7 @@ from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
-from vllm_osdt.policies.base import MAX_READINGS
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, MAX_STATE
 from vllm_osdt.worker.logprobs import LogprobStore
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
 from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
@@ -60,6 +60,7 @@ class CanvasSampler:
             states.host.block_length.size, states.device, is_normalized=mode.endswith("logprobs")
         )
         self._confidence, self._unmask, *_ = implementations(states.device)
+        self._no_reading = torch.zeros(1, 1, 1, device=states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -248,31 +249,37 @@ class CanvasSampler:
         self, batch: DenoiseBatch, proposals: Proposals, readings: Readings
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy."""
-        states, width = self.states, batch.blocks.canvas_index.shape[1]
-        token, confidence = proposals.to_grids(*batch.blocks.canvas_index.shape)
-        score, parameter = confidence.clone(), batch.rules.parameter.clone()
-        masked = states.masked[batch.blocks.slots, :width]
+        states, slots, shape = self.states, batch.blocks.slots, batch.blocks.canvas_index.shape
+        token, score = proposals.to_grids(*shape)
+        masked = states.masked.index_select(0, slots)[:, : shape[1]]
         score.masked_fill_(~masked, NO_CONFIDENCE)  # a request that edits has logits of written positions too
+        confidence, parameter = score.clone(), batch.rules.parameter.clone()
         steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
-            rows = adjusted.rows
-            step = self._step(batch, adjusted, states.constants, score, parameter, token, reading)
-            step = step._replace(tensors=states.policy_tensors.get(adjusted.policy.name, {}))
-            adjusted.policy.adjust(step)
-            score[rows], parameter[rows] = step.score, step.parameter
-            steps.append((adjusted, step, masked[rows]))
+            policy = adjusted.policy
+            numbers = states.policy_numbers.index_select(0, adjusted.slots)
+            step = self._step(batch, adjusted, numbers, score, parameter, token, reading)
+            step = step._replace(tensors=states.policy_tensors.get(policy.name, {}))
+            policy.adjust(step)
+            if step.score is not score:
+                score.index_copy_(0, adjusted.rows, step.score)
+                parameter.index_copy_(0, adjusted.rows, step.parameter)
+            steps.append((adjusted, step, numbers))
         allowed, rules = score, batch.rules._replace(parameter=parameter)
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(token, score, rules)
         changed = proposals._replace(confidence=proposals.of_grid(allowed))
         canvas, _, result = self._unmask_and_confirm(batch, changed, rules, proposals)
-        for adjusted, step, before in steps:
-            slots, policy = adjusted.slots, adjusted.policy
-            policy.observe(step, before & ~states.masked[slots, :width])
-            states.policy_state[slots], states.policy_carry[slots] = step.state, step.carry
+        for adjusted, step, numbers in steps:
+            policy = adjusted.policy
+            if policy.observes:
+                after = states.masked.index_select(0, adjusted.slots)[:, : shape[1]]
+                policy.observe(step, masked.index_select(0, adjusted.rows) & ~after)
+            states.policy_numbers.index_copy_(0, adjusted.slots, numbers)
             if policy.memory_size:
-                states.policy_memory[slots, :width, : policy.memory_size] = step.memory
-        return canvas, confidence.masked_fill(~masked, NO_CONFIDENCE), result
+                memory = states.policy_memory[:, : shape[1], : policy.memory_size]
+                memory.index_copy_(0, adjusted.slots, step.memory)
+        return canvas, confidence, result
 
     def _cut_blocks(self, batch: DenoiseBatch, proposals: Proposals) -> DenoiseBatch:
         """The step with the blocks that are entered as long as their cutters say; positions behind them are left."""
@@ -282,7 +289,9 @@ class CanvasSampler:
         num_output_positions = blocks.num_output_positions.clone()
         place = torch.arange(width, device=score.device)
         for one in batch.cut:
-            step = self._step(batch, one, states.cut_constants, score, batch.rules.parameter, token)
+            numbers = states.policy_numbers.index_select(0, one.slots)
+            numbers[:, :MAX_CONSTANTS] = states.cut_constants.index_select(0, one.slots)
+            step = self._step(batch, one, numbers, score, batch.rules.parameter, token)
             length = one.cutter.cut(step).clamp(1, width).to(torch.int32)
             states.block_limit[one.slots] = length
             states.masked[one.slots, :width] &= place < length[:, None]
@@ -293,7 +302,7 @@ class CanvasSampler:
         self,
         batch: DenoiseBatch,
         of: AdjustedRows | CutRows,
-        constants: torch.Tensor,
+        numbers: torch.Tensor,
         score: torch.Tensor,
         parameter: torch.Tensor,
         token: torch.Tensor,
@@ -304,27 +313,38 @@ class CanvasSampler:
         Args:
             batch: The step.
             of: The requests.
-            constants: float32 ``[slots, 8]``.
-            score, parameter, token: Of the whole batch.
+            numbers: float32 ``[R, 16]``, of them, as ``CanvasStates.policy_numbers`` has them.
+            score, parameter, token: Of the whole batch; its own where all of its requests are meant.
             reading: See ``policies.Step``.
         """
-        states, rows, slots = self.states, of.rows, of.slots
-        own, memory_size = score[rows], of.policy.memory_size if isinstance(of, AdjustedRows) else 0
+        states, (num_all, width) = self.states, score.shape
+        of_batch = score, parameter, token, batch.blocks.end_token_ids
+        num_requests = of.rows.shape[0]
+        if num_requests < num_all:  # else they are all of them, in order
+            of_batch = tuple(one.index_select(0, of.rows) for one in of_batch)
+        own, own_parameter, own_token, end_token_ids = of_batch
         is_open = own != NO_CONFIDENCE
+        memory = own.new_empty(num_requests, width, 0)
+        if isinstance(of, AdjustedRows) and of.policy.memory_size:
+            memory = states.policy_memory[:, :width, : of.policy.memory_size].index_select(0, of.slots)
+        if reading is None:
+            reading = self._no_reading.expand(num_requests, width, MAX_READINGS)
+        else:
+            reading = reading * is_open.unsqueeze(-1)
         return Step(
             own,
-            parameter[rows],
-            constants[slots],
-            states.policy_state[slots],
+            own_parameter,
+            numbers[:, :MAX_CONSTANTS],
+            numbers[:, MAX_CONSTANTS : MAX_CONSTANTS + MAX_STATE],
             of.step_index,
             own.clone(),
-            token[rows],
+            own_token,
             is_open,
-            states.policy_memory[slots, : own.shape[1], :memory_size],
-            own.new_zeros(*own.shape, MAX_READINGS) if reading is None else reading * is_open.unsqueeze(-1),
-            states.policy_carry[slots],
+            memory,
+            reading,
+            numbers[:, MAX_CONSTANTS + MAX_STATE :],
             of.block_index,
             of.num_left,
             of.num_positions,
-            batch.blocks.end_token_ids[rows],
+            end_token_ids,
         )

@@ -121,9 +121,9 @@ class CanvasStates:
         # Steps that the active block has seen without a mask, where the request edits.
         self.num_post_steps = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
-        self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
-        self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
-        self.policy_carry = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self.policy_numbers = torch.zeros(max_num_reqs, MAX_CONSTANTS + 2 * MAX_STATE, device=device)
+        sizes = MAX_CONSTANTS, MAX_STATE, MAX_STATE
+        self.constants, self.policy_state, self.policy_carry = self.policy_numbers.split(sizes, dim=1)
         self._carry_at_entry = self.policy_carry.clone()  # when the active block was entered
         # Of preempted requests: first position of their block, and both of the above.
         self._kept_carry: dict[str, tuple[int, Carry, Carry]] = {}
