@@ -135,9 +135,10 @@ class Step(NamedTuple):
             rank: float32 ``[R, W]`` in [0, 1], by which one position is unmasked where none is chosen; None for the
                 confidence.
         """
-        rank = self.confidence if rank is None else rank.clamp(0.0, 1.0)
-        score = rank.masked_fill(chosen, CHOSEN).masked_fill(~self.is_open, NO_CONFIDENCE)
-        self.score.copy_(score)
+        self.score.copy_(self.confidence if rank is None else rank)
+        if rank is not None:
+            self.score.clamp_(0.0, 1.0)
+        self.score.masked_fill_(chosen, CHOSEN).masked_fill_(~self.is_open, NO_CONFIDENCE)
         self.parameter.fill_(CHOSEN)
 
 

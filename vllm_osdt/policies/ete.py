@@ -57,12 +57,10 @@ class ETE(Policy):
         import torch  # late: options are read without it
 
         confidence = step.confidence.nan_to_num(nan=-1.0)
-        passes = step.is_open & (confidence >= step.parameter.unsqueeze(1))
         order = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # rank of each position
-        explores = passes.sum(dim=1) < step.constants[:, 0]
-        passes |= step.is_open & (order == 0)
-        num_passing = passes.sum(dim=1)
-        num_open = step.is_open.sum(dim=1)
-        rest = (num_open - num_passing - 1).clamp(min=0)
-        explored = num_passing + torch.floor(rest * step.constants[:, 1] + 0.5).long()
-        step.choose(passes | (step.is_open & (order == explored.unsqueeze(1)) & explores.unsqueeze(1)))
+        num_passing = (confidence >= step.parameter.unsqueeze(1)).sum(dim=1, keepdim=True)  # the first ones by rank
+        below, rank = step.constants[:, :2].split(1, dim=1)
+        first = num_passing.clamp(min=1)
+        rest = (step.is_open.sum(dim=1, keepdim=True) - first - 1).clamp(min=0)
+        explored = first + torch.floor(rest * rank + 0.5)
+        step.choose((order < first) | ((order == explored) & (num_passing < below)))

@@ -18,13 +18,13 @@ from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, MAX_STATE
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS
 from vllm_osdt.worker.logprobs import LogprobStore
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
 from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
 from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
 from vllm_osdt.worker.shaping import LogitShaping
-from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.slots import NUMBERS, CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch
 
 Readings = Sequence[torch.Tensor | None]  # of each policy that adjusts a step
@@ -60,7 +60,7 @@ class CanvasSampler:
             states.host.block_length.size, states.device, is_normalized=mode.endswith("logprobs")
         )
         self._confidence, self._unmask, *_ = implementations(states.device)
-        self._no_reading = torch.zeros(1, 1, 1, device=states.device)
+        self._nothing = torch.zeros(1, 1, 1, device=states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -258,8 +258,7 @@ class CanvasSampler:
         for adjusted, reading in zip_longest(batch.adjusted, readings):
             policy = adjusted.policy
             numbers = states.policy_numbers.index_select(0, adjusted.slots)
-            step = self._step(batch, adjusted, numbers, score, parameter, token, reading)
-            step = step._replace(tensors=states.policy_tensors.get(policy.name, {}))
+            step = self._step(batch, adjusted, numbers, score, confidence, parameter, token, reading)
             policy.adjust(step)
             if step.score is not score:
                 score.index_copy_(0, adjusted.rows, step.score)
@@ -291,7 +290,7 @@ class CanvasSampler:
         for one in batch.cut:
             numbers = states.policy_numbers.index_select(0, one.slots)
             numbers[:, :MAX_CONSTANTS] = states.cut_constants.index_select(0, one.slots)
-            step = self._step(batch, one, numbers, score, batch.rules.parameter, token)
+            step = self._step(batch, one, numbers, score, score, batch.rules.parameter, token)
             length = one.cutter.cut(step).clamp(1, width).to(torch.int32)
             states.block_limit[one.slots] = length
             states.masked[one.slots, :width] &= place < length[:, None]
@@ -304,6 +303,7 @@ class CanvasSampler:
         of: AdjustedRows | CutRows,
         numbers: torch.Tensor,
         score: torch.Tensor,
+        confidence: torch.Tensor,
         parameter: torch.Tensor,
         token: torch.Tensor,
         reading: torch.Tensor | None = None,
@@ -314,37 +314,41 @@ class CanvasSampler:
             batch: The step.
             of: The requests.
             numbers: float32 ``[R, 16]``, of them, as ``CanvasStates.policy_numbers`` has them.
-            score, parameter, token: Of the whole batch; its own where all of its requests are meant.
+            score, confidence, parameter, token: Of the whole batch. Where all of its requests are meant, the step has
+                these themselves.
             reading: See ``policies.Step``.
         """
         states, (num_all, width) = self.states, score.shape
-        of_batch = score, parameter, token, batch.blocks.end_token_ids
+        own = score, confidence, parameter, token, batch.blocks.end_token_ids
         num_requests = of.rows.shape[0]
         if num_requests < num_all:  # else they are all of them, in order
-            of_batch = tuple(one.index_select(0, of.rows) for one in of_batch)
-        own, own_parameter, own_token, end_token_ids = of_batch
-        is_open = own != NO_CONFIDENCE
-        memory = own.new_empty(num_requests, width, 0)
-        if isinstance(of, AdjustedRows) and of.policy.memory_size:
-            memory = states.policy_memory[:, :width, : of.policy.memory_size].index_select(0, of.slots)
+            own = tuple(one.index_select(0, of.rows) for one in own)
+        is_open = own[0] != NO_CONFIDENCE
+        policy = of.policy if isinstance(of, AdjustedRows) else None
+        if policy is None or not policy.memory_size:
+            memory = self._nothing[..., :0].expand(num_requests, width, 0)
+        else:
+            memory = states.policy_memory[:, :width, : policy.memory_size].index_select(0, of.slots)
         if reading is None:
-            reading = self._no_reading.expand(num_requests, width, MAX_READINGS)
+            reading = self._nothing.expand(num_requests, width, MAX_READINGS)
         else:
             reading = reading * is_open.unsqueeze(-1)
+        constants, state, carry = numbers.split(NUMBERS, dim=1)
         return Step(
-            own,
-            own_parameter,
-            numbers[:, :MAX_CONSTANTS],
-            numbers[:, MAX_CONSTANTS : MAX_CONSTANTS + MAX_STATE],
-            of.step_index,
-            own.clone(),
-            own_token,
-            is_open,
-            memory,
-            reading,
-            numbers[:, MAX_CONSTANTS + MAX_STATE :],
-            of.block_index,
-            of.num_left,
-            of.num_positions,
-            end_token_ids,
+            score=own[0],
+            parameter=own[2],
+            constants=constants,
+            state=state,
+            step_index=of.step_index,
+            confidence=own[1],
+            token=own[3],
+            is_open=is_open,
+            memory=memory,
+            reading=reading,
+            carry=carry,
+            block_index=of.block_index,
+            num_left=of.num_left,
+            num_positions=of.num_positions,
+            end_token_ids=own[4],
+            tensors={} if policy is None else states.policy_tensors.get(policy.name, {}),
         )

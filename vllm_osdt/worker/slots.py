@@ -27,6 +27,7 @@ from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
 
 Carry = torch.Tensor | float
+NUMBERS = (MAX_CONSTANTS, MAX_STATE, MAX_STATE)  # columns of CanvasStates.policy_numbers: constants, state, carry
 MAX_END_TOKENS = 8  # of a request that its blocks are searched for
 RUN_AHEAD_SHARE = 0.75  # of a step's blocks that should go on, for another step to be launched behind it
 # index + 1 in HostTables.cuts
@@ -121,9 +122,8 @@ class CanvasStates:
         # Steps that the active block has seen without a mask, where the request edits.
         self.num_post_steps = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
-        self.policy_numbers = torch.zeros(max_num_reqs, MAX_CONSTANTS + 2 * MAX_STATE, device=device)
-        sizes = MAX_CONSTANTS, MAX_STATE, MAX_STATE
-        self.constants, self.policy_state, self.policy_carry = self.policy_numbers.split(sizes, dim=1)
+        self.policy_numbers = torch.zeros(max_num_reqs, sum(NUMBERS), device=device)
+        self.constants, self.policy_state, self.policy_carry = self.policy_numbers.split(NUMBERS, dim=1)
         self._carry_at_entry = self.policy_carry.clone()  # when the active block was entered
         # Of preempted requests: first position of their block, and both of the above.
         self._kept_carry: dict[str, tuple[int, Carry, Carry]] = {}

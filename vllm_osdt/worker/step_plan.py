@@ -624,11 +624,10 @@ def _adjusting(
     policy_of = np.where(takes_part, host.adjusts[slots], 0)
     policies: list[Policy] = []
     arrays: dict[str, np.ndarray] = {}
-    if policy_of.any():
-        for number in np.unique(policy_of[policy_of > 0]).tolist():
-            of_policy = _arrays_of_requests(states, slots, step, np.flatnonzero(policy_of == number))
-            arrays |= {f"adjusted_{name}_{len(policies)}": array for name, array in of_policy.items()}
-            policies.append(POLICIES[ADJUSTING[number - 1]])
+    for number in sorted(set(policy_of.tolist()) - {0}):
+        of_policy = _arrays_of_requests(states, slots, step, np.flatnonzero(policy_of == number))
+        arrays |= {f"adjusted_{name}_{len(policies)}": array for name, array in of_policy.items()}
+        policies.append(POLICIES[ADJUSTING[number - 1]])
     return policies, arrays
 
 
