@@ -13,8 +13,10 @@ another one has fewer forwards and no lower accuracy there; one that is dominate
 - What the search decodes is reported too, as ``policies_search``; with ``--sensitivity`` it tries the rest of the
   settings after one that loses too much.
 - Time per forward is of the whole engine and depends on how many requests share a step; compare it between rules with
-  about as many forwards. ``--overhead`` compares rules: each has a setting under which every step decides one position,
-  so that all have the same steps.
+  about as many forwards. ``--overhead`` compares rules in equal steps (``policy_overhead.py``), ``--overhead-only``
+  does nothing else.
+- ``learned_filter`` gets a filter that is trained on the requests that calibrate the tasks.
+- ``policy_report.py`` makes tables and pictures of the JSON lines, also of several runs.
 - A policy that a model's attention does not allow is left out, and named with the reason.
 
 Another model: ``--model PATH --task-file FILE``, JSON lines with ``task``, ``prompt`` and ``answer``; a completion
@@ -22,43 +24,26 @@ is right when it contains the answer, or with ``--checker MODULE:FUNCTION``, cal
 """
 
 import argparse
-import statistics
 import sys
+import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import policy_overhead
+import policy_report
 from common import environment, write_lines
-from decoding import Bench, Outcome, add_engine_arguments, mcnemar, pareto
+from decoding import Bench, Outcome, add_engine_arguments, mcnemar
 from problems import CALIBRATION_SEED, Problem, find_source, user_problems
 
+from vllm_osdt.cli.train_filter import samples_of, train
 from vllm_osdt.cli.tuning.candidates import CANDIDATES, calibrates
 from vllm_osdt.options import DEFAULTS
 from vllm_osdt.policies import POLICIES
 
+MAX_UPDATES = 3000  # of a filter's weights
 STATIC = {"policy": "static_threshold", "threshold": 0.9}
-# Settings under which a step decides one position, for the time that a rule takes.
-ONE_POSITION: dict[str, dict[str, Any]] = {
-    "static_threshold": {"threshold": 1.0},
-    "factor": {"factor": 1e-9},
-    "joint_bound": {"delta": 0.999999},
-    "entropy_bound": {"entropy": 1e-9},
-    "local_leap": {"anchor_threshold": 1.0, "relaxed_threshold": 1.0},
-    "bacd": {"max_threshold": 1.0, "min_threshold": 1.0},
-    "prophet": {"prophet_early": 1e9, "prophet_middle": 1e9, "prophet_late": 1e9},
-    "sched": {"sched_high": 1e9, "sched_low": 1e9},
-    "fixed_steps": {},
-    "confidence_adaptive": {"threshold": 1.0},
-    "entropy_threshold": {"max_entropy": 1e-9},
-    "streaming": {"threshold": 1.0, "relaxation": 0.0},
-    "less": {"persistence": 128},
-    "klass": {"kl_steps": 128},
-    "stable": {"stable_steps": 128},
-    "ccd": {"ccd_dynamic": False},
-    "wedlm": {"adjusted_entropy": 1e-9},
-}
 REPORTED = ("task", "name", "options", "seconds", "notes")
 HEADER = (
     f"{'':<44}{'right':>8} {'95 %':>9}{'p':>7}{'NFE':>7}{'vs 0.9':>8}{'tok/fw':>8}{'tok/s':>8}{'ms/fw':>8}{'bytes':>8}"
@@ -144,8 +129,12 @@ def compared(outcome: Outcome, static: Outcome) -> Outcome:
 def calibrate(bench: Bench, policy: str, options: Mapping[str, Any], task: str) -> None:
     """Have a task's calibrating requests decoded, where the policy has such."""
     if calibrates({"policy": policy, **options}):
-        number = int(options.get("num_calibration_requests", DEFAULTS["num_calibration_requests"]))
-        bench.decode(bench.calibrating[task][:number], **options)  # type: ignore[attr-defined]
+        bench.decode(bench.calibrating[task][: num_calibrating(options)], **options)  # type: ignore[attr-defined]
+
+
+def num_calibrating(options: Mapping[str, Any]) -> int:
+    """Requests that calibrate a task; those behind them use its profile."""
+    return int(options.get("num_calibration_requests", DEFAULTS["num_calibration_requests"]))
 
 
 def report(outcome: Outcome, static: Outcome) -> str:
@@ -187,73 +176,52 @@ def measure_task(
     return outcomes, searched
 
 
-def measure_overhead(bench: Bench, problems: list[Problem], policies: list[str], repeats: int) -> dict[str, float]:
-    """The processor's time of a rule, relative to the static threshold's, where every step decides one position."""
-    times: dict[str, list[float]] = defaultdict(list)
-    nfe: dict[str, int] = {}
-    names = ["static_threshold", *(name for name in policies if name in ONE_POSITION and name != "static_threshold")]
-    for _ in range(repeats + 1):
-        for name in names:
-            start = time.process_time()
-            _, forwards, _, _ = bench.decode(problems, policy=name, **ONE_POSITION[name])
-            times[name].append(time.process_time() - start)
-            nfe[name] = sum(forwards)
-    base = statistics.median(times["static_threshold"][1:])
-    found = {}
-    print(f"\nevery step decides one position, {len(problems)} requests, median of {repeats} (static: {base:.2f} s)")
-    for name in names:
-        same = (
-            "" if nfe[name] == nfe["static_threshold"] else f"   ({nfe[name]} forwards, not {nfe['static_threshold']})"
-        )
-        ratio = statistics.median(times[name][1:]) / base * nfe["static_threshold"] / nfe[name]
-        found[name] = ratio
-        print(f"{name:<24}{ratio:>6.3f}{same}", flush=True)
-    return found
+def measure_overhead(bench: Bench, label: str, problems: list[Problem], policies: list[str]) -> list[dict[str, Any]]:
+    """What a rule's step costs; prints tables."""
+    lines = []
+    for num_requests in bench.args.overhead_requests:
+        found = policy_overhead.measure(bench, problems, policies, num_requests, bench.args.overhead)
+        print("\n" + policy_overhead.table(found, num_requests), flush=True)
+        about = {"model": label, "requests": num_requests, "pairs": bench.args.overhead}
+        lines.append({"bench": "policies_overhead", **about, **found})
+    return lines
 
 
-def dominated(outcomes: list[Outcome]) -> list[str]:
-    """Rules that on every task have another with fewer forwards and no lower accuracy, by their best rows."""
-    by_task: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_task[outcome.task].append(outcome)
-    never = None
-    for own in by_task.values():
-        beaten = {str(one.options["policy"]) for one in own} - {str(one.options["policy"]) for one in pareto(own)}
-        never = beaten if never is None else never & beaten
-    return sorted(never or ())
+def make_filter(args: argparse.Namespace, model: str, gen_length: int, calibrating: list[list[Problem]]) -> Path:
+    """The file of a filter for ``learned_filter``, trained on the record of requests that calibrate.
+
+    Args:
+        args: The program's.
+        model: Folder of the checkpoint.
+        gen_length: Positions of a canvas.
+        calibrating: Each task's requests.
+    """
+    from safetensors.torch import save_file
+
+    from vllm_osdt import profiles
+    from vllm_osdt.cli.common import find_profiles
+
+    folder = Path(tempfile.mkdtemp(prefix="filter"))
+    bench = Bench(args, model, gen_length, profile_dir=str(folder))
+    for number, requests in enumerate(calibrating):
+        bench.decode(requests, policy="osdt", task=f"task {number}")
+    profiles(bench.llm)  # has them written
+    del bench
+    samples = samples_of([one.profile.record for one in find_profiles(folder)])
+    weights, outcome = train(samples, DEFAULTS["filter_threshold"], 0, MAX_UPDATES)
+    print(f"filter: {samples.request.max() + 1} requests, {outcome}")
+    save_file(weights, folder / "filter.safetensors")
+    return folder / "filter.safetensors"
 
 
 def line(label: str, bench: str, outcome: Outcome) -> dict[str, Any]:
-    """An outcome as a JSON line."""
+    """An outcome as a JSON line; where a task calibrates, behind how many requests."""
     values = {name: getattr(outcome, name) for name in REPORTED}
     values |= {"accuracy": outcome.accuracy, "interval": outcome.interval(), "nfe": outcome.mean_nfe}
     values |= {"tokens_per_forward": outcome.tokens_per_forward, "num_problems": len(outcome.right)}
+    if calibrates(outcome.options):
+        values["calibrating_requests"] = num_calibrating(outcome.options)
     return {"bench": bench, "model": label, **values}
-
-
-def draw(folder: Path, label: str, task: str, outcomes: list[Outcome]) -> None:
-    """Accuracy over forwards, a line for each policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, axis = plt.subplots(figsize=(8, 5.5))
-    by_policy: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_policy[str(outcome.options["policy"])].append(outcome)
-    for index, (policy, own) in enumerate(by_policy.items()):
-        own.sort(key=lambda outcome: outcome.mean_nfe)
-        marker = "os^vD<>pP*Xhd"[index % 13]
-        axis.plot([o.mean_nfe for o in own], [o.accuracy for o in own], "-", marker=marker, label=policy, alpha=0.7)
-    front = pareto(outcomes)
-    axis.plot([o.mean_nfe for o in front], [o.accuracy for o in front], ":", color="black", label="Pareto front")
-    axis.set(title=f"{label}: {task}", xlabel="forward passes per request", ylabel="accuracy")
-    axis.legend(fontsize="small", ncols=2)
-    figure.tight_layout()
-    figure.savefig(folder / f"policies_{label}_{task}.png", dpi=110)
-    plt.close(figure)
 
 
 def tasks_of_model(args: argparse.Namespace, model: str) -> tuple[str, str, int, dict[str, tuple[list[Problem], ...]]]:
@@ -298,13 +266,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
     parser.add_argument("--gen-length", type=int, help="of --task-file; default: 96")
     parser.add_argument("--sensitivity", action="store_true", help="have the search try all of its settings")
-    parser.add_argument("--overhead", type=int, default=0, metavar="N", help="repeat the measurement of time N times")
+    parser.add_argument("--overhead", type=int, default=0, metavar="N", help="measure the time of each rule N times")
+    parser.add_argument("--overhead-requests", type=int, nargs="+", default=[1, 8], help="at once, each by itself")
+    parser.add_argument("--overhead-only", action="store_true", help="measure nothing else")
+    parser.add_argument("--filter-file", help="for learned_filter (default: one is trained)")
     add_engine_arguments(parser)
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     args = parser.parse_args()
+    lines: list[dict[str, Any]] = []
+    num_written = 0
+
+    def write() -> None:
+        nonlocal num_written
+        if args.json:
+            write_lines(args.json, lines[num_written:])
+        num_written = len(lines)
+
     for model in args.model or ["llada-mini"]:
         label, folder, gen_length, tasks = tasks_of_model(args, model)
-        bench = Bench(args, folder, gen_length)
+        filter_file = args.filter_file
+        if filter_file is None and "learned_filter" in (args.policy or POLICIES):
+            filter_file = str(make_filter(args, folder, gen_length, [own[2] for own in tasks.values()]))
+        bench = Bench(args, folder, gen_length, filter_file=filter_file)
         bench.calibrating = {task: own[2] for task, own in tasks.items()}  # type: ignore[attr-defined]
         record = environment(dtype=args.dtype, cache_mode=args.cache, model=label, batch=args.concurrency)
         print(f"\n== {label} {record}")
@@ -313,24 +296,22 @@ def main() -> None:
         for policy, why in refused.items():
             print(f"left out: {policy}: {why}")
         policies = [policy for policy in args.policy or POLICIES if policy not in refused]
-        if args.json:
-            arguments = [Path(one).name for one in sys.argv[1:]]  # no folders of this machine
-            write_lines(args.json, [{"bench": "policies_run", **record, "arguments": arguments, "left_out": refused}])
-        outcomes: list[Outcome] = []
-        for task, (problems, split, _) in tasks.items():
+        arguments = [Path(one).name for one in sys.argv[1:]]  # no folders of this machine
+        lines.append({"bench": "policies_run", **record, "arguments": arguments, "left_out": refused})
+        for task, (problems, split, _) in {} if args.overhead_only else tasks.items():
             found, searched = measure_task(bench, task, problems, split, policies)
-            outcomes += found
-            if args.json:
-                write_lines(args.json, [line(label, "policies", one) for one in found])
-                write_lines(args.json, [line(label, "policies_search", one) for one in searched])
-            if args.pictures:
-                draw(args.pictures, label, task, [one for one in outcomes if one.task == task])
-        print(f"\ndominated on every task: {', '.join(dominated(outcomes)) or 'none'}")
+            lines += [line(label, "policies", one) for one in found]
+            lines += [line(label, "policies_search", one) for one in searched]
+            write()
         if args.overhead:
-            ratios = measure_overhead(bench, next(iter(tasks.values()))[0][:32], policies, args.overhead)
-            if args.json:
-                write_lines(args.json, [{"bench": "policies_overhead", "model": label, "cpu_over_static": ratios}])
+            lines += measure_overhead(bench, label, next(iter(tasks.values()))[0], policies)
+            write()
         del bench
+    results = policy_report.read(lines)
+    if results.rows:
+        print(f"\nrules that others dominate\n\n{policy_report.dominance(results)}")
+        if args.pictures:
+            policy_report.draw(results, args.pictures)
 
 
 if __name__ == "__main__":

@@ -119,9 +119,10 @@ class Bench:
         args: Of :func:`add_engine_arguments`.
         model: Folder of the checkpoint.
         gen_length: Tokens of an answer, at most.
+        operator: The operator's options.
     """
 
-    def __init__(self, args: argparse.Namespace, model: str, gen_length: int) -> None:
+    def __init__(self, args: argparse.Namespace, model: str, gen_length: int, **operator: str | None) -> None:
         from vllm import LLM
 
         self.args = args
@@ -131,7 +132,7 @@ class Bench:
             dtype=args.dtype,
             max_num_seqs=args.concurrency,
             max_num_batched_tokens=args.max_num_batched_tokens,
-            additional_config={"osdt": {"profile_dir": "", "drift": "off"}},
+            additional_config={"osdt": {"profile_dir": "", "drift": "off", **operator}},
         )
 
     def decode(self, problems: list[Problem], **options: Any) -> tuple[list[bool], list[int], list[int], float]:
