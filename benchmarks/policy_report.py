@@ -260,6 +260,7 @@ def draw(results: Results, folder: Path) -> None:
             title=f"{model}: the settings of the search, all tasks",
             xlabel="forward passes over static 0.9's",
             ylabel="right answers less static 0.9's",
+            xscale="log",
         )
         save(figure, axis, folder / f"sensitivity_{model}.png")
         plt.close(figure)
@@ -272,17 +273,21 @@ def policies(rows: list[Row]) -> list[str]:
 
 def draw_lines(axis: Any, points: Mapping[str, list[tuple[float, float]]]) -> None:
     """A line for each policy."""
+    import matplotlib.pyplot as plt
+
+    colors = plt.get_cmap("tab20").colors
     for index, (policy, own) in enumerate(points.items()):
         if own:
             x, y = zip(*sorted(own), strict=True)
-            axis.plot(x, y, "-", marker="os^vD<>pP*Xhd"[index % 13], label=policy, alpha=0.7, markersize=5)
+            marker, color = "os^vD<>pP*Xhd"[index % 13], colors[index % len(colors)]
+            axis.plot(x, y, "-", marker=marker, color=color, label=policy, linewidth=1, markersize=5)
 
 
 def save(figure: Any, axis: Any, path: Path) -> None:
     """Write a picture."""
     axis.legend(fontsize="x-small", ncols=2)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=75)
 
 
 def main() -> None:
