@@ -301,7 +301,7 @@ def main() -> None:
         for task, (problems, split, _) in {} if args.overhead_only else tasks.items():
             found, searched = measure_task(bench, task, problems, split, policies)
             lines += [line(label, "policies", one) for one in found]
-            lines += [line(label, "policies_search", one) for one in searched]
+            lines += [{**line(label, "policies_search", one), "whole": args.sensitivity} for one in searched]
             write()
         if args.overhead:
             lines += measure_overhead(bench, label, next(iter(tasks.values()))[0], policies)

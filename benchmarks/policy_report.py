@@ -20,6 +20,7 @@ from typing import Any
 STATIC = "static 0.9"
 MARGIN = 0.01  # accuracy that a setting may lose and still count as losing nothing
 DEFAULTS, TUNED = "defaults", "tuned"
+CALIBRATED = "calibrated"  # with a profile's thresholds: in the file, but in no table
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -28,7 +29,7 @@ class Row:
     """A setting of a policy on a task of a model.
 
     Attributes:
-        kind: ``STATIC``, ``DEFAULTS``, or ``TUNED``; a row of the search is ``TUNED`` too.
+        kind: ``STATIC``, ``DEFAULTS``, ``CALIBRATED`` or ``TUNED``; a row of the search is ``TUNED`` too.
         setting: In words.
     """
 
@@ -46,7 +47,7 @@ class Row:
         """From a JSON line."""
         name = line["name"] or STATIC  # the search's own static threshold has no name
         _, _, setting = name.partition(", ")
-        kind = STATIC if name == STATIC else DEFAULTS if setting == DEFAULTS else TUNED
+        kind = STATIC if name == STATIC else setting if setting in (DEFAULTS, CALIBRATED) else TUNED
         policy = str(line["options"]["policy"])
         return cls(
             line["model"], line["task"], policy, kind, setting, line["accuracy"], line["nfe"], line["num_problems"]
@@ -59,7 +60,7 @@ class Results:
 
     Attributes:
         rows: Of held-out problems.
-        searched: What the search decoded, in its order.
+        searched: What the search decoded, in its order; of a model on which it was let try all settings, only that.
         overhead: Lines of the processor's time.
     """
 
@@ -84,9 +85,15 @@ def read(lines: Iterable[Mapping[str, Any]]) -> Results:
     """The rows of JSON lines."""
     found: dict[str, dict[tuple[str, ...], Row]] = {"policies": {}, "policies_search": {}}
     overhead: dict[tuple[str, int], dict[str, Any]] = {}
+    lines = list(lines)
+    whole = {line["model"] for line in lines if line.get("whole")}
     for line in lines:
+        if line["bench"] == "policies_search" and line["model"] in whole and not line.get("whole"):
+            continue
         if line["bench"] in found:
             row = Row.of(line)
+            if row.kind == CALIBRATED:
+                continue
             found[line["bench"]][row.model, row.task, row.policy, row.kind, row.setting] = row
         elif line["bench"] == "policies_overhead":
             overhead[line["model"], line["requests"]] = dict(line)
@@ -257,7 +264,7 @@ def draw(results: Results, folder: Path) -> None:
         )
         axis.axhline(0, color="grey", linewidth=0.5)
         axis.set(
-            title=f"{model}: the settings of the search, all tasks",
+            title=f"{model}: the settings of the search",
             xlabel="forward passes over static 0.9's",
             ylabel="right answers less static 0.9's",
             xscale="log",
