@@ -207,9 +207,15 @@ def sensitivity(results: Results, model: str) -> str:
         cells = []
         for index in (first - 1, first, len(tried) - 1):
             is_there = 0 <= index < len(tried)
-            cells.append(f"{tried[index][0]}: {cell(*tried[index][1:])}" if is_there else NONE)
-        lines.append(f"| `{policy}` | {len(tried)}, {len(losing)} | " + " | ".join(cells) + " |")
+            cells.append(f"{values_of(tried[index][0])}: {cell(*tried[index][1:])}" if is_there else NONE)
+        names = ", ".join(f"`{name}`" for name in tried[0][0].split()[::2])
+        lines.append(f"| `{policy}`: {names} | {len(tried)}, {len(losing)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def values_of(setting: str) -> str:
+    """A setting in words without the names of its options."""
+    return " / ".join(setting.split()[1::2])
 
 
 def costs(results: Results) -> str:

@@ -73,15 +73,13 @@ class MultiBlock(Policy):
         """Choose what passes in the parts that take part, and the surest position of those that are fully active."""
         import torch  # late: options are read without it
 
-        num_requests, width = step.score.shape
-        place = torch.arange(width, device=step.score.device)
+        place = torch.arange(step.score.shape[1], device=step.score.device)
         part = place // step.constants[:, :1].long()  # [R, W]
-        parts = torch.arange(width, device=step.score.device)  # more than there are
-        is_in = part.unsqueeze(1) == parts.view(1, -1, 1)  # [R, parts, W]
+        is_in = part.unsqueeze(1) == place.view(1, -1, 1)  # [R, parts, W], of more parts than there are
         size = is_in.sum(dim=2)
         num_open = (is_in & step.is_open.unsqueeze(1)).sum(dim=2)  # [R, parts]
         decided = 1.0 - num_open / size.clamp(min=1)
-        before = torch.cat([decided.new_ones(num_requests, 1), decided[:, :-1]], dim=1)
+        before = torch.nn.functional.pad(decided[:, :-1], (1, 0), value=1.0)
         # A part takes part only if all before it do.
         enters = (before >= step.constants[:, 1:2]).cummin(dim=1).values
         is_full = (before >= step.constants[:, 2:3]).cummin(dim=1).values

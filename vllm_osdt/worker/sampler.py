@@ -60,7 +60,8 @@ class CanvasSampler:
             states.host.block_length.size, states.device, is_normalized=mode.endswith("logprobs")
         )
         self._confidence, self._unmask, *_ = implementations(states.device)
-        self._nothing = torch.zeros(1, 1, 1, device=states.device)
+        self._no_reading = torch.zeros(1, 1, 1, device=states.device)
+        self._no_memory = torch.zeros(1, 1, 0, device=states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -250,10 +251,11 @@ class CanvasSampler:
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy."""
         states, slots, shape = self.states, batch.blocks.slots, batch.blocks.canvas_index.shape
-        token, score = proposals.to_grids(*shape)
+        token, found = proposals.to_grids(*shape)
         masked = states.masked.index_select(0, slots)[:, : shape[1]]
-        score.masked_fill_(~masked, NO_CONFIDENCE)  # a request that edits has logits of written positions too
-        confidence, parameter = score.clone(), batch.rules.parameter.clone()
+        # A request that edits has logits of written positions too.
+        confidence = torch.where(masked, found, NO_CONFIDENCE)
+        score, parameter = confidence.clone(), batch.rules.parameter.clone()
         steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
             policy = adjusted.policy
@@ -326,11 +328,11 @@ class CanvasSampler:
         is_open = own[0] != NO_CONFIDENCE
         policy = of.policy if isinstance(of, AdjustedRows) else None
         if policy is None or not policy.memory_size:
-            memory = self._nothing[..., :0].expand(num_requests, width, 0)
+            memory = self._no_memory.expand(num_requests, width, 0)
         else:
             memory = states.policy_memory[:, :width, : policy.memory_size].index_select(0, of.slots)
         if reading is None:
-            reading = self._nothing.expand(num_requests, width, MAX_READINGS)
+            reading = self._no_reading.expand(num_requests, width, MAX_READINGS)
         else:
             reading = reading * is_open.unsqueeze(-1)
         constants, state, carry = numbers.split(NUMBERS, dim=1)
