@@ -321,10 +321,10 @@ class CanvasSampler:
             reading: See ``policies.Step``.
         """
         states, (num_all, width) = self.states, score.shape
-        own = score, confidence, parameter, token, batch.blocks.end_token_ids
+        own = [score, confidence, parameter, token, batch.blocks.end_token_ids]
         num_requests = of.rows.shape[0]
         if num_requests < num_all:  # else they are all of them, in order
-            own = tuple(one.index_select(0, of.rows) for one in own)
+            own = [one.index_select(0, of.rows) for one in own]
         is_open = own[0] != NO_CONFIDENCE
         policy = of.policy if isinstance(of, AdjustedRows) else None
         if policy is None or not policy.memory_size:
