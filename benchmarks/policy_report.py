@@ -134,6 +134,8 @@ def overview(results: Results, models: list[str]) -> str:
         "|---" * (len(models) + 1) + "|",
     ]
     for policy, own in by_policy.items():
+        if not any(model in models for model, _ in own):
+            continue
         cells = []
         for model in models:
             num_tasks = len({row.task for row in results.rows if row.model == model})
@@ -307,14 +309,13 @@ def main() -> None:
     """Parse arguments, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of bench_policies.py")
+    parser.add_argument("--table", action="append", metavar="MODEL,MODEL", help="side by side (default: each alone)")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     lines = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
     results = read(lines)
-    families: dict[str, list[str]] = defaultdict(list)
-    for model in results.models:
-        families[model.split("-")[0]].append(model)
-    for models in families.values():
+    tables = [names.split(",") for names in args.table or []] or [[model] for model in results.models]
+    for models in tables:
         print(f"\nForwards over static 0.9's, percentage points of accuracy\n\n{overview(results, models)}")
     print(f"\nRules that others dominate, over all tasks of all models\n\n{dominance(results)}")
     for model in dict.fromkeys(row.model for row in results.searched):
