@@ -275,7 +275,6 @@ def draw(results: Results, folder: Path) -> None:
             title=f"{model}: the settings of the search",
             xlabel="forward passes over static 0.9's",
             ylabel="right answers less static 0.9's",
-            xscale="log",
         )
         save(figure, axis, folder / f"sensitivity_{model}.png")
         plt.close(figure)
@@ -299,7 +298,11 @@ def draw_lines(axis: Any, points: Mapping[str, list[tuple[float, float]]]) -> No
 
 
 def save(figure: Any, axis: Any, path: Path) -> None:
-    """Write a picture."""
+    """Write a picture, with forwards on a logarithmic axis."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="minor", labelsize="x-small")
     axis.legend(fontsize="x-small", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=75)
