@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,17 @@ def beats(left: Row, right: Row) -> bool:
     return is_no_worse and (left.nfe, left.accuracy) != (right.nfe, right.accuracy)
 
 
-def dominance(results: Results) -> str:
-    """On how many tasks of all models a rule has a row that no other rule's row beats, and which rules beat it."""
+def dominance(results: Results, without: Collection[str] = ()) -> str:
+    """On how many tasks of all models a rule has a row that no other rule's row beats, and which rules beat it.
+
+    Args:
+        results: The rows.
+        without: Policies that are left out.
+    """
     by_task: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in results.rows:
-        by_task[row.model, row.task].append(row)
+        if row.policy not in without:
+            by_task[row.model, row.task].append(row)
     number, front = defaultdict(int), defaultdict(int)
     beaten_by: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for rows in by_task.values():
@@ -313,6 +319,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of bench_policies.py")
     parser.add_argument("--table", action="append", metavar="MODEL,MODEL", help="side by side (default: each alone)")
+    parser.add_argument(
+        "--without", action="append", metavar="POLICY", help="who dominates whom where this is left out"
+    )
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     lines = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
@@ -321,6 +330,8 @@ def main() -> None:
     for models in tables:
         print(f"\nForwards over static 0.9's, percentage points of accuracy\n\n{overview(results, models)}")
     print(f"\nRules that others dominate, over all tasks of all models\n\n{dominance(results)}")
+    if args.without:
+        print(f"\nThe same without {', '.join(args.without)}\n\n{dominance(results, args.without)}")
     for model in dict.fromkeys(row.model for row in results.searched):
         print(f"\nSensitivity, {model}\n\n{sensitivity(results, model)}")
     if results.overhead:
