@@ -160,6 +160,8 @@ def beats(left: Row, right: Row) -> bool:
 def dominance(results: Results, without: Collection[str] = ()) -> str:
     """On how many tasks of all models a rule has a row that no other rule's row beats, and which rules beat it.
 
+    Fewest forwards are counted among the rows that lose at most ``MARGIN`` against static 0.9.
+
     Args:
         results: The rows.
         without: Policies that are left out.
@@ -168,10 +170,15 @@ def dominance(results: Results, without: Collection[str] = ()) -> str:
     for row in results.rows:
         if row.policy not in without:
             by_task[row.model, row.task].append(row)
-    number, front = defaultdict(int), defaultdict(int)
+    number: dict[str, int] = defaultdict(int)
+    front, fewest = number.copy(), number.copy()
     beaten_by: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for rows in by_task.values():
-        for policy in {row.policy for row in rows}:
+        lossless = [row for row in rows if row.accuracy >= results.static(row).accuracy - MARGIN]
+        least = min(row.nfe for row in lossless)
+        for policy in {row.policy for row in lossless if row.nfe == least}:
+            fewest[policy] += 1
+        for policy in policies(rows):
             own = [row for row in rows if row.policy == policy]
             others = [row for row in rows if row.policy != policy]
             number[policy] += 1
@@ -179,11 +186,17 @@ def dominance(results: Results, without: Collection[str] = ()) -> str:
             for rival in {row.policy for row in others}:
                 theirs = [row for row in others if row.policy == rival]
                 beaten_by[policy][rival] += all(any(beats(other, row) for other in theirs) for row in own)
-    lines = ["| Policy | best on | beaten by, on as many tasks |", "|---|---|---|"]
-    for policy in sorted(number, key=lambda policy: -front[policy] / number[policy]):
-        rivals = sorted(beaten_by[policy].items(), key=lambda item: -item[1])[:3]
+    lines = [
+        "| Policy | fewest forwards without a loss | on the front | beaten by, on as many tasks |",
+        "|---|---|---|---|",
+    ]
+    for policy in sorted(
+        number, key=lambda policy: (-fewest[policy] / number[policy], -front[policy] / number[policy])
+    ):
+        rivals = sorted(beaten_by[policy].items(), key=lambda item: (-item[1], item[0]))[:3]
         words = ", ".join(f"`{rival}` {count}" for rival, count in rivals if count)
-        lines.append(f"| `{policy}` | {front[policy]} of {number[policy]} | {words} |")
+        counts = f"{fewest[policy]} of {number[policy]} | {front[policy]}"
+        lines.append(f"| `{policy}` | {counts} | {words or NONE} |")
     return "\n".join(lines)
 
 
@@ -319,9 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines of bench_policies.py")
     parser.add_argument("--table", action="append", metavar="MODEL,MODEL", help="side by side (default: each alone)")
-    parser.add_argument(
-        "--without", action="append", metavar="POLICY", help="who dominates whom where this is left out"
-    )
+    parser.add_argument("--without", action="append", metavar="POLICY", help="who dominates whom without it")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     lines = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
