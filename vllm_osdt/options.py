@@ -453,6 +453,7 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
     """
     changes = _check_values(values, prefix)
     options = _with_changes(base, changes)
+    _check_composed(options, changes, prefix)
     if prefix:
         _check_used(options, changes)
     for policy in POLICIES.values():
@@ -556,6 +557,24 @@ def _with_changes(base: DecodingOptions, changes: Mapping[str, Any]) -> Decoding
 
 def _looks_at_entropy(options: DecodingOptions) -> bool:
     return POLICIES[options.policy].looks_at_entropy(options)
+
+
+def _check_composed(options: DecodingOptions, asked: Mapping[str, Any], prefix: str) -> None:
+    """Whoever asks for a profile's thresholds must ask for a policy that they mean something to.
+
+    An operator may set them for requests that name another policy than ``osdt``.
+    """
+    composed = policies_of("calibrated")
+    is_default = not prefix and asked.get("policy", "osdt") == "osdt"
+    if asked.get("calibrated") and options.policy not in composed and not is_default:
+        raise InvalidOptionError(
+            f"{prefix}calibrated is True, but policy {options.policy!r} takes no threshold of a profile by it: "
+            f"{POLICIES[options.policy].with_profile.replace('`', '')}. Leave it out, or choose one of "
+            f"{', '.join(composed)}.",
+            refusal="calibrated-policy",
+            parameter=f"{prefix}calibrated",
+            value=True,
+        )
 
 
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from csrc_triton import Rules
 from csrc_triton.types import NO_CONFIDENCE
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
-from tests.policies.adjusted import make_step, next_step
+from tests.policies.adjusted import chosen, make_step, next_step
 from tests.policies.test_policies import unmask_blocks
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
@@ -22,7 +22,6 @@ from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
 from vllm_osdt.policies import POLICIES
-from vllm_osdt.policies.base import best
 
 WIDTH = 16
 CANVAS = {"gen_length": 32, "block_length": WIDTH, "cache_mode": "dual"}
@@ -296,7 +295,8 @@ def early_ends(tokens, score, *, left, end_after=0.5):
         num_positions=torch.tensor([32]),
     )
     policy.adjust(step)
-    return {int(i) for i in best(step.score, step.parameter.long())[0].nonzero()[:, 0]}
+    [found] = chosen(step)
+    return found
 
 
 def test_a_token_that_ends_the_output_waits_until_half_of_the_canvas_is_decided():

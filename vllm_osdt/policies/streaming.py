@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step
-from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.base import Schedule, Step
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 
@@ -30,11 +30,12 @@ class StreamingOptions(ThresholdOptions, CalibratedOptions):
     )
 
 
-class Streaming(Policy):
+class Streaming(CalibratedPolicy):
     """``options.threshold`` in a block of masks, down to ``1 - options.relaxation`` of it."""
 
     name = "streaming"
     Options = StreamingOptions
+    with_profile = "`threshold`, which falls from there as the block fills"
     adjusts = True
 
     def schedule(self, options: StreamingOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
@@ -42,10 +43,6 @@ class Streaming(Policy):
         constants = (options.relaxation, shape.decides_first_alone)
         schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
         return replace(schedule, constants=constants)
-
-    def calibrates(self, options: StreamingOptions) -> bool:
-        """If the request says so."""
-        return options.calibrated
 
     def adjust(self, step: Step) -> None:
         """Lower the threshold; ``step.state`` has the most masks that were left."""
