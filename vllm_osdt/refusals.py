@@ -111,6 +111,9 @@ REFUSALS = {
     "gen-length-block-causal": Refusal(
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
     ),
+    "suffix-window-block-causal": Refusal(
+        "`osdt_suffix_window`", "The model is block-causal: no block sees a later one.", "Leave it out."
+    ),
     "gen-length-blocks": Refusal(
         "`osdt_gen_length`", "No multiple of `osdt_block_length`.", "Send the multiple that the message names."
     ),

@@ -14,7 +14,7 @@ from tests.policies.test_bacd import PlainBACD
 from tests.policies.test_policies import known, schedule_of
 from tests.policies.test_selection import Adaptive, Dimple, Hierarchical, Nemotron, Product, Streaming
 from tests.policies.test_several_at_once import PlainETE
-from tests.policies.test_stability import PlainKLASS, PlainLESS, PlainStable, read, walk
+from tests.policies.test_stability import PlainKLASS, PlainLESS, PlainStable, assert_equal_but_for_near_ties, read, walk
 from tests.reference.decode import calibrate, decode, osdt, static_threshold
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.options import DecodingOptions, parse_options, policies_of
@@ -174,18 +174,17 @@ def test_bounds_that_the_profile_replaces_need_not_be_in_order():
 
 @pytest.mark.e2e
 def test_an_engine_decodes_as_the_plain_loop_with_the_thresholds_of_a_profile(tasks_llm, tasks_twin, golden_tasks):
-    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:4]]
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:2]]
     first = decode(tasks_twin, prompts[0], static_threshold(0.9), **CANVAS)
     cutoff = osdt(calibrate(first.record, "step_block", "q1", False), 1.0, 0.1).cutoff
-    rules = {(name, i): Composed(make(), cutoff, called) for name, (_, make, called) in CASES.items() for i in range(4)}
+    rules = {(name, i): Composed(make(), cutoff, called) for name, (_, make, called) in CASES.items() for i in range(2)}
     expected = {key: decode(tasks_twin, prompts[key[1]], rule, **CANVAS) for key, rule in rules.items()}
-    clear = [key for key, one in expected.items() if min(one.rule_margin, one.proposal_margin) > 1e-6]
-    assert {name for name, _ in clear} == set(CASES) and len(clear) > 0.6 * len(expected)
-    assert all(len(rules[key].thresholds) > 1 for key in clear)  # not the static one
+    assert all(len(rule.thresholds) > 1 for rule in rules.values())  # not the static one
     profile = {**OF_TABLE, "task": "composed", "num_calibration_requests": 1, "slack": 0.1}
     params = {name: sampling(32, **asked, **profile, **CANVAS) for name, (asked, *_) in CASES.items()}
     [calibrating] = generate(tasks_llm, prompts[:1], params["klass"])
     assert list(calibrating.token_ids) == first.tokens and nfe(calibrating) == first.nfe  # the static threshold alone
-    got = generate(tasks_llm, [prompts[i] for _, i in clear], [params[name] for name, _ in clear])
-    found = {key: (list(one.token_ids), nfe(one)) for key, one in zip(clear, got, strict=True)}
-    assert found == {key: (expected[key].tokens, expected[key].nfe) for key in clear}
+    got = generate(tasks_llm, [prompts[i] for _, i in expected], [params[name] for name, _ in expected])
+    found = [(list(one.token_ids), nfe(one)) for one in got]
+    told = [(one.tokens, one.nfe, min(one.rule_margin, one.proposal_margin)) for one in expected.values()]
+    assert_equal_but_for_near_ties(found, told, least=len(found) - 4)
