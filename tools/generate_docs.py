@@ -1,5 +1,4 @@
-"""Writes the generated parts of the documentation from the declarations: options, refusals, metrics and which policies take
-a task's thresholds.
+"""Writes the generated parts of the documentation from the declarations: options, refusals, metrics, composition.
 
     python tools/generate_docs.py           # write
     python tools/generate_docs.py --check   # fail when a page is not up to date

@@ -1,4 +1,4 @@
-"""Refreshes at longer intervals and after unsure steps, and windows of masks: token for token as a plain loop that keeps the same keys."""
+"""Refreshes at other times and windows of masks: token for token as a plain loop that keeps the same keys."""
 
 import pytest
 

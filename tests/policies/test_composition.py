@@ -94,7 +94,8 @@ def test_each_step_has_the_threshold_of_its_place_in_the_table(name):
         options = DecodingOptions(**{**options.as_dict(), "steps": steps, "steps_per_block": None})
         policy, schedule = POLICIES[options.policy], schedule_of(options.policy, options, known(table.tolist()))
         assert schedule.rule == Rule.THRESHOLD and schedule.fallback is not None
-        rules = [Composed(make(), lambda block, step, row=table[0].tolist(): row[step], attribute) for _ in range(3)]
+        cells = table.tolist()
+        rules = [Composed(make(), lambda block, step, cells=cells: cells[block][step], attribute) for _ in range(3)]
         masked = torch.ones(3, WIDTH, dtype=torch.bool)
         masked[2, ::3] = False
         source, before = walk(generator, (3, WIDTH, VOCABULARY)), torch.zeros(2, 3, WIDTH, VOCABULARY)
@@ -140,7 +141,7 @@ def test_other_policies_refuse_a_profiles_thresholds_and_say_why(policy):
     assert f"osdt_calibrated is True, but policy {policy!r} takes no threshold" in str(refused.value)
     assert f"by it: {reason}. Leave it out" in str(refused.value) and len(reason) > 10
     if policy != "osdt":
-        with pytest.raises(InvalidOptionError, match="^calibrated is True"):
+        with pytest.raises(InvalidOptionError, match=r"^calibrated is True"):
             parse_options({"policy": policy, "calibrated": True}, base=DecodingOptions())
 
 

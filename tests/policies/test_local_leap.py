@@ -91,11 +91,11 @@ def test_calibrated_the_relaxed_threshold_is_a_share_of_the_profiles():
         ({"policy": "local_leap", "calibrated": True}, "osdt_calibrated is True, but the request names no task"),
         (
             {"policy": "factor", "calibrated": True, "task": "a"},
-            "takes no threshold of a profile by it: its factor bounds",
+            "takes no threshold of a profile",
         ),
         (
             {"policy": "osdt", "calibrated": True, "task": "a"},
-            "its thresholds are the profile's, with no other option than task",
+            "its thresholds are the profile's",
         ),
         ({"policy": "local_leap", "calibrated": True, "task": "a", "anchor_threshold": 0.8}, "send one of them"),
         ({"policy": "local_leap", "relaxed_ratio": 0.8}, "says nothing without osdt_calibrated = True"),

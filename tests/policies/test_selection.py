@@ -262,17 +262,17 @@ def test_each_step_unmasks_what_the_definition_says(name, seed):
     found = run_block(name, rounds, by_entropy=rules[0].by_entropy)
     for row, rule in enumerate(rules):
         left = set(range(WIDTH))
-        for step, chosen in enumerate(found):
+        for step, unmasked in enumerate(found):
             values = rounds[step % WIDTH][row].double()
             masked = {i: (32 * (values[i] - 1) if rule.by_entropy else values[i]).item() for i in sorted(left)}
             if masked:
                 rule.proposals, rule.left = dict.fromkeys(masked, 1), len(masked)
-                assert chosen[row] == set(rule(0, step, masked)), step
-                assert chosen[row]
-                left -= chosen[row]
+                assert unmasked[row] == set(rule(0, step, masked)), step
+                assert unmasked[row]
+                left -= unmasked[row]
         assert not left
     alone = run_block(name, [one[1:2] for one in rounds], by_entropy=rules[0].by_entropy)
-    assert [chosen[0] for chosen in alone] == [chosen[1] for chosen in found[: len(alone)]]
+    assert [one[0] for one in alone] == [one[1] for one in found[: len(alone)]]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,8 +16,8 @@ from vllm_osdt.calibration.thresholds import CONFORMAL, DEFAULT_RISK, Thresholds
 from vllm_osdt.geometry import CACHE_MODES
 
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
-# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, blocks of masks
-# behind the active one that take part, what cuts blocks, and what changes logits: modifiers with their numbers.
+# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, blocks of
+# masks behind the active one that take part, what cuts blocks, and what changes logits: modifiers with their numbers.
 CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:w\d+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
 
 

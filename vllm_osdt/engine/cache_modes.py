@@ -5,8 +5,8 @@ which a *refresh*, a step that computes prompt and canvas together, makes exact 
 steps refresh, and which rows the others compute.
 
 Source: Fast-dLLM (arXiv 2505.22618), section 3, for ``none``, ``prefix`` and ``dual``. The interval between refreshes
-and the refresh of unsure steps are ours. A suffix window (Streaming-dLLM, arXiv 2601.17917) bounds what a mode takes for
-the canvas.
+and the refresh of unsure steps are ours. A suffix window (Streaming-dLLM, arXiv 2601.17917) bounds the canvas of any
+mode.
 """
 
 from dataclasses import dataclass, replace
