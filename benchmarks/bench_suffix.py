@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="see problems.find_source (default: llada-mini)")
     parser.add_argument("--problems", type=int, default=60, help="of each task")
-    parser.add_argument("--gen-length", type=int, nargs="+", default=[256], help="beside the usual length")
+    parser.add_argument("--gen-length", type=int, nargs="*", default=[256], help="beside the usual length")
     parser.add_argument("--cache", nargs="+", choices=("prefix", "dual"), default=["dual", "prefix"])
     parser.add_argument("--block-length", type=int, default=32)
     parser.add_argument("--threshold", type=float, default=0.9)

@@ -47,13 +47,13 @@ class Composed:
         return self.rule(block, step, masked)
 
 
-class BoundedBelow(PlainBACD):
-    """BACD, whose upper bound is no lower than the one below."""
+class BoundedAbove(PlainBACD):
+    """BACD, whose lower bound is no higher than the one above."""
 
     def __call__(self, block, step, masked):
-        own, self.high = self.high, max(self.high, self.low)
+        own, self.low = self.low, min(self.low, self.high)
         found = super().__call__(block, step, masked)
-        self.high = own
+        self.low = own
         return found
 
 
@@ -66,7 +66,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     "product": ({"policy": "nemotron_bound", "bound_form": "product"}, lambda: Product(1), "tau"),
     "streaming": ({"policy": "streaming", "relaxation": 0.3}, lambda: Streaming(1, 0.3), "tau"),
     "ete": ({"policy": "ete", "explore_below": 3, "explore_rank": 0.5}, lambda: PlainETE(1, 3, 0.5), "tau"),
-    "bacd": ({"policy": "bacd", "max_threshold": 0.8}, lambda: BoundedBelow(1, 0.8), "low"),
+    "bacd": ({"policy": "bacd", "min_threshold": 0.5}, lambda: BoundedAbove(0.5, 1), "high"),
     "klass": ({"policy": "klass", "kl_threshold": 0.3, "kl_steps": 1}, lambda: PlainKLASS(1, 0.3, 1), "confidence"),
     "klass steps": (
         {"policy": "klass", "kl_threshold": 0.3, "kl_steps": 1, "steps_per_block": 8},
@@ -157,7 +157,7 @@ def test_an_operator_may_set_it_for_requests_that_name_a_policy():
     ("values", "words"),
     [
         ({"policy": "confidence_adaptive", "adaptive_entropy": 0.3}, "a profile's thresholds are confidences"),
-        ({"policy": "bacd", "min_threshold": 0.5}, "send one of them"),
+        ({"policy": "bacd", "max_threshold": 0.8}, "send one of them"),
         ({"policy": "klass", "kl_confidence": 0.5}, "send one of them"),
         ({"policy": "less", "less_confidence": 0.5}, "send one of them"),
         ({"policy": "stable", "stable_confidence": 0.5}, "send one of them"),
@@ -170,7 +170,7 @@ def test_what_the_profile_replaces_is_refused_beside_it(values, words):
 
 
 def test_bounds_that_the_profile_replaces_need_not_be_in_order():
-    assert parse(policy="bacd", task="a", calibrated=True, max_threshold=0.5).max_threshold == 0.5
+    assert parse(policy="bacd", task="a", calibrated=True, min_threshold=0.95).min_threshold == 0.95
 
 
 @pytest.mark.e2e

@@ -3,8 +3,9 @@
 Source: TDAR (arXiv 2602.09555), bounded adaptive confidence decoding. A block's first step has the threshold
 clamp(max c, low, high), with the maximum over the masked positions; later ones clamp(mean c, low, high), with the mean
 over the positions that the block has committed so far. The authors' code keys that history by batch slot, which is
-wrong when requests move; here it belongs to the request. Ours: with ``calibrated`` the lower bound is the threshold of
-OSDT, and the upper one no lower than that.
+wrong when requests move; here it belongs to the request. Ours: with ``calibrated`` the upper bound is the threshold of
+OSDT, and the lower one no higher than that. (As the lower bound it changes nothing where commits are sure: their mean is
+then above the upper one.)
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 class BACDOptions(CalibratedOptions):
     """The bounds of the threshold."""
 
-    min_threshold: float = option(
-        0.6, number(gt=0, le=1), "Of `bacd`: lower bound of the threshold.", excludes="calibrated"
+    min_threshold: float = option(0.6, number(gt=0, le=1), "Of `bacd`: lower bound of the threshold.")
+    max_threshold: float = option(
+        0.9, number(gt=0, le=1), "Of `bacd`: upper bound of the threshold.", excludes="calibrated"
     )
-    max_threshold: float = option(0.9, number(gt=0, le=1), "Of `bacd`: upper bound of the threshold.")
 
 
 class BACD(CalibratedPolicy):
@@ -37,7 +38,7 @@ class BACD(CalibratedPolicy):
 
     name = "bacd"
     Options = BACDOptions
-    with_profile = "`min_threshold`, the lower bound of its threshold"
+    with_profile = "`max_threshold`; after unsure commits its threshold falls below that, to `min_threshold` at most"
     adjusts = True
 
     def check(self, options: BACDOptions) -> None:
@@ -55,9 +56,9 @@ class BACD(CalibratedPolicy):
         schedule = (
             calibrated_schedule(options, shape, thresholds)
             if options.calibrated
-            else constant(shape, Rule.THRESHOLD, options.min_threshold)
+            else constant(shape, Rule.THRESHOLD, options.max_threshold)
         )
-        return replace(schedule, constants=(options.max_threshold,))
+        return replace(schedule, constants=(options.min_threshold,))
 
     def adjust(self, step: Step) -> None:
         """The threshold of a step; ``step.state`` has the sum and the number of committed confidences."""
@@ -66,8 +67,8 @@ class BACD(CalibratedPolicy):
         total, number_committed = step.state[:, 0], step.state[:, 1]
         mean = total / number_committed.clamp(min=1)
         threshold = torch.where(number_committed > 0, mean, step.score.amax(dim=-1))
-        low = step.parameter
-        step.parameter.copy_(threshold.clamp(low, step.constants[:, 0].maximum(low)))
+        high = step.parameter
+        step.parameter.copy_(threshold.clamp(step.constants[:, 0].minimum(high), high))
 
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Count the confidences of what the step committed."""
