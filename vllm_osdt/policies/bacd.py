@@ -4,8 +4,8 @@ Source: TDAR (arXiv 2602.09555), bounded adaptive confidence decoding. A block's
 clamp(max c, low, high), with the maximum over the masked positions; later ones clamp(mean c, low, high), with the mean
 over the positions that the block has committed so far. The authors' code keys that history by batch slot, which is
 wrong when requests move; here it belongs to the request. Ours: with ``calibrated`` the upper bound is the threshold of
-OSDT, and the lower one no higher than that. (As the lower bound it changes nothing where commits are sure: their mean is
-then above the upper one.)
+OSDT, and the lower one no higher than that. (As the lower bound it would change nothing where commits are sure, whose
+mean is above the upper bound.)
 """
 
 from dataclasses import dataclass, replace
