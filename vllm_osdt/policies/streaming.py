@@ -6,7 +6,8 @@ threshold x (1 - ``relaxation`` x (1 - r)), and equality passes; at least the mo
 
 Deviations: in the authors' code r is the masked share of the block and of the window behind it, and 1 in a block's
 first step. Here it is the share of the most masks that the block, or a sub-block of it, has had. Ours: with
-``calibrated`` the threshold that falls is that of OSDT.
+``calibrated`` the threshold that falls is that of OSDT. The paper's pruning of the suffix is the option
+``suffix_window``, which goes with every policy.
 """
 
 from dataclasses import dataclass, replace
