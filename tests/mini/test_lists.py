@@ -34,6 +34,8 @@ from vllm_osdt.mini.tasks.lists import (
 )
 
 CLEAR_TASKS = tuple(task for task in LIST_TASKS if task not in OPEN_TASKS)
+MODELS = ("lists-mini", "sdar-lists-mini")
+[GEN_LENGTH] = {gen_length_of(name) for name in MODELS}
 # Static threshold -> tasks that it breaks; no threshold breaks `remove_random`, whose likeliest tokens are an answer.
 BROKEN = {
     ONE_PER_STEP: (),
@@ -151,7 +153,7 @@ def test_answers_differ_and_as_many_are_valid_as_the_task_leaves_open(task):
         assert len(set(answers)) == len(answers)
         assert (len(answers) > 1) == (task in OPEN_TASKS)
         assert len(problem.items) in NUM_ITEMS and set(problem.items) <= set(ITEMS)
-        assert max(map(len, answers)) < gen_length_of("lists-mini")
+        assert max(map(len, answers)) < GEN_LENGTH
     assert list(ITEMS) == sorted(set(ITEMS))
 
 
@@ -219,14 +221,14 @@ def test_a_perfect_model_breaks_the_tasks_whose_positions_a_threshold_decides_ap
     assert num_valid <= 18 if task in broken else num_valid == 30
 
 
-@pytest.fixture(scope="module")
-def model():
-    return MiniLLaDA.load(Path(model_path("lists-mini")))
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MiniLLaDA.load(Path(model_path(request.param)))
 
 
 def accuracy(model, tasks, threshold):
     problems = [problem for task in tasks for problem in generate(task, "held_out", 24, 9)]
-    return evaluate(model, problems, static_rule(threshold), gen_length_of("lists-mini")).accuracy
+    return evaluate(model, problems, static_rule(threshold), GEN_LENGTH).accuracy
 
 
 @pytest.mark.parametrize("tasks", [CLEAR_TASKS, OPEN_TASKS], ids=["clear", "open"])
