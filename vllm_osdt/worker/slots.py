@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from csrc_triton.cpu import compiled
 from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
+from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec, Switch
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.policies import MODIFIERS, POLICIES
@@ -40,13 +40,14 @@ def _seed(req_id: str, seed: int | None) -> int:
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _end_token_ids(params: SamplingParams) -> list[int]:
-    """The tokens that end a block early, -1 for none: EOS and stop tokens.
+def _end_token_ids(params: SamplingParams, switch: Switch | None) -> list[int]:
+    """The tokens that end a block early, -1 for none: one that ends thinking, EOS and stop tokens.
 
     Where there are more of them than places, the scheduler finds the others when their block is finished.
     """
     eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
-    distinct = dict.fromkeys([*eos, *(params.stop_token_ids or [])])
+    think_end = [] if switch is None else [switch.think_end]
+    distinct = dict.fromkeys([*think_end, *eos, *(params.stop_token_ids or [])])
     return [*distinct, *[-1] * MAX_END_TOKENS][:MAX_END_TOKENS]
 
 
@@ -228,7 +229,7 @@ class CanvasStates:
             host.fallback[slot, : parameters.size] = schedule.fallback.ravel()
         host.temperature[slot] = params.temperature
         host.seed[slot] = _seed(new.req_id, params.seed)
-        host.end_token_ids[slot] = _end_token_ids(params)
+        host.end_token_ids[slot] = _end_token_ids(params, spec.switch)
         host.has_grammar[slot] = assignment.has_grammar
         host.is_recorded[slot] = assignment.is_recorded or assignment.has_grammar
         host.is_watched[slot] = assignment.is_watched
