@@ -52,11 +52,10 @@ def read_switch(
         raise _refuse(TOKEN, options.think_end_token, f"token {think_end} {reason}; send another one")
     check = [] if options.check_prompt is None else reader.ids_of(options.check_prompt)
     if check is None:
-        raise _refuse(
-            CHECK,
-            options.check_prompt,
-            f"expected text or token ids below {reader.vocabulary} (ids without a tokenizer)",
-        )
+        kinds = f"a list of token ids below {reader.vocabulary}"
+        if reader.encode is not None:
+            kinds = f"text or {kinds}"
+        raise _refuse(CHECK, options.check_prompt, f"expected {kinds}")
     if ends & set(check):
         raise _refuse(CHECK, options.check_prompt, "it has a token that ends the output; leave that out")
     others = {
