@@ -23,7 +23,7 @@ from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import ADABLOCK
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_STATE, Cutter, Policy
+from vllm_osdt.policies.base import MAX_CARRY, MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
 
 Carry = torch.Tensor | float
@@ -124,10 +124,11 @@ class CanvasStates:
         # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
         self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
-        self.policy_carry = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self.policy_carry = torch.zeros(max_num_reqs, MAX_CARRY, device=device)
         self._carry_at_entry = self.policy_carry.clone()  # when the active block was entered
         # Of preempted requests: first position of their block, and both of the above.
         self._kept_carry: dict[str, tuple[int, Carry, Carry]] = {}
+        self._thinking: set[str] = set()  # ids of the requests that may yet begin an answer, which takes over nothing
         self.cut_constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.block_limit = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)  # as HostTables.block_limit
         self.policy_memory = torch.zeros(
@@ -202,6 +203,10 @@ class CanvasStates:
         assert params is not None and new.prefill_token_ids is not None
         num_prefill, host = len(new.prefill_token_ids), self.host
         self._slot_of[new.req_id] = slot
+        if spec.switch is not None:
+            self._thinking.add(new.req_id)
+        elif new.req_id in self._thinking:
+            self.forget([new.req_id])
         row = np.full(canvas.end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
         host.pinned[slot] = host.may_end[slot] = False
@@ -268,9 +273,10 @@ class CanvasStates:
         return at_end if num_decided > block_start else at_entry
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Requests have ended: what is kept for those that come back goes."""
+        """Requests have ended, or begin anew: what is kept for those that come back goes."""
         for req_id in req_ids:
             self._kept_carry.pop(req_id, None)
+            self._thinking.discard(req_id)
 
     def load_policies(self, operator: ServerOptions) -> None:
         """Read what policies have in files that the operator names."""
