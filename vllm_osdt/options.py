@@ -775,7 +775,8 @@ def answer_options(options: DecodingOptions) -> DecodingOptions:
     length, steps = options.answer_block_length, options.steps_per_block
     own = {name: DEFAULTS[name] for name in declarations(TCCFOptions)}
     own |= {"block_length": length, "gen_length": None, "steps": None}
-    return replace(options, **own, steps_per_block=None if steps is None else min(steps, length))
+    own["steps_per_block"] = None if steps is None else min(steps, length)
+    return replace(options, **own)
 
 
 def resolve_answer(options: DecodingOptions, canvas: Canvas, position: int) -> tuple[DecodingOptions, Canvas]:

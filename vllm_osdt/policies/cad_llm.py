@@ -11,10 +11,11 @@ them. The paper has V, and its text does not define the repetition in it; the au
 (``calculate_adaptive_vocab_size`` and ``detect_repetition`` of juchengshen/CadLLM): V is 800 where g < 0.2, 70 where
 g < 0.7, else 90; times 1.5, 1.2, 1 or 0.8 where the mean of the last five m is below 0.3, below 0.6, at most 0.8, or
 above; times 1.3 where the last m is more than 0.1 below the one two before it; times 3 where the last four of at least
-eight decided tokens are the same; from 35 to 1000, rounded down. The code's measure is 1 in that last case and at most 0.5
-for tokens that repeat in pairs, threes or fours, and changes V above 0.5 only. Tokens count in the order in which steps
-decide them, those of a step from left to right. Deviations: g is the share that is decided, where the code guesses it
-from the steps; the mask token is none of the V; a token that a block's first step decides alone (Dream) is not counted.
+eight decided tokens are the same; from 35 to 1000, rounded down. The code's measure is 1 in that last case and at most
+0.5 for tokens that repeat in pairs, threes or fours, and changes V above 0.5 only. Tokens count in the order in which
+steps decide them, those of a step from left to right. Deviations: g is the share that is decided, where the code
+guesses it from the steps; the mask token is none of the V; a token that a block's first step decides alone (Dream) is
+not counted.
 """
 
 from dataclasses import dataclass
