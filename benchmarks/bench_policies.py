@@ -17,6 +17,7 @@ another one has fewer forwards and no lower accuracy there; one that is dominate
   does nothing else.
 - ``learned_filter`` gets a filter that is trained on the requests that calibrate the tasks.
 - ``policy_report.py`` makes tables and pictures of the JSON lines, also of several runs.
+- ``--calibrated``: no search; every policy that can has the thresholds of the task's profile (``calibrated``).
 - A policy that a model's attention does not allow is left out, and named with the reason.
 
 Another model: ``--model PATH --task-file FILE``, JSON lines with ``task``, ``prompt`` and ``answer``; a completion
@@ -39,7 +40,7 @@ from problems import CALIBRATION_SEED, Problem, find_source, user_problems
 
 from vllm_osdt.cli.train_filter import samples_of, train
 from vllm_osdt.cli.tuning.candidates import CANDIDATES, calibrates
-from vllm_osdt.options import DEFAULTS
+from vllm_osdt.options import DEFAULTS, policies_of
 from vllm_osdt.policies import POLICIES
 
 MAX_UPDATES = 3000  # of a filter's weights
@@ -64,11 +65,12 @@ def measure(bench: Bench, task: str, problems: list[Problem], name: str, setting
 def kept_bytes(policy: str, hidden_size: int) -> int:
     """Bytes that a policy keeps of each request on the device, besides constants; hidden states in float32."""
     from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-    from vllm_osdt.policies.base import MAX_STATE
+    from vllm_osdt.policies.base import MAX_CARRY, MAX_STATE
 
     found = POLICIES[policy]
     num_hidden = found.num_steps_before * hidden_size if found.reads_step_before else 0
-    return 4 * (2 * MAX_STATE + MAX_BLOCK_LENGTH * (found.memory_size + num_hidden)) if found.adjusts else 0
+    numbers = MAX_STATE + MAX_CARRY + MAX_BLOCK_LENGTH * (found.memory_size + num_hidden)
+    return 4 * numbers if found.adjusts else 0
 
 
 def words(setting: Mapping[str, Any]) -> str:
@@ -160,10 +162,12 @@ def measure_task(
     outcomes, searched = [static], [compared(base, base)]
     print(f"\n{task}: {len(problems)} problems, tuned on {len(split)}\n{HEADER}\n{report(static, static)}", flush=True)
     for policy in policies:
-        tried = search(bench, policy, task, split, base)
+        tried = [] if args.calibrated else search(bench, policy, task, split, base)
         searched += tried
         best = found_setting(tried, base, args.margin)
         settings: list[tuple[str, Mapping[str, Any]]] = [(f"{policy}, defaults", {})]
+        if args.calibrated and policy in policies_of("calibrated"):
+            settings = [(f"{policy}, calibrated", {"calibrated": True})]
         if best:
             settings.append((f"{policy}, {words(best)}", best))
         for name, setting in settings:
@@ -265,6 +269,7 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.01, help="accuracy that a setting may lose there")
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
     parser.add_argument("--gen-length", type=int, help="of --task-file; default: 96")
+    parser.add_argument("--calibrated", action="store_true", help="with a profile's thresholds instead of a search")
     parser.add_argument("--sensitivity", action="store_true", help="have the search try all of its settings")
     parser.add_argument("--overhead", type=int, default=0, metavar="N", help="measure the time of each rule N times")
     parser.add_argument("--overhead-requests", type=int, nargs="+", default=[1, 8], help="at once, each by itself")

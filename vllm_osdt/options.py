@@ -31,12 +31,14 @@ from vllm_osdt.geometry import (
     Limits,
     block_causal_canvas,
     full_attention_canvas,
+    rest_of_canvas,
 )
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import AdaBlockOptions
 from vllm_osdt.policies.early_exit import EarlyExit, is_adaptive
 from vllm_osdt.policies.osdt import OSDTOptions
+from vllm_osdt.policies.tccf import TCCFOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,7 +64,7 @@ def _is_path(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class CommonOptions(AdaBlockOptions):
+class CommonOptions(AdaBlockOptions, TCCFOptions):
     """Options of every policy."""
 
     task: str | None = option(
@@ -116,6 +118,13 @@ class CommonOptions(AdaBlockOptions):
         0.0,
         number(ge=0, lt=1),
         "Of `prefix` and `dual`: a step whose mean confidence is below this is followed by a refresh; 0 for never.",
+    )
+    suffix_window: int | None = option(
+        None,
+        count(0, 1024) | None,
+        "Of `none`, `prefix` and `dual`: of the masks behind the active block, only those of so many blocks take part "
+        "in a step (Streaming-dLLM, arXiv 2601.17917, without the last position). `null` for all.",
+        unit="blocks",
     )
     edit_threshold: float | None = option(
         None,
@@ -189,6 +198,7 @@ class CommonOptions(AdaBlockOptions):
             edit_threshold=self.edit_threshold,
             refresh_interval=self.refresh_interval,
             refresh_confidence=self.refresh_confidence,
+            suffix_window=self.suffix_window,
             modifiers=[one.key(self) for one in MODIFIERS if one.is_on(self)],
         )
 
@@ -453,6 +463,7 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
     """
     changes = _check_values(values, prefix)
     options = _with_changes(base, changes)
+    _check_composed(options, changes, prefix)
     if prefix:
         _check_used(options, changes)
     for policy in POLICIES.values():
@@ -558,6 +569,24 @@ def _looks_at_entropy(options: DecodingOptions) -> bool:
     return POLICIES[options.policy].looks_at_entropy(options)
 
 
+def _check_composed(options: DecodingOptions, asked: Mapping[str, Any], prefix: str) -> None:
+    """Whoever asks for a profile's thresholds must ask for a policy that they mean something to.
+
+    An operator may set them for requests that name another policy than ``osdt``.
+    """
+    composed = policies_of("calibrated")
+    is_default = not prefix and asked.get("policy", "osdt") == "osdt"
+    if asked.get("calibrated") and options.policy not in composed and not is_default:
+        raise InvalidOptionError(
+            f"{prefix}calibrated is True, but policy {options.policy!r} takes no threshold of a profile by it: "
+            f"{POLICIES[options.policy].with_profile.replace('`', '')}. Leave it out, or choose one of "
+            f"{', '.join(composed)}.",
+            refusal="calibrated-policy",
+            parameter=f"{prefix}calibrated",
+            value=True,
+        )
+
+
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
     """What a request asks for must mean something to its policy, and to a request without a task."""
     if options.task is None and options.calibrates:
@@ -595,10 +624,12 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
                 value=value,
             )
         needed, _, word = DECLARED[name].needs.partition("=")
-        if needed and value != DEFAULTS[name] and getattr(options, needed) != (word or True):
+        asked_for = getattr(options, needed) if needed else None
+        if needed and value != DEFAULTS[name] and (asked_for != word if word else not asked_for):
+            wanted = f" = {word or True!r}" if word or asked_for is False else ""
             raise InvalidOptionError(
-                f"{PREFIX}{name} is {value!r}, which says nothing without {PREFIX}{needed} = {word or True!r}: send "
-                f"that too, or leave {PREFIX}{name} out.",
+                f"{PREFIX}{name} is {value!r}, which says nothing without {PREFIX}{needed}{wanted}: send that too, or "
+                f"leave {PREFIX}{name} out.",
                 refusal="needs-option",
                 parameter=PREFIX + name,
                 value=value,
@@ -619,6 +650,13 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             refusal="gen-length-block-causal",
             parameter="gen_length",
             value=options.gen_length,
+        )
+    if options.suffix_window is not None and options.is_block_causal:
+        raise InvalidOptionError(
+            f"suffix_window is {options.suffix_window}, but no block of this model sees a later one: leave it out.",
+            refusal="suffix-window-block-causal",
+            parameter="suffix_window",
+            value=options.suffix_window,
         )
     if options.is_block_causal or options.cache_mode == "none":
         for name in ("refresh_interval", "refresh_confidence"):
@@ -647,6 +685,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             value=options.edit_threshold,
         )
     _validate_cuts(options, traits)
+    _validate_switch(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     exits = isinstance(POLICIES[options.policy], EarlyExit)
@@ -728,6 +767,82 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
             parameter="refresh_interval",
             value=options.refresh_interval,
         )
+
+
+def _validate_switch(options: DecodingOptions, traits: Traits) -> None:
+    """Refuse another block length for the answer where it cannot be.
+
+    Raises:
+        InvalidOptionError: It divides no block, a calibrated task has thresholds for one length, steps are shared out
+            among all blocks, or the model or the policy has no such blocks.
+    """
+    length = options.answer_block_length
+    if length is None:
+        return
+    reason = remedy = ""
+    if options.block_length % length:
+        reason, remedy = f"it divides block_length {options.block_length} not", "send a divisor, such as 1"
+    elif traits.commits_causally and length > 1:
+        reason, remedy = "this model's blocks begin behind what is written, and might end behind the context", "send 1"
+    elif options.task is not None and options.calibrates:
+        reason = f"the thresholds of task {options.task!r} are for blocks of one length"
+        remedy = "leave it out, or send no task"
+    elif options.steps is not None:
+        reason = f"steps {options.steps} are shared out among blocks of one length"
+        remedy = "leave one of them out, or send steps_per_block"
+    if not reason:
+        try:
+            validate_for_family(answer_options(options), traits)
+        except InvalidOptionError as error:
+            reason, remedy = f"blocks of that length are refused ({error})", "leave it out"
+    if reason:
+        raise InvalidOptionError(
+            f"answer_block_length is {length}, but {reason}; {remedy}.",
+            refusal="switch",
+            parameter="answer_block_length",
+            value=length,
+        )
+
+
+def answer_options(options: DecodingOptions) -> DecodingOptions:
+    """The options of what follows the end of thinking, before they are resolved; ``answer_block_length`` is set."""
+    length, steps = options.answer_block_length, options.steps_per_block
+    own = {name: DEFAULTS[name] for name in declarations(TCCFOptions)}
+    own |= {"block_length": length, "gen_length": None, "steps": None}
+    own["steps_per_block"] = None if steps is None else min(steps, length)
+    return replace(options, **own)
+
+
+def resolve_answer(options: DecodingOptions, canvas: Canvas, position: int) -> tuple[DecodingOptions, Canvas]:
+    """Options and canvas from the end of thinking on, as of a request whose prompt ends there.
+
+    Args:
+        options: Of the request; ``answer_block_length`` is set.
+        canvas: Of the request.
+        position: Where the answer begins.
+
+    Raises:
+        InvalidOptionError: The policy has no blocks of that length.
+    """
+    own = answer_options(options)
+    rest = rest_of_canvas(
+        canvas,
+        position,
+        own.block_length,
+        is_block_causal=own.is_block_causal,
+        is_on_grid=own.is_on_grid,
+    )
+    asked = CanvasRequest(
+        position,
+        canvas.max_output_end - position,
+        None,
+        own.block_length,
+        sub_block_length=own.sub_block_length,
+        is_block_causal=own.is_block_causal,
+        is_on_grid=own.is_on_grid,
+    )
+    resolved = POLICIES[own.policy].resolve(own, asked, rest)
+    return replace(own, gen_length=rest.length, **resolved), rest
 
 
 def resolve_canvas(

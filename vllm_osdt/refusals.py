@@ -43,7 +43,7 @@ REFUSALS = {
         "Send one of them.",
     ),
     "needs-option": Refusal(
-        "options of `osdt_credit`, of `osdt_calibrated`, of an early exit's form",
+        "options of `osdt_credit`, of `osdt_calibrated`, of `osdt_answer_block_length`, of an early exit's form",
         "The option that they belong to is not sent.",
         "Send it too, or leave them out.",
     ),
@@ -54,6 +54,17 @@ REFUSALS = {
     ),
     "needs-task": Refusal(
         "options of a calibration", "The request names no task, so nothing is calibrated.", "Send `osdt_task` too."
+    ),
+    "calibrated-policy": Refusal(
+        "`osdt_calibrated`",
+        "The policy has no threshold of confidences that could be a profile's; the message says what it has instead "
+        "([table](calibration.md#other-policies-with-a-tasks-thresholds)).",
+        "Leave it out, or send a policy that the message names.",
+    ),
+    "calibrated-entropy": Refusal(
+        "`osdt_calibrated`",
+        "`confidence_adaptive` with `osdt_adaptive_entropy`: a profile's thresholds are confidences.",
+        "Send `osdt_adaptive_entropy` = null, or leave it out.",
     ),
     "policy-does-not-use": Refusal(
         OPTION, "The request's policy does not read it.", "Leave it out, or send a policy that the message names."
@@ -99,6 +110,9 @@ REFUSALS = {
     "multi-block-shares": Refusal("`osdt_full_share`", "Below `osdt_enter_share`.", "Raise it."),
     "gen-length-block-causal": Refusal(
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
+    ),
+    "suffix-window-block-causal": Refusal(
+        "`osdt_suffix_window`", "The model is block-causal: no block sees a later one.", "Leave it out."
     ),
     "gen-length-blocks": Refusal(
         "`osdt_gen_length`", "No multiple of `osdt_block_length`.", "Send the multiple that the message names."
@@ -294,6 +308,27 @@ REFUSALS = {
         "`osdt_draft_threshold`",
         "The request has no draft.",
         "Send `osdt_draft` or `osdt_draft_ngram`, or leave it out.",
+    ),
+    "switch": Refusal(
+        "`osdt_answer_block_length`",
+        "It divides `osdt_block_length` not; with a task whose calibrated thresholds the policy takes, or with "
+        "`osdt_steps`; the model or the policy has no blocks of that length.",
+        "Send another length, or leave out what the message names.",
+    ),
+    "switch-token": Refusal(
+        "`osdt_think_end_token`, `osdt_check_prompt`",
+        "No token of the model, or not a single one; or it ends the output.",
+        "Send what the message names.",
+    ),
+    "switch-room": Refusal(
+        "`osdt_check_prompt`",
+        "As many tokens as the output may have, or more.",
+        "Shorten it, or raise `max_tokens`.",
+    ),
+    "switch-company": Refusal(
+        "templates, drafts, structured output; `logprobs`",
+        "Beside `osdt_answer_block_length`; beside `osdt_check_prompt`.",
+        "Leave one of them out.",
     ),
     "prompt-scores": Refusal(
         "`echo` with `logprobs`, `prompt_logprobs`",
