@@ -228,6 +228,13 @@ def line(label: str, bench: str, outcome: Outcome) -> dict[str, Any]:
     return {"bench": bench, "model": label, **values}
 
 
+def search_line(label: str, outcome: Outcome, *, whole: bool) -> dict[str, Any]:
+    """What the search saw of a setting, as a JSON line; ``whole``: it was let try all settings."""
+    about = {"bench": "policies_search", "model": label, "task": outcome.task, "name": outcome.name, "whole": whole}
+    found = {"accuracy": outcome.accuracy, "nfe": outcome.mean_nfe, "num_problems": len(outcome.right)}
+    return {**about, "policy": outcome.options["policy"], **found}
+
+
 def tasks_of_model(args: argparse.Namespace, model: str) -> tuple[str, str, int, dict[str, tuple[list[Problem], ...]]]:
     """Label, folder and canvas of a model, and by task: problems, those of the search, and those that calibrate."""
     calibrating = DEFAULTS["num_calibration_requests"]
@@ -306,7 +313,7 @@ def main() -> None:
         for task, (problems, split, _) in {} if args.overhead_only else tasks.items():
             found, searched = measure_task(bench, task, problems, split, policies)
             lines += [line(label, "policies", one) for one in found]
-            lines += [{**line(label, "policies_search", one), "whole": args.sensitivity} for one in searched]
+            lines += [search_line(label, one, whole=args.sensitivity) for one in searched]
             write()
         if args.overhead:
             lines += measure_overhead(bench, label, next(iter(tasks.values()))[0], policies)

@@ -48,7 +48,7 @@ class Row:
         name = line["name"] or STATIC  # the search's own static threshold has no name
         _, _, setting = name.partition(", ")
         kind = STATIC if name == STATIC else setting if setting in (DEFAULTS, CALIBRATED) else TUNED
-        policy = str(line["options"]["policy"])
+        policy = str(line["policy"] if "policy" in line else line["options"]["policy"])
         return cls(
             line["model"], line["task"], policy, kind, setting, line["accuracy"], line["nfe"], line["num_problems"]
         )
