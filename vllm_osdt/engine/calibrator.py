@@ -278,6 +278,10 @@ class Calibrator:
         self._decodings.clear()
         self._refused.clear()
 
+    def options(self, req_id: str) -> DecodingOptions:
+        """The options of a request that was assigned, with its profile's choice."""
+        return self._decodings[req_id].options
+
     def about(self, req_id: str) -> About:
         """How a request is decoded."""
         found = self._decodings.get(req_id)

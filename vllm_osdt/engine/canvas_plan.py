@@ -11,6 +11,7 @@ from vllm_osdt.engine.cache_modes import BlockState, CacheMode, cache_mode_of
 from vllm_osdt.geometry import CAUSAL_CACHE, Canvas
 from vllm_osdt.messages import Decides, RequestSpec
 from vllm_osdt.models.traits import Traits
+from vllm_osdt.policies.base import Branch
 
 
 class Rows(NamedTuple):
@@ -20,6 +21,12 @@ class Rows(NamedTuple):
     num_rows: int
     num_drafts: int
     decides: Decides = Decides.BLOCK
+    branches: tuple[Branch, ...] = ()  # further ones, besides these rows
+
+    @property
+    def num_all_rows(self) -> int:
+        """Rows, those of all branches among them."""
+        return self.num_rows + sum(branch.num_rows for branch in self.branches)
 
     @property
     def end(self) -> int:
