@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat import patch_scheduler_metadata
+from vllm_osdt.messages import CANVAS_STEP
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
@@ -46,9 +47,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         if mode != self.compilation_config.cudagraph_mode:
             logger.info_once("vllm-osdt runs without CUDA graphs (attention: %s).", ", ".join(sorted(names)))
             self.compilation_config.cudagraph_mode = mode
-        if self.model_state.canvas_states.is_block_causal:
-            for group in chain.from_iterable(self.attn_groups):
-                patch_scheduler_metadata(group.get_metadata_builder(), self.max_num_tokens)
+        for group in chain.from_iterable(self.attn_groups):
+            patch_scheduler_metadata(group.get_metadata_builder(), self.max_num_tokens)
         self.cudagraph_manager = CanvasGraphManager(
             self.vllm_config,
             self.device,
@@ -63,7 +63,9 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """As vLLM does, right before it looks for a graph: whether the step may run as one."""
         state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
         if self.cudagraph_manager is not None:
-            self.cudagraph_manager.num_queries = None if state is None else self._queries_of_a_graph(state)
+            has_branches = bool(getattr(getattr(scheduler_output, CANVAS_STEP, None), "branches", None))
+            is_graph = state is not None and not has_branches
+            self.cudagraph_manager.num_queries = self._queries_of_a_graph(state) if is_graph else None
         return state, uniform_token_count
 
     def _queries_of_a_graph(self, state: Any) -> int | None:
@@ -91,7 +93,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert manager is not None
         if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies or denoise.cutters or "draft_threshold" in arrays:
+        elif denoise.policies or denoise.cutters or denoise.drafting.size or "draft_threshold" in arrays:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED
