@@ -90,7 +90,8 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
                 check_attention(name)
             if states.commits_causally:
                 check_causal_attention(name)
-            states.has_branches &= name not in BACKENDS_WITH_BUFFERS
+            if name in BACKENDS_WITH_BUFFERS:
+                states.has_branches = False
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """As vLLM does; the model state finds what the engine core assigned to each request."""

@@ -499,8 +499,10 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
         for k in range(plan.canvas_index.shape[1]):
             is_inside = k < num_active
             plan.canvas_index[req, k] = block_cell + k if is_inside else padding_cell
+            place = block_start - start + k - logits_shift
+            is_inside = is_inside and (branch == 0 or 0 <= place < num_rows)  # a branch may end before its block
             if is_inside and first_read <= k < last_read and (host.masked[slot, k] or edits):
-                plan.logit_rows[num_logits] = row + block_start - start + k - logits_shift
+                plan.logit_rows[num_logits] = row + place
                 plan.logit_slots[num_logits] = slot
                 plan.position[num_logits] = req * plan.canvas_index.shape[1] + k
                 num_logits += 1
