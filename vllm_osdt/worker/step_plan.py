@@ -344,7 +344,7 @@ def step_rows(
     if host.cuts[slots].any():
         rows = _without_rows_behind_blocks(host, rows)
     if host.sub_block_cache[slots].any():
-        rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
+        rows = rows._replace(start=rows.start.copy(), num_rows=rows.num_rows.copy())
         skip_cached_rows(host, rows)
     return rows
 
