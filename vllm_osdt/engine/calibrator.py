@@ -234,7 +234,9 @@ class Calibrator:
         chosen = validate_for_family(with_choice(options, choice), self._traits)
         policy = POLICIES[chosen.policy]
         if policy.has_branches:
-            raise OSDTError(f"Policy {policy.name!r} does not go with every request, so that a profile cannot choose it.")
+            raise OSDTError(
+                f"Policy {policy.name!r} does not go with every request, so that a profile cannot choose it."
+            )
         policy.check_operator(chosen, self._operator)
         asked = CanvasRequest(
             canvas.start,

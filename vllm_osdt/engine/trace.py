@@ -68,7 +68,9 @@ class Tracer:
         is_new = ~recorded.after[chosen] & (tokens != self._token[rows, :width])  # unmasked, or edited
         at, place = is_new.nonzero()
         self._token[rows[at], place] = tokens[at, place]
-        self._step[rows[at], place] = step[at] if recorded.ahead is None else step[at] + recorded.ahead[chosen][at, place]
+        self._step[rows[at], place] = (
+            step[at] if recorded.ahead is None else step[at] + recorded.ahead[chosen][at, place]
+        )
         self._forward[rows[at], place] = np.array([forwards[recorded.req_ids[index]] for index, _ in found])[at]
         self._confidence[rows[at], place] = recorded.confidence[chosen][at, place]
         self._block[rows], self._num_steps[rows] = recorded.block[chosen], step + 1

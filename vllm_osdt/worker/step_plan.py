@@ -670,23 +670,25 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
         places = np.where(may_end, NOWHERE, places)
         shaped_rows = np.flatnonzero(host.is_shaped[row_slots])
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
-        scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(host.num_logprobs[row_slots] >= 0), row_slots, places)
+        scored_slots = _some_rows(
+            host, arrays, "scored", np.flatnonzero(host.num_logprobs[row_slots] >= 0), row_slots, places
+        )
         for number in modifiers:
             is_modified = (row_req < num_requests) & (modifies[np.minimum(row_req, num_requests - 1)] >> number & 1 > 0)
-            own = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
-            of_rows = {"rows": own, "slots": row_slots[own], "offset": row_pos[own], "step": step[row_req[own]]}
+            which = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
+            of_rows = {"rows": which, "slots": row_slots[which], "offset": row_pos[which], "step": step[row_req[which]]}
             arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
         for number in range(len(policies)):
             of_policy = of_policies[f"adjusted_rows_{number}"]
             if reads[of_policy].any():
                 request_of = np.full(all_slots.size, -1)
                 request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
-                own = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
-                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = own, request_of[row_req[own]]
-                arrays[f"read_{number}_offset"] = row_pos[own]
-                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[own]])
-                own = own[arrays[f"read_{number}_at"]]
-                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", own, row_slots, places)
+                which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
+                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = which, request_of[row_req[which]]
+                arrays[f"read_{number}_offset"] = row_pos[which]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[which]])
+                which = which[arrays[f"read_{number}_at"]]
+                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
     asks_entropy = host.by_entropy[all_slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
@@ -876,9 +878,7 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         ),
         drafting=None
         if not plan.drafting.size
-        else DraftRows(
-            *(sent[f"drafting_{name}"] for name in ("entries", "slots", "sizes", "subset")), plan.drafting
-        ),
+        else DraftRows(*(sent[f"drafting_{name}"] for name in ("entries", "slots", "sizes", "subset")), plan.drafting),
     )
 
 
