@@ -876,10 +876,16 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
             )
             for number in plan.modifiers
         ),
-        drafting=None
-        if not plan.drafting.size
-        else DraftRows(*(sent[f"drafting_{name}"] for name in ("entries", "slots", "sizes", "subset")), plan.drafting),
+        drafting=_draft_rows(plan, sent),
     )
+
+
+def _draft_rows(plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DraftRows | None:
+    """The requests whose drafts are verified and made, on the device; None without any."""
+    if not plan.drafting.size:
+        return None
+    entries, slots, sizes, subset = (sent[f"drafting_{name}"] for name in ("entries", "slots", "sizes", "subset"))
+    return DraftRows(entries, slots, sizes, subset, plan.drafting)
 
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
