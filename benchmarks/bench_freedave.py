@@ -17,7 +17,6 @@ from common import environment, write_lines
 from decoding import Bench, add_engine_arguments, wilson
 from problems import find_source
 
-DRAFTS = (2, 4, 8)
 SEED = 11
 
 
@@ -29,6 +28,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="of each task")
     parser.add_argument("--threshold", type=float, default=0.9, help="static threshold")
     parser.add_argument("--steps", type=int, nargs="*", help="denoising steps of a block; default: one token a step")
+    parser.add_argument("--drafts", type=int, nargs="*", default=[2, 4, 8], help="states of a block in one forward")
+    parser.add_argument("--only", choices=("steps", "threshold"), help="one kind of base decoder; default: both")
     args = parser.parse_args()
     source = find_source(args.model)
     bench = Bench(args, source.path, source.gen_length)
@@ -38,13 +39,14 @@ def main() -> None:
     bases.append(
         (f"threshold {args.threshold:g}", {"policy": "static_threshold", **threshold}, {"freedave_base": "threshold"})
     )
-    lines = []
+    if args.only:
+        bases = [one for one in bases if (one[1]["policy"] == "static_threshold") == (args.only == "threshold")]
     print("| task | base | drafts | NFE | same tokens | right |\n| --- | --- | --- | --- | --- | --- |")
     for task, draw in source.tasks.items():
-        problems = draw(args.prompts, SEED)
+        problems, lines = draw(args.prompts, SEED), []
         for name, base, own in bases:
             reference: list[list[int]] = []
-            for drafts in (0, *DRAFTS):
+            for drafts in (0, *args.drafts):
                 options = {**base, **own, "policy": "freedave", "freedave_drafts": drafts} if drafts else base
                 completions = bench.generate(problems, [options] * len(problems))
                 tokens = [list(one.token_ids) for one in completions]
@@ -69,8 +71,8 @@ def main() -> None:
                         "interval": list(wilson(right, len(problems))),
                     }
                 )
-    if args.json:
-        write_lines(args.json, lines)
+        if args.json:
+            write_lines(args.json, lines)
 
 
 if __name__ == "__main__":
