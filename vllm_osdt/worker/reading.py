@@ -101,6 +101,7 @@ class PolicyReader:
                 reading[read.request[part], read.offset[part]],
                 adjusted.step_index[read.request[part]],
                 tuple(before[1:]),
+                states.policy_carry[slot],
             )
             policy.read(found)
             proposals.token[rows], proposals.confidence[rows] = found.token, found.confidence
