@@ -150,6 +150,9 @@ class CanvasScheduler(Scheduler):
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
             )
+        if self._traits.is_block_causal:
+            spans = ((req_id, self._rows[req_id].verified) for req_id in output.num_scheduled_tokens)
+            step.verified = {req_id: span for req_id, span in spans if span is not None}
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
 
@@ -382,6 +385,9 @@ class CanvasScheduler(Scheduler):
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
+            for req_id, span in report.drafted.items():
+                if req_id in self.requests:
+                    self._plan(self.requests[req_id]).drafted = span
             self._trace(report)
             self._count_run_ahead(report)
             if report.recorded is not None:

@@ -18,7 +18,7 @@ from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat import patch_scheduler_metadata
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
-from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
+from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin, canvas_step_of
 from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
 
@@ -63,7 +63,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """As vLLM does, right before it looks for a graph: whether the step may run as one."""
         state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
         if self.cudagraph_manager is not None:
-            self.cudagraph_manager.num_queries = None if state is None else self._queries_of_a_graph(state)
+            is_graph = state is not None and not canvas_step_of(scheduler_output).verified
+            self.cudagraph_manager.num_queries = self._queries_of_a_graph(state) if is_graph else None
         return state, uniform_token_count
 
     def _queries_of_a_graph(self, state: Any) -> int | None:

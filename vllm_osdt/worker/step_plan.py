@@ -17,6 +17,7 @@ from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
+_NO_SPANS = np.empty((0, 2), dtype=np.int64)
 NOWHERE = 2**30  # a place behind all minima of output
 TOP_K = int(Rule.TOP_K)
 
@@ -58,6 +59,7 @@ class ReadRows(NamedTuple):
         shaped: Those of them whose logits are changed; None without any.
         shaped_at: int64: which of the S those are.
         shaped_np: The same on the host.
+        is_verified: bool ``[S]``, whether they are of a verification; None where none is.
     """
 
     rows: torch.Tensor
@@ -66,6 +68,7 @@ class ReadRows(NamedTuple):
     shaped: LogitRows | None
     shaped_at: torch.Tensor
     shaped_np: np.ndarray
+    is_verified: torch.Tensor | None = None
 
 
 class CutRows(NamedTuple):
@@ -91,6 +94,7 @@ class AdjustedRows(NamedTuple):
     num_left: torch.Tensor  # int64 [S]
     num_positions: torch.Tensor  # int64 [S]
     read: ReadRows | None  # where the policy reads logits
+    span: torch.Tensor | None  # int64 [S, 2], see policies.base.Verification; None where nothing is verified
 
 
 class ModifiedRequests(NamedTuple):
@@ -271,6 +275,12 @@ class StepRows(NamedTuple):
     block_start: np.ndarray  # int64 [R], position of the first uncommitted token
     num_active: np.ndarray  # int64 [R], positions of the active block from there on; 0: nothing is denoised
     decides_first: np.ndarray  # bool [R], only that first position is
+    span: np.ndarray = _NO_SPANS  # int64 [R, 2], positions that are verified (messages.Span), length 0: none; or [0, 2]
+
+    @property
+    def is_verified(self) -> np.ndarray:
+        """Requests of which the step is a verification, bool ``[R]``."""
+        return self.span[:, 1] > 0 if self.span.size else np.zeros(self.slots.size, dtype=bool)
 
 
 def step_rows(
@@ -280,8 +290,11 @@ def step_rows(
     num_rows: np.ndarray,
     num_drafts: np.ndarray,
     decides_first: np.ndarray,
+    span: np.ndarray = _NO_SPANS,
 ) -> StepRows:
-    """Bring the tables up to date for a step, and leave out rows that a sub-block's cache spares.
+    """Bring the tables up to date for a step, and leave out rows that it can do without.
+
+    A sub-block's cache spares some. A verification needs those up to the row that predicts its last position.
 
     Args:
         states: Tables.
@@ -290,6 +303,7 @@ def step_rows(
         num_rows: int64 ``[R]`` rows of each.
         num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block; 0 without one.
         decides_first: bool ``[R]``, the step decides the active block's first position alone, by the row before it.
+        span: See ``StepRows``.
     """
     host = states.host
     block_length = host.block_length[slots]
@@ -297,13 +311,27 @@ def step_rows(
     # Without drafts the active block begins behind the step's rows.
     num_active = np.where(decides_first & (num_drafts == 0), block_length, np.minimum(block_length, num_drafts))
     states.begin_step(slots, block_start, num_active)
-    rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first)
+    rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first, span)
+    if span.size:
+        rows = _rows_of_verifications(states, rows)
     if host.cuts[slots].any():
         rows = _without_rows_behind_blocks(host, rows)
     if host.sub_block_cache[slots].any():
         rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
         skip_cached_rows(host, rows)
     return rows
+
+
+def _rows_of_verifications(states: CanvasStates, rows: StepRows) -> StepRows:
+    """The rows of a step that verifies some of its requests' drafts; such a step is none of denoising.
+
+    Where a causal row predicts the position behind it, they end before the last position of the span.
+    """
+    is_verified, (first, length) = rows.is_verified, rows.span.T
+    states.host.step[rows.slots[is_verified]] -= 1
+    shift = max(states.logits_shift, int(states.commits_causally))
+    num_rows = rows.block_start + first + length - shift - rows.start
+    return rows._replace(num_rows=np.where(is_verified, num_rows, rows.num_rows))
 
 
 def _without_rows_behind_blocks(host: HostTables, rows: StepRows) -> StepRows:
@@ -400,7 +428,8 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
         first_cell = slot * row_length
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if decides_first else num_active
-        logits_shift = shifts[1] if decides_first else shifts[0]
+        is_verified = rows.span.shape[0] > 0 and rows.span[req, 1] > 0
+        logits_shift = shifts[1] if decides_first or is_verified else shifts[0]
         if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
             first_read = _sub_block(host, slot, block_start, num_active) - block_start
             last_read = first_read + host.sub_block_length[slot]
@@ -411,7 +440,8 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
             is_inside = k < num_active
             plan.canvas_index[req, k] = first_cell + block_start + k if is_inside else padding_cell
             if is_inside and first_read <= k < last_read and (host.masked[slot, k] or edits):
-                plan.logit_rows[num_logits] = row + block_start - start + k - logits_shift
+                # A verification has rows of its span only; what it reads of other positions means nothing.
+                plan.logit_rows[num_logits] = row + min(block_start - start + k - logits_shift, num_rows - 1)
                 plan.logit_slots[num_logits] = slot
                 plan.position[num_logits] = req * plan.canvas_index.shape[1] + k
                 num_logits += 1
@@ -443,6 +473,9 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
     block_length = states.host.block_length[rows.slots]
     block_length = np.where(block_length > 0, block_length, rows.num_rows)  # vLLM's warm-up requests have no canvas
     num_blocks = -(-rows.num_rows // block_length)
+    if rows.span.size:  # a verification's rows see the positions up to their own
+        block_length = np.where(rows.is_verified, 1, block_length)
+        num_blocks = np.where(rows.is_verified, rows.num_rows, num_blocks)
     request = np.repeat(np.arange(rows.slots.size), num_blocks)
     index = np.arange(request.size) - (num_blocks.cumsum() - num_blocks)[request]  # of a block in its request
     length = np.minimum(block_length, rows.num_rows)[request]
@@ -453,8 +486,13 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
 
 
 def split_queries_at_canvas(rows: StepRows) -> BlockQueries:
-    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block."""
+    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block.
+
+    The rows of a verification are causal likewise.
+    """
     num_causal = np.minimum(rows.block_start - rows.start, rows.num_rows)
+    if rows.span.size:
+        num_causal = np.where(rows.is_verified, rows.num_rows, num_causal)
     length = np.stack([num_causal, rows.num_rows - num_causal], axis=1).ravel()
     piece = np.flatnonzero(length)
     query_start_loc = np.zeros(piece.size + 1, dtype=np.int32)
@@ -489,16 +527,15 @@ class DenoisePlan(NamedTuple):
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
-def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoisePlan:
+def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> DenoisePlan:
     """What the sampler needs of a planned step.
 
     Args:
         states: Tables.
-        slots: int64 ``[R]`` scheduled slots.
+        rows: What runs. A step that decides a first position alone is adjusted by no policy.
         plan: The step.
-        decides_first: See ``StepRows``; such a step is adjusted by no policy.
     """
-    host = states.host
+    host, slots, decides_first = states.host, rows.slots, rows.decides_first
     is_active, step = plan.mask_rows < host.block_length.size, host.step[slots]
     arrays = {
         "slots": slots,
@@ -516,6 +553,9 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     is_scored = num_scores >= 0
     takes_part = is_active & ~decides_first
     policies, of_policies = _adjusting(states, slots, step, takes_part)
+    for number, policy in enumerate(policies if rows.span.size else ()):
+        if policy.verifies:
+            of_policies[f"adjusted_span_{number}"] = rows.span[of_policies[f"adjusted_rows_{number}"]]
     cuts = host.cuts[slots]
     cutters: list[Cutter] = []
     if cuts.any():
@@ -538,26 +578,33 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         if temperature.any():
             arrays["temperature"] = temperature[row_req]
             arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
+        has_logits = np.ones(row_req.size, dtype=bool)
+        if rows.span.size:
+            first, length = rows.span[row_req].T
+            has_logits = (length == 0) | ((row_pos >= first) & (row_pos < first + length))
         may_end = host.may_end[slots[row_req], places]
         places = np.where(may_end, NOWHERE, places)
-        shaped_rows = np.flatnonzero(is_shaped[row_req])
+        shaped_rows = np.flatnonzero(is_shaped[row_req] & has_logits)
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
-        scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
+        scored_rows = np.flatnonzero(is_scored[row_req] & has_logits)
+        scored_slots = _some_rows(host, arrays, "scored", scored_rows, row_slots, places)
         for number in modifiers:
-            rows = np.flatnonzero((modifies[row_req] >> number & 1).astype(bool) & host.masked[row_slots, row_pos])
-            of_rows = {"rows": rows, "slots": row_slots[rows], "offset": row_pos[rows], "step": step[row_req[rows]]}
+            some = np.flatnonzero((modifies[row_req] >> number & 1).astype(bool) & host.masked[row_slots, row_pos])
+            of_rows = {"rows": some, "slots": row_slots[some], "offset": row_pos[some], "step": step[row_req[some]]}
             arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
         for number in range(len(policies)):
             of_policy = of_policies[f"adjusted_rows_{number}"]
             if reads[of_policy].any():
                 request_of = np.full(slots.size, -1)
                 request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
-                rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
-                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
-                arrays[f"read_{number}_offset"] = row_pos[rows]
-                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
-                rows = rows[arrays[f"read_{number}_at"]]
-                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
+                some = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
+                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = some, request_of[row_req[some]]
+                arrays[f"read_{number}_offset"] = row_pos[some]
+                if rows.span.size and policies[number].verifies:
+                    arrays[f"read_{number}_verified"] = rows.is_verified[row_req[some]]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[some]])
+                some = some[arrays[f"read_{number}_at"]]
+                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", some, row_slots, places)
     asks_entropy = host.by_entropy[slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
@@ -722,8 +769,9 @@ def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping
     if f"read_{number}_rows" in sent:
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
-        read = ReadRows(rows, request, offset, shaped, sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"])
-    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read)
+        at = sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"]
+        read = ReadRows(rows, request, offset, shaped, *at, sent.get(f"read_{number}_verified"))
+    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read, sent.get(f"adjusted_span_{number}"))
 
 
 OfRequests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
