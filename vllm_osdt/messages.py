@@ -15,6 +15,7 @@ import numpy as np
 from vllm_osdt.geometry import Canvas
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import Schedule
+from vllm_osdt.policies.base import Branch
 
 RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
@@ -116,6 +117,19 @@ class Assignment(NamedTuple):
     reads_logits: bool = False
 
 
+class BranchPages(NamedTuple):
+    """The further branches of a request in a step, and the KV pages that they are computed in.
+
+    Attributes:
+        branches: In the order of their numbers, from 1; the request's own rows are branch 0.
+        pages: Ids of pages that are no other request's: of the first branch for each page that its rows lie in, then of
+            the second, and so on.
+    """
+
+    branches: tuple[Branch, ...]
+    pages: list[int]
+
+
 @dataclass
 class CanvasStep:
     """What a step adds to vLLM's ``SchedulerOutput``.
@@ -127,12 +141,14 @@ class CanvasStep:
         drafts: Tokens that are drafted for the blocks that are entered, -1 for none: the position of the first, and
             token ids, by request.
         verified: The drafted positions that this step verifies, by request; it decides no others.
+        branches: Further branches, by request.
     """
 
     assignments: dict[str, Assignment] = field(default_factory=dict)
     first_position: frozenset[str] = frozenset()
     drafts: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     verified: dict[str, Span] = field(default_factory=dict)
+    branches: dict[str, BranchPages] = field(default_factory=dict)
 
 
 class GrammarChain(NamedTuple):

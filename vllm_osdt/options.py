@@ -647,6 +647,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             value=options.edit_threshold,
         )
     _validate_cuts(options, traits)
+    _validate_branches(options)
     _validate_verification(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
@@ -687,6 +688,33 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             value=sub_block,
         )
     return replace(options, sub_block_length=sub_block)
+
+
+def _validate_branches(options: DecodingOptions) -> None:
+    """Refuse what a step of several states of a block would change for a policy that has them.
+
+    Raises:
+        InvalidOptionError: Names the option.
+    """
+    if not POLICIES[options.policy].has_branches:
+        return
+    reasons: dict[str, str] = {
+        "edit_threshold": "a token that may be replaced is no part of a state that is decided",
+        "refresh_confidence": "which step is followed by a refresh depends on steps that are left out",
+        "sub_block_cache": "keys and values of the rest of the block are those of a step that may be left out",
+        "draft_ngram": "a step from each state would need drafts of its own",
+    }
+    reasons |= {name: "it looks at every step, and some are left out" for name in _OF_MODIFIERS}
+    for name, reason in reasons.items():
+        value = getattr(options, name)
+        if value != DEFAULTS[name]:
+            raise InvalidOptionError(
+                f"{name} is {value!r}, but policy {options.policy!r} computes several states of a block in one step: "
+                f"{reason}. Leave it out, or choose another policy.",
+                refusal="branches",
+                parameter=name,
+                value=value,
+            )
 
 
 def _validate_verification(options: DecodingOptions, traits: Traits) -> None:

@@ -128,6 +128,18 @@ REFUSALS = {
     "edit-entropy": Refusal(
         "`osdt_edit_threshold`", "The policy looks at entropies.", "Leave it out, or send another policy."
     ),
+    "branches": Refusal(
+        "`osdt_edit_threshold`, `osdt_refresh_confidence`, `osdt_sub_block_cache`, `osdt_draft_ngram`, `osdt_credit`",
+        "With `freedave`, which computes several states of a block in one step: each of them depends on what a step "
+        "that is left out would have seen.",
+        "Leave it out, or send another policy.",
+    ),
+    "branches-sampling": Refusal(
+        "`osdt_draft`, `prediction`, structured output, `logprobs`, `presence_penalty`, `frequency_penalty`, "
+        "`repetition_penalty`",
+        "With `freedave`, which computes several states of a block in one step: each of them would have its own.",
+        "Leave it out, or send another policy.",
+    ),
     "sub-blocks-model": Refusal(
         "`osdt_sub_block_length`, `osdt_sub_block_cache`", "The model's blocks have no sub-blocks.", "Leave both out."
     ),

@@ -233,6 +233,10 @@ class Calibrator:
         options, canvas = spec.options, spec.canvas
         chosen = validate_for_family(with_choice(options, choice), self._traits)
         policy = POLICIES[chosen.policy]
+        if policy.has_branches:
+            raise OSDTError(
+                f"Policy {policy.name!r} does not go with every request, so that a profile cannot choose it."
+            )
         policy.check_operator(chosen, self._operator)
         asked = CanvasRequest(
             canvas.start,
@@ -277,6 +281,10 @@ class Calibrator:
         self._agreement_guard = AgreementGuard()
         self._decodings.clear()
         self._refused.clear()
+
+    def options(self, req_id: str) -> DecodingOptions:
+        """The options of a request that was assigned, with its profile's choice."""
+        return self._decodings[req_id].options
 
     def about(self, req_id: str) -> About:
         """How a request is decoded."""

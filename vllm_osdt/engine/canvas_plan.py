@@ -11,6 +11,7 @@ from vllm_osdt.engine.cache_modes import BlockState, CacheMode, cache_mode_of
 from vllm_osdt.geometry import CAUSAL_CACHE, Canvas
 from vllm_osdt.messages import Decides, RequestSpec, Span
 from vllm_osdt.models.traits import Traits
+from vllm_osdt.policies.base import Branch
 
 
 class Rows(NamedTuple):
@@ -21,6 +22,12 @@ class Rows(NamedTuple):
     num_drafts: int
     decides: Decides = Decides.BLOCK
     verified: Span | None = None  # where it decides those alone
+    branches: tuple[Branch, ...] = ()  # further ones, besides these rows
+
+    @property
+    def num_all_rows(self) -> int:
+        """Rows, those of all branches among them."""
+        return self.num_rows + sum(branch.num_rows for branch in self.branches)
 
     @property
     def end(self) -> int:
@@ -83,7 +90,7 @@ class FullAttentionPlan:
     def __init__(self, canvas: Canvas, mode: CacheMode, decides_first_alone: bool = False) -> None:
         self.block_length = canvas.block_length
         self.pages_end = 0
-        self.drafted = None
+        self.drafted: Span | None = None
         self._mode = mode
         self._entry = Decides.FIRST_POSITION if decides_first_alone else Decides.BLOCK
         self._block = BlockState(canvas)

@@ -38,7 +38,7 @@ from vllm_osdt.options import (
 )
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.adablock import LINE_END
-from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_grammar, check_limits
+from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_branches, check_grammar, check_limits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -278,6 +278,9 @@ class FrontEnd:
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
+        if POLICIES[options.policy].has_branches:
+            name = None if draft is None else draft.name
+            check_branches(params, options.policy, name, name_of=sent.name_of)
         check_draft(draft, extra, options, asked)
         if POLICIES[options.policy].verifies:
             _check_verification(options, draft, asked)

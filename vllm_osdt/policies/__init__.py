@@ -20,6 +20,7 @@ from vllm_osdt.policies.entropy_threshold import EntropyThreshold
 from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
+from vllm_osdt.policies.freedave import FreeDave
 from vllm_osdt.policies.hierarchical import Hierarchical
 from vllm_osdt.policies.joint_bound import JointBound
 from vllm_osdt.policies.klass import KLASS
@@ -68,6 +69,7 @@ OWN: tuple[type[Policy], ...] = (
     LearnedFilter,
     S2D2,
     FixedSteps,
+    FreeDave,
 )
 
 

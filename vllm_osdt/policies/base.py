@@ -28,6 +28,57 @@ MAX_READINGS = 4  # numbers that a policy may read off the logits of each positi
 CHOSEN = 2.0  # score of a position that a policy has chosen: above every confidence
 
 
+MAX_BRANCHES = 33  # states of a block that one step computes, the block itself among them
+
+
+class Branch(NamedTuple):
+    """A further state of a request's active block, computed in the same step beside the block itself.
+
+    Its rows see what is cached before and behind them, and each other; nothing of the block itself or of other branches.
+
+    Attributes:
+        start: Position of its first row.
+        num_rows: Rows, at consecutive positions.
+        is_causal: Whether a row sees the positions up to its own alone.
+    """
+
+    start: int
+    num_rows: int
+    is_causal: bool = False
+
+
+class BlockStep(NamedTuple):
+    """A step that computes a request's active block, not the first one of the block, as the engine core plans it.
+
+    Attributes:
+        start: Position of the first row.
+        num_rows: Rows, at consecutive positions.
+        block_start: First position of the block that is neither prompt nor committed.
+        block_end: Position behind the block.
+        num_before: Steps that the block has had since it was entered, at least 1.
+    """
+
+    start: int
+    num_rows: int
+    block_start: int
+    block_end: int
+    num_before: int
+
+
+class Drafts(NamedTuple):
+    """How the states that a step's proposals lead to are drafted and verified (``freedave``).
+
+    Attributes:
+        number: Branches of a step at most, the block itself among them.
+        sizes: int32 ``[block_length]``: positions that a denoising step is expected to unmask, by step in the block.
+        is_subset: A draft is right where the target has all of it; else where it is the target.
+    """
+
+    number: int
+    sizes: np.ndarray
+    is_subset: bool = False
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The decisions of one request ahead of time.
@@ -42,6 +93,7 @@ class Schedule:
         fallback: int8, shape of ``parameters``, where a calibrated threshold comes from
             (``calibration.thresholds.Fallback``); None where nothing was calibrated.
         constants: At most 8 numbers that ``Policy.adjust`` reads.
+        drafts: Of a policy that verifies drafts; None for no branches of that kind.
     """
 
     rule: Rule
@@ -49,6 +101,7 @@ class Schedule:
     min_unmask: np.ndarray | None = None
     fallback: np.ndarray | None = None
     constants: Sequence[float] = ()
+    drafts: Drafts | None = None
 
 
 class PositionLogits(NamedTuple):
@@ -221,6 +274,8 @@ class Policy(ABC):
             sub-blocks, and where blocks are cut.
         cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
             ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
+        has_branches: Whether :meth:`branches` is asked. Options that a second state of the block would break are
+            refused (``vllm_osdt.options``).
     """
 
     name: ClassVar[str]
@@ -234,6 +289,24 @@ class Policy(ABC):
     verifies: ClassVar[bool] = False
     needs_whole_blocks: ClassVar[bool] = False
     cuts_blocks: ClassVar[bool] = False
+    has_branches: ClassVar[bool] = False
+
+    def branches(self, options: Any, step: BlockStep) -> Sequence[Branch]:
+        """Further branches of a step, for a policy with ``has_branches``.
+
+        Args:
+            options: Resolved options, of which it reads its own.
+            step: The step; the result may depend on nothing else.
+        """
+        return ()
+
+    def needs_branches(self, options: Any) -> bool:
+        """Whether the tokens depend on how many branches are computed.
+
+        If so, a step has all that fit an engine, and waits for room and pages. Else it has those that are to be had
+        for nothing, the first ones.
+        """
+        return False
 
     def calibrates(self, options: Any) -> bool:
         """Whether requests of a task share a calibration profile, whose thresholds :meth:`schedule` is given.

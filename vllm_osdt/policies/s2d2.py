@@ -22,14 +22,14 @@ and values of causal passes in place of those of whole blocks (the code's ``cach
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import CHOSEN, PositionLogits, Schedule, Step
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
+from vllm_osdt.policies.base import CHOSEN, Policy, PositionLogits, Schedule, Step
 from vllm_osdt.policies.static_threshold import StaticThreshold, StaticThresholdOptions
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ IS_ON = 0  # carry: hysteresis
 NO_MARGIN = -1.0  # constant MARGIN where entropies say how sure a proposal is
 NO_BOUND = 1e9  # of scores
 HOPELESS = 1e3  # doubt of a proposal that is not expected to be taken
+BASE = StaticThreshold()  # what decides where nothing is verified
 UNITS = 2.0**30  # doubts and expectations are whole numbers of them, so that no sum depends on its order
 TAKES, REDRAWS = 0x243F6A8885A308D3, 0x13198A2E03707344  # keys of the two draws of a verification: digits of pi
 
@@ -112,7 +113,7 @@ class S2D2Options(StaticThresholdOptions):
     )
 
 
-class S2D2(StaticThreshold):
+class S2D2(Policy):
     """The static threshold, and verifications of what it would leave masked."""
 
     name = "s2d2"
@@ -142,6 +143,10 @@ class S2D2(StaticThreshold):
                 value=options.verify_max_span,
             )
 
+    def resolve(self, options: S2D2Options, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
+        """Total steps of the canvas, where the request asks for steps."""
+        return BASE.resolve(options, asked, canvas)
+
     def schedule(self, options: S2D2Options, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """That of the static threshold."""
         bounds = {
@@ -153,7 +158,7 @@ class S2D2(StaticThreshold):
         costs = (0.0, options.verify_cost) if per_position else (options.verify_cost, 0.0)
         margin = options.verify_margin if options.verify_estimator == "margin" else NO_MARGIN
         constants = (options.verify_min_span, options.verify_max_span, margin, *costs, *bounds[options.verify_router])
-        return replace(super().schedule(options, shape, thresholds), constants=constants)
+        return replace(BASE.schedule(options, shape, thresholds), constants=constants)
 
     def read(self, rows: PositionLogits) -> None:
         """Of a draft, how sure its proposals are; of a verification, which of them are taken, and what else is."""

@@ -46,9 +46,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         if mode != self.compilation_config.cudagraph_mode:
             logger.info_once("vllm-osdt runs without CUDA graphs (attention: %s).", ", ".join(sorted(names)))
             self.compilation_config.cudagraph_mode = mode
-        if self.model_state.canvas_states.is_block_causal:
-            for group in chain.from_iterable(self.attn_groups):
-                patch_scheduler_metadata(group.get_metadata_builder(), self.max_num_tokens)
+        for group in chain.from_iterable(self.attn_groups):
+            patch_scheduler_metadata(group.get_metadata_builder(), self.max_num_tokens)
         self.cudagraph_manager = CanvasGraphManager(
             self.vllm_config,
             self.device,
@@ -63,7 +62,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """As vLLM does, right before it looks for a graph: whether the step may run as one."""
         state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
         if self.cudagraph_manager is not None:
-            is_graph = state is not None and not canvas_step_of(scheduler_output).verified
+            step = canvas_step_of(scheduler_output)
+            is_graph = state is not None and not (step.branches or step.verified)
             self.cudagraph_manager.num_queries = self._queries_of_a_graph(state) if is_graph else None
         return state, uniform_token_count
 
@@ -92,7 +92,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert manager is not None
         if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies or denoise.cutters or "draft_threshold" in arrays:
+        elif denoise.policies or denoise.cutters or denoise.drafting.size or "draft_threshold" in arrays:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED

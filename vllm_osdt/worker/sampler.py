@@ -19,6 +19,7 @@ from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
 from vllm_osdt.policies.base import MAX_READINGS, Verification
+from vllm_osdt.worker.drafting import read_states, verify_and_draft
 from vllm_osdt.worker.logprobs import LogprobStore
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
 from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
@@ -185,6 +186,7 @@ class CanvasSampler:
         is_open = is_masked = drafted = None
         if batch.edit_threshold is not None:
             is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
+        branches = None if batch.drafting is None else read_states(batch.drafting, blocks)
         if batch.adjusted:
             canvas, confidence, result, drafted = self._unmask_adjusted(batch, proposals, readings)
         elif batch.grammar is not None:
@@ -194,6 +196,10 @@ class CanvasSampler:
             canvas, _, result = self._unmask_and_confirm(batch, allowed, rules, proposals)
         else:
             canvas, confidence, result = self._unmask_and_confirm(batch, proposals, batch.rules, proposals)
+        if batch.drafting is not None and branches is not None:
+            outcome = canvas, confidence, result
+            outcome = verify_and_draft(states, batch.drafting, branches, blocks, proposals, outcome)
+            canvas, confidence, result = outcome
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
         num_ready = result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0)
         return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready, drafted)
@@ -208,6 +214,8 @@ class CanvasSampler:
         """
         batch: DenoiseBatch = input_batch.denoise
         num_reqs, width = batch.slots_np.size, decision.canvas.shape[1]
+        if batch.drafting is not None:
+            self.states.hear_accepted(batch.drafting.slots_np, batch.drafting.slots)
         if decision.after is not None:
             limit = self.states.block_limit.index_select(0, batch.slots) if batch.has_cuts else None
             self.states.copy_masks_to_host(batch.slots_np, decision.after, width, limit)
@@ -295,8 +303,10 @@ class CanvasSampler:
         for adjusted, step, _ in steps:
             if step.verification is not None:
                 drafted[adjusted.rows] = step.verification.asked
+        if self.states.verifies_by_branches and not self.states.has_branches:
+            drafted[:, 1].clamp_(max=1)
         waits = drafted[:, 1] > 0
-        slots = blocks.slots.masked_fill(waits, self.states.masked.shape[0] - 1)
+        slots = blocks.slots.masked_fill(waits, self.states.idle_row)
         num_output_positions = blocks.num_output_positions.masked_fill(waits, 0)
         blocks = blocks._replace(slots=slots, num_output_positions=num_output_positions)
         return replace(batch, blocks=blocks), drafted
