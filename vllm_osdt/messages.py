@@ -185,6 +185,8 @@ class RecordedStep(NamedTuple):
         before: bool ``[C, W]``, positions that were masked and had logits.
         after: bool ``[C, W]``, masked positions after the step.
         tokens: int32 ``[C, W]``, the block after the step.
+        ahead: int32 ``[C, W]``: how many denoising steps behind ``step`` decided a position, where verified drafts
+            stand for some; None for 0 everywhere.
     """
 
     req_ids: list[str]
@@ -195,6 +197,7 @@ class RecordedStep(NamedTuple):
     before: np.ndarray
     after: np.ndarray
     tokens: np.ndarray
+    ahead: np.ndarray | None = None
 
 
 class HeldWeights(NamedTuple):

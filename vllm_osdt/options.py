@@ -652,7 +652,8 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     exits = isinstance(POLICIES[options.policy], EarlyExit)
-    has_least = options.policy != "fixed_steps" and "steps" in declarations(POLICIES[options.policy].Options)
+    is_fixed = options.policy == "fixed_steps" or (options.policy == "freedave" and options.freedave_base == "steps")
+    has_least = not is_fixed and "steps" in declarations(POLICIES[options.policy].Options)
     if own is not None and has_least and steps is not None and (is_adaptive(options) or not exits):
         raise InvalidOptionError(
             f"steps is {steps}; with policy {options.policy!r} this model's sub-blocks take as many steps as they "

@@ -308,7 +308,7 @@ class Calibrator:
             found = self._decodings.get(req_id)
             if found is not None and found.recorder is not None:
                 length = found.shape.block_length
-                grids = (values[row, :length] for values in recorded[3:])
+                grids = (values[row, :length] for values in recorded[3:8])
                 found.recorder.add(int(recorded.block[row]), int(recorded.step[row]), *grids)
 
     def finish_request(self, req_id: str, *, ended_well: bool) -> None:

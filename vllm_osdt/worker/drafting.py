@@ -122,7 +122,7 @@ def verify_and_draft(
     blocks: Blocks,
     proposals: Proposals,
     outcome: tuple[torch.Tensor, torch.Tensor, UnmaskResult],
-) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
+) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult, torch.Tensor]:
     """Go on from the target of the last right branch, and write the next drafts.
 
     Args:
@@ -135,7 +135,7 @@ def verify_and_draft(
 
     Returns:
         The same, with those of the branches that were right for the blocks themselves; the confidence of a position is
-        that of the branch that decided it.
+        that of the branch that decided it. And the number of that branch, int64 ``[Q, W]``.
     """
     canvas, confidence, result = outcome
     token, score = proposals.to_grids(*canvas.shape)
@@ -159,6 +159,8 @@ def verify_and_draft(
     confidence[requests] = torch.where(
         decided.any(dim=1), score[entries].gather(1, decider).squeeze(1), score[requests]
     )
+    ahead = torch.zeros_like(canvas, dtype=torch.int64)
+    ahead[requests] = decider.squeeze(1)
     counts = []
     for count in result:
         count = count.clone()
@@ -166,4 +168,4 @@ def verify_and_draft(
         counts.append(count)
     num_before = before.masked[:, 0].sum(dim=1, dtype=torch.int32)
     counts[0][requests] = num_before - counts[1][requests]
-    return canvas, confidence, UnmaskResult(*counts)
+    return canvas, confidence, UnmaskResult(*counts), ahead

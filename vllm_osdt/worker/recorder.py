@@ -26,7 +26,7 @@ class _Seen(NamedTuple):
     req_ids: list[str]
     batch: DenoiseBatch
     mean_confidence: torch.Tensor | None  # float32 [R]
-    recorded: torch.Tensor | None  # int32 [5, C, W], see grids_to_record
+    recorded: torch.Tensor | None  # int32 [6, C, W], see grids_to_record
     ran_ahead: torch.Tensor | None  # bool [R], whether a second step was of use; None without one
     drafted: torch.Tensor | None  # int64 [R, 2], see Decision
 
@@ -43,6 +43,7 @@ class Decision(NamedTuple):
     num_ready: torch.Tensor  # int32 [R], tokens to emit
     # int64 [R, 2], positions that the next step verifies (messages.Span), length 0: none; None without such a policy
     drafted: torch.Tensor | None = None
+    ahead: torch.Tensor | None = None  # int64 [R, W], see RecordedStep
 
 
 class StepRecorder:
@@ -133,7 +134,7 @@ class StepRecorder:
                         report.drafted[req_id] = Span(first, length)
             if seen.recorded is not None:
                 req_ids = [seen.req_ids[row] for row in rows.tolist()]
-                confidence, proposal, before, after, tokens = seen.recorded.numpy()
+                confidence, proposal, before, after, tokens, ahead = seen.recorded.numpy()
                 report.recorded = RecordedStep(
                     req_ids,
                     block[rows],
@@ -143,6 +144,7 @@ class StepRecorder:
                     before.astype(bool),
                     after.astype(bool),
                     tokens,
+                    ahead,
                 )
             return report
 
@@ -217,7 +219,8 @@ def grids_to_record(states: CanvasStates, batch: DenoiseBatch, decision: Decisio
         decision: What it decided, with the masks before it.
 
     Returns:
-        int32 ``[5, C, W]``: bits of the confidence, proposal, masks before and after, tokens (``RecordedStep``).
+        int32 ``[6, C, W]``: bits of the confidence, proposal, masks before and after, tokens, steps ahead
+        (``RecordedStep``).
     """
     rows, shape = batch.recorded, batch.blocks.canvas_index.shape
     assert rows is not None and decision.before is not None
@@ -230,6 +233,8 @@ def grids_to_record(states: CanvasStates, batch: DenoiseBatch, decision: Decisio
     if batch.has_cuts:  # what is behind a cut is as undecided as it was
         limit = states.block_limit[batch.slots]
         place = torch.arange(shape[1], device=limit.device)
-        after |= ((limit > 0).unsqueeze(1) & (place >= limit.unsqueeze(1))).to(torch.int32)
-    grids = (confidence.view(torch.int32), proposal, before, after, decision.canvas)
+        is_behind = (limit > 0).unsqueeze(1) & (place >= limit.unsqueeze(1))
+        after[: limit.shape[0]] |= is_behind.to(torch.int32)
+    ahead = torch.zeros_like(before) if decision.ahead is None else decision.ahead.to(torch.int32)
+    grids = (confidence.view(torch.int32), proposal, before, after, decision.canvas, ahead)
     return torch.stack(grids)[:, rows]

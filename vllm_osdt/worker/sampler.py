@@ -196,13 +196,14 @@ class CanvasSampler:
             canvas, _, result = self._unmask_and_confirm(batch, allowed, rules, proposals)
         else:
             canvas, confidence, result = self._unmask_and_confirm(batch, proposals, batch.rules, proposals)
+        ahead = None
         if batch.drafting is not None and branches is not None:
             outcome = canvas, confidence, result
-            outcome = verify_and_draft(states, batch.drafting, branches, blocks, proposals, outcome)
-            canvas, confidence, result = outcome
+            found = verify_and_draft(states, batch.drafting, branches, blocks, proposals, outcome)
+            canvas, confidence, result, ahead = found
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
         num_ready = result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0)
-        return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready, drafted)
+        return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready, drafted, ahead)
 
     def finish(self, input_batch: Any, decision: Decision, ran_ahead: torch.Tensor | None = None) -> SamplerOutput:
         """Tell the host what was decided.

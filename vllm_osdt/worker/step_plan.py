@@ -360,7 +360,7 @@ def step_rows(
     if host.cuts[slots].any():
         rows = _without_rows_behind_blocks(host, rows)
     if host.sub_block_cache[slots].any():
-        rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
+        rows = rows._replace(start=rows.start.copy(), num_rows=rows.num_rows.copy())
         skip_cached_rows(host, rows)
     return rows
 
@@ -505,7 +505,8 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
 def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], mask_cell: int, plan: StepPlan) -> int:
     """Write a plan, count its fallbacks and return the number of logit rows.
 
-    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone or verified.
+    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone, or
+    verified.
     ``mask_cell``: a cell with a mask token.
     """
     # Of verifications: the last row of each branch, and the second branch of each request.
