@@ -20,9 +20,11 @@ from tests.e2e.jobs import (
     run,
     wrong,
 )
+from tests.e2e.self_speculation import assert_verifies_as_a_plain_loop, make_s2d2_jobs
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 from tests.reference.decode import best_first, calibrate, dynamic, osdt
+from tests.reference.self_speculation import SDARView
 from vllm_osdt.errors import InvalidOptionError
 
 pytestmark = pytest.mark.e2e
@@ -76,6 +78,12 @@ def test_neither_order_nor_company_changes_a_token(llm, jobs):
 
 def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_drafts_are_verified_as_by_a_plain_loop(llm, network):
+    jobs = make_s2d2_jobs(partial(SDARView, network), [{"block_length": length} for length in (4, 8, 16)], quotas=True)
+    assert_verifies_as_a_plain_loop(llm, jobs)
+    assert_idle(llm)
 
 
 def test_sampling_depends_on_the_seed_alone(llm, jobs):
