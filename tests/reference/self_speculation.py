@@ -1,4 +1,4 @@
-"""S2D2 on plain networks: one sequence, the whole of it in every forward, one position of a verification after the other.
+"""S2D2 on plain networks: the whole sequence in every forward, and verifications position by position.
 
 Source: S2D2 (arXiv 2603.25702); the authors' code (phymhan/S2D2) for what a verification sees: behind the finished
 blocks, each position the tokens before it, causally, and its own mask where logits are not shifted.
