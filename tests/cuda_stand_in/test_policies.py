@@ -3,7 +3,7 @@
 import pytest
 
 from tests.cuda_stand_in.cuda import LEDGER
-from tests.e2e.engine import generate, sampling, tokens
+from tests.e2e.engine import generate, nfe, sampling, tokens
 from tests.policies.test_block_cuts import PlainCadLLM
 from tests.reference.decode import decode
 from tests.reference.dream import ReferenceDream, make_dream_checkpoint
@@ -16,6 +16,7 @@ OTHERS = (
     {"policy": "sched", "sched_high": 3.0, "sched_low": 1.0, "commit_threshold": 0.5},
     {"policy": "static_threshold", "threshold": 0.2, "credit": True},
     {"policy": "static_threshold", "threshold": 0.2, "draft": [9] * 24, "draft_threshold": 0.01},
+    {"policy": "freedave", "freedave_drafts": 4},
 )
 
 
@@ -52,3 +53,14 @@ def test_company_changes_nothing_and_nothing_waits(llm):
     LEDGER.clear()
     assert tokens(generate(llm, prompts, params)) == alone
     assert not LEDGER.waits
+
+
+def test_accepted_drafts_are_read_back_as_denoising_steps(llm):
+    """Masks and steps come to the host in one copy; noise and parameters of later steps belong to those."""
+    prompts = [[5, 6, 7, 8], [11, 30, 12]]
+    own = {"temperature": 0.7, "seed": 3, **CANVAS}
+    base = generate(llm, prompts, sampling(24, policy="fixed_steps", **own))
+    LEDGER.clear()
+    got = generate(llm, prompts, sampling(24, policy="freedave", **own))
+    assert not LEDGER.waits
+    assert tokens(got) == tokens(base) and sum(map(nfe, got)) < sum(map(nfe, base))

@@ -1,4 +1,4 @@
-"""FreeDave against its definition: the chain of right drafts, the next drafts, and whole answers with their forwards."""
+"""FreeDave against its definition: the chain of right drafts, the next drafts, and answers with their forwards."""
 
 import random
 
@@ -114,7 +114,7 @@ def test_branches_are_read_where_they_are_written():
 
 
 class PlainBlock:
-    """A block of a canvas behind its refresh, with the cached rows around it: what a base decoder's step makes of it."""
+    """A block of a canvas behind its refresh, and the cached rows around it: what the network makes of its states."""
 
     def __init__(self, network, ids, first, last, kept):
         self.network, self.ids, self.first, self.last = network, ids, first, last
@@ -216,8 +216,8 @@ def test_an_engine_has_the_tokens_of_fixed_steps_in_as_many_forwards_as_the_plai
 @pytest.mark.e2e
 def test_over_a_threshold_an_engine_takes_the_path_of_the_plain_loop(random_llm, golden_random):
     network, canvas = ReferenceLLaDA.load(golden_random.folder), {"gen_length": 32, "block_length": 16}
-    prompts, rule = [case["prompt_token_ids"] for case in golden_random.cases[:16]], static_threshold(0.05)
-    options = {"threshold": 0.05, "cache_mode": "dual", **canvas}
+    prompts, rule = [case["prompt_token_ids"] for case in golden_random.cases[:16]], static_threshold(0.4)
+    options = {"threshold": 0.4, "cache_mode": "dual", **canvas}
     over = {"policy": "freedave", "freedave_base": "threshold", **options}
     got = generate(random_llm, prompts, sampling(32, freedave_drafts=5, **over))
     plain = [

@@ -390,9 +390,11 @@ class CanvasScheduler(Scheduler):
         else:
             rows = self._rows[request.request_id]
         pages = self.kv_cache_manager.empty_kv_cache_blocks
-        if rows.branches and not self._pool.hold(request.request_id, rows.branches):
-            if not (self._release_spare_branches() and self._pool.hold(request.request_id, rows.branches)):
-                return None
+        has_pages = self._pool.hold(request.request_id, rows.branches)
+        if not has_pages and self._release_spare_branches():
+            has_pages = self._pool.hold(request.request_id, rows.branches)
+        if not has_pages:
+            return None
         if rows.end > plan.pages_end:
             kwargs["delay_cache_blocks"] = True  # drafts are among its tokens
             end = plan.pages_needed(rows)

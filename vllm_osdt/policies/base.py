@@ -34,7 +34,8 @@ MAX_BRANCHES = 33  # states of a block that one step computes, the block itself 
 class Branch(NamedTuple):
     """A further state of a request's active block, computed in the same step beside the block itself.
 
-    Its rows see what is cached before and behind them, and each other; nothing of the block itself or of other branches.
+    Its rows see what is cached before and behind them, and each other. They see nothing of the block itself or of other
+    branches.
 
     Attributes:
         start: Position of its first row.

@@ -8,8 +8,8 @@ would have come to, so its own target counts (``worker.drafting``). NFE counts a
 
 - ``steps``: the base decoder is ``fixed_steps``. Tokens are its own, whatever is drafted: at any temperature, since
   noise belongs to the denoising step that a draft stands for.
-- ``threshold``, the authors' FreeDave++: the base decoder is ``static_threshold``, and a draft is right where the target
-  has all of it. So a block may go on from fewer tokens than the base decoder would have. What is promised is that of
+- ``threshold``, the authors' FreeDave++: the base decoder is ``static_threshold``, and a draft is right where the
+  target has all of it. So a block may go on from fewer tokens than the base decoder would have. What is promised: of
   two states that follow each other in the chain, a step of ``static_threshold`` from the first decides all that the
   second has and the first has not, with the same tokens. The path, and therefore tokens, may be others than those of
   ``static_threshold``. With one draft they are the same.
@@ -48,8 +48,8 @@ class FreeDaveOptions(StaticThresholdOptions):
     freedave_base: str = option(
         "steps",
         Literal["steps", "threshold"],
-        "Of `freedave`: the decoder whose steps are drafted. `steps`: `fixed_steps`, with the same tokens. `threshold`: "
-        "`static_threshold`, where a draft need only be a part of what a step decides (FreeDave++).",
+        "Of `freedave`: the decoder whose steps are drafted. `steps`: `fixed_steps`, with the same tokens. "
+        "`threshold`: `static_threshold`, where a draft need only be a part of what a step decides (FreeDave++).",
     )
 
 

@@ -27,9 +27,9 @@ def plan_pages(
         page_size: Positions of a page.
 
     Returns:
-        ``page_slots``: int64 ``[Q]``, whose row of vLLM's tables each begins with. ``page_row_of``: int64 ``[T]``, which
-        of the Q every row is of. ``own_row``, ``own_column``, ``own_page``: ``[N]``, what is replaced in the tables.
-        ``copy_row``, ``copy_column``, ``copy_page``: int64 ``[C]``, which pages are copied, and where to.
+        ``page_slots``: int64 ``[Q]``, whose row of vLLM's tables each begins with. ``page_row_of``: int64 ``[T]``,
+        which of the Q every row is of. ``own_row``, ``own_column``, ``own_page``: int64 ``[N]``, what is replaced in
+        the tables. ``copy_row``, ``copy_column``, ``copy_page``: int64 ``[C]``, which pages are copied, where to.
     """
     own: list[tuple[int, int, int]] = []
     copied: list[tuple[int, int, int]] = []

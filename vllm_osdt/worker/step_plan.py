@@ -737,22 +737,22 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
         scored_slots = _some_rows(host, arrays, "scored", scored_rows, row_slots, places)
         for number in modifiers:
             is_modified = (row_req < num_requests) & (modifies[np.minimum(row_req, num_requests - 1)] >> number & 1 > 0)
-            some = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
-            of_rows = {"rows": some, "slots": row_slots[some], "offset": row_pos[some], "step": step[row_req[some]]}
+            which = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
+            of_rows = {"rows": which, "slots": row_slots[which], "offset": row_pos[which], "step": step[row_req[which]]}
             arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
         for number in range(len(policies)):
             of_policy = of_policies[f"adjusted_rows_{number}"]
             if reads[of_policy].any():
                 request_of = np.full(all_slots.size, -1)
                 request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
-                some = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
-                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = some, request_of[row_req[some]]
-                arrays[f"read_{number}_offset"] = row_pos[some]
+                which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
+                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = which, request_of[row_req[which]]
+                arrays[f"read_{number}_offset"] = row_pos[which]
                 if rows.span.size and policies[number].verifies:
-                    arrays[f"read_{number}_verified"] = rows.is_verified[row_req[some]]
-                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[some]])
-                some = some[arrays[f"read_{number}_at"]]
-                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", some, row_slots, places)
+                    arrays[f"read_{number}_verified"] = rows.is_verified[row_req[which]]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[which]])
+                which = which[arrays[f"read_{number}_at"]]
+                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
     asks_entropy = host.by_entropy[all_slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
@@ -940,10 +940,16 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
             )
             for number in plan.modifiers
         ),
-        drafting=None
-        if not plan.drafting.size
-        else DraftRows(*(sent[f"drafting_{name}"] for name in ("entries", "slots", "sizes", "subset")), plan.drafting),
+        drafting=_draft_rows(plan, sent),
     )
+
+
+def _draft_rows(plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DraftRows | None:
+    """The requests whose drafts are verified and made, on the device; None without any."""
+    if not plan.drafting.size:
+        return None
+    entries, slots, sizes, subset = (sent[f"drafting_{name}"] for name in ("entries", "slots", "sizes", "subset"))
+    return DraftRows(entries, slots, sizes, subset, plan.drafting)
 
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
