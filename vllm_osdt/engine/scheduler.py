@@ -30,7 +30,7 @@ from vllm_osdt.engine.ngram import draft_block
 from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.engine.trace import Tracer
 from vllm_osdt.engine.weights import Weights
-from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, max_logit_rows
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
 from vllm_osdt.messages import (
     CANVAS_STEP,
@@ -101,6 +101,11 @@ class CanvasScheduler(Scheduler):
         self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
         self._rows: dict[str, Rows] = {}  # of the step that is being planned
         self._room = 0  # rows of it that are left
+        self._branch_room = 0  # likewise, of branches: logits are read in few more rows than blocks have
+        self._has_branch = False  # whether a request of it has branches
+        self._spare: set[str] = set()  # ids of requests whose branches are taken where nobody else wants the room
+        max_reqs, served = self.max_num_running_reqs, self._traits.block_length
+        self._max_branch_rows = max_logit_rows(max_reqs, self.max_num_scheduled_tokens) - max_reqs * served
         groups = self.kv_cache_config.kv_cache_groups
         self._pool = BranchPool(self.kv_cache_manager.block_pool, groups[0].kv_cache_spec.block_size if groups else 1)
         # Layers of several kinds would need pages of each; branches are left out there.
@@ -122,6 +127,8 @@ class CanvasScheduler(Scheduler):
         """Plan one engine step (see the class)."""
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
+        longer = sum(max(self._plan(one).block_length - self._traits.block_length, 0) for one in self.running)
+        self._branch_room, self._has_branch = self._max_branch_rows - longer, False
         self._rows.clear()
         self._admit_audits()
         self._tracer.keep(self.running)
@@ -155,7 +162,9 @@ class CanvasScheduler(Scheduler):
             request.canvas_about = self.calibrator.about(new.req_id)
             request.canvas_ngram = spec.options.draft_ngram if assignment.has_drafts else None
             request.canvas_drafted = -1
-            request.canvas_brancher = self._brancher_of(request)
+            request.canvas_brancher = brancher = self._brancher_of(request)
+            if brancher is not None and not brancher.needs_all:
+                self._spare.add(new.req_id)
         self._draft(step, output.num_scheduled_tokens)
         for req_id in output.num_scheduled_tokens:
             if self._rows[req_id].branches:
@@ -295,7 +304,9 @@ class CanvasScheduler(Scheduler):
         begin, num_steps = request.canvas_steps
         num_before = num_steps if begin == request.num_tokens else 0
         rows = rows._replace(branches=self._branches_of(request, rows, num_before))
-        return rows if rows.num_all_rows <= self._room else None
+        num_further = rows.num_all_rows - rows.num_rows
+        has_room = num_further <= self._branch_room or not self._has_branch
+        return rows if has_room and rows.num_all_rows <= self._room else None
 
     def _with_verified(self, request: Request, rows: Rows, span: Span) -> Rows:
         """The rows of a verification with a branch for each position behind the first, as many as fit the engine."""
@@ -327,17 +338,19 @@ class CanvasScheduler(Scheduler):
             return ()
         begin = request.num_tokens
         step = step_of(rows, begin, self._plan(request).active_length(begin), num_before)
-        return self._pool.branches_that_fit(request.canvas_brancher, step, self.max_num_scheduled_tokens)
+        max_rows = min(self.max_num_scheduled_tokens, rows.num_rows + self._max_branch_rows)
+        return self._pool.branches_that_fit(request.canvas_brancher, step, max_rows)
 
     def _add_spare_branches(self, req_ids: Iterable[str]) -> None:
         """Give rows and pages that are left to branches which tokens do not depend on."""
+        if not self._spare:
+            return
         wanted = {}
-        for request in map(self.requests.__getitem__, req_ids):
-            brancher: Brancher | None = getattr(request, "canvas_brancher", None)
-            if brancher is not None and not brancher.needs_all:
-                num_before = request.canvas_steps[1] - 1  # this one is counted
-                wanted[request.request_id] = self._branches_of(request, self._rows[request.request_id], num_before)
-        for req_id, branches in share_rows(wanted, self._pool, self._room, len(self.running)).items():
+        for request in (self.requests[req_id] for req_id in req_ids if req_id in self._spare):
+            num_before = request.canvas_steps[1] - 1  # this one is counted
+            wanted[request.request_id] = self._branches_of(request, self._rows[request.request_id], num_before)
+        room = min(self._room, self._branch_room)
+        for req_id, branches in share_rows(wanted, self._pool, room, len(self.running)).items():
             self._rows[req_id] = self._rows[req_id]._replace(branches=branches)
 
     def _release_spare_branches(self) -> bool:
@@ -369,6 +382,8 @@ class CanvasScheduler(Scheduler):
         if not rows.branches and getattr(request, "canvas_brancher", None) is None:
             self._pool.release(request.request_id)  # of a verification
         self._room -= rows.num_all_rows
+        self._branch_room -= rows.num_all_rows - rows.num_rows
+        self._has_branch |= bool(rows.branches)
         self._rows[request.request_id] = rows
         # schedule() takes num_tokens + spec_token_ids + num_output_placeholders - num_computed_tokens rows; the
         # placeholders of asynchronous outputs, of which there are none, make up for a step that ends before num_tokens.
@@ -602,6 +617,7 @@ class CanvasScheduler(Scheduler):
         self.calibrator.finish_request(request.request_id, ended_well=ended_well)
         self._grammars.forget(request.request_id)
         self._pool.release(request.request_id)
+        self._spare.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:

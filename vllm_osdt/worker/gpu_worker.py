@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import max_logit_rows
 from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat import patch_scheduler_metadata
 from vllm_osdt.options import server_options
@@ -153,7 +153,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
 
         Proposals for as many positions as a step can read, where vLLM has one row a request.
         """
-        num_rows = min(self.max_num_tokens, self.max_num_reqs * MAX_BLOCK_LENGTH)
+        num_rows = max_logit_rows(self.max_num_reqs, self.max_num_tokens)
         rows = torch.arange(num_rows, device=hidden_states.device) % hidden_states.shape[0]
         self.head.measure(hidden_states[rows])
 
