@@ -2,15 +2,20 @@
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from csrc_triton.noise import gumbel_noise
+from tests.e2e.engine import nfe, sampling, tokens
 from tests.policies.adjusted import NO_CONFIDENCE, chosen, make_step
 from tests.policies.test_policies import schedule_of
 from tests.reference.self_speculation import Outcome, Router, Settings
 from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.mini import gen_length_of, model_path, tasks_of
+from vllm_osdt.mini.tasks import check
+from vllm_osdt.mini.tasks import generate as draw_problems
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
 from vllm_osdt.policies import POLICIES, PositionLogits
@@ -217,3 +222,24 @@ def test_what_a_verification_cannot_stand_beside_is_refused(values, traits, word
 def test_options_that_mean_nothing_are_refused(values, words):
     with pytest.raises(InvalidOptionError, match=words):
         options(**values)
+
+
+def test_a_trained_model_answers_as_from_left_to_right_in_fewer_forwards(start_llm):
+    """A small version of ``benchmarks/bench_verification.py``; a verification of one position is one token more."""
+    model = model_path("sdar-mini")
+    llm = start_llm(Path(model), max_num_seqs=24, tokenizer=model)
+    problems = [one for task in tasks_of("sdar-mini") for one in draw_problems(task, "held_out", 4, 5)]
+
+    def answers(**own):
+        params = sampling(gen_length_of("sdar-mini"), policy="s2d2", ignore_eos=False, **own)
+        outputs = llm.generate([problem.prompt for problem in problems], params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    one_by_one = answers(verify_router="span", verify_max_span=1)
+    at_once = answers(verify_router="span")
+    right = [
+        [check(problem, one.text) for problem, one in zip(problems, some, strict=True)]
+        for some in (one_by_one, at_once)
+    ]
+    assert tokens(at_once) == tokens(one_by_one) and right[0] == right[1] and sum(right[0]) >= 10
+    assert sum(map(nfe, at_once)) * 4 < sum(map(nfe, one_by_one))

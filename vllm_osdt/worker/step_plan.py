@@ -18,6 +18,7 @@ from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
+_NO_FLAGS = np.empty(0, dtype=bool)  # of one type, so that compiled functions see one
 _NO_SPANS = np.empty((0, 2), dtype=np.int64)
 NOWHERE = 2**30  # a place behind all minima of output
 TOP_K = int(Rule.TOP_K)
@@ -306,7 +307,7 @@ class StepRows(NamedTuple):
     num_active: np.ndarray  # int64 [Q], positions of the active block from there on; 0: nothing is denoised
     decides_first: np.ndarray  # bool [Q], only that first position is
     branch: np.ndarray = _NONE  # int64 [Q], number of the branch, 0 for requests; empty when there are only those
-    is_causal: np.ndarray = _NONE  # bool [Q], whether a row sees the positions up to its own alone; empty likewise
+    is_causal: np.ndarray = _NO_FLAGS  # bool [Q], whether a row sees the positions up to its own alone; empty likewise
     request: np.ndarray = _NONE  # int64 [Q], which of the R it belongs to; empty likewise
     span: np.ndarray = _NO_SPANS  # int64 [Q, 2], positions that are verified (messages.Span), length 0: none; or [0, 2]
 
@@ -375,7 +376,7 @@ def _rows_of_verifications(states: CanvasStates, rows: StepRows) -> StepRows:
     states.host.step[rows.slots[is_verified]] -= 1
     last = first if states.verifies_by_branches else first + length - 2
     num_rows = rows.block_start + last + 1 - rows.start
-    is_causal = _NONE if states.commits_causally else is_verified  # attention has a flag for them there
+    is_causal = _NO_FLAGS if states.commits_causally else is_verified  # attention has a flag for them there
     return rows._replace(num_rows=np.where(is_verified, num_rows, rows.num_rows), is_causal=is_causal)
 
 
