@@ -14,6 +14,7 @@ another one has fewer forwards and no lower accuracy there; one that is dominate
 - Time per forward is of the whole engine and depends on how many requests share a step; compare it between rules with
   about as many forwards. ``--overhead`` compares rules: each has a setting under which every step decides one position,
   so that all have the same steps.
+- ``--calibrated``: no search; every policy that can has the thresholds of the task's profile (``calibrated``).
 - A policy that a model's attention does not allow is left out, and named with the reason.
 
 Another model: ``--model PATH --task-file FILE``, JSON lines with ``task``, ``prompt`` and ``answer``; a completion
@@ -34,7 +35,7 @@ from decoding import Bench, Outcome, add_engine_arguments, mcnemar, pareto
 from problems import CALIBRATION_SEED, Problem, find_source, user_problems
 
 from vllm_osdt.cli.tuning.candidates import CANDIDATES, calibrates
-from vllm_osdt.options import DEFAULTS
+from vllm_osdt.options import DEFAULTS, policies_of
 from vllm_osdt.policies import POLICIES
 
 STATIC = {"policy": "static_threshold", "threshold": 0.9}
@@ -151,8 +152,10 @@ def measure_task(
     outcomes = [static]
     print(f"\n{task}: {len(problems)} problems, tuned on {len(split)}\n{HEADER}\n{report(static, static)}", flush=True)
     for policy in policies:
-        best = tuned(bench, policy, task, split, base, args.margin)
+        best = {} if args.calibrated else tuned(bench, policy, task, split, base, args.margin)
         settings: list[tuple[str, Mapping[str, Any]]] = [(f"{policy}, defaults", {})]
+        if args.calibrated and policy in policies_of("calibrated"):
+            settings = [(f"{policy}, calibrated", {"calibrated": True})]
         if best:
             settings.append((f"{policy}, {words(best)}", best))
         if args.sensitivity:
@@ -274,6 +277,7 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.01, help="accuracy that a setting may lose there")
     parser.add_argument("--seed", type=int, default=0, help="which held-out problems")
     parser.add_argument("--gen-length", type=int, help="of --task-file; default: 96")
+    parser.add_argument("--calibrated", action="store_true", help="with a profile's thresholds instead of a search")
     parser.add_argument("--sensitivity", action="store_true", help="decode all settings of the search")
     parser.add_argument("--overhead", type=int, default=0, metavar="N", help="repeat the measurement of time N times")
     add_engine_arguments(parser)

@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documentation from the declarations: options, refusals and metrics.
+"""Writes the generated parts of the documentation from the declarations: options, refusals, metrics, composition.
 
     python tools/generate_docs.py           # write
     python tools/generate_docs.py --check   # fail when a page is not up to date
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vllm_osdt.frontend.metrics import LABELS, METRICS
-from vllm_osdt.options import FORMER_NAMES, ReferenceRow, reference_rows
+from vllm_osdt.options import FORMER_NAMES, ReferenceRow, policies_of, reference_rows
+from vllm_osdt.policies import OWN
 from vllm_osdt.refusals import REFUSALS, sampling_rows
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
 
@@ -54,6 +55,16 @@ def _of_policy(rows: list[ReferenceRow]) -> str:
     return "\n".join(parts)
 
 
+def _composition() -> str:
+    """What a task's profile gives each policy, those first that it gives something."""
+    composed = policies_of("calibrated")
+    rows = [
+        (f"`{policy.name}`", "yes" if policy.name in composed else "no", policy.with_profile)
+        for policy in sorted(OWN, key=lambda one: one.name not in composed)
+    ]
+    return table(("Policy", "`calibrated`", "What it replaces, or why not"), rows)
+
+
 def _metrics() -> str:
     rows = []
     for key, (name, label, meaning, *_) in METRICS.items():
@@ -75,6 +86,7 @@ def _sections() -> dict[str, Callable[[], str]]:
         "refused-parameters": lambda: ", ".join(f"`{name}`" for name in UNSUPPORTED_SAMPLING_PARAMS) + ".\n",
         "refusals": lambda: table(("Parameter", "When", "What to do"), list(REFUSALS.values())),
         "refused-values": lambda: table(("Parameter", "Refused", "What to do"), sampling_rows()),
+        "composition": _composition,
         "metrics": _metrics,
     }
 
@@ -91,7 +103,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is not up to date")
     args = parser.parse_args()
     status = 0
-    for page in (ROOT / "docs" / f"{name}.md" for name in ("options", "refusals", "metrics")):
+    for page in (ROOT / "docs" / f"{name}.md" for name in ("options", "refusals", "metrics", "calibration")):
         before = page.read_text(encoding="utf-8")
         after = fill(before)
         if after != before and args.check:

@@ -59,6 +59,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/policies/test_bacd.py",
         "tests/policies/test_selection.py",
         "tests/e2e/test_cache_modes.py",
+        "tests/e2e/test_compiled.py",
     ),
     (
         "tests/policies/test_credit.py",

@@ -117,6 +117,13 @@ class CommonOptions(AdaBlockOptions):
         number(ge=0, lt=1),
         "Of `prefix` and `dual`: a step whose mean confidence is below this is followed by a refresh; 0 for never.",
     )
+    suffix_window: int | None = option(
+        None,
+        count(0, 1024) | None,
+        "Of `none`, `prefix` and `dual`: of the masks behind the active block, only those of so many blocks take part "
+        "in a step (Streaming-dLLM, arXiv 2601.17917, without the last position). `null` for all.",
+        unit="blocks",
+    )
     edit_threshold: float | None = option(
         None,
         number(ge=0, lt=1) | None,
@@ -189,6 +196,7 @@ class CommonOptions(AdaBlockOptions):
             edit_threshold=self.edit_threshold,
             refresh_interval=self.refresh_interval,
             refresh_confidence=self.refresh_confidence,
+            suffix_window=self.suffix_window,
             modifiers=[one.key(self) for one in MODIFIERS if one.is_on(self)],
         )
 
@@ -453,6 +461,7 @@ def parse_options(values: Mapping[str, Any], *, base: DecodingOptions, prefix: s
     """
     changes = _check_values(values, prefix)
     options = _with_changes(base, changes)
+    _check_composed(options, changes, prefix)
     if prefix:
         _check_used(options, changes)
     for policy in POLICIES.values():
@@ -558,6 +567,24 @@ def _looks_at_entropy(options: DecodingOptions) -> bool:
     return POLICIES[options.policy].looks_at_entropy(options)
 
 
+def _check_composed(options: DecodingOptions, asked: Mapping[str, Any], prefix: str) -> None:
+    """Whoever asks for a profile's thresholds must ask for a policy that they mean something to.
+
+    An operator may set them for requests that name another policy than ``osdt``.
+    """
+    composed = policies_of("calibrated")
+    is_default = not prefix and asked.get("policy", "osdt") == "osdt"
+    if asked.get("calibrated") and options.policy not in composed and not is_default:
+        raise InvalidOptionError(
+            f"{prefix}calibrated is True, but policy {options.policy!r} takes no threshold of a profile by it: "
+            f"{POLICIES[options.policy].with_profile.replace('`', '')}. Leave it out, or choose one of "
+            f"{', '.join(composed)}.",
+            refusal="calibrated-policy",
+            parameter=f"{prefix}calibrated",
+            value=True,
+        )
+
+
 def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
     """What a request asks for must mean something to its policy, and to a request without a task."""
     if options.task is None and options.calibrates:
@@ -619,6 +646,13 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             refusal="gen-length-block-causal",
             parameter="gen_length",
             value=options.gen_length,
+        )
+    if options.suffix_window is not None and options.is_block_causal:
+        raise InvalidOptionError(
+            f"suffix_window is {options.suffix_window}, but no block of this model sees a later one: leave it out.",
+            refusal="suffix-window-block-causal",
+            parameter="suffix_window",
+            value=options.suffix_window,
         )
     if options.is_block_causal or options.cache_mode == "none":
         for name in ("refresh_interval", "refresh_confidence"):

@@ -55,6 +55,17 @@ REFUSALS = {
     "needs-task": Refusal(
         "options of a calibration", "The request names no task, so nothing is calibrated.", "Send `osdt_task` too."
     ),
+    "calibrated-policy": Refusal(
+        "`osdt_calibrated`",
+        "The policy has no threshold of confidences that could be a profile's; the message says what it has instead "
+        "([table](calibration.md#other-policies-with-a-tasks-thresholds)).",
+        "Leave it out, or send a policy that the message names.",
+    ),
+    "calibrated-entropy": Refusal(
+        "`osdt_calibrated`",
+        "`confidence_adaptive` with `osdt_adaptive_entropy`: a profile's thresholds are confidences.",
+        "Send `osdt_adaptive_entropy` = null, or leave it out.",
+    ),
     "policy-does-not-use": Refusal(
         OPTION, "The request's policy does not read it.", "Leave it out, or send a policy that the message names."
     ),
@@ -99,6 +110,9 @@ REFUSALS = {
     "multi-block-shares": Refusal("`osdt_full_share`", "Below `osdt_enter_share`.", "Raise it."),
     "gen-length-block-causal": Refusal(
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
+    ),
+    "suffix-window-block-causal": Refusal(
+        "`osdt_suffix_window`", "The model is block-causal: no block sees a later one.", "Leave it out."
     ),
     "gen-length-blocks": Refusal(
         "`osdt_gen_length`", "No multiple of `osdt_block_length`.", "Send the multiple that the message names."

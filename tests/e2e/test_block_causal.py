@@ -446,6 +446,7 @@ def test_fixed_steps_share_out_the_positions_of_new_tokens(llm, network, steps, 
     [
         ({"cache_mode": "dual"}, "osdt_cache_mode is 'dual'; this model's attention allows block"),
         ({"gen_length": 64}, "no block of this model sees a later one"),
+        ({"suffix_window": 1}, "suffix_window is 1, but no block of this model sees a later one"),
         ({"policy": "fixed_steps", "steps": 5, "block_length": 8}, "steps is 5; with 4 blocks of 8"),
         ({"policy": "static_threshold", "steps": 5, "block_length": 8}, "steps is 5; with 4 blocks of 8"),
         ({"steps": 8}, "osdt_steps is 8, which policy 'osdt' does not use: leave it out, or send osdt_policy"),

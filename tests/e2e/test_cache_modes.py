@@ -1,4 +1,4 @@
-"""Refreshes at longer intervals, and after unsure steps: token for token as a plain loop that keeps the same keys."""
+"""Refreshes at other times and windows of masks: token for token as a plain loop that keeps the same keys."""
 
 import pytest
 
@@ -18,6 +18,11 @@ VARIANTS = [
     {"cache_mode": "dual", "refresh_confidence": 0.6},
     {"cache_mode": "prefix", "refresh_confidence": 0.8},
     {"cache_mode": "dual", "refresh_interval": 3, "refresh_confidence": 0.6},
+    {"cache_mode": "none", "suffix_window": 1},
+    {"cache_mode": "prefix", "suffix_window": 2},
+    {"cache_mode": "dual", "suffix_window": 0},
+    {"cache_mode": "dual", "suffix_window": 1, "refresh_interval": 2, "refresh_confidence": 0.6},
+    {"cache_mode": "prefix", "suffix_window": 1, "refresh_interval": 3},
 ]
 
 

@@ -19,6 +19,7 @@ VARIANTS = [
     {"cache_mode": "dual", "refresh_interval": 2},
     {"cache_mode": "prefix", "refresh_interval": 3},
 ]
+WINDOW = {"cache_mode": "dual", "suffix_window": 0}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def growing_llm(golden_tasks, start_llm):
 def jobs(golden_tasks):
     """Prompts, options, and what the plain loop makes of them; none whose outcome hangs on rounding."""
     network, rng, found = ReferenceLLaDA.load(golden_tasks.folder), random.Random(3), []
-    for index, case in enumerate(golden_tasks.cases[:40]):
-        prompt, variant = case["prompt_token_ids"], VARIANTS[index % len(VARIANTS)]
+    for index, case in enumerate(golden_tasks.cases[:44]):
+        prompt, variant = case["prompt_token_ids"], VARIANTS[index % len(VARIANTS)] if index < 40 else WINDOW
         max_tokens = rng.choice([12, 33, 56, 64])
         length = -(-max_tokens // BLOCK) * BLOCK
         canvas = {"gen_length": length, "block_length": BLOCK, "first_length": FIRST}
@@ -47,7 +48,7 @@ def jobs(golden_tasks):
         if min(done.proposal_margin, done.rule_margin) > MIN_MARGIN:
             options = {"policy": "static_threshold", "threshold": 0.7, "block_length": BLOCK, **variant}
             found.append((prompt, sampling(max_tokens, **options), done))
-    assert len(found) >= 24
+    assert len(found) >= 26
     return found
 
 

@@ -355,6 +355,7 @@ REFUSED = [
     ({"diffusion_max_steps": 3}, "diffusion_max_steps"),
     ({"osdt_infill": [3, [5]], "max_tokens": 2}, "max_tokens is 2"),
     ({"osdt_infill": [3, [5]], "gen_length": 8}, "gen_length cannot be sent with osdt_infill"),
+    ({"osdt_infill": [3, [5]], "suffix_window": 1}, "suffix_window cannot be sent with osdt_infill"),
     ({"osdt_infill": [3, [5]], "logprobs": 1}, "logprobs cannot be sent"),
     ({"osdt_infill": [3, [5]], "stop_token_ids": [4]}, "stop_token_ids cannot be sent"),
     ({"osdt_infill": [400, [5]]}, "has 400 tokens or more, but max_model_len is 256"),

@@ -16,7 +16,7 @@ from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.geometry import Canvas
 from vllm_osdt.messages import RecordedStep, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, policies_of
 from vllm_osdt.policies import POLICIES
 
 LENGTH, PROMPT_LENGTH = KEY.block_length, 3
@@ -136,10 +136,10 @@ def test_without_early_thresholds_all_requests_record_until_the_round_ends(optio
     assert record.recorder is not None and np.array_equal(record.assignment.schedule.parameters, static(record))
 
 
-@pytest.mark.parametrize("policy", ["local_leap", "ete", "streaming", "prophet", "sched"])
+@pytest.mark.parametrize("policy", policies_of("calibrated"))
 def test_a_calibrated_policy_calibrates_with_the_static_threshold_and_shares_the_tasks_profile(policy):
     calibrator = make_calibrator()
-    options = {"policy": policy, "calibrated": True}
+    options = {"policy": policy, "calibrated": True} | ({"steps": 2 * LENGTH} if policy == "dimple" else {})
     first = start(calibrator, "a", **options)
     assert first.recorder is not None and first.assignment.policy == "osdt"
     assert np.array_equal(first.assignment.schedule.parameters, static(first))

@@ -133,7 +133,8 @@ def steps_of(plan, starts, confidences=None):
 
 def plan_of(cache_mode, decides_first_alone=False, **options):
     options = DecodingOptions(cache_mode=cache_mode, **options)
-    plan = FullAttentionPlan(Canvas(P, P + L, P + L, B), cache_mode_of(options), decides_first_alone)
+    canvas = Canvas(P, P + L, P + L, B)
+    plan = FullAttentionPlan(canvas, cache_mode_of(options), decides_first_alone, options.suffix_window)
     plan.admit(0)
     return plan
 
@@ -177,3 +178,26 @@ def test_only_a_blocks_first_step_decides_its_first_position_alone():
             assert rows.decides == (Decides.FIRST_POSITION if step == 0 else Decides.BLOCK)
             plan.schedule(start, rows)
             plan.hear(0.1)
+
+
+@pytest.mark.parametrize("cache_mode", CANVAS_CACHES)
+@pytest.mark.parametrize("window", [0, 1, 2, 9])
+def test_a_suffix_window_moves_with_the_active_block_and_bounds_rows_and_pages(cache_mode, window):
+    plan = plan_of(cache_mode, suffix_window=window)
+    for index, start in enumerate((P, P + B, P + 2 * B)):
+        end = min(P + L, P + (index + 1 + window) * B)
+        first = plan.next_rows(start, 100)
+        assert first == Rows(0, end, end - start) and plan.pages_needed(first) == end
+        plan.schedule(start, first)
+        later = {"none": (0, end), "prefix": (start, end), "dual": (start, start + B)}[cache_mode]
+        rows = plan.next_rows(start, 100)
+        assert (rows.start, rows.end) == later and plan.pages_needed(rows) == end
+        assert plan.active_length(start) == B
+
+
+def test_between_refreshes_the_window_is_that_of_the_last_one():
+    starts = (P, P + B, P + 2 * B)
+    dual = steps_of(plan_of("dual", refresh_interval=9, suffix_window=1), starts)
+    assert dual[0] == (0, P + 2 * B) and dual[3] == (P, P + 2 * B) and dual[6] == (P + B, P + L)
+    prefix = steps_of(plan_of("prefix", refresh_interval=9, suffix_window=1), starts)
+    assert prefix[3] == (P, P + L) and prefix[4] == (P + B, P + L)

@@ -1,6 +1,7 @@
 """What the front end refuses before a request reaches the engine, and how it names tasks."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from vllm import SamplingParams
 
 from tests.calibration.records import recorded, same
 from tests.engine.test_engine_config import CONFIG, configure
-from vllm_osdt.calibration.profile import ProfileKey
+from vllm_osdt.calibration.profile import CACHE_KEY, ProfileKey
 from vllm_osdt.calibration.store import open_store
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.frontend import admission
@@ -140,6 +141,18 @@ def test_a_pin_is_read_once_and_only_so_many_are_remembered(vllm_config, profile
         resolve(front_end, vllm_config, task="gsm", profile=pin)
     assert [pin for _, pin in reads] == [pins[0], pins[2], pins[3], pins[6]]
     assert len(front_end._pins) == 2
+
+
+def test_a_template_sees_all_of_itself_whatever_suffix_window_the_operator_has(checkpoint):
+    windowed = configure(checkpoint, additional_config={"osdt": {"profile_dir": "", "suffix_window": 1}})
+    front_end = FrontEnd(windowed)
+    options = resolve(front_end, windowed)
+    assert (options.suffix_window, options.cache_key) == (1, "dual:w1")
+    assert re.fullmatch(CACHE_KEY, replace(options, refresh_interval=2, credit=True).cache_key)
+    assert resolve(front_end, windowed, suffix_window=None).cache_key == "dual"
+    assert resolve(front_end, windowed, infill=[3, [5]]).suffix_window is None
+    message = refusal(front_end, windowed, infill=[3, [5]], suffix_window=1)
+    assert message.startswith("suffix_window cannot be sent with osdt_infill: a hole sees all that follows it")
 
 
 def test_a_named_task_keeps_its_name_and_other_policies_need_none(vllm_config):

@@ -40,7 +40,8 @@ def test_the_threshold_follows_what_the_block_has_committed(seed):
     step = make_step(torch.empty(2, 9), schedule, rows=2)
     for number in range(9):
         score = torch.rand(2, 9, generator=generator).masked_fill(~masked, -2.0)
-        step = next_step(step, score, step_index=torch.full((2,), number))
+        high = torch.full((2,), float(schedule.parameters[0, number]))
+        step = next_step(step, score, step_index=torch.full((2,), number), parameter=high)
         policy.adjust(step)
         unmasked = torch.zeros(2, 9, dtype=torch.bool)
         for row, rule in enumerate(rules):

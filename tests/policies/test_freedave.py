@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csrc_triton.types import Blocks
-from tests.e2e.engine import generate, nfe, sampling, tokens
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
 from tests.reference.decode import best_first, decode, fixed_steps, static_threshold
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
@@ -239,6 +239,7 @@ def test_over_a_threshold_an_engine_takes_the_path_of_the_plain_loop(random_llm,
         {"cache_mode": "none"},
         {"cache_mode": "prefix", "temperature": 0.8, "seed": 3},
         {"refresh_interval": 2, "temperature": 0.8, "seed": 4},
+        {"suffix_window": 1, "cache_mode": "prefix"},
         {"adablock": True, "adablock_threshold": 0.05, "adablock_delimiters": [5, 9, 20, 41]},
         {"temperature": 1.0, "seed": 5, "top_p": 0.9, "logit_bias": {7: 1.5}},
     ],
@@ -263,6 +264,34 @@ def test_tokens_are_those_of_fixed_steps_with_any_cache_and_sampling(tasks_llm, 
         assert got["confidence"] == pytest.approx(expected["confidence"], abs=1e-6)
     alone = generate(tasks_llm, prompts[:2], others)
     assert tokens(company[:2]) == tokens(alone)
+
+
+@pytest.mark.e2e
+def test_drafts_give_their_pages_back_before_a_request_waits_and_when_it_ends(tasks_llm, prompts, monkeypatch):
+    sched, params = scheduler(tasks_llm), sampling(64, policy="freedave", block_length=16)
+    base = generate(tasks_llm, prompts[:3], sampling(64, policy="fixed_steps", block_length=16))
+    allocate, refused, held = sched._allocate_slots, [], []
+
+    def allocate_where_nobody_drafts(*args, **kwargs):
+        if sched._pool.holders:
+            refused.append(1)
+            return None
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(sched, "_allocate_slots", allocate_where_nobody_drafts)
+    ids = [submit(tasks_llm, prompts[0], params)]
+
+    def on_step(step):
+        held.append(list(sched._pool.holders))
+        if step == 4:
+            ids.extend(submit(tasks_llm, prompt, params) for prompt in prompts[1:3])
+        if step == 9:
+            assert sched.reset_prefix_cache(reset_running_requests=True) and not sched._pool.holders
+
+    finished = drive(tasks_llm, on_step)
+    assert [list(finished[req_id].token_ids) for req_id in ids] == tokens(base)
+    assert refused and held[4] and not sched._pool.holders
+    assert_idle(tasks_llm)
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,14 @@ def test_calibrated_the_relaxed_threshold_is_a_share_of_the_profiles():
     ("values", "words"),
     [
         ({"policy": "local_leap", "calibrated": True}, "osdt_calibrated is True, but the request names no task"),
-        ({"policy": "factor", "calibrated": True, "task": "a"}, "which policy 'factor' does not use"),
-        ({"policy": "osdt", "calibrated": True, "task": "a"}, "which policy 'osdt' does not use"),
+        (
+            {"policy": "factor", "calibrated": True, "task": "a"},
+            "takes no threshold of a profile",
+        ),
+        (
+            {"policy": "osdt", "calibrated": True, "task": "a"},
+            "its thresholds are the profile's",
+        ),
         ({"policy": "local_leap", "calibrated": True, "task": "a", "anchor_threshold": 0.8}, "send one of them"),
         ({"policy": "local_leap", "relaxed_ratio": 0.8}, "says nothing without osdt_calibrated = True"),
         ({"policy": "local_leap", "task": "a", "recalibrate": True}, "which policy 'local_leap' does not use"),

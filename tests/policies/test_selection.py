@@ -13,7 +13,7 @@ import torch
 from csrc_triton import Rules
 from csrc_triton.types import NO_CONFIDENCE
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
-from tests.policies.adjusted import make_step, next_step
+from tests.policies.adjusted import chosen, make_step, next_step
 from tests.policies.test_policies import unmask_blocks
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
@@ -22,7 +22,6 @@ from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
 from vllm_osdt.policies import POLICIES
-from vllm_osdt.policies.base import best
 
 WIDTH = 16
 CANVAS = {"gen_length": 32, "block_length": WIDTH, "cache_mode": "dual"}
@@ -263,17 +262,17 @@ def test_each_step_unmasks_what_the_definition_says(name, seed):
     found = run_block(name, rounds, by_entropy=rules[0].by_entropy)
     for row, rule in enumerate(rules):
         left = set(range(WIDTH))
-        for step, chosen in enumerate(found):
+        for step, unmasked in enumerate(found):
             values = rounds[step % WIDTH][row].double()
             masked = {i: (32 * (values[i] - 1) if rule.by_entropy else values[i]).item() for i in sorted(left)}
             if masked:
                 rule.proposals, rule.left = dict.fromkeys(masked, 1), len(masked)
-                assert chosen[row] == set(rule(0, step, masked)), step
-                assert chosen[row]
-                left -= chosen[row]
+                assert unmasked[row] == set(rule(0, step, masked)), step
+                assert unmasked[row]
+                left -= unmasked[row]
         assert not left
     alone = run_block(name, [one[1:2] for one in rounds], by_entropy=rules[0].by_entropy)
-    assert [chosen[0] for chosen in alone] == [chosen[1] for chosen in found[: len(alone)]]
+    assert [one[0] for one in alone] == [one[1] for one in found[: len(alone)]]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -296,7 +295,8 @@ def early_ends(tokens, score, *, left, end_after=0.5):
         num_positions=torch.tensor([32]),
     )
     policy.adjust(step)
-    return {int(i) for i in best(step.score, step.parameter.long())[0].nonzero()[:, 0]}
+    [found] = chosen(step)
+    return found
 
 
 def test_a_token_that_ends_the_output_waits_until_half_of_the_canvas_is_decided():

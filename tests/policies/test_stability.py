@@ -12,8 +12,10 @@ from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt import describe
+from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES, PositionLogits
+from vllm_osdt.policies.fixed_steps import positions_per_step
 
 VOCABULARY, WIDTH = 13, 10
 CANVAS = {"gen_length": 32, "block_length": 16, "cache_mode": "dual"}
@@ -294,10 +296,11 @@ def test_a_block_is_decoded_by_the_published_rule(case):
             logits[..., 0] = -torch.inf  # the mask token
             share, token = logits.softmax(dim=-1).max(dim=-1)
             score = share.masked_fill(~masked, NO_CONFIDENCE)
-            quota = int(schedule.parameters[0, number])
+            quota = max(1, int(positions_per_step(opts.steps, DecodeShape(1, WIDTH))[number])) if opts.steps else 1
+            parameter = torch.full((3,), float(schedule.parameters[0, number]))
             step = next_step(
                 step, score, step_index=torch.full((3,), number), token=token.masked_fill(~masked, 0),
-                parameter=torch.full((3,), float(quota)), reading=torch.zeros_like(step.reading),
+                parameter=parameter, reading=torch.zeros_like(step.reading),
             )  # fmt: skip
             if policy.reads_logits:
                 step = read(policy, step, logits, *before)
@@ -334,7 +337,8 @@ def test_a_position_without_a_step_before_is_not_stable():
         logits = torch.zeros(1, 3, 4)
         step = read(policy, step, logits, logits, logits)
         policy.adjust(step)
-        fresh = {"reading": torch.zeros_like(step.reading), "parameter": torch.ones(1)}
+        own = torch.from_numpy(schedule_of(name, opts).parameters[0, 1:2])
+        fresh = {"reading": torch.zeros_like(step.reading), "parameter": own}
         later = next_step(step, torch.tensor([[NO_CONFIDENCE, 0.5, 0.4]]), **fresh)
         later = read(policy, later, logits, logits, logits)
         policy.adjust(later)

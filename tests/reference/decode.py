@@ -209,6 +209,7 @@ def decode(
     end_token_ids: tuple[int, ...] = (),
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
+    suffix_window: int | None = None,
     first_length: int | None = None,
     shape: Shape | None = None,
     pinned: dict[int, int] | None = None,
@@ -233,6 +234,8 @@ def decode(
             finished block before it and its own.
         refresh_confidence: With a cache, a step whose masked positions have a lower mean confidence is followed by a
             refresh, unless it was one.
+        suffix_window: Blocks behind the active one that a refresh computes; None for all. What is behind them is not
+            seen.
         first_length: Positions of the canvas that are there at first, whole blocks; None for all. A block joins when
             all before it are decided.
         shape: Changes the logits from which a token is proposed; its confidence stays the model's.
@@ -256,6 +259,9 @@ def decode(
         if first_length is not None:
             grown = max(done + 1 - first_length, 0)
             seen = min(end, len(prompt) + first_length + -(-grown // block_length) * block_length)
+        there = seen
+        if suffix_window is not None:
+            seen = min(seen, first + (1 + suffix_window) * block_length)
         last = min(first + block_length, seen)
         length, is_cut = last - first, not hasattr(rule, "cut")
         num_needed = min(length, wanted - done)
@@ -312,7 +318,7 @@ def decode(
                     result.proposal_margin = min(result.proposal_margin, margin)
             if hasattr(rule, "see"):
                 rows = {offset: logits[offset] for offset in masked}
-                left = sum(not one for one in decided[:seen])
+                left = sum(not one for one in decided[:there])
                 seen_by = rule.see(step, rows, {offset: int(proposal[offset]) for offset in masked}, masked, left)
                 for offset, (token, confidence) in seen_by.items():
                     proposal[offset], masked[offset] = token, confidence

@@ -16,9 +16,9 @@ from vllm_osdt.calibration.thresholds import CONFORMAL, DEFAULT_RISK, Thresholds
 from vllm_osdt.geometry import CACHE_MODES
 
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
-# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, what cuts
-# blocks, and what changes logits: modifiers with their numbers.
-CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
+# confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, blocks of
+# masks behind the active one that take part, what cuts blocks, and what changes logits: modifiers with their numbers.
+CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:w\d+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
 
 
 def cache_key(
@@ -29,6 +29,7 @@ def cache_key(
     edit_threshold: float | None = None,
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
+    suffix_window: int | None = None,
     modifiers: Iterable[str] = (),
 ) -> str:
     """A cache mode as profiles tell it apart (:data:`CACHE_KEY`): recorded confidences depend on all of these."""
@@ -41,6 +42,8 @@ def cache_key(
         key += f":r{refresh_interval}"
     if refresh_confidence > 0:
         key += f":u{refresh_confidence:g}"
+    if suffix_window is not None:
+        key += f":w{suffix_window}"
     return ":".join((key, *modifiers))
 
 

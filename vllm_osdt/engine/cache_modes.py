@@ -5,7 +5,8 @@ which a *refresh*, a step that computes prompt and canvas together, makes exact 
 steps refresh, and which rows the others compute.
 
 Source: Fast-dLLM (arXiv 2505.22618), section 3, for ``none``, ``prefix`` and ``dual``. The interval between refreshes
-and the refresh of unsure steps are ours.
+and the refresh of unsure steps are ours. A suffix window (Streaming-dLLM, arXiv 2601.17917) bounds the canvas of any
+mode.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ class BlockState:
     Attributes:
         canvas: The request's positions.
         start: First position of the active block.
-        canvas_end: Position behind the part of the canvas that is there.
+        canvas_end: Position behind the part of the canvas that is there, and within the suffix window.
         is_entry: Whether the block has had no step yet.
         refreshed_block: Index of the block in which the last refresh was; -1 before the first one.
         was_refresh: Whether the last step was a refresh.

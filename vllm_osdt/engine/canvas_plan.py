@@ -78,6 +78,8 @@ class FullAttentionPlan:
         mode: When to refresh, and which rows the other steps compute.
         decides_first_alone: Whether a block's first step decides its first position alone: with shifted logits and a
             cache, later steps do not compute the row before the block.
+        suffix_window: Blocks behind the active one that take part; None for all that are there. A refresh ends with
+            the last of them. What is behind has no pages, and no step sees it.
 
     Attributes:
         block_length: Positions denoised together.
@@ -85,15 +87,18 @@ class FullAttentionPlan:
         drafted: See ``CanvasPlan``; None, since a canvas that sees itself whole has no order from left to right.
     """
 
-    __slots__ = ("_block", "_entry", "_mode", "_planned", "block_length", "drafted", "pages_end")
+    __slots__ = ("_block", "_entry", "_mode", "_planned", "_reach", "block_length", "drafted", "pages_end")
 
-    def __init__(self, canvas: Canvas, mode: CacheMode, decides_first_alone: bool = False) -> None:
+    def __init__(
+        self, canvas: Canvas, mode: CacheMode, decides_first_alone: bool = False, suffix_window: int | None = None
+    ) -> None:
         self.block_length = canvas.block_length
         self.pages_end = 0
         self.drafted: Span | None = None
         self._mode = mode
         self._entry = Decides.FIRST_POSITION if decides_first_alone else Decides.BLOCK
         self._block = BlockState(canvas)
+        self._reach = canvas.length if suffix_window is None else (1 + suffix_window) * canvas.block_length
         self._planned = -1  # first position of the block that had the last step, -1 before the first step
 
     def admit(self, num_cached: int) -> None:
@@ -106,7 +111,7 @@ class FullAttentionPlan:
         """See ``CanvasPlan``."""
         block = self._block
         block.start, block.is_entry = num_tokens, self._planned != num_tokens
-        block.canvas_end = block.canvas.end_at(num_tokens)
+        block.canvas_end = min(block.canvas.end_at(num_tokens), num_tokens + self._reach)
         start, end = self._mode.next_rows(block)
         if end - start > budget:
             return None
@@ -125,7 +130,7 @@ class FullAttentionPlan:
         return min(self.block_length, self._block.canvas_end - num_tokens)
 
     def pages_needed(self, rows: Rows) -> int:
-        """All of the canvas that is there: a refresh writes them all."""
+        """All of the canvas that takes part: a refresh writes them all."""
         return self._block.canvas_end
 
     def hear(self, mean_confidence: float) -> None:
@@ -273,7 +278,10 @@ def make_plan(spec: RequestSpec, traits: Traits, *, is_fused: bool) -> CanvasPla
         return CausalCommitPlan(spec.canvas.block_length, decides_first_alone(spec, traits))
     if traits.is_block_causal:
         return BlockCausalPlan(spec.canvas.block_length, is_fused, traits.logits_shift > 0)
-    return FullAttentionPlan(spec.canvas, cache_mode_of(spec.options), decides_first_alone(spec, traits))
+    options = spec.options
+    return FullAttentionPlan(
+        spec.canvas, cache_mode_of(options), decides_first_alone(spec, traits), options.suffix_window
+    )
 
 
 def decides_first_alone(spec: RequestSpec, traits: Traits) -> bool:

@@ -104,8 +104,10 @@ class CanvasScheduler(Scheduler):
         self._branch_room = 0  # likewise, of branches: logits are read in few more rows than blocks have
         self._has_branch = False  # whether a request of it has branches
         self._spare: set[str] = set()  # ids of requests whose branches are taken where nobody else wants the room
-        max_reqs, served = self.max_num_running_reqs, self._traits.block_length
-        self._max_branch_rows = max_logit_rows(max_reqs, self.max_num_scheduled_tokens) - max_reqs * served
+        max_reqs, max_rows = self.max_num_running_reqs, self.max_num_scheduled_tokens
+        self._max_branch_rows = sys.maxsize  # logits of all of a step's rows may be read
+        if max_logit_rows(max_reqs, max_rows) < max_rows:
+            self._max_branch_rows = max_logit_rows(max_reqs, max_rows) - max_reqs * self._traits.block_length
         groups = self.kv_cache_config.kv_cache_groups
         self._pool = BranchPool(self.kv_cache_manager.block_pool, groups[0].kv_cache_spec.block_size if groups else 1)
         # Layers of several kinds would need pages of each; branches are left out there.

@@ -260,7 +260,6 @@ class FrontEnd:
     ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
         """See :meth:`check`; ``sent`` is what the client sent."""
         extra = merge_options(params.extra_args or {}, sent.options)
-        base = replace(self._defaults, gen_length=None)
         traits = self._config.model_config.hf_config.traits
         vocabulary = self._config.model_config.get_vocab_size()
         reader = Reader(encode, vocabulary, traits.mask_token_id, self._limits.max_model_len)
@@ -268,6 +267,9 @@ class FrontEnd:
             extra, sent.max_tokens, ignores_ends=asked.ignore_eos, is_default_limit=sent.is_default_limit
         )
         draft = read_draft(extra, reader)
+        base = replace(self._defaults, gen_length=None)
+        if template is not None:  # what follows a hole must be seen
+            base = replace(base, suffix_window=None)
         bans_ends = template is not None and not template.ends_itself
         check_limits(params, vocabulary, traits.mask_token_id, bans_ends=bans_ends, name_of=sent.name_of)
         options = validate_for_family(parse_options(extra, base=base, prefix=PREFIX), traits)
@@ -384,7 +386,7 @@ class FrontEnd:
                 if ":" in f"{made_with}{value}":
                     remedy = (
                         "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval, "
-                        "refresh_confidence and credit that it was made with"
+                        "refresh_confidence, suffix_window and credit that it was made with"
                     )
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "

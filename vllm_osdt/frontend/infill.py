@@ -205,6 +205,7 @@ def check_company(
     """
     others = {
         "gen_length": sent_gen_length and "the template is as long as it is",
+        "suffix_window": options.suffix_window is not None and "a hole sees all that follows it",
         "edit_threshold": options.edit_threshold is not None and "pinned tokens must not be replaced",
         "logprobs": asked.logprobs is not None and "no step chooses a pinned token",
         "structured_outputs": asked.structured_outputs is not None and "a grammar does not know of holes",

@@ -6,7 +6,7 @@ not read.
 """
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sequence import IntermediateTensors
@@ -71,6 +71,8 @@ class CanvasForCausalLM(CanvasMixin, LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer)
         self.vocab_size = vllm_config.model_config.hf_config.vocab_size
+        # vLLM traces a model once, before there are logit rows, and never looks at its arguments again.
+        self.narrows_last_layer = vllm_config.compilation_config.mode in (None, CompilationMode.NONE)
 
     def forward(
         self,
@@ -81,4 +83,6 @@ class CanvasForCausalLM(CanvasMixin, LlamaForCausalLM):
         logit_rows: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """Hidden states of all rows, or of ``logit_rows`` (int64 ``[M]``) in their order."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, logit_rows=logit_rows)
+        read = logit_rows if self.narrows_last_layer else None
+        hidden_states = self.model(input_ids, positions, intermediate_tensors, inputs_embeds, logit_rows=read)
+        return hidden_states if read is logit_rows else hidden_states[logit_rows]

@@ -3,10 +3,12 @@
 Source: TDAR (arXiv 2602.09555), bounded adaptive confidence decoding. A block's first step has the threshold
 clamp(max c, low, high), with the maximum over the masked positions; later ones clamp(mean c, low, high), with the mean
 over the positions that the block has committed so far. The authors' code keys that history by batch slot, which is
-wrong when requests move; here it belongs to the request.
+wrong when requests move; here it belongs to the request. Ours: with ``calibrated`` the upper bound is the threshold of
+OSDT, and the lower one no higher than that. (As the lower bound it would change nothing where commits are sure, whose
+mean is above the upper bound.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from csrc_triton.types import Rule
@@ -14,30 +16,34 @@ from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
+from vllm_osdt.policies.base import Schedule, Step, constant
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class BACDOptions:
+class BACDOptions(CalibratedOptions):
     """The bounds of the threshold."""
 
     min_threshold: float = option(0.6, number(gt=0, le=1), "Of `bacd`: lower bound of the threshold.")
-    max_threshold: float = option(0.9, number(gt=0, le=1), "Of `bacd`: upper bound of the threshold.")
+    max_threshold: float = option(
+        0.9, number(gt=0, le=1), "Of `bacd`: upper bound of the threshold.", excludes="calibrated"
+    )
 
 
-class BACD(Policy):
+class BACD(CalibratedPolicy):
     """A threshold between two bounds, from the mean confidence of the block's commits."""
 
     name = "bacd"
     Options = BACDOptions
+    with_profile = "`max_threshold`; after unsure commits its threshold falls below that, to `min_threshold` at most"
     adjusts = True
 
     def check(self, options: BACDOptions) -> None:
         """The bounds must leave room."""
-        if options.min_threshold > options.max_threshold:
+        if options.min_threshold > options.max_threshold and not options.calibrated:
             raise InvalidOptionError(
                 f"min_threshold is {options.min_threshold:g}, above max_threshold {options.max_threshold:g}; lower it.",
                 refusal="bacd-bounds",
@@ -47,8 +53,12 @@ class BACD(Policy):
 
     def schedule(self, options: BACDOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` replaces the parameter."""
-        constants = (options.min_threshold, options.max_threshold)
-        return constant(shape, Rule.THRESHOLD, options.max_threshold, constants)
+        schedule = (
+            calibrated_schedule(options, shape, thresholds)
+            if options.calibrated
+            else constant(shape, Rule.THRESHOLD, options.max_threshold)
+        )
+        return replace(schedule, constants=(options.min_threshold,))
 
     def adjust(self, step: Step) -> None:
         """The threshold of a step; ``step.state`` has the sum and the number of committed confidences."""
@@ -57,7 +67,8 @@ class BACD(Policy):
         total, number_committed = step.state[:, 0], step.state[:, 1]
         mean = total / number_committed.clamp(min=1)
         threshold = torch.where(number_committed > 0, mean, step.score.amax(dim=-1))
-        step.parameter.copy_(threshold.clamp(step.constants[:, 0], step.constants[:, 1]))
+        high = step.parameter
+        step.parameter.copy_(threshold.clamp(step.constants[:, 0].minimum(high), high))
 
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Count the confidences of what the step committed."""

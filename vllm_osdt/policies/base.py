@@ -259,6 +259,8 @@ class Policy(ABC):
     Attributes:
         name: What a user calls it.
         Options: A frozen dataclass of the options that it reads (``vllm_osdt.declaration.option``).
+        with_profile: What a task's calibrated threshold is to it, for users: which of its numbers the option
+            ``calibrated`` replaces; where it has no such option, why not.
         ranks_by_entropy: Whether confidence is 1 - H / 32, with H the entropy of the position in nats, in place of the
             probability of the proposal. Token editing, which compares probabilities, is then refused. Where it depends
             on options: :meth:`looks_at_entropy`.
@@ -281,6 +283,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    with_profile: ClassVar[str] = "it has no option that a calibrated threshold could take the place of"
     ranks_by_entropy: ClassVar[bool] = False
     adjusts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False

@@ -69,6 +69,7 @@ class CadLLM(Policy):
 
     name = "cad_llm"
     Options = CadLLMOptions
+    with_profile = "it cuts blocks to many lengths, and calibrated thresholds are of blocks of one length"
     adjusts = True
     cuts_blocks = True
 

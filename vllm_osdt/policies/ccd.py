@@ -24,17 +24,17 @@ its step, stays.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from csrc_triton.types import ENTROPY_SCALE
+from csrc_triton.types import ENTROPY_SCALE, Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import Flag, count, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, best
-from vllm_osdt.policies.fixed_steps import StepsOptions, quotas, resolve_if_asked
+from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, best, constant
+from vllm_osdt.policies.fixed_steps import StepsOptions, quota_numbers, quota_of, resolve_if_asked
 
 if TYPE_CHECKING:
     import torch
 
-IS_RELEASE, IS_DYNAMIC, WINDOW, NUM_POSITIONS = range(4)  # constants
+IS_RELEASE, IS_DYNAMIC, WINDOW, NUM_POSITIONS, QUOTA = range(5)  # constants; from the last on, the quota's
 TOKEN, NOTED, TOKEN_EARLIER, NOTED_EARLIER = range(4)  # memory: of the step before, and of the one before that
 CONFIDENCE, RANK, BEST_TOKEN = range(3)  # reading
 NUM_NOTED, NUM_MASKED = range(2)  # state: n, and the most masked positions that a step has seen
@@ -78,6 +78,7 @@ class CCD(Policy):
 
     name = "ccd"
     Options = CCDOptions
+    with_profile = "it has no threshold: what steps agree on is committed, the least entropies first"
     adjusts = True
     reads_logits = True
     reads_step_before = True
@@ -91,8 +92,8 @@ class CCD(Policy):
     def schedule(self, options: CCDOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` chooses."""
         is_release = options.ccd_rule == "release"
-        constants = (float(is_release), float(options.ccd_dynamic), options.ccd_window, options.ccd_positions)
-        return quotas(options, shape, constants)
+        own = (float(is_release), float(options.ccd_dynamic), options.ccd_window, options.ccd_positions)
+        return constant(shape, Rule.THRESHOLD, 1.0, (*own, *quota_numbers(options, shape)))
 
     def read(self, rows: PositionLogits) -> None:
         """Average the distributions of the steps that have noted a position, and propose what is likeliest then."""
@@ -121,7 +122,7 @@ class CCD(Policy):
         """Choose by the rule that the request asks for, and note this step's positions."""
         import torch  # late: options are read without it
 
-        token, quota = step.reading[..., BEST_TOKEN], step.parameter.long()
+        token, quota = step.reading[..., BEST_TOKEN], quota_of(step, QUOTA)
         stays = step.is_open & (step.memory[..., NOTED] > 0) & (step.memory[..., TOKEN] == token)
         is_release = (step.constants[:, IS_RELEASE] > 0).unsqueeze(1)
         chosen, noted = _by_paper(step, quota, stays)

@@ -15,22 +15,26 @@ Deviations:
 - Their last step of a block leaves mask tokens where it proposes an end too early; here it unmasks those too, and it is
   the ``max_block_steps``-th, not the one behind it.
 - Half of the canvas is half of what is there, where it grows (``Step.num_positions``).
+- With ``calibrated`` the threshold of confidences is that of OSDT.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from csrc_triton.types import ENTROPY_SCALE, Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
+from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
-from vllm_osdt.policies.static_threshold import ThresholdOptions, threshold_of
+from vllm_osdt.policies.base import Schedule, Step, best, constant
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
+from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 
 @dataclass(frozen=True)
-class ConfidenceAdaptiveOptions(ThresholdOptions):
+class ConfidenceAdaptiveOptions(ThresholdOptions, CalibratedOptions):
     """What counts as confident, how many positions may be taken, and two guards."""
 
     max_unmask: int = option(
@@ -58,12 +62,24 @@ class ConfidenceAdaptiveOptions(ThresholdOptions):
     )
 
 
-class ConfidenceAdaptive(Policy):
+class ConfidenceAdaptive(CalibratedPolicy):
     """``max_unmask`` positions at most, as many as reach the threshold."""
 
     name = "confidence_adaptive"
     Options = ConfidenceAdaptiveOptions
+    with_profile = "`threshold`; the `max_block_steps`-th step unmasks what is below it. Not with `adaptive_entropy`"
     adjusts = True
+
+    def check(self, options: Any) -> None:
+        """Entropies have no calibrated threshold."""
+        if options.policy == self.name and options.calibrated and options.adaptive_entropy is not None:
+            raise InvalidOptionError(
+                f"calibrated is true and adaptive_entropy {options.adaptive_entropy:g}, but a profile's thresholds are "
+                "confidences, not entropies: send adaptive_entropy = null, or leave calibrated out.",
+                refusal="calibrated-entropy",
+                parameter="calibrated",
+                value=True,
+            )
 
     def looks_at_entropy(self, options: ConfidenceAdaptiveOptions) -> bool:
         """In the entropy form."""
@@ -72,23 +88,22 @@ class ConfidenceAdaptive(Policy):
     def schedule(
         self, options: ConfidenceAdaptiveOptions, shape: DecodeShape, thresholds: Thresholds | None = None
     ) -> Schedule:
-        """See the class; ``adjust`` replaces the parameter."""
-        threshold, min_unmask = threshold_of(options, shape), None
+        """See the class; ``adjust`` chooses."""
+        schedule, min_unmask = calibrated_schedule(options, shape, thresholds if options.calibrated else None), None
         if options.adaptive_entropy is not None:
-            threshold = 1.0 - options.adaptive_entropy / ENTROPY_SCALE
+            schedule = constant(shape, Rule.THRESHOLD, 1.0 - options.adaptive_entropy / ENTROPY_SCALE)
         if options.max_block_steps is not None:
             step = np.arange(1, shape.block_length + 1)
             min_unmask = np.where(step < options.max_block_steps, 0, shape.block_length).astype(np.int32)
-        table = constant(shape, Rule.TOP_K, 1.0).parameters
-        return Schedule(Rule.TOP_K, table, min_unmask, constants=(threshold, options.max_unmask, options.end_after))
+        return replace(schedule, min_unmask=min_unmask, constants=(options.max_unmask, options.end_after))
 
     def adjust(self, step: Step) -> None:
-        """Count the confident positions, and put early ends behind all others."""
-        threshold, most, end_after = step.constants[:, :3].unbind(dim=1)
+        """Choose as many of the best positions as are confident, early ends behind all others."""
+        most, end_after = step.constants[:, :2].unbind(dim=1)
         decided = (step.num_positions - step.num_left) / step.num_positions.clamp(min=1)
         is_end = (step.token.unsqueeze(-1) == step.end_token_ids.unsqueeze(1)).any(dim=-1)  # [R, W]
         is_early = is_end & (decided < end_after).unsqueeze(-1) & step.is_open
-        is_confident = (step.score >= threshold.unsqueeze(-1)) & step.is_open & ~is_early
-        number = is_confident.sum(dim=1).to(most.dtype)
-        step.parameter.copy_(number.minimum(most).clamp(min=1))
-        step.score.copy_(step.score.where(~is_early, step.score / 2 - 1))  # below 0, in the same order
+        is_confident = (step.score >= step.parameter.unsqueeze(-1)) & step.is_open & ~is_early
+        number = is_confident.sum(dim=1).to(most.dtype).minimum(most).clamp(min=1)
+        behind = step.score.nan_to_num(nan=-1.0)
+        step.choose(best(behind.where(~is_early, behind / 2 - 1), number))  # below 0, in the same order

@@ -17,18 +17,20 @@ Deviations:
   a margin, or a negative entropy, which never reaches it.
 - Margin and entropy are those of the tokens that may be proposed, so without the mask token.
 - Equality passes the threshold, as the option says.
+- With ``calibrated`` the threshold is that of OSDT.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from csrc_triton.types import ENTROPY_SCALE, Rule
+from csrc_triton.types import ENTROPY_SCALE
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import option
 from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, best, constant
+from vllm_osdt.policies.base import PositionLogits, Schedule, Step, best
 from vllm_osdt.policies.fixed_steps import StepsOptions, resolve_steps
-from vllm_osdt.policies.static_threshold import ThresholdOptions, threshold_of
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
+from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +41,7 @@ EPS_PARTS = 1000  # the schedule ends at the time 1 / EPS_PARTS
 
 
 @dataclass(frozen=True)
-class DimpleOptions(ThresholdOptions, StepsOptions):
+class DimpleOptions(ThresholdOptions, StepsOptions, CalibratedOptions):
     """A threshold, the steps of the schedule, and what ranks positions that do not pass."""
 
     fallback_rank: str = option(
@@ -50,11 +52,12 @@ class DimpleOptions(ThresholdOptions, StepsOptions):
     )
 
 
-class Dimple(Policy):
+class Dimple(CalibratedPolicy):
     """``options.threshold``, and ``options.steps`` as the most steps."""
 
     name = "dimple"
     Options = DimpleOptions
+    with_profile = "`threshold`; where nothing passes, the schedule unmasks positions below it"
     adjusts = True
     reads_logits = True
     needs_whole_blocks = True
@@ -71,9 +74,9 @@ class Dimple(Policy):
         """See the class; ``adjust`` decides alone."""
         assert options.steps is not None
         steps_per_block = options.steps // shape.num_blocks
-        threshold, rank = threshold_of(options, shape), RANKS.index(options.fallback_rank)
-        constants = (threshold, steps_per_block, rank, shape.decides_first_alone)
-        return constant(shape, Rule.THRESHOLD, threshold, constants)
+        constants = (steps_per_block, RANKS.index(options.fallback_rank), shape.decides_first_alone)
+        schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
+        return replace(schedule, constants=constants)
 
     def read(self, rows: PositionLogits) -> None:
         """The rank of a position."""
@@ -82,14 +85,14 @@ class Dimple(Policy):
         probability = rows.logits.softmax(dim=-1)
         first, second = probability.topk(2, dim=-1).values.unbind(dim=-1)
         entropy = torch.special.entr(probability).sum(dim=-1, dtype=torch.float64).float()
-        rank = torch.where(rows.constants[:, 2] == MARGIN, first - second, 1.0 - entropy / ENTROPY_SCALE)
+        rank = torch.where(rows.constants[:, 1] == MARGIN, first - second, 1.0 - entropy / ENTROPY_SCALE)
         rows.reading[:, 0] = rank
 
     def adjust(self, step: Step) -> None:
         """Choose; ``step.state`` has the masks with which the block began."""
         import torch
 
-        threshold, num_steps, ranked_by, is_first_alone = step.constants[:, :4].unbind(dim=1)
+        num_steps, ranked_by, is_first_alone = step.constants[:, :3].unbind(dim=1)
         left = step.is_open.sum(dim=1)
         total = step.state[:, 0]
         # Its first position may have had a step alone.
@@ -97,7 +100,7 @@ class Dimple(Policy):
         number = _number(left, total.long().clamp(min=1), num_steps.long(), step.step_index)
         rank = torch.where((ranked_by == 0).unsqueeze(-1), step.confidence, step.reading[..., 0])
         rank = rank.masked_fill(~step.is_open, -2.0)
-        passes = (step.confidence >= threshold.unsqueeze(-1)) & step.is_open
+        passes = (step.confidence >= step.parameter.unsqueeze(-1)) & step.is_open
         is_last = (step.step_index + 1 >= num_steps).unsqueeze(-1)
         chosen = torch.where(passes.any(dim=1, keepdim=True), passes, best(rank, number))
         step.choose(chosen | is_last, rank)

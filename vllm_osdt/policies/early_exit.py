@@ -21,9 +21,9 @@ from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, constant
+from vllm_osdt.policies.base import PositionLogits, Schedule, Step, constant
 from vllm_osdt.policies.fixed_steps import StepsOptions, positions_per_step, resolve_steps
-from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def is_adaptive(options: Any) -> bool:
     return options.calibrated or options.commit_threshold is not None
 
 
-class EarlyExit(Policy):
+class EarlyExit(CalibratedPolicy):
     """Fills all positions of a step once the mean gap of its logits is large enough; subclasses say when that is.
 
     Constants: the index of the last denoising step, or ``ADAPTIVE``; steps of a block, 0 where each block counts by
@@ -64,6 +64,7 @@ class EarlyExit(Policy):
     for the whole answer.
     """
 
+    with_profile = "`commit_threshold`; an exit fills what is below it"
     adjusts = True
     reads_logits = True
 
@@ -89,10 +90,6 @@ class EarlyExit(Policy):
             index: float32 ``[R]``, of the step, from 0.
             last: float32 ``[R]``, of the last one.
         """
-
-    def calibrates(self, options: EarlyExitOptions) -> bool:
-        """If the request says so."""
-        return options.calibrated
 
     def resolve(self, options: EarlyExitOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas; beside a threshold only where the request asks for steps."""

@@ -35,6 +35,7 @@ class EntropyBound(Policy):
 
     name = "entropy_bound"
     Options = EntropyBoundOptions
+    with_profile = "it looks at entropies, and calibrated thresholds are confidences"
     ranks_by_entropy = True
 
     def schedule(

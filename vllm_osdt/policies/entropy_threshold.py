@@ -31,6 +31,7 @@ class EntropyThreshold(Policy):
 
     name = "entropy_threshold"
     Options = EntropyThresholdOptions
+    with_profile = "it looks at entropies, and calibrated thresholds are confidences"
     ranks_by_entropy = True
 
     def schedule(

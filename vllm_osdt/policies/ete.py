@@ -14,8 +14,8 @@ from typing import Any
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step
-from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.base import Schedule, Step
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 
@@ -36,21 +36,18 @@ class ETEOptions(ThresholdOptions, CalibratedOptions):
     )
 
 
-class ETE(Policy):
+class ETE(CalibratedPolicy):
     """A static threshold, and one position more where it lets few pass."""
 
     name = "ete"
     Options = ETEOptions
+    with_profile = "`threshold`; an explored position passes below it"
     adjusts = True
 
     def schedule(self, options: Any, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class."""
         schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
         return replace(schedule, constants=(options.explore_below, options.explore_rank))
-
-    def calibrates(self, options: Any) -> bool:
-        """If the request says so."""
-        return options.calibrated
 
     def adjust(self, step: Step) -> None:
         """Choose what passes, the surest position where nothing does, and the explored one."""

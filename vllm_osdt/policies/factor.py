@@ -29,6 +29,7 @@ class Factor(Policy):
 
     name = "factor"
     Options = FactorOptions
+    with_profile = "its factor bounds an uncertainty times a rank, and a calibrated threshold is of one position"
 
     def schedule(self, options: FactorOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class."""

@@ -6,7 +6,7 @@ Source: LLaDA (arXiv 2502.09992), appendix B.4; ``get_num_transfer_tokens`` of t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,10 @@ from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule
+from vllm_osdt.policies.base import Policy, Schedule, Step
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class FixedSteps(Policy):
 
     name = "fixed_steps"
     Options = StepsOptions
+    with_profile = "it has no threshold"
 
     def resolve(self, options: StepsOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas, one token per step where the request does not say."""
@@ -65,15 +69,27 @@ class FixedSteps(Policy):
         return Schedule(Rule.TOP_K, np.tile(shares.astype(np.float32), (shape.num_blocks, 1)))
 
 
-def quotas(options: StepsOptions, shape: DecodeShape, constants: Sequence[float]) -> Schedule:
-    """The schedule of a policy that chooses positions itself, and takes ``fixed_steps``' number of them where it must.
+def quota_numbers(options: StepsOptions, shape: DecodeShape) -> Sequence[float]:
+    """The 4 constants of which :func:`quota_of` makes how many positions ``fixed_steps`` would take in each step."""
+    if options.steps is None:
+        return 1, 0, 0, 0
+    row, num_alone = positions_per_step(options.steps, shape), int(shape.decides_first_alone)
+    shared = row[num_alone : np.count_nonzero(row)]
+    share = int(shared.min(initial=shape.block_length))
+    return share, int((shared > share).sum()), num_alone, num_alone + shared.size
 
-    ``Step.parameter`` is that number, at least 1; without steps it is 1.
+
+def quota_of(step: Step, column: int) -> "torch.Tensor":
+    """Positions that ``fixed_steps`` would take, int64 ``[R]``, at least 1; without steps it is 1.
+
+    Args:
+        step: Of a model without sub-blocks.
+        column: The first of ``step.constants`` that :func:`quota_numbers` made.
     """
-    row = np.ones(shape.block_length, dtype=np.float32)
-    if options.steps is not None:
-        row = np.maximum(row, positions_per_step(options.steps, shape))
-    return Schedule(Rule.THRESHOLD, np.tile(row.astype(np.float32), (shape.num_blocks, 1)), constants=constants)
+    share, num_larger, num_alone, num_steps = step.constants[:, column : column + 4].long().unbind(dim=1)
+    index = step.step_index
+    is_shared = (index >= num_alone) & (index < num_steps)
+    return (share + (index < num_alone + num_larger)).where(is_shared, 1)
 
 
 def resolve_if_asked(options: StepsOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class FreeDave(Policy):
     name = "freedave"
     Options = FreeDaveOptions
     has_branches = True
+    with_profile = "its base decoders are `fixed_steps` and the static threshold, whose tokens it promises"
 
     def resolve(self, options: FreeDaveOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """As the base decoder does."""

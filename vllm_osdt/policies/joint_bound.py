@@ -30,6 +30,7 @@ class JointBound(Policy):
 
     name = "joint_bound"
     Options = JointBoundOptions
+    with_profile = "its bound is on a sum of uncertainties, and a calibrated threshold is of one position"
 
     def schedule(
         self, options: JointBoundOptions, shape: DecodeShape, thresholds: Thresholds | None = None

@@ -4,31 +4,39 @@ Source: KLASS (arXiv 2511.05664), section 3 and the authors' code (shkim0116/KLA
 the threshold and KL(p_t || p_{t-1}) < the bound in each of the last ``kl_steps`` steps; where there are none, the most
 confident ones, as many as ``fixed_steps`` would take. The authors' thresholds for LLaDA are 0.9 and 0.01 (code, and
 HumanEval), 0.6 and 0.015 (GSM8K), 0.6 and 0.01 (MATH), 0.7 and 0.01 (MBPP); for Dream 0.8 or 0.9 and 0.001 to 0.005.
+Ours: with ``calibrated`` the threshold of confidences is that of OSDT.
 
 Deviations: divergences are counted from the block's first step, whereas the authors' code has those of earlier blocks'
 steps too, so that later blocks may begin one step sooner. The step before is as the model wrote it, without the tokens
 that sampling parameters rule out; biases and penalties are in p_t alone, and such positions pass later or not at all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, best
-from vllm_osdt.policies.fixed_steps import StepsOptions, quotas, resolve_if_asked
+from vllm_osdt.policies.base import PositionLogits, Schedule, Step, best, constant
+from vllm_osdt.policies.fixed_steps import StepsOptions, quota_numbers, quota_of, resolve_if_asked
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 
-CONFIDENCE, DIVERGENCE, NUM_STEPS = range(3)  # constants
+DIVERGENCE, NUM_STEPS, QUOTA = range(3)  # constants; from the last on, the quota's
 SEEN, RUN = range(2)  # memory: steps of the block with logits, the last of them with a small divergence
 
 
 @dataclass(frozen=True)
-class KLASSOptions(StepsOptions):
+class KLASSOptions(StepsOptions, CalibratedOptions):
     """Two thresholds and for how long they must hold."""
 
     kl_confidence: float = option(
-        0.9, number(ge=0, lt=1), "Of `klass`: confidence above which a stable position passes."
+        0.9,
+        number(ge=0, lt=1),
+        "Of `klass`: confidence above which a stable position passes.",
+        excludes="calibrated",
     )
     kl_threshold: float = option(
         0.01,
@@ -44,11 +52,12 @@ class KLASSOptions(StepsOptions):
     )
 
 
-class KLASS(Policy):
+class KLASS(CalibratedPolicy):
     """Confidence above a threshold, and small divergences in a row; else the most confident positions."""
 
     name = "klass"
     Options = KLASSOptions
+    with_profile = "`kl_confidence`; where nothing is stable, `steps` may unmask positions below it"
     adjusts = True
     reads_logits = True
     reads_step_before = True
@@ -60,7 +69,14 @@ class KLASS(Policy):
 
     def schedule(self, options: KLASSOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` chooses."""
-        return quotas(options, shape, (options.kl_confidence, options.kl_threshold, options.kl_steps))
+        above = np.nextafter(np.float32(options.kl_confidence), np.float32(np.inf))  # equality passes
+        schedule = (
+            calibrated_schedule(options, shape, thresholds)
+            if options.calibrated
+            else constant(shape, Rule.THRESHOLD, float(above))
+        )
+        constants = (options.kl_threshold, options.kl_steps, *quota_numbers(options, shape))
+        return replace(schedule, constants=constants)
 
     def read(self, rows: PositionLogits) -> None:
         """Count the steps in a row with a small divergence."""
@@ -80,8 +96,7 @@ class KLASS(Policy):
         """Choose what is sure and stable, else the quota."""
         import torch  # late: options are read without it
 
-        constants = step.constants
-        passes = step.is_open & (step.confidence > constants[:, CONFIDENCE, None])
-        passes &= step.reading[..., 0] >= constants[:, NUM_STEPS, None]
-        quota = best(step.confidence, step.parameter.long())
-        step.choose(torch.where(passes.any(dim=1, keepdim=True), passes, quota))
+        passes = step.is_open & (step.confidence >= step.parameter.unsqueeze(1))
+        passes &= step.reading[..., 0] >= step.constants[:, NUM_STEPS, None]
+        first = best(step.confidence, quota_of(step, QUOTA))
+        step.choose(torch.where(passes.any(dim=1, keepdim=True), passes, first))

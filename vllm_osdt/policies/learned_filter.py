@@ -49,6 +49,7 @@ class LearnedFilter(Policy):
 
     name = "learned_filter"
     Options = LearnedFilterOptions
+    with_profile = "its threshold is on what its filter makes of confidences, and a calibrated one on confidences"
     adjusts = True
 
     def check_operator(self, options: Any, operator: Any) -> None:

@@ -6,34 +6,41 @@ defaults these are: masked positions with confidence >= the threshold, the same 
 none, the most confident ones, as many as ``fixed_steps`` would take. The divergence is that of coarse distributions:
 the 8 likeliest tokens of each step by themselves, and the rest as one.
 
+Ours: with ``calibrated`` the threshold of confidences is that of OSDT.
+
 Deviation: with a temperature the authors' code adds noise to what it compares. Here distributions and best tokens are
 those without noise, and the committed token is the sample.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, best
-from vllm_osdt.policies.fixed_steps import StepsOptions, quotas, resolve_if_asked
+from vllm_osdt.policies.base import PositionLogits, Schedule, Step, best, constant
+from vllm_osdt.policies.fixed_steps import StepsOptions, quota_numbers, quota_of, resolve_if_asked
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 
 if TYPE_CHECKING:
     import torch
 
 TOP = 8  # tokens of the coarse distributions, as in the authors' code
-CONFIDENCE, DIVERGENCE, PERSISTENCE = range(3)  # constants
+DIVERGENCE, PERSISTENCE, QUOTA = range(3)  # constants; from the last on, the quota's
 TOKEN, RUN = range(2)  # memory: the best token, and in how many steps in a row it was; behind them tokens and shares
 FIRST_TOKEN, FIRST_SHARE = 2, 2 + TOP
 
 
 @dataclass(frozen=True)
-class LESSOptions(StepsOptions):
+class LESSOptions(StepsOptions, CalibratedOptions):
     """Three thresholds."""
 
     less_confidence: float = option(
-        0.75, number(ge=0, le=1), "Of `less`: confidence with which a stable position passes."
+        0.75,
+        number(ge=0, le=1),
+        "Of `less`: confidence with which a stable position passes.",
+        excludes="calibrated",
     )
     js_threshold: float = option(
         0.04,
@@ -50,11 +57,12 @@ class LESSOptions(StepsOptions):
     )
 
 
-class LESS(Policy):
+class LESS(CalibratedPolicy):
     """A confidence, a best token that stays, and a small divergence; else the most confident positions."""
 
     name = "less"
     Options = LESSOptions
+    with_profile = "`less_confidence`; where nothing is stable, `steps` may unmask positions below it"
     adjusts = True
     reads_logits = True
     memory_size = 2 + 2 * TOP
@@ -65,7 +73,13 @@ class LESS(Policy):
 
     def schedule(self, options: LESSOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` chooses."""
-        return quotas(options, shape, (options.less_confidence, options.js_threshold, options.persistence))
+        schedule = (
+            calibrated_schedule(options, shape, thresholds)
+            if options.calibrated
+            else constant(shape, Rule.THRESHOLD, options.less_confidence)
+        )
+        constants = (options.js_threshold, options.persistence, *quota_numbers(options, shape))
+        return replace(schedule, constants=constants)
 
     def read(self, rows: PositionLogits) -> None:
         """Compare best tokens and coarse distributions with the step before, and keep this step's."""
@@ -88,10 +102,10 @@ class LESS(Policy):
         import torch  # late: options are read without it
 
         constants, (divergence, run, *_) = step.constants, step.reading.unbind(dim=-1)
-        passes = step.is_open & (step.confidence >= constants[:, CONFIDENCE, None])
+        passes = step.is_open & (step.confidence >= step.parameter.unsqueeze(1))
         passes &= (divergence <= constants[:, DIVERGENCE, None]) & (run > constants[:, PERSISTENCE, None])
-        quota = best(step.confidence, step.parameter.long())
-        step.choose(torch.where(passes.any(dim=1, keepdim=True), passes, quota))
+        first = best(step.confidence, quota_of(step, QUOTA))
+        step.choose(torch.where(passes.any(dim=1, keepdim=True), passes, first))
 
 
 def coarse_divergence(

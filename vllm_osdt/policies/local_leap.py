@@ -12,8 +12,8 @@ from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
-from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.base import Schedule, Step, constant
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LocalLeapOptions(CalibratedOptions):
     )
 
 
-class LocalLeap(Policy):
+class LocalLeap(CalibratedPolicy):
     """``anchor_threshold`` everywhere; near an anchor, ``relaxed_threshold``.
 
     Calibrated, the profile's threshold of each block and step, and ``relaxed_ratio`` of it.
@@ -52,6 +52,7 @@ class LocalLeap(Policy):
 
     name = "local_leap"
     Options = LocalLeapOptions
+    with_profile = "`anchor_threshold`; near an anchor, `relaxed_ratio` of it is enough"
     adjusts = True
 
     def schedule(self, options: LocalLeapOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
@@ -61,10 +62,6 @@ class LocalLeap(Policy):
             return replace(schedule, constants=(0.0, options.leap_radius, options.relaxed_ratio))
         constants = (options.relaxed_threshold, options.leap_radius)
         return constant(shape, Rule.THRESHOLD, options.anchor_threshold, constants)
-
-    def calibrates(self, options: LocalLeapOptions) -> bool:
-        """If the request says so."""
-        return options.calibrated
 
     def adjust(self, step: Step) -> None:
         """Lift the score of relaxed positions near an anchor to the anchor threshold."""

@@ -47,6 +47,7 @@ class MultiBlock(Policy):
 
     name = "multi_block"
     Options = MultiBlockOptions
+    with_profile = "it looks at entropies, and calibrated thresholds are confidences"
     adjusts = True
     ranks_by_entropy = True
 

@@ -5,25 +5,26 @@ the positions k with c_(k) >= threshold, or with c_(k) >= ``bound_min`` and c_(k
 least the first. Both tests fail for all that follow once they fail, so those are the first positions by rank. The
 ``product`` form, the port's sampler ``cumulative_error``, unmasks the first k with c_(0) c_(1) ... c_(k) >= threshold.
 The port has the threshold 0.9, the minimum 0.45 and the factor 2. Its bound of a rank is that of Fast-dLLM's factor
-rule, where equality passes here.
+rule, where equality passes here. Ours: with ``calibrated`` the threshold is that of OSDT. A product of
+confidences is at most the least of them, so that the ``product`` form unmasks no more than OSDT does.
 
 The port's limits on a step's positions and on a block's steps are not here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import defaults, number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
-from vllm_osdt.policies.static_threshold import ThresholdOptions, threshold_of
+from vllm_osdt.policies.base import Schedule, Step, best
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
+from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 
 @dataclass(frozen=True)
-class NemotronBoundOptions(ThresholdOptions):
+class NemotronBoundOptions(ThresholdOptions, CalibratedOptions):
     """A threshold, and what passes below it."""
 
     bound_form: str = option(
@@ -44,11 +45,12 @@ class NemotronBoundOptions(ThresholdOptions):
     )
 
 
-class NemotronBound(Policy):
+class NemotronBound(CalibratedPolicy):
     """``options.threshold``, or the bound of a rank."""
 
     name = "nemotron_bound"
     Options = NemotronBoundOptions
+    with_profile = "`threshold`, of a confidence or of a product; a rank's bound passes positions below it"
     adjusts = True
 
     def check(self, options: NemotronBoundOptions) -> None:
@@ -67,19 +69,20 @@ class NemotronBound(Policy):
     def schedule(
         self, options: NemotronBoundOptions, shape: DecodeShape, thresholds: Thresholds | None = None
     ) -> Schedule:
-        """See the class; ``adjust`` replaces the parameter."""
-        is_product = options.bound_form == "product"
-        constants = (threshold_of(options, shape), options.bound_min, options.bound_factor, is_product)
-        return constant(shape, Rule.TOP_K, 1.0, constants)
+        """See the class; ``adjust`` chooses."""
+        constants = (options.bound_min, options.bound_factor, float(options.bound_form == "product"))
+        schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
+        return replace(schedule, constants=constants)
 
     def adjust(self, step: Step) -> None:
-        """Count the positions that pass, which are the first ones by rank."""
+        """Choose the positions that pass, which are the first ones by rank."""
         import torch  # late: options are read without it
 
-        threshold, least, factor, is_product = step.constants[:, :4].unsqueeze(1).unbind(dim=2)  # [R, 1]
+        threshold = step.parameter.unsqueeze(1)  # [R, 1]
+        least, factor, is_product = step.constants[:, :3].unsqueeze(1).unbind(dim=2)
         ranked = step.score.nan_to_num(nan=-1.0).sort(dim=1, descending=True).values
         rank = torch.arange(ranked.shape[1], device=ranked.device)
         by_rank = (ranked >= threshold) | (ranked >= torch.maximum(least, 1.0 - factor / (rank + 2)))
         by_product = ranked.clamp(min=0.0).cumprod(dim=1) >= threshold
         passes = torch.where(is_product > 0, by_product, by_rank) & (ranked >= 0)
-        step.parameter.copy_(passes.sum(dim=1).clamp(min=1))
+        step.choose(best(step.score, passes.sum(dim=1)))

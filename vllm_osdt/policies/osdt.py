@@ -119,6 +119,7 @@ class OSDT(Policy):
 
     name = "osdt"
     Options = OSDTOptions
+    with_profile = "its thresholds are the profile's, with no other option than `task`"
 
     def calibrates(self, options: OSDTOptions) -> bool:
         """Always."""
@@ -164,6 +165,17 @@ class CalibratedOptions:
         "thresholds from what is recorded so far.",
         needs_task=True,
     )
+
+
+class CalibratedPolicy(Policy):
+    """A policy with a threshold that is the profile's where a request says ``calibrated``.
+
+    Its options inherit :class:`CalibratedOptions`.
+    """
+
+    def calibrates(self, options: Any) -> bool:
+        """If the request says so."""
+        return options.calibrated
 
 
 def calibrated_schedule(options: Any, shape: DecodeShape, thresholds: Thresholds | None) -> Schedule:

@@ -53,6 +53,7 @@ class StaticThreshold(Policy):
 
     name = "static_threshold"
     Options = StaticThresholdOptions
+    with_profile = "with a profile's thresholds it is `osdt`"
 
     def resolve(self, options: StaticThresholdOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas, where the request asks for steps."""

@@ -6,7 +6,8 @@ threshold x (1 - ``relaxation`` x (1 - r)), and equality passes; at least the mo
 
 Deviations: in the authors' code r is the masked share of the block and of the window behind it, and 1 in a block's
 first step. Here it is the share of the most masks that the block, or a sub-block of it, has had. Ours: with
-``calibrated`` the threshold that falls is that of OSDT.
+``calibrated`` the threshold that falls is that of OSDT. The paper's pruning of the suffix is the option
+``suffix_window``, which goes with every policy.
 """
 
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from dataclasses import dataclass, replace
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step
-from vllm_osdt.policies.osdt import CalibratedOptions, calibrated_schedule
+from vllm_osdt.policies.base import Schedule, Step
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import ThresholdOptions
 
 
@@ -30,11 +31,12 @@ class StreamingOptions(ThresholdOptions, CalibratedOptions):
     )
 
 
-class Streaming(Policy):
+class Streaming(CalibratedPolicy):
     """``options.threshold`` in a block of masks, down to ``1 - options.relaxation`` of it."""
 
     name = "streaming"
     Options = StreamingOptions
+    with_profile = "`threshold`, which falls from there as the block fills"
     adjusts = True
 
     def schedule(self, options: StreamingOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
@@ -42,10 +44,6 @@ class Streaming(Policy):
         constants = (options.relaxation, shape.decides_first_alone)
         schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
         return replace(schedule, constants=constants)
-
-    def calibrates(self, options: StreamingOptions) -> bool:
-        """If the request says so."""
-        return options.calibrated
 
     def adjust(self, step: Step) -> None:
         """Lower the threshold; ``step.state`` has the most masks that were left."""

@@ -39,6 +39,7 @@ class WeDLM(Policy):
 
     name = "wedlm"
     Options = WeDLMOptions
+    with_profile = "it looks at entropies, and calibrated thresholds are confidences"
     ranks_by_entropy = True
     adjusts = True
 
