@@ -28,7 +28,7 @@ def test_the_options_page_is_complete_and_has_the_defaults():
     values = {**DEFAULTS, **defaults(ServerOptions)}
     assert rows.keys() == values.keys() == {*OPTION_NAMES, *SERVER_OPTION_NAMES}
     in_words = {"steps", "block_length", "sub_block_length", "gen_length", "cache_mode", "profile_dir"}
-    in_words.add("adablock_delimiters")
+    in_words |= {"adablock_delimiters", "think_end_token"}
     told = {name: json.loads(text.strip("`")) for name, text in rows.items() if name not in in_words}
     assert told == {name: value for name, value in values.items() if name not in in_words}
 

@@ -106,6 +106,27 @@ def canvas_of(prompt_length: int, gen_length: int, max_tokens: int, block_length
     return Canvas(start, start + gen_length, prompt_length + max_tokens, block_length)
 
 
+def rest_of_canvas(
+    canvas: Canvas, position: int, block_length: int, *, is_block_causal: bool, is_on_grid: bool
+) -> Canvas:
+    """The part of a canvas that is undecided, in blocks of another length.
+
+    Args:
+        canvas: Decided up to ``position``.
+        position: Behind the last decided token, before ``canvas.max_output_end``.
+        block_length: A divisor of the canvas's, so that blocks on a grid end no later; others end no later where it
+            is 1.
+        is_block_causal, is_on_grid: See :class:`CanvasRequest`.
+    """
+    start = canvas_start(position, block_length, is_on_grid=is_on_grid)
+    if is_block_causal:
+        num_blocks = math.ceil((canvas.max_output_end - start) / block_length)
+        return Canvas(start, start + num_blocks * block_length, canvas.max_output_end, block_length)
+    first_blocks = math.ceil((canvas.end_at(position) - start) / block_length)
+    first_end = min(start + first_blocks * block_length, canvas.end)
+    return Canvas(start, canvas.end, canvas.max_output_end, block_length, first_end)
+
+
 @dataclass(frozen=True)
 class DecodeShape:
     """What a policy knows of a request besides its own options.

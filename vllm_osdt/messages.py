@@ -6,6 +6,7 @@ grammar, with ``GrammarOutput``; ``StepReport`` comes back from the first rank w
 one attribute of vLLM's object (:data:`CANVAS_STEP`, :data:`GRAMMAR_CHAINS`, :data:`STEP_REPORT`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vllm_osdt.geometry import Canvas
-from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options import DecodingOptions, resolve_answer
 from vllm_osdt.policies import Schedule
 from vllm_osdt.policies.base import Branch
 
@@ -25,6 +26,26 @@ HOLE, OPEN_HOLE = -1, -2  # in RequestSpec.pinned
 KEY = "osdt"  # of our statistics and response fields, among vLLM's
 TRACE = "trace"  # in a response's field, see engine.trace
 ERROR = "error"  # likewise: why the request could not go on
+
+
+class Switch(NamedTuple):
+    """How a request goes on behind the token that ends its thinking (``policies.tccf``).
+
+    Attributes:
+        think_end: That token.
+        check_prompt: Token ids that take its place; empty where it stays.
+        cache_salt: Of the pages from then on, whose keys and values depend on the new block length.
+    """
+
+    think_end: int
+    check_prompt: list[int]
+    cache_salt: str | None = None
+
+    def written(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """The output in place of tokens that have the end of thinking among them, and how many of them are given."""
+        place = tokens.index(self.think_end)
+        own = tokens[: place + (not self.check_prompt)]
+        return [*own, *self.check_prompt], len(self.check_prompt)
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class RequestSpec:
         pinned: Token ids from the prompt's end on, ``HOLE`` where the model writes, ``OPEN_HOLE`` where an end token
             may end the hole; None where the model writes everywhere.
         draft: Token ids from the prompt's end on, each of which is taken once the model proposes it; None for none.
+        switch: What happens when it has ended its thinking; None where nothing does, or where that has happened.
     """
 
     options: DecodingOptions
@@ -46,6 +68,7 @@ class RequestSpec:
     follows_choice: bool = False
     pinned: list[int] | None = None
     draft: list[int] | None = None
+    switch: Switch | None = None
 
     def as_extra_args(self) -> dict[str, Any]:
         """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
@@ -55,6 +78,7 @@ class RequestSpec:
             "follows": self.follows_choice,
             "pinned": self.pinned,
             "draft": self.draft,
+            "switch": None if self.switch is None else list(self.switch),
         }
         return {RESOLVED_KEY: values}
 
@@ -65,7 +89,13 @@ class RequestSpec:
         if found is None:
             return None
         options, canvas = DecodingOptions(**found["options"]), Canvas(*found["canvas"])
-        return cls(options, canvas, found["follows"], found["pinned"], found["draft"])
+        switch = None if found["switch"] is None else Switch(*found["switch"])
+        return cls(options, canvas, found["follows"], found["pinned"], found["draft"], switch)
+
+    def answer(self, position: int) -> "RequestSpec":
+        """How the request is decoded from ``position`` on, once it has ended its thinking."""
+        options, canvas = resolve_answer(self.options, self.canvas, position)
+        return RequestSpec(options, canvas)
 
 
 class Decides(IntEnum):

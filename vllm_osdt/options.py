@@ -31,12 +31,14 @@ from vllm_osdt.geometry import (
     Limits,
     block_causal_canvas,
     full_attention_canvas,
+    rest_of_canvas,
 )
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import AdaBlockOptions
 from vllm_osdt.policies.early_exit import EarlyExit, is_adaptive
 from vllm_osdt.policies.osdt import OSDTOptions
+from vllm_osdt.policies.tccf import TCCFOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,7 +64,7 @@ def _is_path(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class CommonOptions(AdaBlockOptions):
+class CommonOptions(AdaBlockOptions, TCCFOptions):
     """Options of every policy."""
 
     task: str | None = option(
@@ -622,10 +624,12 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
                 value=value,
             )
         needed, _, word = DECLARED[name].needs.partition("=")
-        if needed and value != DEFAULTS[name] and getattr(options, needed) != (word or True):
+        asked_for = getattr(options, needed) if needed else None
+        if needed and value != DEFAULTS[name] and (asked_for != word if word else not asked_for):
+            wanted = f" = {word or True!r}" if word or asked_for is False else ""
             raise InvalidOptionError(
-                f"{PREFIX}{name} is {value!r}, which says nothing without {PREFIX}{needed} = {word or True!r}: send "
-                f"that too, or leave {PREFIX}{name} out.",
+                f"{PREFIX}{name} is {value!r}, which says nothing without {PREFIX}{needed}{wanted}: send that too, or "
+                f"leave {PREFIX}{name} out.",
                 refusal="needs-option",
                 parameter=PREFIX + name,
                 value=value,
@@ -683,6 +687,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     _validate_cuts(options, traits)
     _validate_branches(options)
     _validate_verification(options, traits)
+    _validate_switch(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     exits = isinstance(POLICIES[options.policy], EarlyExit)
@@ -825,6 +830,82 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
             parameter="refresh_interval",
             value=options.refresh_interval,
         )
+
+
+def _validate_switch(options: DecodingOptions, traits: Traits) -> None:
+    """Refuse another block length for the answer where it cannot be.
+
+    Raises:
+        InvalidOptionError: It divides no block, a calibrated task has thresholds for one length, steps are shared out
+            among all blocks, or the model or the policy has no such blocks.
+    """
+    length = options.answer_block_length
+    if length is None:
+        return
+    reason = remedy = ""
+    if options.block_length % length:
+        reason, remedy = f"it divides block_length {options.block_length} not", "send a divisor, such as 1"
+    elif traits.commits_causally and length > 1:
+        reason, remedy = "this model's blocks begin behind what is written, and might end behind the context", "send 1"
+    elif options.task is not None and options.calibrates:
+        reason = f"the thresholds of task {options.task!r} are for blocks of one length"
+        remedy = "leave it out, or send no task"
+    elif options.steps is not None:
+        reason = f"steps {options.steps} are shared out among blocks of one length"
+        remedy = "leave one of them out, or send steps_per_block"
+    if not reason:
+        try:
+            validate_for_family(answer_options(options), traits)
+        except InvalidOptionError as error:
+            reason, remedy = f"blocks of that length are refused ({error})", "leave it out"
+    if reason:
+        raise InvalidOptionError(
+            f"answer_block_length is {length}, but {reason}; {remedy}.",
+            refusal="switch",
+            parameter="answer_block_length",
+            value=length,
+        )
+
+
+def answer_options(options: DecodingOptions) -> DecodingOptions:
+    """The options of what follows the end of thinking, before they are resolved; ``answer_block_length`` is set."""
+    length, steps = options.answer_block_length, options.steps_per_block
+    own = {name: DEFAULTS[name] for name in declarations(TCCFOptions)}
+    own |= {"block_length": length, "gen_length": None, "steps": None}
+    own["steps_per_block"] = None if steps is None else min(steps, length)
+    return replace(options, **own)
+
+
+def resolve_answer(options: DecodingOptions, canvas: Canvas, position: int) -> tuple[DecodingOptions, Canvas]:
+    """Options and canvas from the end of thinking on, as of a request whose prompt ends there.
+
+    Args:
+        options: Of the request; ``answer_block_length`` is set.
+        canvas: Of the request.
+        position: Where the answer begins.
+
+    Raises:
+        InvalidOptionError: The policy has no blocks of that length.
+    """
+    own = answer_options(options)
+    rest = rest_of_canvas(
+        canvas,
+        position,
+        own.block_length,
+        is_block_causal=own.is_block_causal,
+        is_on_grid=own.is_on_grid,
+    )
+    asked = CanvasRequest(
+        position,
+        canvas.max_output_end - position,
+        None,
+        own.block_length,
+        sub_block_length=own.sub_block_length,
+        is_block_causal=own.is_block_causal,
+        is_on_grid=own.is_on_grid,
+    )
+    resolved = POLICIES[own.policy].resolve(own, asked, rest)
+    return replace(own, gen_length=rest.length, **resolved), rest
 
 
 def resolve_canvas(

@@ -43,7 +43,7 @@ REFUSALS = {
         "Send one of them.",
     ),
     "needs-option": Refusal(
-        "options of `osdt_credit`, of `osdt_calibrated`, of an early exit's form",
+        "options of `osdt_credit`, of `osdt_calibrated`, of `osdt_answer_block_length`, of an early exit's form",
         "The option that they belong to is not sent.",
         "Send it too, or leave them out.",
     ),
@@ -334,6 +334,27 @@ REFUSALS = {
         "`osdt_draft_threshold`",
         "The request has no draft.",
         "Send `osdt_draft` or `osdt_draft_ngram`, or leave it out.",
+    ),
+    "switch": Refusal(
+        "`osdt_answer_block_length`",
+        "It divides `osdt_block_length` not; with a task whose calibrated thresholds the policy takes, or with "
+        "`osdt_steps`; the model or the policy has no blocks of that length.",
+        "Send another length, or leave out what the message names.",
+    ),
+    "switch-token": Refusal(
+        "`osdt_think_end_token`, `osdt_check_prompt`",
+        "No token of the model, or not a single one; or it ends the output.",
+        "Send what the message names.",
+    ),
+    "switch-room": Refusal(
+        "`osdt_check_prompt`",
+        "As many tokens as the output may have, or more.",
+        "Shorten it, or raise `max_tokens`.",
+    ),
+    "switch-company": Refusal(
+        "templates, drafts, structured output; `logprobs`",
+        "Beside `osdt_answer_block_length`; beside `osdt_check_prompt`.",
+        "Leave one of them out.",
     ),
     "prompt-scores": Refusal(
         "`echo` with `logprobs`, `prompt_logprobs`",

@@ -24,6 +24,7 @@ RUNS = {
     "llada-mini": ("--steps", "1800", "--evaluate-every", "60"),
     "sdar-mini": ("--steps", "700", "--evaluate-every", "25", "--batch", "64"),
     "lists-mini": ("--steps", "2600", "--evaluate-every", "50", "--batch", "64", "--pool", "16000"),
+    "sdar-lists-mini": ("--steps", "3000", "--evaluate-every", "50", "--pool", "24000"),
 }
 # Those that are made unless others are named.
 USUAL = ("llada-mini", "sdar-mini")

@@ -51,6 +51,10 @@ TASK_SHARES = {"word_problems": 0.4, "code": 0.4, "multiple_choice": 0.2, "stori
 # Most lists are learnt soon.
 TASK_SHARES |= dict.fromkeys(LIST_TASKS, 0.02) | {"reverse": 0.05, "sort": 0.05}
 TASK_SHARES |= {"insert_random": 0.08, "replace_random": 0.22, "shuffle": 0.1, "latin_square": 0.4}
+# The same of a block-causal model, whose training has no earlier part with even shares.
+BLOCK_CAUSAL_LIST_SHARES = dict.fromkeys(LIST_TASKS, 0.05) | {"copy": 0.04, "remove": 0.04, "reverse": 0.07}
+BLOCK_CAUSAL_LIST_SHARES |= {"sort": 0.07, "insert_random": 0.1, "remove_random": 0.06, "replace_random": 0.17}
+BLOCK_CAUSAL_LIST_SHARES |= {"shuffle": 0.1, "latin_square": 0.25}
 # Weight of the blocks behind the active one, which stay fully masked.
 LATER_WEIGHT = 0.3
 # Canvas lengths beside the shortest that fits, and the chance of each.
@@ -256,7 +260,15 @@ CONFIGS = {
     "sdar-mini": functools.partial(MiniConfig, family="sdar", block_length=8),
     "text-mini": SMALL,
     "lists-mini": functools.partial(SMALL, block_length=16),
+    "sdar-lists-mini": functools.partial(SMALL, family="sdar", block_length=8),
 }
+
+
+def task_shares(name: str) -> dict[str, float]:
+    """Share of each task of a model in a step and in its loss."""
+    is_block_causal = CONFIGS[name](vocab_size=0, eos_token_id=EOS_ID, mask_token_id=MASK_ID).is_block_causal
+    shares = TASK_SHARES | BLOCK_CAUSAL_LIST_SHARES if is_block_causal else TASK_SHARES
+    return {task: shares[task] for task in tasks_of(name)}
 
 
 def loss_of(model: MiniLLaDA, batch: Batch) -> tuple[Tensor, float]:
@@ -315,6 +327,7 @@ def train(options: argparse.Namespace) -> None:
     tasks, gen_length = tasks_of(options.model), gen_length_of(options.model)
     model = MiniLLaDA(CONFIGS[options.model](len(build_vocabulary(tasks)), EOS_ID, MASK_ID))
     draw = DRAW[model.config.family]
+    shares = task_shares(options.model)
     model.initialize()
     model.to(device)
     optimizers = make_optimizers(model)
@@ -334,12 +347,12 @@ def train(options: argparse.Namespace) -> None:
                 group["lr"] = share * options.learning_rate * learning_rate_factor(step, options.steps)
         total_loss, token_accuracy = 0.0, {}
         for task, groups in pools.items():
-            size = max(1, round(options.batch * TASK_SHARES[task]))
+            size = max(1, round(options.batch * shares[task]))
             batch = draw(rng, groups, size, model.config.block_length, task)
             loss, share = loss_of(model, batch.to(device))
             token_accuracy[task] = round(share, 4)
-            (loss * TASK_SHARES[task]).backward()
-            total_loss += loss.item() * TASK_SHARES[task]
+            (loss * shares[task]).backward()
+            total_loss += loss.item() * shares[task]
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         for optimizer in optimizers:
             optimizer.step()

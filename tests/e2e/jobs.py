@@ -152,6 +152,37 @@ def assert_preemption_changes_nothing(llm: Any, jobs: Sequence[Job]) -> None:
     assert_idle(llm)
 
 
+def assert_an_answer_is_a_request_of_its_own(
+    llm: Any, block_length: int, answer_block_length: int, *, whole: int | None = None, **options: Any
+) -> None:
+    """Behind the end of thinking, a request goes on as one whose prompt ends there, in other blocks.
+
+    Args:
+        llm: The engine.
+        block_length, answer_block_length: Of the two parts.
+        whole: Length of the canvas; None for a block-causal model.
+        options: Of all requests.
+    """
+    rng, check, number = random.Random(7), [9, 10, 11], 32
+    prompts = [[rng.randrange(8, 100) for _ in range(length)] for length in (1, 17, 30, 44)]
+
+    def asked(length: int, num_written: int = 0, **values: Any) -> Any:
+        canvas = {} if whole is None else {"gen_length": whole - num_written}
+        return sampling(number - num_written, block_length=length, **canvas, **options, **values)
+
+    plain = tokens(generate(llm, prompts, asked(block_length)))
+    ends = [one[rng.randrange(6, 20)] for one in plain]
+    first = generate(llm, prompts, [asked(block_length, stop_token_ids=[end]) for end in ends])
+    written = [one[:-1] + check for one in tokens(first)]
+    asks = [asked(answer_block_length, len(one)) for one in written]
+    second = generate(llm, [prompt + one for prompt, one in zip(prompts, written, strict=True)], asks)
+    own = {"answer_block_length": answer_block_length, "check_prompt": check}
+    got = generate(llm, prompts, [asked(block_length, think_end_token=end, **own) for end in ends])
+    assert tokens(got) == [one + rest for one, rest in zip(written, tokens(second), strict=True)]
+    assert [nfe(one) for one in got] == [nfe(one) + nfe(rest) for one, rest in zip(first, second, strict=True)]
+    assert_idle(llm)
+
+
 def assert_takes_recorded_decisions(llm: Any, cases: Sequence[dict[str, Any]], params_of: Callable[..., Any]) -> None:
     """All thirty recorded cases of a block-causal family at once.
 

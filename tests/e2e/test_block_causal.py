@@ -12,6 +12,7 @@ from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, schedu
 from tests.e2e.families import sdar_params
 from tests.e2e.jobs import (
     MIN_MARGIN,
+    Job,
     above,
     assert_company_changes_nothing,
     assert_one_batch_is_right,
@@ -23,7 +24,7 @@ from tests.e2e.jobs import (
     wrong,
 )
 from tests.e2e.self_speculation import assert_verifies_as_a_plain_loop, make_s2d2_jobs
-from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
+from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, decode_with_answer_blocks
 from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 from tests.reference.decode import best_first, calibrate, dynamic, osdt
 from tests.reference.self_speculation import SDARView, Settings, decode_s2d2
@@ -515,3 +516,98 @@ def test_pages_of_a_request_that_is_preempted_before_its_step_are_not_shared(che
     [(num_shared, rows), *_] = victims
     assert (rows.start, rows.end) == (28, 36)  # it would have finished its first page
     assert num_shared == 0
+
+
+CHECK = [9, 10, 11, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def thinking(network):
+    """Requests that end their thinking, parameters for them, and what a plain loop makes of them."""
+    rng, found = random.Random(31), []
+    for index in range(24):
+        prompt = [rng.randrange(8, 100) for _ in range(rng.randrange(1, 60))]
+        number, tau, length = rng.randrange(8, 56), (0.2, 0.5)[index % 2], (1, 4, 8)[index % 3]
+        plain = decode_block_causal(network, prompt, above(tau), block_length=16, max_tokens=number)
+        think_end, check = rng.choice(plain.tokens), CHECK if index % 4 else []
+        ends = (plain.tokens[-1],) if index % 5 == 4 and plain.tokens[-1] not in (think_end, *CHECK) else ()
+        own = {"block_length": 16, "answer_block_length": length}
+        expected, given = decode_with_answer_blocks(
+            network, prompt, partial(above, tau), think_end=think_end, check=check, max_tokens=number,
+            end_token_ids=ends, **own,
+        )  # fmt: skip
+        if min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN:
+            own |= {"policy": "static_threshold", "threshold": tau, "return_trace": True, "think_end_token": think_end}
+            own |= {"check_prompt": check} if check else {}
+            found.append((Job(prompt, sampling(number, stop_token_ids=list(ends), **own), expected), given))
+    assert sum(0 < given.stop < len(job.decoded.tokens) for job, given in found) >= 12
+    return found
+
+
+def test_behind_the_end_of_thinking_blocks_are_others_as_in_a_plain_loop(llm, thinking):
+    jobs = [job for job, _ in thinking]
+    assert_one_batch_is_right(llm, jobs)
+    assert_company_changes_nothing(llm, jobs, num_alone=8)
+    assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_a_trace_tells_what_was_given_and_what_was_decided_in_which_block(llm, thinking):
+    traces = [vllm_osdt.describe(one)["trace"] for one in run(llm, [job for job, _ in thinking])]
+    for (job, given), trace in zip(thinking, traces, strict=True):
+        assert sum(block["num_tokens"] for block in trace["blocks"]) == len(job.decoded.tokens) == len(trace["step"])
+        for place, (step, forward, confidence) in enumerate(job.decoded.steps):
+            if place in given:
+                assert trace["confidence"][place] is None
+            else:
+                assert (trace["step"][place], trace["forward"][place]) == (step, forward)
+                assert trace["confidence"][place] == pytest.approx(confidence, abs=1e-4)
+
+
+def test_pages_of_the_answer_are_shared_with_requests_of_its_block_length_alone(llm, network, monkeypatch):
+    scheduler(llm).reset_prefix_cache()
+    rng, options = random.Random(32), {"policy": "static_threshold", "threshold": 0.4}
+    prompt = [rng.randrange(8, 100) for _ in range(PAGE + 5)]
+    [plain] = tokens(generate(llm, [prompt], sampling(80, block_length=16, **options)))
+    think_end = next(token for place, token in enumerate(plain) if place > 36 and token not in plain[:place])
+    own = {"think_end_token": think_end, "check_prompt": CHECK, "answer_block_length": 4, "block_length": 16}
+    scheduler(llm).reset_prefix_cache()
+    hit, got = num_cached(llm, prompt, sampling(80, **own, **options))
+    expected, given = decode_with_answer_blocks(
+        network, prompt, partial(above, 0.4), block_length=16, answer_block_length=4, think_end=think_end, check=CHECK,
+        max_tokens=80,
+    )  # fmt: skip
+    assert (hit, got) == (0, expected.tokens) and len(given) == 5
+    thought, written = len(prompt) + given.start, len(prompt) + given.stop
+    rows = rows_of_each_step(llm, monkeypatch)
+    assert num_cached(llm, prompt, sampling(80, **own, **options)) == (PAGE, got)  # of the prompt
+    answer = next(step for step in rows if 0 < step.num_drafts <= 4)
+    assert answer.start == (written - 1) // PAGE * PAGE > PAGE  # of all that was written before the answer
+    follow = [*prompt, *got, 8]
+    for length, shared in ((16, thought // 16 * 16 // PAGE * PAGE), (4, (len(follow) - 1) // 4 * 4 // PAGE * PAGE)):
+        expected = decode_block_causal(network, follow, above(0.4), block_length=length, max_tokens=16)
+        assert min(expected.proposal_margin, expected.rule_margin) > MIN_MARGIN
+        hit, tokens_of_turn = num_cached(llm, follow, sampling(16, block_length=length, **options))
+        assert (hit, tokens_of_turn) == (shared, expected.tokens)
+
+
+def rows_of_each_step(llm, monkeypatch):
+    """The rows of the first request of each step, while the engine runs."""
+    found, schedule = [], scheduler(llm).schedule
+
+    def watched(*args):
+        output = schedule(*args)
+        found.extend(list(scheduler(llm)._rows.values())[:1])
+        return output
+
+    monkeypatch.setattr(scheduler(llm), "schedule", watched)
+    return found
+
+
+def test_answers_of_one_request_end_their_thinking_each_for_itself(llm):
+    own = {"block_length": 16, "answer_block_length": 1, "temperature": 1.0, "policy": "bacd", "logit_bias": {9: 6.0}}
+    own |= {"think_end_token": 9, "check_prompt": CHECK[1:]}
+    [output] = llm.generate([{"prompt_token_ids": [5, 6]}], sampling(24, n=3, seed=5, **own), use_tqdm=False)
+    alone = [generate(llm, [[5, 6]], sampling(24, seed=5 + index, **own))[0] for index in range(3)]
+    assert tokens(output.outputs) == tokens(alone)
+    assert sum(CHECK[1] in one.token_ids for one in output.outputs) >= 2
+    assert_idle(llm)

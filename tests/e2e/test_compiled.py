@@ -1,6 +1,10 @@
 """A model that vLLM compiles decodes as one that it does not."""
 
+import pytest
+
 from tests.e2e.engine import case_params, generate, tokens
+
+pytestmark = pytest.mark.e2e
 
 MODE = 3  # CompilationMode.VLLM_COMPILE, as -O1 and above ask for; a CPU has its own in its place
 

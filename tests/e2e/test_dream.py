@@ -7,6 +7,7 @@ import pytest
 import vllm_osdt
 from tests.e2e.engine import assert_idle, case_params, drive, generate, nfe, sampling, scheduler, submit, tokens
 from tests.e2e.jobs import (
+    assert_an_answer_is_a_request_of_its_own,
     assert_company_changes_nothing,
     assert_one_batch_is_right,
     assert_preemption_changes_nothing,
@@ -154,3 +155,9 @@ def test_a_block_is_cut_when_all_of_its_proposals_are_known(llm, network, cache)
     assert len(clear) >= 3 and all(len(set(rules[i].lengths)) > 1 for i in clear)
     assert [list(got[i].token_ids) for i in clear] == [expected[i].tokens for i in clear]
     assert [nfe(got[i]) for i in clear] == [expected[i].nfe for i in clear]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_an_answer_is_decoded_in_blocks_of_its_own_as_a_request_of_its_own(llm, cache):
+    own = {"policy": "static_threshold", "threshold": 0.2, "cache_mode": cache}
+    assert_an_answer_is_a_request_of_its_own(llm, 16, 1, whole=48, **own)

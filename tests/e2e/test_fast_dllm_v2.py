@@ -11,6 +11,7 @@ from tests.e2e.families import FAMILIES, fast_dllm_v2_params
 from tests.e2e.jobs import (
     MIN_MARGIN,
     above,
+    assert_an_answer_is_a_request_of_its_own,
     assert_company_changes_nothing,
     assert_first_logits_equal,
     assert_one_batch_is_right,
@@ -203,3 +204,10 @@ def test_an_engine_refuses_to_part_what_is_one_forward(checkpoint, start_llm):
     config = {"osdt": {"profile_dir": "", "fused_commit": False}}
     with pytest.raises(ValueError, match="fused_commit is false"):
         start_llm(checkpoint, additional_config=config, **ENGINE)
+
+
+def test_an_answer_is_decoded_in_blocks_of_its_own_as_a_request_of_its_own(llm):
+    own = {"policy": "static_threshold", "threshold": 0.2, "sub_block_length": 4, "sub_block_cache": True}
+    assert_an_answer_is_a_request_of_its_own(llm, 16, 4, **own)
+    with pytest.raises(ValueError, match=r"answer_block_length is 2, but .*sub_block_length is 4; it must divide"):
+        generate(llm, [[5]], sampling(8, block_length=16, answer_block_length=2, think_end_token=9, **own))

@@ -91,3 +91,35 @@ def test_a_canvas_that_is_asked_for_is_there_from_the_start(growing_llm, golden_
     params = sampling(48, policy="static_threshold", threshold=0.7, **canvas)
     [one] = generate(growing_llm, [prompt], [params])
     assert (list(one.token_ids), nfe(one)) == (done.tokens, done.nfe)
+
+
+def test_an_answer_goes_on_in_the_canvas_that_is_there(growing_llm, golden_tasks):
+    """The plain loop decodes what was written, check prompt included, as a prompt, in blocks of 1."""
+    network, check, found = ReferenceLLaDA.load(golden_tasks.folder), [30, 31, 32], []
+    for index, case in enumerate(golden_tasks.cases[:15]):
+        prompt, own = case["prompt_token_ids"], {**VARIANTS[index % 3], "block_length": BLOCK}
+        canvas = {"gen_length": 48, "first_length": FIRST}
+        plain = decode(network, prompt, static_threshold(0.7), **canvas, **own)
+        think_end = plain.tokens[(5, 20)[index % 2]]
+        first = decode(network, prompt, static_threshold(0.7), end_token_ids=(think_end,), **canvas, **own)
+        written = [*first.tokens[:-1], *check]
+        there = max(FIRST, -(-(len(written) + 1) // BLOCK) * BLOCK)
+        canvas = {"gen_length": 48 - len(written), "first_length": there - len(written)}
+        second = decode(network, prompt + written, static_threshold(0.7), **canvas, **{**own, "block_length": 1})
+        if min(one.proposal_margin for one in (first, second)) > MIN_MARGIN < first.rule_margin:
+            own |= {"policy": "static_threshold", "threshold": 0.7, "answer_block_length": 1}
+            params = sampling(48, think_end_token=think_end, check_prompt=check, **own)
+            found.append((prompt, params, written + second.tokens, first.nfe + second.nfe))
+    assert len(found) >= 10
+    prompts, params, expected, forwards = zip(*found, strict=True)
+    alone = [generate(growing_llm, [prompt], one)[0] for prompt, one in zip(prompts[:5], params[:5], strict=True)]
+    assert [(list(one.token_ids), nfe(one)) for one in alone] == list(zip(expected[:5], forwards[:5], strict=True))
+    ids = [submit(growing_llm, prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+
+    def preempt(step):
+        if step in (3, 9, 20):
+            scheduler(growing_llm).reset_prefix_cache(reset_running_requests=True)
+
+    finished = drive(growing_llm, preempt)
+    assert [list(finished[req_id].token_ids) for req_id in ids] == list(expected)
+    assert_idle(growing_llm)

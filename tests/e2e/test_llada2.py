@@ -12,6 +12,7 @@ from tests.e2e.jobs import (
     MIN_MARGIN,
     RULES,
     above,
+    assert_an_answer_is_a_request_of_its_own,
     assert_company_changes_nothing,
     assert_first_logits_equal,
     assert_one_batch_is_right,
@@ -225,3 +226,8 @@ def test_policies_that_adjust_a_step_look_at_masked_positions_alone_where_others
     assert len(clear) >= 16
     got = generate(llm, prompts, sampling(24, **options, **canvas))
     assert [list(got[index].token_ids) for index in clear] == [expected[index].tokens for index in clear]
+
+
+def test_an_answer_is_decoded_in_blocks_of_its_own_as_a_request_of_its_own(llm):
+    own = {"policy": "static_threshold", "threshold": 0.2, "edit_threshold": 0.3}
+    assert_an_answer_is_a_request_of_its_own(llm, 16, 2, **own)

@@ -8,6 +8,7 @@ import pytest
 from tests.e2e.engine import generate, nfe, sampling, scheduler, tokens
 from tests.e2e.jobs import (
     MIN_MARGIN,
+    assert_an_answer_is_a_request_of_its_own,
     assert_company_changes_nothing,
     assert_first_causal_logits_equal,
     assert_one_batch_is_right,
@@ -180,3 +181,11 @@ def test_other_cache_modes_are_refused(llm):
 def test_osdt_equals_a_plain_implementation(llm, network):
     decode_one = partial(decode_nemotron, network, block_length=8, max_tokens=24)
     assert_osdt_equals_a_plain_implementation(llm, decode_one, "nemotron", {"max_tokens": 24})
+
+
+@pytest.mark.parametrize("cache_mode", ["causal", "causal_fused"])
+def test_an_answer_is_decoded_in_blocks_of_its_own_as_a_request_of_its_own(llm, cache_mode):
+    own = {"policy": "static_threshold", "threshold": 0.2, "cache_mode": cache_mode}
+    assert_an_answer_is_a_request_of_its_own(llm, 16, 1, **own)
+    with pytest.raises(ValueError, match="answer_block_length is 4, but this model's blocks begin behind"):
+        generate(llm, [[5]], sampling(8, block_length=16, answer_block_length=4, think_end_token=9, **own))

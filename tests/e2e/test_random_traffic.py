@@ -95,6 +95,8 @@ def random_request(rng, family, beginnings, profile):
         params.ignore_eos, params.allowed_token_ids = False, None
     elif profile is not None and rng.random() < 0.2:
         params.extra_args = {"osdt_task": "pinned", "osdt_profile": profile, **PROFILE}
+    elif not is_drafted:
+        params.extra_args |= random_switch(rng, family, options, params)
     return prompt, params
 
 
@@ -160,6 +162,24 @@ def random_parameters(rng, max_tokens, *, is_sampled):
     return own
 
 
+def random_switch(rng, family, options, params):
+    """Another block length behind a token, with a check prompt where there is room and no log probability."""
+    block_length, smallest = options["block_length"], 1
+    if family == "Fast-dLLM v2":
+        smallest = options["sub_block_length"]
+    elif options["policy"] == "cad_llm":
+        smallest = 4
+    lengths = [one for one in (1, 2, 4, 8) if smallest <= one <= block_length and block_length % one == 0]
+    length = rng.choice([one for one in lengths if one % smallest == 0])
+    stops = params.stop_token_ids or []
+    found = {"osdt_answer_block_length": length}
+    found["osdt_think_end_token"] = rng.choice([one for one in range(3, 99) if one not in stops])
+    if params.logprobs is None and params.max_tokens > 3:
+        found["osdt_check_prompt"] = [one for one in (99, 100, 9) if one not in stops]
+    params.logit_bias = {**(params.logit_bias or {}), found["osdt_think_end_token"]: 4.0}
+    return found
+
+
 def random_template(rng, family):
     """Text and holes, some of them open; a hole is the last part where a model does not see later blocks."""
     text = [rng.randrange(3, 99) for _ in range(rng.randrange(1, 9))]
@@ -195,6 +215,8 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
             requests[index] = requests[index][0], with_verification(index, requests[index][1])
     preempted, preempt = [], scheduler(llm)._preempt_request
     scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
+    answering, begin_answer = [], scheduler(llm)._begin_answer
+    scheduler(llm)._begin_answer = lambda request: (answering.append(1), begin_answer(request))[1]
     waiting, pieces, finished, aborted = list(range(NUM_REQUESTS)), {}, {}, set()
     while waiting or llm.llm_engine.has_unfinished_requests():
         if waiting and rng.random() < 0.6:
@@ -215,7 +237,7 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
             if output.finished:
                 finished[int(output.request_id)] = parts
     assert_idle(llm)
-    assert preempted and finished.keys() | aborted == set(range(NUM_REQUESTS))
+    assert preempted and len(answering) >= 5 and finished.keys() | aborted == set(range(NUM_REQUESTS))
     has_ended = [
         parts[-1].finish_reason == "stop"
         for index, parts in finished.items()

@@ -34,6 +34,8 @@ from vllm_osdt.mini.tasks.lists import (
 )
 
 CLEAR_TASKS = tuple(task for task in LIST_TASKS if task not in OPEN_TASKS)
+MODELS = ("lists-mini", "sdar-lists-mini")
+[GEN_LENGTH] = {gen_length_of(name) for name in MODELS}
 # Static threshold -> tasks that it breaks; no threshold breaks `remove_random`, whose likeliest tokens are an answer.
 BROKEN = {
     ONE_PER_STEP: (),
@@ -151,7 +153,7 @@ def test_answers_differ_and_as_many_are_valid_as_the_task_leaves_open(task):
         assert len(set(answers)) == len(answers)
         assert (len(answers) > 1) == (task in OPEN_TASKS)
         assert len(problem.items) in NUM_ITEMS and set(problem.items) <= set(ITEMS)
-        assert max(map(len, answers)) < gen_length_of("lists-mini")
+        assert max(map(len, answers)) < GEN_LENGTH
     assert list(ITEMS) == sorted(set(ITEMS))
 
 
@@ -194,20 +196,29 @@ def test_the_likeliest_tokens_remove_one_item(number):
     assert check(problem, " ".join(token for token, _ in modes(problem)))
 
 
-def decode_exactly(problem, threshold):
+def blocks_of(problem, block_length):
+    """The positions of an answer, by block of a grid that begins with the prompt; all in one if `block_length` is 0."""
+    start, positions = len(tokenize(problem.prompt)), range(len(problem.answers()[0]))
+    if not block_length:
+        return [list(positions)]
+    return [list(block) for _, block in itertools.groupby(positions, lambda place: (start + place) // block_length)]
+
+
+def decode_exactly(problem, threshold, block_length=0):
     """Decodes with the exact chance of every token, as a perfect model would; ties are broken at random."""
     rng, answers = random.Random(problem.prompt), problem.answers()
     decided = {}
-    while len(decided) < len(answers[0]):
-        # After tokens that no answer has together any answer is as good.
-        possible = [one for one in answers if all(one[place] == token for place, token in decided.items())] or answers
-        proposals = []
-        for place in set(range(len(answers[0]))).difference(decided):
-            counts = Counter(answer[place] for answer in possible)
-            token = max(counts, key=lambda token: (counts[token], rng.random()))
-            proposals.append((counts[token] / len(possible), rng.random(), place, token))
-        accepted = [one for one in proposals if one[0] >= threshold] or [max(proposals)]
-        decided |= {place: token for _, _, place, token in accepted}
+    for block in blocks_of(problem, block_length):
+        while masked := [place for place in block if place not in decided]:
+            # After tokens that no answer has together any answer is as good.
+            possible = [one for one in answers if all(one[at] == token for at, token in decided.items())] or answers
+            proposals = []
+            for place in masked:
+                counts = Counter(answer[place] for answer in possible)
+                token = max(counts, key=lambda token: (counts[token], rng.random()))
+                proposals.append((counts[token] / len(possible), rng.random(), place, token))
+            accepted = [one for one in proposals if one[0] >= threshold] or [max(proposals)]
+            decided |= {place: token for _, _, place, token in accepted}
     return " ".join(decided[place] for place in sorted(decided))
 
 
@@ -219,14 +230,21 @@ def test_a_perfect_model_breaks_the_tasks_whose_positions_a_threshold_decides_ap
     assert num_valid <= 18 if task in broken else num_valid == 30
 
 
-@pytest.fixture(scope="module")
-def model():
-    return MiniLLaDA.load(Path(model_path("lists-mini")))
+def test_a_perfect_model_repairs_a_replacement_exactly_where_a_second_block_sees_the_first():
+    problems = generate("replace_random", "held_out", 60, 2)
+    numbers = [len(blocks_of(problem, 8)) for problem in problems]
+    assert set(numbers) == {1, 2}
+    assert [check(problem, decode_exactly(problem, 0.7, 8)) for problem in problems] == [n == 2 for n in numbers]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MiniLLaDA.load(Path(model_path(request.param)))
 
 
 def accuracy(model, tasks, threshold):
     problems = [problem for task in tasks for problem in generate(task, "held_out", 24, 9)]
-    return evaluate(model, problems, static_rule(threshold), gen_length_of("lists-mini")).accuracy
+    return evaluate(model, problems, static_rule(threshold), GEN_LENGTH).accuracy
 
 
 @pytest.mark.parametrize("tasks", [CLEAR_TASKS, OPEN_TASKS], ids=["clear", "open"])

@@ -23,6 +23,7 @@ from examples.mini.train import (
     draw_block_causal_batch,
     encode_pool,
     item_factors,
+    task_shares,
     train,
 )
 from vllm_osdt.mini import MODELS, gen_length_of, model_path, tasks_of
@@ -41,7 +42,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_model_path_names_the_known_models():
     assert Path(model_path("llada-mini")).name == "llada-mini"
-    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini, text-mini, lists-mini"):
+    with pytest.raises(ValueError, match="known models: llada-mini, sdar-mini, text-mini, lists-mini, sdar-lists-mini"):
         model_path("llada-maxi")
 
 
@@ -112,6 +113,13 @@ def test_the_last_items_of_a_list_weigh_as_much_as_all_of_them_together():
     assert (factors * masked * is_dependent).sum(1).tolist() == [4.0, 4.0, 0.0]
     assert (factors[:, 4:] == 1.0).all()
     assert (item_factors(masked, is_dependent, "code") == 1.0).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_shares_of_a_models_tasks_add_up_to_one(name):
+    shares = task_shares(name)
+    assert tuple(shares) == tasks_of(name)
+    assert sum(shares.values()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("model", CONFIGS)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_osdt.policies import Schedule, Step
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, MAX_STATE
+from vllm_osdt.policies.base import MAX_CARRY, MAX_CONSTANTS, MAX_READINGS, MAX_STATE
 
 NO_CONFIDENCE = -2.0
 
@@ -33,7 +33,7 @@ def make_step(score: torch.Tensor, schedule: Schedule, rows: int, *, memory_size
         score != NO_CONFIDENCE,
         torch.zeros(rows, width, memory_size),
         torch.zeros(rows, width, MAX_READINGS),
-        torch.zeros(rows, MAX_STATE),
+        torch.zeros(rows, MAX_CARRY),
         torch.zeros(rows, dtype=torch.int64),
         (score != NO_CONFIDENCE).sum(dim=1),
         torch.full((rows,), width),

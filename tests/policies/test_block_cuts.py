@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
 
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
-from tests.policies.adjusted import make_step
+from tests.policies.adjusted import make_step, next_step
+from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, decode, static_threshold
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
@@ -15,8 +17,9 @@ from vllm_osdt.frontend.admission import with_delimiters
 from vllm_osdt.models.configs.llada import LLaDAConfig
 from vllm_osdt.models.configs.sdar import SDARConfig
 from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
-from vllm_osdt.policies import Schedule
+from vllm_osdt.policies import POLICIES, PositionLogits, Schedule
 from vllm_osdt.policies.adablock import ADABLOCK
+from vllm_osdt.policies.cad_llm import vocabulary_of
 
 DELIMITERS = (14, 9)
 LENGTH = 48
@@ -54,14 +57,34 @@ class PlainAdaBlock:
 class PlainCadLLM:
     """CadLLM as published, of one request; ``ramp`` is the paper's or the code's threshold."""
 
-    def __init__(self, longest, ramp="canvas", high=0.85, low=0.4, shortest=4, first=12, steps=24, most_steps=90):
+    def __init__(
+        self,
+        longest,
+        ramp="canvas",
+        high=0.85,
+        low=0.4,
+        shortest=4,
+        first=12,
+        steps=24,
+        most_steps=90,
+        vocabulary=False,
+    ):
         self.longest, self.ramp, self.high, self.low, self.shortest = longest, ramp, high, low, shortest
         self.first, self.steps, self.most_steps = first, steps, most_steps
         self.means, self.left, self.margin, self.lengths, self.length = [], 0, math.inf, [], LENGTH
+        self.has_vocabulary, self.sizes, self.committed, self.proposals = vocabulary, [], [], {}
 
     def see(self, step, rows, proposals, masked, left):
-        self.left = left
-        return {}
+        self.left, self.proposals = left, proposals
+        if not self.has_vocabulary:
+            return {}
+        size = plain_vocabulary(1 - left / self.length, self.means, self.committed)
+        if self.means:
+            bounds = [abs(sum(self.means[-5:]) / len(self.means[-5:]) - bound) for bound in (0.3, 0.6, 0.8)]
+            drop = abs(self.means[-1] - self.means[-3] + 0.1) if len(self.means) > 2 else 1.0
+            self.margin = min([self.margin, drop, *bounds])
+        self.sizes.append(size)
+        return {k: (token, share_among(rows[k], token, size)) for k, token in proposals.items()}
 
     def cut(self, proposals, masked):
         if not self.means:
@@ -83,7 +106,87 @@ class PlainCadLLM:
             tau = max(self.high - 0.45 * step / self.budget, self.low)
         self.margin = min([self.margin, *(abs(c - tau) for c in masked.values())])
         self.means.append(sum(masked.values()) / len(masked))
-        return [k for k, c in masked.items() if c >= tau] or best_first(masked)[:1]
+        chosen = [k for k, c in masked.items() if c >= tau] or best_first(masked)[:1]
+        self.committed += [self.proposals[k] for k in sorted(chosen)]
+        return chosen
+
+
+def plain_vocabulary(progress, means, committed):
+    """V of the authors' code."""
+    size = 800.0 if progress < 0.2 else 70.0 if progress < 0.7 else 90.0
+    if means:
+        recent = sum(means[-5:]) / len(means[-5:])
+        size *= 1.5 if recent < 0.3 else 1.2 if recent < 0.6 else 0.8 if recent > 0.8 else 1.0
+        if len(means) > 2 and means[-1] - means[-3] < -0.1:
+            size *= 1.3
+    if len(committed) >= 8 and len(set(committed[-4:])) == 1:
+        size *= 3
+    return int(min(max(size, 35), 1000))
+
+
+def share_among(row, token, size):
+    """The share of a token among the likeliest ones of a row of logits."""
+    order = sorted(row.tolist(), reverse=True)[:size]
+    if row[token].item() < order[-1]:
+        return 0.0
+    return math.exp(row[token].item() - order[0]) / sum(math.exp(one - order[0]) for one in order)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_confidence_is_a_share_of_the_likeliest_tokens(seed):
+    generator, policy = torch.Generator().manual_seed(seed), POLICIES["cad_llm"]
+    schedule = schedule_of("cad_llm", DecodingOptions(block_length=12, gen_length=12, cad_vocabulary=True))
+    twins = [PlainCadLLM(12, vocabulary=True) for _ in range(2)]
+    for twin in twins:
+        twin.length, twin.first = 12, 12
+    masked = torch.ones(2, 12, dtype=torch.bool)
+    step = make_step(torch.rand(2, 12, generator=generator), schedule, rows=2)
+    num_tokens = (5, 1200)[seed % 2]  # of few tokens the same are decided in a row
+    for number in range(12):
+        logits = torch.randn(2, 12, num_tokens, generator=generator) * (1.0 + 3 * (seed % 3))
+        logits[..., -1] = -torch.inf
+        token = logits.argmax(dim=-1) if number % 3 else torch.randint(num_tokens - 1, (2, 12), generator=generator)
+        row, place = masked.nonzero(as_tuple=True)
+        rows = PositionLogits(
+            logits[row, place], None, token[row, place], torch.zeros(row.numel()), step.constants[row],
+            torch.zeros(row.numel(), 0), torch.zeros(row.numel(), 4), step.step_index[row], (), step.carry[row],
+        )  # fmt: skip
+        policy.read(rows)
+        score = torch.full((2, 12), -2.0)
+        score[row, place] = rows.confidence
+        step = next_step(step, score, step_index=torch.full((2,), number))._replace(token=token)
+        step = step._replace(num_left=masked.sum(dim=1))
+        policy.adjust(step)
+        unmasked = torch.zeros(2, 12, dtype=torch.bool)
+        for index, twin in enumerate(twins):
+            own = {k: token[index, k].item() for k in range(12) if masked[index, k]}
+            if not own:
+                continue
+            seen = twin.see(number, {k: logits[index, k] for k in own}, own, None, len(own))
+            confidence = {k: c for k, (_, c) in seen.items()}
+            for k, c in confidence.items():
+                assert score[index, k].item() == pytest.approx(c, abs=1e-6)
+            chosen = best_first(confidence)[: 1 + number % 2]
+            twin.means.append(sum(confidence.values()) / len(confidence))
+            twin.committed += [own[k] for k in sorted(chosen)]
+            unmasked[index, chosen] = True
+        policy.observe(step, unmasked)
+        masked &= ~unmasked
+    assert not masked.any()
+
+
+def test_what_the_size_of_the_vocabulary_depends_on():
+    rng = random.Random(3)
+    carries, expected = [], []
+    for _ in range(400):
+        means = [rng.choice([0.1, 0.45, 0.7, 0.9]) + rng.random() * 0.05 for _ in range(rng.randrange(9))]
+        run, number, progress = rng.randrange(7), rng.choice([4, 7, 8, 20]), rng.choice([0.1, 0.5, 0.8])
+        committed = [*range(100, 100 + max(number - run, 0)), *[5] * run]
+        last = [*reversed(means[-5:]), *[0.0] * (5 - len(means[-5:]))]
+        carries.append([*last, len(means), progress, 5, run, len(committed)])
+        expected.append(plain_vocabulary(progress, means, committed))
+    assert vocabulary_of(torch.tensor(carries)).tolist() == expected
+    assert {35, 168, 1000} & set(expected) == {168, 1000} and len(set(expected)) > 12
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -118,6 +221,11 @@ CASES = {
         "none",
         lambda: PlainCadLLM(16, "block"),
         {"policy": "cad_llm", "cad_first_block": 12, "cad_ramp": "block"},
+    ),
+    "cad_llm-vocabulary": (
+        "dual",
+        lambda: PlainCadLLM(16, vocabulary=True),
+        {"policy": "cad_llm", "cad_first_block": 12, "cad_vocabulary": True},
     ),
 }
 

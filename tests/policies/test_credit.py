@@ -73,6 +73,9 @@ def test_what_is_added_is_what_a_number_for_every_token_adds(seed):
             dense[row, token[row]] += probability[row].item() ** 0.5
         assert torch.allclose(added.double(), 0.9 * dense.log1p(), atol=1e-6)
     assert (memory.view(num_rows, -1, 2)[:, :, 0] > 0).sum(dim=1).max() <= vocabulary
+    no_row = torch.zeros(0, dtype=torch.long)  # of a block that a template gives whole
+    got = credit.additions(ModifiedRows(no_row, torch.zeros(0), constants[:0], memory[:0], no_row))
+    assert [len(one) for one in got] == [0, 0]
 
 
 def test_profiles_with_credits_are_profiles_of_their_own():

@@ -7,6 +7,8 @@ have the names of the published checkpoints.
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +277,58 @@ def decode_block_causal(
         result.steps = [steps[place] for place in range(len(prompt), len(ids))]
     result.rule_margin = min(getattr(rule, "margin", float("inf")), draft.margin if draft else float("inf"))
     return result
+
+
+def decode_with_answer_blocks(
+    model: BlockCausalNetwork,
+    prompt: list[int],
+    make_rule: Callable[[], Rule],
+    *,
+    block_length: int,
+    answer_block_length: int,
+    think_end: int,
+    check: list[int],
+    max_tokens: int,
+    end_token_ids: tuple[int, ...] = (),
+) -> tuple[Decoded, range]:
+    """TCCF (arXiv 2602.09555): two decodings, the second of which has the first one's output in its prompt.
+
+    Args:
+        model, prompt, block_length, max_tokens, end_token_ids: See :func:`decode_block_causal`.
+        make_rule: Of each of the two.
+        answer_block_length: Of the second.
+        think_end: Token that ends the first.
+        check: What stands in its place; empty where it stays.
+
+    Returns:
+        Both as one, and the places of the check prompt in the output; empty where it does not end its thinking.
+    """
+    ends = (*end_token_ids, think_end)
+    first = decode_block_causal(
+        model, prompt, make_rule(), block_length=block_length, max_tokens=max_tokens, end_token_ids=ends
+    )
+    if first.tokens[-1] != think_end:
+        return first, range(0)
+    written = (first.tokens[:-1] + check if check else first.tokens)[:max_tokens]
+    num_own = len(first.tokens) - bool(check)
+    given = range(num_own, len(written))
+    steps = first.steps[:num_own] + [(0, 0, 0.0)] * len(given)
+    result = replace(first, tokens=written, steps=steps)
+    if len(written) == max_tokens:
+        return result, given
+    second = decode_block_causal(
+        model,
+        prompt + written,
+        make_rule(),
+        block_length=answer_block_length,
+        max_tokens=max_tokens - len(written),
+        end_token_ids=end_token_ids,
+    )
+    result.tokens, result.nfe = written + second.tokens, first.nfe + second.nfe
+    result.proposal_margin = min(first.proposal_margin, second.proposal_margin)
+    result.rule_margin = min(first.rule_margin, second.rule_margin)
+    result.steps += [(step, first.nfe + forward, confidence) for step, forward, confidence in second.steps]
+    return result, given
 
 
 def decode_fast_dllm_v2(

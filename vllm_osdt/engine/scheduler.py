@@ -5,7 +5,9 @@ speculative placeholders, the way vLLM's own diffusion models do; rows start at 
 """
 
 import sys
+import time
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 from vllm.logger import init_logger
@@ -89,6 +91,7 @@ class CanvasScheduler(Scheduler):
         self._auditor = Auditor(options.audit)
         self._weights = Weights()
         self._tracer = Tracer(self.max_num_running_reqs)
+        self._ended_thinking: dict[str, int] = {}  # in this step, by id: how many of its new tokens are given
         self._is_fused = options.fused_commit
         model = self.vllm_config.model_config
         self._traits: Traits = model.hf_config.traits
@@ -148,13 +151,13 @@ class CanvasScheduler(Scheduler):
             request = self.requests[new.req_id]
             self._grammars.forget(new.req_id)
             if not request.num_output_tokens:
-                request.canvas_weights = self._weights
+                request.canvas_weights, request.canvas_is_answer = self._weights, False
             spec = self._spec(request)
             assignment = self.calibrator.assign(
                 new.req_id,
                 spec,
                 request.sampling_params.max_tokens,
-                is_kept=request.canvas_weights is not self._weights,
+                is_kept=request.canvas_weights is not self._weights or request.canvas_is_answer,
                 has_grammar=request.use_structured_output,
             )
             if spec.options.return_trace:
@@ -512,6 +515,7 @@ class CanvasScheduler(Scheduler):
         requests = {req_id: self.requests[req_id] for req_id in model_runner_output.req_ids if req_id in self.requests}
         self._count_commits(scheduler_output, requests)
         self._end_templates(requests, model_runner_output)
+        self._ended_thinking.clear()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
             if audits:
@@ -521,7 +525,8 @@ class CanvasScheduler(Scheduler):
                 if request is not None and request.spec_decode_metrics is not None:
                     output.spec_decode_metrics = request.spec_decode_metrics
                     about = describe(request, request.canvas_about, request.canvas_weights, self._weights)
-                    trace = self._tracer.take(output.request_id, len(output.new_token_ids))
+                    num_given = self._ended_thinking.get(output.request_id, 0)
+                    trace = self._tracer.take(output.request_id, len(output.new_token_ids), num_given)
                     if output.new_token_ids and OPEN_HOLE in (self._spec(request).pinned or ()):
                         trace = self._leave_out(request, output, trace)
                     if trace is not None:
@@ -529,7 +534,40 @@ class CanvasScheduler(Scheduler):
                     if output.request_id in failed:
                         about[ERROR] = NO_TOKEN
                     output.kv_transfer_params = {KEY: about}
+        for req_id in self._ended_thinking:
+            if req_id in self.requests and not self.requests[req_id].is_finished():
+                self._begin_answer(self.requests[req_id])
         return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """As vLLM does, with the check prompt in place of a token that ends thinking."""
+        switch = self._spec(request).switch
+        if switch is None or switch.think_end not in new_token_ids:
+            return super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        new_token_ids, num_given = switch.written(new_token_ids)
+        num_own = len(new_token_ids) - num_given
+        new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        self._ended_thinking[request.request_id] = max(len(new_token_ids) - num_own, 0)
+        return new_token_ids, stopped
+
+    def _begin_answer(self, request: Request) -> None:
+        """Have a request go on in the answer's blocks, as one that was preempted: its keys and values are others."""
+        spec = self._spec(request)
+        assert spec.switch is not None
+        self.running.remove(request)
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
+        self._preempt_request(request, time.monotonic())
+        if self.log_stats:
+            request.events.pop()  # nobody took its place
+        self.calibrator.finish_request(request.request_id, ended_well=False)
+        request.canvas_spec, request.canvas_plan = spec.answer(request.num_tokens), None
+        request.canvas_is_answer = True
+        request.sampling_params = copy(request.sampling_params)  # other answers of the client's request may share it
+        request.sampling_params.extra_args = request.canvas_spec.as_extra_args()
+        request.cache_salt, request.block_hashes = spec.switch.cache_salt, []
+        request.update_block_hashes()
 
     def _end_templates(self, requests: dict[str, Request], model_runner_output: ModelRunnerOutput) -> None:
         """End templates that nothing is missing of any more, before vLLM asks whether requests have ended."""

@@ -75,8 +75,10 @@ class Tracer:
         self._confidence[rows[at], place] = recorded.confidence[chosen][at, place]
         self._block[rows], self._num_steps[rows] = recorded.block[chosen], step + 1
 
-    def take(self, req_id: str, num_tokens: int) -> dict[str, Any] | None:
+    def take(self, req_id: str, num_tokens: int, num_given: int = 0) -> dict[str, Any] | None:
         """The trace of tokens that are emitted, the first ones of the active block; None without one.
+
+        The last ``num_given`` of them are none of the block's, but take the place of the one behind the others.
 
         Returns:
             Lists with an entry for each token: ``step``, the denoising step of its block that decided it, from 0;
@@ -91,12 +93,14 @@ class Tracer:
         if schedule.drafts is not None:  # a forward may have taken steps behind the one that finished the output
             num_steps = int(self._step[row, :num_tokens].max()) + 1
         parameters = schedule.parameters[self._block[row], :num_steps]
-        confidence = self._confidence[row, :num_tokens].tolist()
+        place = np.arange(num_tokens).clip(max=num_tokens - num_given)
+        confidence = self._confidence[row, place]
+        confidence[num_tokens - num_given :] = NO_CONFIDENCE
         self._token[row] = _UNKNOWN  # the next block may begin with a step that decides nothing, and is not told
         return {
-            "step": self._step[row, :num_tokens].tolist(),
-            "forward": self._forward[row, :num_tokens].tolist(),
-            "confidence": [None if one == NO_CONFIDENCE else one for one in confidence],
+            "step": self._step[row, place].tolist(),
+            "forward": self._forward[row, place].tolist(),
+            "confidence": [None if one == NO_CONFIDENCE else one for one in confidence.tolist()],
             "blocks": [
                 {
                     "num_tokens": num_tokens,

@@ -20,8 +20,9 @@ from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.frontend.auto_task import AutoTasks
 from vllm_osdt.frontend.draft import PREDICTION, Draft, check_draft, read_draft
 from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_company, template_canvas
+from vllm_osdt.frontend.switch import check_answer, read_switch
 from vllm_osdt.geometry import PROMPT, Canvas, Limits
-from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
+from vllm_osdt.messages import RESOLVED_KEY, RequestSpec, Switch
 from vllm_osdt.options import (
     AUTO_TASK,
     PREFIX,
@@ -227,8 +228,8 @@ class FrontEnd:
         prompt_length: int | None,
         adapter: str,
         encode: Encode | None = None,
-    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
-        """The options of a request, its canvas, what is pinned in it, and its draft; changes nothing.
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None, Switch | None]:
+        """The options of a request, its canvas, what is pinned in it, its draft and its switch; changes nothing.
 
         Args:
             params: Its sampling parameters; vLLM may have bounded their ``max_tokens``.
@@ -257,7 +258,7 @@ class FrontEnd:
         prompt_length: int | None,
         adapter: str,
         encode: Encode | None,
-    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None]:
+    ) -> tuple[DecodingOptions, Canvas | None, Template | None, Draft | None, Switch | None]:
         """See :meth:`check`; ``sent`` is what the client sent."""
         extra = merge_options(params.extra_args or {}, sent.options)
         traits = self._config.model_config.hf_config.traits
@@ -288,8 +289,9 @@ class FrontEnd:
             _check_verification(options, draft, asked)
         if template is not None:
             check_company(template, options, asked, PREFIX + "gen_length" in extra, sent.name_of)
+        switch = read_switch(options, reader, params, asked, template, draft, sent.name_of)
         if prompt_length is None:
-            return options, None, template, draft
+            return options, None, template, draft, switch
         room = self._limits.max_model_len - prompt_length
         # What vLLM makes of a limit is the rest of the context, or less where the operator or the checkpoint say so.
         bounded = params.max_tokens is not None and params.max_tokens < room
@@ -303,7 +305,9 @@ class FrontEnd:
             max_tokens_name=sent.max_tokens_name,
             canvas=None if template is None else template_canvas(template, prompt_length, options, self._limits),
         )
-        return options, canvas, template, draft
+        if switch is not None:
+            check_answer(options, canvas, prompt_length, switch, self._server_options, sent.max_tokens_name)
+        return options, canvas, template, draft, switch
 
     def follows_choice(self, params: "SamplingParams", asked: "SamplingParams") -> bool:
         """Whether a request leaves it to its task's profile how positions are chosen; arguments of :meth:`check`."""
@@ -397,23 +401,34 @@ class FrontEnd:
                 )
 
 
-def _keep_pages_apart(request: "EngineCoreRequest", block_length: int, vllm_config: "VllmConfig") -> None:
+def _keep_pages_apart(
+    request: "EngineCoreRequest", block_length: int, answer_length: int | None, vllm_config: "VllmConfig"
+) -> str | None:
     """A page's keys and values depend on the block length, which its hash does not hold.
 
     With blocks that pages cut, they also depend on tokens of the next page. Those of a model that commits causally
     depend on what is before them alone.
+
+    Returns:
+        The salt of the pages of an answer in blocks of ``answer_length``.
     """
     if vllm_config.model_config.hf_config.traits.commits_causally:
-        return
+        return request.cache_salt
     if vllm_config.cache_config.block_size % block_length:
         assert request.sampling_params is not None
         request.sampling_params.skip_reading_prefix_cache = True
         request.cache_salt = f"osdt::{request.request_id}"
-        return
-    salt = request.cache_salt or ""
-    is_default = block_length == vllm_config.model_config.hf_config.traits.block_length
-    if not is_default or salt.startswith("osdt:"):  # so that no client's salt is that of another block length
-        request.cache_salt = f"osdt:{block_length}:{salt}"
+        return request.cache_salt
+    own, default = request.cache_salt, vllm_config.model_config.hf_config.traits.block_length
+    request.cache_salt = _salt_of(own, block_length, default)
+    return _salt_of(own, answer_length or block_length, default)
+
+
+def _salt_of(salt: str | None, block_length: int, default: int) -> str | None:
+    """The client's salt, and the block length where it is not the server's."""
+    if block_length == default and not (salt or "").startswith("osdt:"):
+        return salt
+    return f"osdt:{block_length}:{salt or ''}"  # so that no client's salt is that of another block length
 
 
 _front_ends: dict[int, tuple["VllmConfig", FrontEnd]] = {}
@@ -533,10 +548,11 @@ def admit(
     front_end, token_ids = _front_end(vllm_config), request.prompt_token_ids
     adapter = request.lora_request.lora_name if request.lora_request is not None else ""
     asked = params if asked is None else asked
-    options, canvas, template, draft = front_end.check(params, asked, len(token_ids), adapter, encode)
+    options, canvas, template, draft, switch = front_end.check(params, asked, len(token_ids), adapter, encode)
     options = front_end.name_task(options, token_ids, adapter)
     if vllm_config.cache_config.enable_prefix_caching:
-        _keep_pages_apart(request, options.block_length, vllm_config)
+        salt = _keep_pages_apart(request, options.block_length, options.answer_block_length, vllm_config)
+        switch = None if switch is None else switch._replace(cache_salt=salt)
     assert canvas is not None
     params.max_tokens = canvas.max_output_end - len(token_ids)
     if template is not None and not template.ends_itself:
@@ -548,6 +564,7 @@ def admit(
         follows_choice=front_end.follows_choice(params, asked),
         pinned=None if template is None else template.tokens,
         draft=draft.tokens[: params.max_tokens] if draft and draft.tokens else None,
+        switch=switch,
     )
     params.extra_args = spec.as_extra_args()
 

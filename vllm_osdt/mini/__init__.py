@@ -9,10 +9,10 @@ from pathlib import Path
 from vllm_osdt.mini.tasks import LIST_TASKS, TASKS, TEXT_TASKS
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-MODELS = ("llada-mini", "sdar-mini", "text-mini", "lists-mini")
+MODELS = ("llada-mini", "sdar-mini", "text-mini", "lists-mini", "sdar-lists-mini")
 # Models of other tasks than `TASKS`, and their canvases where they differ from GEN_LENGTH.
-TASKS_OF: dict[str, Iterable[str]] = {"text-mini": TEXT_TASKS, "lists-mini": LIST_TASKS}
-GEN_LENGTHS = {"text-mini": 64, "lists-mini": 16}
+TASKS_OF: dict[str, Iterable[str]] = {"text-mini": TEXT_TASKS, "lists-mini": LIST_TASKS, "sdar-lists-mini": LIST_TASKS}
+GEN_LENGTHS = {"text-mini": 64, "lists-mini": 16, "sdar-lists-mini": 16}
 GEN_LENGTH = 96
 
 

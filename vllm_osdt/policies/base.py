@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_CONSTANTS = 8  # numbers that a policy is given with each request
-MAX_STATE = 4  # numbers that a policy may keep for each request's active block, and as many for the request
+MAX_STATE = 4  # numbers that a policy may keep for each request's active block
+MAX_CARRY = 10  # numbers that it may keep for each request
 MAX_READINGS = 4  # numbers that a policy may read off the logits of each position
 CHOSEN = 2.0  # score of a position that a policy has chosen: above every confidence
 
@@ -124,6 +125,7 @@ class PositionLogits(NamedTuple):
         reading: float32 ``[S, 4]``, zero; what is written there comes to ``Step.reading``.
         step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
         earlier: Like ``before``, of the steps before that one, the latest first; ``num_steps_before`` - 1 of them.
+        carry: float32 ``[S, 10]``, ``Step.carry`` of the row's request before the step.
         temperature: float32 ``[S]``; None where every row's is 0.
         noise_key: int64 ``[S]``, a random key of the position and the step; None likewise.
         is_verified: bool ``[S]``, of a policy with ``verifies``: the logits are those of a verification. ``before`` has
@@ -139,6 +141,7 @@ class PositionLogits(NamedTuple):
     reading: "torch.Tensor"
     step_index: "torch.Tensor"
     earlier: "tuple[torch.Tensor, ...]" = ()
+    carry: "torch.Tensor | None" = None
     temperature: "torch.Tensor | None" = None
     noise_key: "torch.Tensor | None" = None
     is_verified: "torch.Tensor | None" = None
@@ -179,7 +182,7 @@ class Step(NamedTuple):
         memory: float32 ``[R, W, memory_size]``, zero when a block is entered. May be overwritten, and is kept until the
             next block.
         reading: float32 ``[R, W, 4]``, what :meth:`Policy.read` wrote; 0 elsewhere.
-        carry: float32 ``[R, 4]``, zero when the request starts. May be overwritten, and is kept; a preempted request
+        carry: float32 ``[R, 10]``, zero when the request starts. May be overwritten, and is kept; a preempted request
             resumes with what it was when its block was entered.
         block_index: int64 ``[R]``, of the active block, from 0.
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.

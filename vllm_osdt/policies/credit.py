@@ -72,7 +72,8 @@ class Credit(Modifier):
         import torch  # late: options are read without it
 
         alpha, gamma, beta = (rows.constants[:, column, None] for column in range(3))
-        pairs = rows.memory.view(rows.memory.shape[0], -1, 2)
+        num_rows, size = rows.memory.shape
+        pairs = rows.memory.view(num_rows, size // 2, 2)  # there may be no row: a block may be given whole
         name, credit = pairs[:, :, 0], pairs[:, :, 1]  # [S, N]; a name is exact in float32
         own = (rows.token + 1).to(name.dtype)[:, None]
         is_own = name == own

@@ -111,6 +111,7 @@ class PolicyReader:
                 reading[read.request[part], read.offset[part]],
                 adjusted.step_index[read.request[part]],
                 tuple(before[1:]),
+                states.policy_carry[slot],
                 None if batch.temperature is None else batch.temperature[rows],
                 None if batch.noise_key is None else batch.noise_key[rows],
                 is_verified,

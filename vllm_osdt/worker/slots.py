@@ -18,12 +18,12 @@ from vllm.v1.core.sched.output import NewRequestData
 from csrc_triton.cpu import compiled
 from vllm_osdt.calibration.thresholds import Fallback
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec
+from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec, Switch
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import ADABLOCK
-from vllm_osdt.policies.base import MAX_BRANCHES, MAX_CONSTANTS, MAX_STATE, Cutter, Policy
+from vllm_osdt.policies.base import MAX_BRANCHES, MAX_CARRY, MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
 
 Carry = torch.Tensor | float
@@ -40,13 +40,14 @@ def _seed(req_id: str, seed: int | None) -> int:
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _end_token_ids(params: SamplingParams) -> list[int]:
-    """The tokens that end a block early, -1 for none: EOS and stop tokens.
+def _end_token_ids(params: SamplingParams, switch: Switch | None) -> list[int]:
+    """The tokens that end a block early, -1 for none: one that ends thinking, EOS and stop tokens.
 
     Where there are more of them than places, the scheduler finds the others when their block is finished.
     """
     eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
-    distinct = dict.fromkeys([*eos, *(params.stop_token_ids or [])])
+    think_end = [] if switch is None else [switch.think_end]
+    distinct = dict.fromkeys([*think_end, *eos, *(params.stop_token_ids or [])])
     return [*distinct, *[-1] * MAX_END_TOKENS][:MAX_END_TOKENS]
 
 
@@ -141,10 +142,11 @@ class CanvasStates:
         # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
         self.constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.policy_state = torch.zeros(max_num_reqs, MAX_STATE, device=device)
-        self.policy_carry = torch.zeros(max_num_reqs, MAX_STATE, device=device)
+        self.policy_carry = torch.zeros(max_num_reqs, MAX_CARRY, device=device)
         self._carry_at_entry = self.policy_carry.clone()  # when the active block was entered
         # Of preempted requests: first position of their block, and both of the above.
         self._kept_carry: dict[str, tuple[int, Carry, Carry]] = {}
+        self._thinking: set[str] = set()  # ids of the requests that may yet begin an answer, which takes over nothing
         self.cut_constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
         self.block_limit = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)  # as HostTables.block_limit
         self.policy_memory = torch.zeros(
@@ -228,6 +230,10 @@ class CanvasStates:
         assert params is not None and new.prefill_token_ids is not None
         num_prefill, host = len(new.prefill_token_ids), self.host
         self._slot_of[new.req_id] = slot
+        if spec.switch is not None:
+            self._thinking.add(new.req_id)
+        elif new.req_id in self._thinking:
+            self.forget([new.req_id])
         row = np.full(canvas.end, self.mask_token_id, dtype=np.int32)
         row[:num_prefill] = new.prefill_token_ids
         host.pinned[slot] = host.may_end[slot] = False
@@ -255,7 +261,7 @@ class CanvasStates:
             host.fallback[slot, : parameters.size] = schedule.fallback.ravel()
         host.temperature[slot] = params.temperature
         host.seed[slot] = _seed(new.req_id, params.seed)
-        host.end_token_ids[slot] = _end_token_ids(params)
+        host.end_token_ids[slot] = _end_token_ids(params, spec.switch)
         host.has_grammar[slot] = assignment.has_grammar
         host.is_recorded[slot] = assignment.is_recorded or assignment.has_grammar
         host.is_watched[slot] = assignment.is_watched
@@ -298,9 +304,10 @@ class CanvasStates:
         return at_end if num_decided > block_start else at_entry
 
     def forget(self, req_ids: Iterable[str]) -> None:
-        """Requests have ended: what is kept for those that come back goes."""
+        """Requests have ended, or begin anew: what is kept for those that come back goes."""
         for req_id in req_ids:
             self._kept_carry.pop(req_id, None)
+            self._thinking.discard(req_id)
 
     def load_policies(self, operator: ServerOptions) -> None:
         """Read what policies have in files that the operator names."""
