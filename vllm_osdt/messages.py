@@ -107,6 +107,20 @@ class Decides(IntEnum):
     """Masked positions of the active block."""
     FIRST_POSITION = 2
     """The active block's first position, whose token the row before the block predicts (shifted logits)."""
+    VERIFIED = 3
+    """Drafted positions of the active block, each by what the model says from left to right."""
+
+
+class Span(NamedTuple):
+    """Some positions of an active block that follow each other.
+
+    Attributes:
+        first: Place of the first one in the block, from its first uncommitted position.
+        length: How many.
+    """
+
+    first: int
+    length: int
 
 
 class Assignment(NamedTuple):
@@ -156,12 +170,14 @@ class CanvasStep:
             (``Decides.FIRST_POSITION``); vLLM's draft counts tell the other two.
         drafts: Tokens that are drafted for the blocks that are entered, -1 for none: the position of the first, and
             token ids, by request.
+        verified: The drafted positions that this step verifies, by request; it decides no others.
         branches: Further branches, by request.
     """
 
     assignments: dict[str, Assignment] = field(default_factory=dict)
     first_position: frozenset[str] = frozenset()
     drafts: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    verified: dict[str, Span] = field(default_factory=dict)
     branches: dict[str, BranchPages] = field(default_factory=dict)
 
 
@@ -239,6 +255,7 @@ class StepReport:
         recorded: The requests that calibrate or have a grammar, None without any.
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
         weights: That the rank had by the end of the step.
+        drafted: Positions that the step has drafted and the next one is to verify, by id.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)
@@ -247,6 +264,7 @@ class StepReport:
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
     weights: HeldWeights = field(default_factory=HeldWeights)
+    drafted: dict[str, Span] = field(default_factory=dict)
 
 
 def join_traces(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -686,6 +686,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
         )
     _validate_cuts(options, traits)
     _validate_branches(options)
+    _validate_verification(options, traits)
     _validate_switch(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
@@ -751,6 +752,39 @@ def _validate_branches(options: DecodingOptions) -> None:
                 f"{name} is {value!r}, but policy {options.policy!r} computes several states of a block in one step: "
                 f"{reason}. Leave it out, or choose another policy.",
                 refusal="branches",
+                parameter=name,
+                value=value,
+            )
+
+
+def _validate_verification(options: DecodingOptions, traits: Traits) -> None:
+    """Refuse verifications where a model has no order from left to right, and what they cannot stand beside.
+
+    Raises:
+        InvalidOptionError: Names the option.
+    """
+    if not POLICIES[options.policy].verifies:
+        return
+    if not traits.is_block_causal:
+        raise InvalidOptionError(
+            f"policy is {options.policy!r}, but every position of this model's canvas sees all others, so the model "
+            "says nothing from left to right that could verify a draft: choose another.",
+            refusal="verify-model",
+            parameter="policy",
+            value=options.policy,
+        )
+    others = {
+        "edit_threshold": options.edit_threshold is not None and "a token that was verified must not change",
+        "sub_block_cache": options.sub_block_cache and "a verification overwrites its keys and values",
+        "draft_ngram": options.draft_ngram is not None and "the model drafts for itself",
+        "cache_mode": options.cache_mode == "causal_fused" and "no pass of its own gives the first position of a block",
+    }
+    for name, reason in others.items():
+        if reason:
+            value = getattr(options, name)
+            raise InvalidOptionError(
+                f"{name} is {value!r}, but policy {options.policy!r} verifies drafts, and {reason}: leave it out.",
+                refusal="verify-company",
                 parameter=name,
                 value=value,
             )

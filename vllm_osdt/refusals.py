@@ -165,6 +165,20 @@ REFUSALS = {
         "`dimple`, on a model with sub-blocks or with `osdt_adablock`: its schedule is one of whole blocks.",
         "Send another policy.",
     ),
+    "verify-model": Refusal(
+        "`osdt_policy`", "`s2d2`, and every position of the model's canvas sees all others.", "Send another policy."
+    ),
+    "verify-company": Refusal(
+        "`osdt_edit_threshold`, `osdt_sub_block_cache`, `osdt_draft_ngram`, `osdt_draft`, `prediction`, "
+        "`osdt_cache_mode`, structured output, penalties",
+        "Beside `s2d2`, whose verified tokens it contradicts; `causal_fused` has no pass for a block's first token.",
+        "Leave it out, or send another policy.",
+    ),
+    "verify-bounds": Refusal(
+        "`osdt_verify_off`, `osdt_verify_max_span`",
+        "Not less than `osdt_verify_on`; less than `osdt_verify_min_span`.",
+        "Send the other side of it.",
+    ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",
         "With another policy than `fixed_steps` on a model with sub-blocks; `prophet` and `sched` take them without "

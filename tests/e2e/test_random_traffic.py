@@ -122,6 +122,25 @@ def with_branches(index, params):
     return params, base
 
 
+def with_verification(index, params):
+    """A request like another one, without what has no place beside verifications, and with those."""
+    rng, params = random.Random(index), params.clone()
+    kept = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
+    params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in kept}
+    params.presence_penalty = params.frequency_penalty = 0.0
+    params.repetition_penalty, params.structured_outputs = 1.0, None
+    options = rng.choice(
+        [
+            {"router": "span", "min_span": rng.randrange(1, 4)},
+            {"cost": rng.choice([0.5, 1.0, 1.5]), "max_span": rng.randrange(2, 9)},
+            {"router": "hysteresis", "on": 1.3, "off": 0.2, "cost_per": "confident_position"},
+        ]
+    )
+    params.extra_args |= {f"osdt_verify_{name}": value for name, value in options.items()}
+    params.extra_args |= {"osdt_policy": "s2d2", "osdt_threshold": rng.choice([0.1, 0.3, 0.9])}
+    return params
+
+
 def random_parameters(rng, max_tokens, *, is_sampled):
     """Parameters that change logits or ask for them; filters matter where a request samples."""
     own = {}
@@ -191,6 +210,9 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
         prompt, params = requests[index]
         params, bases[index] = with_branches(index, params)
         requests[index] = prompt, params
+    for index in range(2, NUM_REQUESTS, 4):
+        if family != "LLaDA":
+            requests[index] = requests[index][0], with_verification(index, requests[index][1])
     preempted, preempt = [], scheduler(llm)._preempt_request
     scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
     answering, begin_answer = [], scheduler(llm)._begin_answer

@@ -241,12 +241,13 @@ def test_fixed_steps_shares_add_up_to_the_block(opts):
 
 
 @given(options("static_threshold"))
-def test_steps_of_a_static_threshold_are_the_shares_of_fixed_steps_and_of_no_other_policy(opts):
+def test_steps_of_a_static_threshold_are_the_shares_of_fixed_steps_and_of_no_policy_without_one(opts):
     opts = replace(opts, steps=opts.steps or opts.gen_length)
     shares = schedule_of("fixed_steps", opts, None).parameters
-    assert (schedule_of("static_threshold", opts, None).min_unmask == shares).all()
-    assert schedule_of("static_threshold", replace(opts, steps=None), None).min_unmask is None
-    for policy in {*POLICY_NAMES} - {"static_threshold"}:
+    for policy in ("static_threshold", "s2d2"):
+        assert (schedule_of(policy, opts, None).min_unmask == shares).all()
+        assert schedule_of(policy, replace(opts, steps=None), None).min_unmask is None
+    for policy in {*POLICY_NAMES} - {"static_threshold", "s2d2"}:
         assert schedule_of(policy, replace(opts, policy=policy), None).min_unmask is None
 
 

@@ -66,12 +66,17 @@ class BranchPool:
             step: Its step.
             max_rows: Rows of a step at most.
         """
+        branches = brancher.policy.branches(brancher.options, step)
+        return self.those_that_fit(branches, max_rows - step.num_rows, brancher.max_pages)
+
+    def those_that_fit(self, branches: Iterable[Branch], max_rows: int, max_pages: int) -> tuple[Branch, ...]:
+        """The first branches that fit so many rows and pages."""
         chosen: list[Branch] = []
-        num_rows, num_pages = step.num_rows, 0
-        for branch in brancher.policy.branches(brancher.options, step):
+        num_rows = num_pages = 0
+        for branch in branches:
             num_rows += branch.num_rows
             num_pages += self.num_pages([branch])
-            if num_rows > max_rows or num_pages > brancher.max_pages or len(chosen) == MAX_BRANCHES - 1:
+            if num_rows > max_rows or num_pages > max_pages or len(chosen) == MAX_BRANCHES - 1:
                 break
             chosen.append(branch)
         return tuple(chosen)

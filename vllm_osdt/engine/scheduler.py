@@ -45,6 +45,7 @@ from vllm_osdt.messages import (
     Decides,
     HeldWeights,
     RequestSpec,
+    Span,
     StepReport,
 )
 from vllm_osdt.models.traits import Traits
@@ -114,6 +115,7 @@ class CanvasScheduler(Scheduler):
         self._pool = BranchPool(self.kv_cache_manager.block_pool, groups[0].kv_cache_spec.block_size if groups else 1)
         # Layers of several kinds would need pages of each; branches are left out there.
         self._has_branches = len(groups) == 1
+        self._verifies_by_branches = not (self._traits.logits_shift or self._traits.commits_causally)
         self._allocate_slots = patch_page_allocation(self.kv_cache_manager, self._allocate_for_rows)
         patch_page_caching(self.kv_cache_manager, lambda request: self._plan(request).num_final)
 
@@ -177,6 +179,9 @@ class CanvasScheduler(Scheduler):
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
             )
+        if self._traits.is_block_causal:
+            spans = ((req_id, self._rows[req_id].verified) for req_id in output.num_scheduled_tokens)
+            step.verified = {req_id: span for req_id, span in spans if span is not None}
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
 
@@ -296,6 +301,9 @@ class CanvasScheduler(Scheduler):
     def _next_rows(self, request: Request) -> Rows | None:
         plan = self._plan(request)
         rows = plan.next_rows(request.num_tokens, min(self._room, max(self._max_rows, 2 * plan.block_length)))
+        if rows is not None and rows.verified is not None and self._verifies_by_branches:
+            rows = self._with_verified(request, rows, rows.verified)
+            return rows if rows.num_all_rows <= self._room else None
         brancher: Brancher | None = getattr(request, "canvas_brancher", None)
         if rows is None or brancher is None or not brancher.needs_all:
             return rows
@@ -305,6 +313,16 @@ class CanvasScheduler(Scheduler):
         num_further = rows.num_all_rows - rows.num_rows
         has_room = num_further <= self._branch_room or not self._has_branch
         return rows if has_room and rows.num_all_rows <= self._room else None
+
+    def _with_verified(self, request: Request, rows: Rows, span: Span) -> Rows:
+        """The rows of a verification with a branch for each position behind the first, as many as fit the engine."""
+        if not self._has_branches:
+            return rows._replace(verified=span._replace(length=1))
+        begin = request.num_tokens + span.first - rows.start + 1  # rows of the first position
+        wanted = [Branch(rows.start, begin + number, is_causal=True) for number in range(1, span.length)]
+        max_pages = self._pool.pages_left_by(self._spec(request).canvas.end)
+        branches = self._pool.those_that_fit(wanted, self.max_num_scheduled_tokens - rows.num_rows, max_pages)
+        return rows._replace(branches=branches, verified=span._replace(length=len(branches) + 1))
 
     def _brancher_of(self, request: Request) -> Brancher | None:
         """What says which branches a request has; None for a policy without."""
@@ -344,9 +362,15 @@ class CanvasScheduler(Scheduler):
     def _release_spare_branches(self) -> bool:
         """Take back pages that requests can do without; False when there are none."""
         holders = map(self.requests.__getitem__, self._pool.holders)
-        return self._pool.release_all(
-            [request.request_id for request in holders if not request.canvas_brancher.needs_all]
-        )
+        return self._pool.release_all([request.request_id for request in holders if self._has_spare_branches(request)])
+
+    def _has_spare_branches(self, request: Request) -> bool:
+        """Whether a request can do without the pages of its branches."""
+        brancher: Brancher | None = request.canvas_brancher
+        if brancher is None:  # a verification needs them, and a draft does not
+            rows = self._rows.get(request.request_id)
+            return rows is None or not rows.branches
+        return not brancher.needs_all
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """As vLLM does; pages of branches go too."""
@@ -361,6 +385,8 @@ class CanvasScheduler(Scheduler):
             # schedule() counts current_step up before it looks at this.
             request.next_decode_eligible_step = self.current_step + 2
             return False
+        if not rows.branches and getattr(request, "canvas_brancher", None) is None:
+            self._pool.release(request.request_id)  # of a verification
         self._room -= rows.num_all_rows
         self._branch_room -= rows.num_all_rows - rows.num_rows
         self._has_branch |= bool(rows.branches)
@@ -479,6 +505,9 @@ class CanvasScheduler(Scheduler):
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
+            for req_id, span in report.drafted.items():
+                if req_id in self.requests:
+                    self._plan(self.requests[req_id]).drafted = span
             self._trace(report)
             self._count_run_ahead(report)
             if report.recorded is not None:

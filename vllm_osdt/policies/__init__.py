@@ -32,6 +32,7 @@ from vllm_osdt.policies.multi_block import MultiBlock
 from vllm_osdt.policies.nemotron_bound import NemotronBound
 from vllm_osdt.policies.osdt import OSDT
 from vllm_osdt.policies.prophet import Prophet
+from vllm_osdt.policies.s2d2 import S2D2
 from vllm_osdt.policies.sched import Sched
 from vllm_osdt.policies.stable import Stable
 from vllm_osdt.policies.static_threshold import StaticThreshold
@@ -66,6 +67,7 @@ OWN: tuple[type[Policy], ...] = (
     CCD,
     Stable,
     LearnedFilter,
+    S2D2,
     FixedSteps,
     FreeDave,
 )

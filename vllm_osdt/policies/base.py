@@ -126,6 +126,10 @@ class PositionLogits(NamedTuple):
         step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
         earlier: Like ``before``, of the steps before that one, the latest first; ``num_steps_before`` - 1 of them.
         carry: float32 ``[S, 10]``, ``Step.carry`` of the row's request before the step.
+        temperature: float32 ``[S]``; None where every row's is 0.
+        noise_key: int64 ``[S]``, a random key of the position and the step; None likewise.
+        is_verified: bool ``[S]``, of a policy with ``verifies``: the logits are those of a verification. ``before`` has
+            then the draft's, as sampling parameters left them, where ``temperature`` is not None. None for others.
     """
 
     logits: "torch.Tensor"
@@ -138,6 +142,28 @@ class PositionLogits(NamedTuple):
     step_index: "torch.Tensor"
     earlier: "tuple[torch.Tensor, ...]" = ()
     carry: "torch.Tensor | None" = None
+    temperature: "torch.Tensor | None" = None
+    noise_key: "torch.Tensor | None" = None
+    is_verified: "torch.Tensor | None" = None
+
+
+class Verification(NamedTuple):
+    """What a policy with ``verifies`` is told of a step, and says of the next one; R requests.
+
+    A span is the place of its first position in the active block, and its length; length 0: none.
+
+    Attributes:
+        span: int64 ``[R, 2]``, positions of which this step has the logits of a verification. The other masked
+            positions then have none, and their proposals mean nothing.
+        asked: int64 ``[R, 2]``, zero. Where a span is written, this step decides nothing: its proposals
+            (``Step.token``) are put in their positions, still masked, and the next step verifies those of the span, or
+            its first ones where that is too much for a step.
+        min_unmask: int32 ``[R]``, of the schedule: so many positions the step unmasks at least.
+    """
+
+    span: "torch.Tensor"
+    asked: "torch.Tensor"
+    min_unmask: "torch.Tensor"
 
 
 class Step(NamedTuple):
@@ -151,7 +177,7 @@ class Step(NamedTuple):
         state: float32 ``[R, 4]``, zero when a block is entered. May be overwritten, and is kept until the next block.
         step_index: int64 ``[R]``, denoising steps that the block has seen before this one.
         confidence: float32 ``[R, W]``, the same as ``score``, as it was.
-        token: int64 ``[R, W]``, the proposals; 0 without logits.
+        token: int64 ``[R, W]``, the proposals; 0 without logits. A policy with ``verifies`` may overwrite it.
         is_open: bool ``[R, W]``, masked positions that have logits.
         memory: float32 ``[R, W, memory_size]``, zero when a block is entered. May be overwritten, and is kept until the
             next block.
@@ -163,6 +189,7 @@ class Step(NamedTuple):
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
         end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
         tensors: What :meth:`Policy.tensors` has read for the engine, by name.
+        verification: Of a policy with ``verifies``; None for others.
     """
 
     score: "torch.Tensor"
@@ -181,6 +208,7 @@ class Step(NamedTuple):
     num_positions: "torch.Tensor"
     end_token_ids: "torch.Tensor"
     tensors: "Mapping[str, torch.Tensor]" = MappingProxyType({})
+    verification: "Verification | None" = None
 
     def choose(self, chosen: "torch.Tensor", rank: "torch.Tensor | None" = None) -> None:
         """Have exactly these positions unmasked, whatever the schedule's threshold; at least the first by rank.
@@ -245,6 +273,9 @@ class Policy(ABC):
             logits, so that each step multiplies with the output weight once more.
         num_steps_before: How many steps before; each but the first is one more multiplication.
         memory_size: Numbers that it keeps of each position of the active block.
+        verifies: Whether a step may be followed by a verification: a forward pass that gives of drafted positions the
+            logits that the model has from left to right, each behind the drafted tokens before it
+            (``Step.verification``). Such a policy reads logits. Refused where every position sees the whole canvas.
         needs_whole_blocks: Whether its schedule is one of blocks as long as ``block_length``. Refused for models with
             sub-blocks, and where blocks are cut.
         cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
@@ -262,6 +293,7 @@ class Policy(ABC):
     reads_step_before: ClassVar[bool] = False
     num_steps_before: ClassVar[int] = 1
     memory_size: ClassVar[int] = 0
+    verifies: ClassVar[bool] = False
     needs_whole_blocks: ClassVar[bool] = False
     cuts_blocks: ClassVar[bool] = False
     has_branches: ClassVar[bool] = False

@@ -16,10 +16,9 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_osdt.geometry import max_logit_rows
 from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat import patch_scheduler_metadata
-from vllm_osdt.messages import CANVAS_STEP
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
-from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
+from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin, canvas_step_of
 from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
 
@@ -63,8 +62,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """As vLLM does, right before it looks for a graph: whether the step may run as one."""
         state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
         if self.cudagraph_manager is not None:
-            has_branches = bool(getattr(getattr(scheduler_output, CANVAS_STEP, None), "branches", None))
-            is_graph = state is not None and not has_branches
+            step = canvas_step_of(scheduler_output)
+            is_graph = state is not None and not (step.branches or step.verified)
             self.cudagraph_manager.num_queries = self._queries_of_a_graph(state) if is_graph else None
         return state, uniform_token_count
 

@@ -95,7 +95,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """As vLLM does; the model state finds what the engine core assigned to each request."""
-        self.model_state.assignments = _canvas_step(scheduler_output).assignments
+        self.model_state.assignments = canvas_step_of(scheduler_output).assignments
         super().add_requests(scheduler_output)  # type: ignore[misc]
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -146,7 +146,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         if num_drafts is None:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
         num_computed = self.req_states.num_computed_tokens_np[slots]
-        canvas_step = _canvas_step(scheduler_output)
+        canvas_step = canvas_step_of(scheduler_output)
         first_position = canvas_step.first_position
         decides_first = np.zeros(num_reqs, dtype=bool)
         if first_position:
@@ -158,7 +158,10 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         branches = [() if one is None else one.branches for one in pages]
         num_rows -= [sum(branch.num_rows for branch in own) for own in branches] if branches else 0
         start = num_computed.astype(np.int64)
-        rows = step_rows(states, slots, start, num_rows, num_drafts, decides_first, branches)
+        span = np.zeros((num_reqs if canvas_step.verified else 0, 2), dtype=np.int64)
+        for index, req_id in enumerate(batch_req_state.req_ids if canvas_step.verified else ()):
+            span[index] = canvas_step.verified.get(req_id, (0, 0))
+        rows = step_rows(states, slots, start, num_rows, num_drafts, decides_first, branches, span)
         runs_as_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
         plan, denoise, pieces, arrays = self._plan(rows, self.decode_query_len if runs_as_graph else None)
         arrays |= states.arrays_of_entered_blocks()
@@ -376,6 +379,6 @@ def _queries(sent: Mapping[str, torch.Tensor], plan: StepPlan, pieces: BlockQuer
     )
 
 
-def _canvas_step(scheduler_output: SchedulerOutput) -> CanvasStep:
+def canvas_step_of(scheduler_output: SchedulerOutput) -> CanvasStep:
     """What the scheduler says of a step; nothing of vLLM's own dummy steps."""
     return getattr(scheduler_output, CANVAS_STEP, None) or CanvasStep()

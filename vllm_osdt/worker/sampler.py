@@ -18,7 +18,7 @@ from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
-from vllm_osdt.policies.base import MAX_READINGS
+from vllm_osdt.policies.base import MAX_READINGS, Verification
 from vllm_osdt.worker.drafting import read_states, verify_and_draft
 from vllm_osdt.worker.logprobs import LogprobStore
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
@@ -183,12 +183,12 @@ class CanvasSampler:
         states, blocks = self.states, batch.blocks
         width = blocks.canvas_index.shape[1]
         before = states.masked[blocks.slots, :width] if keeps_masks else None
-        is_open = is_masked = None
+        is_open = is_masked = drafted = None
         if batch.edit_threshold is not None:
             is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
         branches = None if batch.drafting is None else read_states(batch.drafting, blocks)
         if batch.adjusted:
-            canvas, confidence, result = self._unmask_adjusted(batch, proposals, readings)
+            canvas, confidence, result, drafted = self._unmask_adjusted(batch, proposals, readings)
         elif batch.grammar is not None:
             token, confidence = proposals.to_grids(*blocks.canvas_index.shape)
             score, rules = batch.grammar.restrict(token, confidence, batch.rules)
@@ -203,7 +203,7 @@ class CanvasSampler:
             canvas, confidence, result, ahead = found
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
         num_ready = result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0)
-        return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready, ahead)
+        return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready, drafted, ahead)
 
     def finish(self, input_batch: Any, decision: Decision, ran_ahead: torch.Tensor | None = None) -> SamplerOutput:
         """Tell the host what was decided.
@@ -255,8 +255,12 @@ class CanvasSampler:
 
     def _unmask_adjusted(
         self, batch: DenoiseBatch, proposals: Proposals, readings: Readings
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor | None]:
+        """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy.
+
+        Returns:
+            Tokens, confidences, counts, and ``Decision.drafted``.
+        """
         states, width = self.states, batch.blocks.canvas_index.shape[1]
         token, confidence = proposals.to_grids(*batch.blocks.canvas_index.shape)
         score, parameter = confidence.clone(), batch.rules.parameter.clone()
@@ -269,7 +273,13 @@ class CanvasSampler:
             step = step._replace(tensors=states.policy_tensors.get(adjusted.policy.name, {}))
             adjusted.policy.adjust(step)
             score[rows], parameter[rows] = step.score, step.parameter
+            if step.verification is not None:
+                token[rows] = step.token
             steps.append((adjusted, step, masked[rows]))
+        drafted = None
+        if any(one.policy.verifies for one in batch.adjusted):
+            proposals.token.copy_(proposals.of_grid(token))
+            batch, drafted = self._without_drafted(batch, steps)
         allowed, rules = score, batch.rules._replace(parameter=parameter)
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(token, score, rules)
@@ -281,7 +291,41 @@ class CanvasSampler:
             states.policy_state[slots], states.policy_carry[slots] = step.state, step.carry
             if policy.memory_size:
                 states.policy_memory[slots, :width, : policy.memory_size] = step.memory
-        return canvas, confidence.masked_fill(~masked, NO_CONFIDENCE), result
+            if step.verification is not None:
+                self._write_drafted(batch.blocks.canvas_index[adjusted.rows], slots, step)
+        return canvas, confidence.masked_fill(~masked, NO_CONFIDENCE), result, drafted
+
+    def _without_drafted(
+        self, batch: DenoiseBatch, steps: Sequence[tuple[AdjustedRows, Step, torch.Tensor]]
+    ) -> tuple[DenoiseBatch, torch.Tensor]:
+        """The step without the requests that have it verified first, which decide nothing; and ``Decision.drafted``."""
+        blocks = batch.blocks
+        drafted = torch.zeros(blocks.slots.shape[0], 2, dtype=torch.int64, device=self.states.device)
+        for adjusted, step, _ in steps:
+            if step.verification is not None:
+                drafted[adjusted.rows] = step.verification.asked
+        if self.states.verifies_by_branches and not self.states.has_branches:
+            drafted[:, 1].clamp_(max=1)
+        waits = drafted[:, 1] > 0
+        slots = blocks.slots.masked_fill(waits, self.states.idle_row)
+        num_output_positions = blocks.num_output_positions.masked_fill(waits, 0)
+        blocks = blocks._replace(slots=slots, num_output_positions=num_output_positions)
+        return replace(batch, blocks=blocks), drafted
+
+    def _write_drafted(self, canvas_index: torch.Tensor, slots: torch.Tensor, step: Step) -> None:
+        """Put drafted tokens in their positions, which stay masked, where they are to be verified; else mask tokens.
+
+        Args:
+            canvas_index: int64 ``[S, W]``, of the requests of a policy that verifies.
+            slots: int64 ``[S]``, theirs.
+            step: Theirs, decided.
+        """
+        states, verification = self.states, step.verification
+        assert verification is not None
+        shown = step.is_open & (verification.asked[:, 1:] > 0)
+        token = torch.where(shown, step.token, states.mask_token_id).to(states.cells.dtype)
+        is_masked = states.masked[slots, : token.shape[1]]
+        states.cells[canvas_index] = torch.where(is_masked, token, states.cells[canvas_index])
 
     def _cut_blocks(self, batch: DenoiseBatch, proposals: Proposals) -> DenoiseBatch:
         """The step with the blocks that are entered as long as their cutters say; positions behind them are left."""
@@ -319,7 +363,11 @@ class CanvasSampler:
         """
         states, rows, slots = self.states, of.rows, of.slots
         own, memory_size = score[rows], of.policy.memory_size if isinstance(of, AdjustedRows) else 0
-        is_open = own != NO_CONFIDENCE
+        is_open, verification = own != NO_CONFIDENCE, None
+        if isinstance(of, AdjustedRows) and of.policy.verifies:
+            none = slots.new_zeros(slots.shape[0], 2)
+            span = none if of.span is None else of.span
+            verification = Verification(span, none.clone(), batch.rules.min_unmask[rows])
         return Step(
             own,
             parameter[rows],
@@ -336,4 +384,5 @@ class CanvasSampler:
             of.num_left,
             of.num_positions,
             batch.blocks.end_token_ids[rows],
+            verification=verification,
         )

@@ -115,16 +115,21 @@ class CanvasStates:
         self.logits_shift = traits.logits_shift
         self.is_block_causal = traits.is_block_causal
         self.commits_causally = traits.commits_causally
+        # Where no causal row predicts the position behind it, each position that is verified needs its own mask.
+        self.verifies_by_branches = not (traits.logits_shift or traits.commits_causally)
         self._slot_of: dict[str, int] = {}
         self.observed: set[str] = set()  # ids of the requests of which the engine core wants more than tokens
 
         # Prompt, decided tokens and mask tokens, by absolute position; a cell that takes writes of padding; and, by
-        # slot, branch and position in the active block, the tokens of further branches.
+        # slot, branch and position in the active block, the tokens of further branches. Behind them a mask token.
         self.padding_cell, num_branches = max_num_reqs * row_length, max_num_reqs * (MAX_BRANCHES - 1)
-        num_cells = self.padding_cell + 1 + num_branches * MAX_BLOCK_LENGTH
-        self.cells = torch.zeros(num_cells, dtype=torch.int32, device=device)
+        self.mask_cell = self.padding_cell + 1 + num_branches * MAX_BLOCK_LENGTH
+        self.cells = torch.zeros(self.mask_cell + 1, dtype=torch.int32, device=device)
+        self.cells[self.mask_cell] = self.mask_token_id
         self.token_ids = self.cells[: self.padding_cell].view(max_num_reqs, row_length)
-        self.branch_ids = self.cells[self.padding_cell + 1 :].view(max_num_reqs, MAX_BRANCHES - 1, MAX_BLOCK_LENGTH)
+        self.branch_ids = self.cells[self.padding_cell + 1 : self.mask_cell].view(
+            max_num_reqs, MAX_BRANCHES - 1, MAX_BLOCK_LENGTH
+        )
         # Masks of the active block; a row for requests that denoise nothing in a step; and those of further branches.
         self.idle_row = max_num_reqs
         self.masked = torch.zeros(max_num_reqs + 1 + num_branches, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)

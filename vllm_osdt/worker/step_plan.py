@@ -18,6 +18,8 @@ from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
+_NO_FLAGS = np.empty(0, dtype=bool)  # of one type, so that compiled functions see one
+_NO_SPANS = np.empty((0, 2), dtype=np.int64)
 NOWHERE = 2**30  # a place behind all minima of output
 TOP_K = int(Rule.TOP_K)
 NUM_FURTHER = MAX_BRANCHES - 1
@@ -60,6 +62,7 @@ class ReadRows(NamedTuple):
         shaped: Those of them whose logits are changed; None without any.
         shaped_at: int64: which of the S those are.
         shaped_np: The same on the host.
+        is_verified: bool ``[S]``, whether they are of a verification; None where none is.
     """
 
     rows: torch.Tensor
@@ -68,6 +71,7 @@ class ReadRows(NamedTuple):
     shaped: LogitRows | None
     shaped_at: torch.Tensor
     shaped_np: np.ndarray
+    is_verified: torch.Tensor | None = None
 
 
 class CutRows(NamedTuple):
@@ -93,6 +97,7 @@ class AdjustedRows(NamedTuple):
     num_left: torch.Tensor  # int64 [S]
     num_positions: torch.Tensor  # int64 [S]
     read: ReadRows | None  # where the policy reads logits
+    span: torch.Tensor | None  # int64 [S, 2], see policies.base.Verification; None where nothing is verified
 
 
 class ModifiedRequests(NamedTuple):
@@ -302,13 +307,19 @@ class StepRows(NamedTuple):
     num_active: np.ndarray  # int64 [Q], positions of the active block from there on; 0: nothing is denoised
     decides_first: np.ndarray  # bool [Q], only that first position is
     branch: np.ndarray = _NONE  # int64 [Q], number of the branch, 0 for requests; empty when there are only those
-    is_causal: np.ndarray = _NONE  # bool [Q], whether a row sees the positions up to its own alone; empty likewise
+    is_causal: np.ndarray = _NO_FLAGS  # bool [Q], whether a row sees the positions up to its own alone; empty likewise
     request: np.ndarray = _NONE  # int64 [Q], which of the R it belongs to; empty likewise
+    span: np.ndarray = _NO_SPANS  # int64 [Q, 2], positions that are verified (messages.Span), length 0: none; or [0, 2]
 
     @property
     def num_requests(self) -> int:
         """R."""
         return int((self.branch == 0).sum()) if self.branch.size else self.slots.size
+
+    @property
+    def is_verified(self) -> np.ndarray:
+        """Requests and branches of which the step is a verification, bool ``[Q]``."""
+        return self.span[:, 1] > 0 if self.span.size else np.zeros(self.slots.size, dtype=bool)
 
 
 def step_rows(
@@ -319,8 +330,11 @@ def step_rows(
     num_drafts: np.ndarray,
     decides_first: np.ndarray,
     branches: Sequence[Sequence[Branch]] = (),
+    span: np.ndarray = _NO_SPANS,
 ) -> StepRows:
-    """Bring the tables up to date for a step, and leave out rows that a sub-block's cache or a cut block spares.
+    """Bring the tables up to date for a step, and leave out rows that it can do without.
+
+    A sub-block's cache and a cut block spare some. A verification needs those up to the last position of its span.
 
     Args:
         states: Tables.
@@ -331,6 +345,7 @@ def step_rows(
         decides_first: bool ``[R]``, the step decides the active block's first position alone, by the row before it.
         branches: Further branches of each; empty when no request has any. Those of which the device has no tokens, or
             that would have no masks, are left out.
+        span: See ``StepRows``, int64 ``[R, 2]`` or ``[0, 2]``.
     """
     host = states.host
     block_length = host.block_length[slots]
@@ -338,7 +353,9 @@ def step_rows(
     # Without drafts the active block begins behind the step's rows.
     num_active = np.where(decides_first & (num_drafts == 0), block_length, np.minimum(block_length, num_drafts))
     states.begin_step(slots, block_start, num_active)
-    rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first)
+    rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first, span=span)
+    if span.size:
+        rows = _rows_of_verifications(states, rows)
     if branches and states.has_branches:
         rows = _with_branches(host, rows, branches)
     if host.cuts[slots].any():
@@ -349,11 +366,28 @@ def step_rows(
     return rows
 
 
+def _rows_of_verifications(states: CanvasStates, rows: StepRows) -> StepRows:
+    """The rows of a step that verifies some of its requests' drafts; such a step is none of denoising.
+
+    Where a causal row predicts the position behind it, they end before the last position of the span. Else each of its
+    positions has a branch, which has its mask behind the tokens before it; the first one is the request's own.
+    """
+    is_verified, (first, length) = rows.is_verified, rows.span.T
+    states.host.step[rows.slots[is_verified]] -= 1
+    last = first if states.verifies_by_branches else first + length - 2
+    num_rows = rows.block_start + last + 1 - rows.start
+    is_causal = _NO_FLAGS if states.commits_causally else is_verified  # attention has a flag for them there
+    return rows._replace(num_rows=np.where(is_verified, num_rows, rows.num_rows), is_causal=is_causal)
+
+
 def _with_branches(host: HostTables, rows: StepRows, branches: Sequence[Sequence[Branch]]) -> StepRows:
     """The rows of a step, and behind them those of branches that are of use."""
     request, number, start, num_rows, is_causal = [], [], [], [], []
     for req, own in enumerate(branches):
-        usable = own[: _num_usable(host, rows.slots[req], rows.num_active[req])] if own else ()
+        if rows.span.size and rows.span[req, 1]:
+            usable = own
+        else:
+            usable = own[: _num_usable(host, rows.slots[req], rows.num_active[req])] if own else ()
         for index, branch in enumerate(usable, start=1):
             request.append(req)
             number.append(index)
@@ -370,8 +404,9 @@ def _with_branches(host: HostTables, rows: StepRows, branches: Sequence[Sequence
         start=np.concatenate([rows.start, start]),
         num_rows=np.concatenate([rows.num_rows, num_rows]),
         branch=np.concatenate([none, number]),
-        is_causal=np.concatenate([none.astype(bool), is_causal]),
+        is_causal=np.concatenate([rows.is_causal if rows.is_causal.size else none.astype(bool), is_causal]),
         request=all_of,
+        span=rows.span[all_of] if rows.span.size else rows.span,
     )
 
 
@@ -459,7 +494,7 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
     )
     # A position that is decided alone is predicted from the row before it (see the plans of the engine core).
     shifts = states.logits_shift, max(states.logits_shift, int(states.commits_causally))
-    num_logits = _fill(states.host, rows, shifts, plan)
+    num_logits = _fill(states.host, rows, shifts, states.mask_cell, plan)
     return plan._replace(
         logit_rows=plan.logit_rows[:num_logits],
         logit_slots=plan.logit_slots[:num_logits],
@@ -468,11 +503,19 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
 
 
 @compiled()
-def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepPlan) -> int:
+def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], mask_cell: int, plan: StepPlan) -> int:
     """Write a plan, count its fallbacks and return the number of logit rows.
 
-    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone.
+    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone, or
+    verified.
+    ``mask_cell``: a cell with a mask token.
     """
+    # Of verifications: the last row of each branch, and the second branch of each request.
+    last_row, second = rows.num_rows.cumsum() - 1, np.zeros(rows.slots.size, np.int64)
+    if rows.span.shape[0]:
+        for entry in range(rows.branch.size):
+            if rows.branch[entry] == 1:
+                second[rows.request[entry]] = entry
     row_length, num_slots = host.parameters.shape[1], host.block_length.size
     padding_cell = host.parameters.size
     row = num_logits = 0
@@ -484,11 +527,12 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
         branch = rows.branch[req] if rows.branch.size else 0
         of_branch = slot * NUM_FURTHER + branch - 1  # among the further branches of all slots
         block_cell = first_cell + block_start
-        if branch > 0:
+        is_verified = rows.span.shape[0] > 0 and rows.span[req, 1] > 0
+        if branch > 0 and not is_verified:
             block_cell = padding_cell + 1 + of_branch * MAX_BLOCK_LENGTH
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if decides_first else num_active
-        logits_shift = shifts[1] if decides_first else shifts[0]
+        logits_shift = shifts[1] if decides_first or is_verified else shifts[0]
         if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
             first_read = _sub_block(host, slot, block_start, num_active) - block_start
             last_read = first_read + host.sub_block_length[slot]
@@ -496,13 +540,20 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
             plan.positions[row + k] = start + k
             is_inside = block_start <= start + k < block_start + num_active
             plan.source[row + k] = block_cell + start + k - block_start if is_inside else first_cell + start + k
+        if is_verified and logits_shift == 0:  # the position that the branch verifies
+            plan.source[row + num_rows - 1] = mask_cell
         for k in range(plan.canvas_index.shape[1]):
-            is_inside = k < num_active
+            is_inside = k < num_active and not (is_verified and branch > 0)  # what it says is the request's
             plan.canvas_index[req, k] = block_cell + k if is_inside else padding_cell
             place = block_start - start + k - logits_shift
             is_inside = is_inside and (branch == 0 or 0 <= place < num_rows)  # a branch may end before its block
             if is_inside and first_read <= k < last_read and (host.masked[slot, k] or edits):
-                plan.logit_rows[num_logits] = row + place
+                logit_row = row + place
+                if is_verified:  # what is read of positions outside of the span means nothing
+                    number = k - rows.span[req, 0] if logits_shift == 0 else 0
+                    is_further = 0 < number < rows.span[req, 1]
+                    logit_row = last_row[second[req] + number - 1] if is_further else min(logit_row, last_row[req])
+                plan.logit_rows[num_logits] = logit_row
                 plan.logit_slots[num_logits] = slot
                 plan.position[num_logits] = req * plan.canvas_index.shape[1] + k
                 num_logits += 1
@@ -521,6 +572,7 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
         # Where only a first position is decided and the request gives it, nothing is, before the next step.
         is_idle = decides_first and num_active > 0 and not host.masked[slot, 0] and host.masked[slot, :num_active].any()
         mask_row = slot if branch == 0 else num_slots + 1 + of_branch
+        is_idle = is_idle or (is_verified and branch > 0)
         plan.mask_rows[req] = mask_row if num_active > 0 and not is_idle else num_slots
         plan.rule[req] = TOP_K if decides_first else host.rule[slot]
         plan.parameter[req] = 1.0 if decides_first else host.parameters[slot, step]
@@ -577,8 +629,13 @@ def _with_single_rows(pieces: BlockQueries, rows: StepRows) -> BlockQueries:
 
 
 def split_queries_at_canvas(rows: StepRows) -> BlockQueries:
-    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block."""
+    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block.
+
+    The rows of a verification are causal likewise.
+    """
     num_causal = np.minimum(rows.block_start - rows.start, rows.num_rows)
+    if rows.span.size:
+        num_causal = np.where(rows.is_verified, rows.num_rows, num_causal)
     length = np.stack([num_causal, rows.num_rows - num_causal], axis=1).ravel()
     piece = np.flatnonzero(length)
     query_start_loc = np.zeros(piece.size + 1, dtype=np.int32)
@@ -620,7 +677,7 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
 
     Args:
         states: Tables.
-        rows: What the scheduler asked for; a step that decides first positions alone is adjusted by no policy.
+        rows: What runs. A step that decides first positions alone is adjusted by no policy.
         plan: The step.
     """
     host, num_requests = states.host, rows.num_requests
@@ -644,6 +701,9 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
     is_scored = num_scores >= 0
     takes_part = is_active & ~decides_first
     policies, of_policies = _adjusting(states, slots, step, takes_part)
+    for number, policy in enumerate(policies if rows.span.size else ()):
+        if policy.verifies:
+            of_policies[f"adjusted_span_{number}"] = rows.span[of_policies[f"adjusted_rows_{number}"]]
     cuts = host.cuts[slots]
     cutters: list[Cutter] = []
     if cuts.any():
@@ -666,13 +726,16 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
         if temperature.any():
             arrays["temperature"] = host.temperature[row_slots]
             arrays["noise_key"] = noise_keys(host.seed[row_slots], places, all_steps[row_req])
+        has_logits = np.ones(row_req.size, dtype=bool)
+        if rows.span.size:
+            first, length = rows.span[row_req].T
+            has_logits = (length == 0) | ((row_pos >= first) & (row_pos < first + length))
         may_end = host.may_end[row_slots, places]
         places = np.where(may_end, NOWHERE, places)
-        shaped_rows = np.flatnonzero(host.is_shaped[row_slots])
+        shaped_rows = np.flatnonzero(host.is_shaped[row_slots] & has_logits)
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
-        scored_slots = _some_rows(
-            host, arrays, "scored", np.flatnonzero(host.num_logprobs[row_slots] >= 0), row_slots, places
-        )
+        scored_rows = np.flatnonzero((host.num_logprobs[row_slots] >= 0) & has_logits)
+        scored_slots = _some_rows(host, arrays, "scored", scored_rows, row_slots, places)
         for number in modifiers:
             is_modified = (row_req < num_requests) & (modifies[np.minimum(row_req, num_requests - 1)] >> number & 1 > 0)
             which = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
@@ -683,9 +746,11 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
             if reads[of_policy].any():
                 request_of = np.full(all_slots.size, -1)
                 request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
-                which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
+                which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
                 arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = which, request_of[row_req[which]]
                 arrays[f"read_{number}_offset"] = row_pos[which]
+                if rows.span.size and policies[number].verifies:
+                    arrays[f"read_{number}_verified"] = rows.is_verified[row_req[which]]
                 arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[which]])
                 which = which[arrays[f"read_{number}_at"]]
                 read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
@@ -893,8 +958,9 @@ def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping
     if f"read_{number}_rows" in sent:
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
-        read = ReadRows(rows, request, offset, shaped, sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"])
-    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read)
+        at = sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"]
+        read = ReadRows(rows, request, offset, shaped, *at, sent.get(f"read_{number}_verified"))
+    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read, sent.get(f"adjusted_span_{number}"))
 
 
 OfRequests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
