@@ -42,6 +42,20 @@ def hash_ids(first: Array, second: Array, ids: Array) -> Array:
     return mix(mix((ids + first) & UINT32_MASK) ^ second)
 
 
+def uniform_noise(noise_key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Uniform noise of every pair of a key and a number.
+
+    Args:
+        noise_key: [num_keys] int64.
+        ids: [num_ids] int64, 0 to 2**32 - 1.
+
+    Returns:
+        [num_keys, num_ids] fp32, 2**-24 to 1 - 2**-24.
+    """
+    first, second = mix_key(noise_key.unsqueeze(-1))
+    return ((hash_ids(first, second, ids) >> UNIFORM_SHIFT).float() + 0.5) * UNIFORM_STEP
+
+
 def gumbel_noise(noise_key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise of every pair of a key and a vocabulary id.
 
@@ -52,9 +66,7 @@ def gumbel_noise(noise_key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         [num_keys, num_ids] fp32, within [-2.82, 16.64].
     """
-    first, second = mix_key(noise_key.unsqueeze(-1))
-    u = ((hash_ids(first, second, ids) >> UNIFORM_SHIFT).float() + 0.5) * UNIFORM_STEP
-    return -torch.log(-torch.log(u))
+    return -torch.log(-torch.log(uniform_noise(noise_key, ids)))
 
 
 def gumbel_noise_np(first: np.ndarray, second: np.ndarray, ids: np.ndarray) -> np.ndarray:

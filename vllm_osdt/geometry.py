@@ -16,7 +16,17 @@ CAUSAL_CACHES = (CAUSAL_CACHE, CAUSAL_FUSED_CACHE)
 CACHES_OF_FAMILIES = (CANVAS_CACHES, (BLOCK_CACHE,), CAUSAL_CACHES)
 CACHE_MODES = tuple(mode for modes in CACHES_OF_FAMILIES for mode in modes)
 PROMPT = "prompt"  # parameter of refusals for the prompt's length; each endpoint has its own name for it
+FEWEST_READ_BLOCKS = 8  # blocks of the longest kind whose logits a step may read, however few requests it may have
 USUAL_LENGTH = 128  # of a canvas at first, where neither operator nor checkpoint names one
+
+
+def max_logit_rows(max_num_seqs: int, max_num_rows: int) -> int:
+    """Rows of which a step reads logits at most: blocks of as many requests as may run, and branches beside them.
+
+    Args:
+        max_num_seqs, max_num_rows: Requests and rows of a step at most.
+    """
+    return min(max_num_rows, max(max_num_seqs, FEWEST_READ_BLOCKS) * MAX_BLOCK_LENGTH)
 
 
 class Limits(NamedTuple):

@@ -16,6 +16,7 @@ import numpy as np
 from vllm_osdt.geometry import Canvas
 from vllm_osdt.options import DecodingOptions, resolve_answer
 from vllm_osdt.policies import Schedule
+from vllm_osdt.policies.base import Branch
 
 RESOLVED_KEY = "osdt_resolved"  # in SamplingParams.extra_args
 CANVAS_STEP = "canvas_step"  # attribute of SchedulerOutput
@@ -106,6 +107,20 @@ class Decides(IntEnum):
     """Masked positions of the active block."""
     FIRST_POSITION = 2
     """The active block's first position, whose token the row before the block predicts (shifted logits)."""
+    VERIFIED = 3
+    """Drafted positions of the active block, each by what the model says from left to right."""
+
+
+class Span(NamedTuple):
+    """Some positions of an active block that follow each other.
+
+    Attributes:
+        first: Place of the first one in the block, from its first uncommitted position.
+        length: How many.
+    """
+
+    first: int
+    length: int
 
 
 class Assignment(NamedTuple):
@@ -132,6 +147,19 @@ class Assignment(NamedTuple):
     reads_logits: bool = False
 
 
+class BranchPages(NamedTuple):
+    """The further branches of a request in a step, and the KV pages that they are computed in.
+
+    Attributes:
+        branches: In the order of their numbers, from 1; the request's own rows are branch 0.
+        pages: Ids of pages that are no other request's: of the first branch for each page that its rows lie in, then of
+            the second, and so on.
+    """
+
+    branches: tuple[Branch, ...]
+    pages: list[int]
+
+
 @dataclass
 class CanvasStep:
     """What a step adds to vLLM's ``SchedulerOutput``.
@@ -142,11 +170,15 @@ class CanvasStep:
             (``Decides.FIRST_POSITION``); vLLM's draft counts tell the other two.
         drafts: Tokens that are drafted for the blocks that are entered, -1 for none: the position of the first, and
             token ids, by request.
+        verified: The drafted positions that this step verifies, by request; it decides no others.
+        branches: Further branches, by request.
     """
 
     assignments: dict[str, Assignment] = field(default_factory=dict)
     first_position: frozenset[str] = frozenset()
     drafts: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    verified: dict[str, Span] = field(default_factory=dict)
+    branches: dict[str, BranchPages] = field(default_factory=dict)
 
 
 class GrammarChain(NamedTuple):
@@ -183,6 +215,8 @@ class RecordedStep(NamedTuple):
         before: bool ``[C, W]``, positions that were masked and had logits.
         after: bool ``[C, W]``, masked positions after the step.
         tokens: int32 ``[C, W]``, the block after the step.
+        ahead: int32 ``[C, W]``: how many denoising steps behind ``step`` decided a position, where verified drafts
+            stand for some; None for 0 everywhere.
     """
 
     req_ids: list[str]
@@ -193,6 +227,7 @@ class RecordedStep(NamedTuple):
     before: np.ndarray
     after: np.ndarray
     tokens: np.ndarray
+    ahead: np.ndarray | None = None
 
 
 class HeldWeights(NamedTuple):
@@ -220,6 +255,7 @@ class StepReport:
         recorded: The requests that calibrate or have a grammar, None without any.
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
         weights: That the rank had by the end of the step.
+        drafted: Positions that the step has drafted and the next one is to verify, by id.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)
@@ -228,6 +264,7 @@ class StepReport:
     recorded: RecordedStep | None = None
     ran_ahead: dict[str, bool] = field(default_factory=dict)
     weights: HeldWeights = field(default_factory=HeldWeights)
+    drafted: dict[str, Span] = field(default_factory=dict)
 
 
 def join_traces(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

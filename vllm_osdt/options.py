@@ -685,11 +685,14 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             value=options.edit_threshold,
         )
     _validate_cuts(options, traits)
+    _validate_branches(options)
+    _validate_verification(options, traits)
     _validate_switch(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     exits = isinstance(POLICIES[options.policy], EarlyExit)
-    has_least = options.policy != "fixed_steps" and "steps" in declarations(POLICIES[options.policy].Options)
+    is_fixed = options.policy == "fixed_steps" or (options.policy == "freedave" and options.freedave_base == "steps")
+    has_least = not is_fixed and "steps" in declarations(POLICIES[options.policy].Options)
     if own is not None and has_least and steps is not None and (is_adaptive(options) or not exits):
         raise InvalidOptionError(
             f"steps is {steps}; with policy {options.policy!r} this model's sub-blocks take as many steps as they "
@@ -725,6 +728,66 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             value=sub_block,
         )
     return replace(options, sub_block_length=sub_block)
+
+
+def _validate_branches(options: DecodingOptions) -> None:
+    """Refuse what a step of several states of a block would change for a policy that has them.
+
+    Raises:
+        InvalidOptionError: Names the option.
+    """
+    if not POLICIES[options.policy].has_branches:
+        return
+    reasons: dict[str, str] = {
+        "edit_threshold": "a token that may be replaced is no part of a state that is decided",
+        "refresh_confidence": "which step is followed by a refresh depends on steps that are left out",
+        "sub_block_cache": "keys and values of the rest of the block are those of a step that may be left out",
+        "draft_ngram": "a step from each state would need drafts of its own",
+    }
+    reasons |= {name: "it looks at every step, and some are left out" for name in _OF_MODIFIERS}
+    for name, reason in reasons.items():
+        value = getattr(options, name)
+        if value != DEFAULTS[name]:
+            raise InvalidOptionError(
+                f"{name} is {value!r}, but policy {options.policy!r} computes several states of a block in one step: "
+                f"{reason}. Leave it out, or choose another policy.",
+                refusal="branches",
+                parameter=name,
+                value=value,
+            )
+
+
+def _validate_verification(options: DecodingOptions, traits: Traits) -> None:
+    """Refuse verifications where a model has no order from left to right, and what they cannot stand beside.
+
+    Raises:
+        InvalidOptionError: Names the option.
+    """
+    if not POLICIES[options.policy].verifies:
+        return
+    if not traits.is_block_causal:
+        raise InvalidOptionError(
+            f"policy is {options.policy!r}, but every position of this model's canvas sees all others, so the model "
+            "says nothing from left to right that could verify a draft: choose another.",
+            refusal="verify-model",
+            parameter="policy",
+            value=options.policy,
+        )
+    others = {
+        "edit_threshold": options.edit_threshold is not None and "a token that was verified must not change",
+        "sub_block_cache": options.sub_block_cache and "a verification overwrites its keys and values",
+        "draft_ngram": options.draft_ngram is not None and "the model drafts for itself",
+        "cache_mode": options.cache_mode == "causal_fused" and "no pass of its own gives the first position of a block",
+    }
+    for name, reason in others.items():
+        if reason:
+            value = getattr(options, name)
+            raise InvalidOptionError(
+                f"{name} is {value!r}, but policy {options.policy!r} verifies drafts, and {reason}: leave it out.",
+                refusal="verify-company",
+                parameter=name,
+                value=value,
+            )
 
 
 def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:

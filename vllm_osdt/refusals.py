@@ -142,6 +142,18 @@ REFUSALS = {
     "edit-entropy": Refusal(
         "`osdt_edit_threshold`", "The policy looks at entropies.", "Leave it out, or send another policy."
     ),
+    "branches": Refusal(
+        "`osdt_edit_threshold`, `osdt_refresh_confidence`, `osdt_sub_block_cache`, `osdt_draft_ngram`, `osdt_credit`",
+        "With `freedave`, which computes several states of a block in one step: each of them depends on what a step "
+        "that is left out would have seen.",
+        "Leave it out, or send another policy.",
+    ),
+    "branches-sampling": Refusal(
+        "`osdt_draft`, `prediction`, structured output, `logprobs`, `presence_penalty`, `frequency_penalty`, "
+        "`repetition_penalty`",
+        "With `freedave`, which computes several states of a block in one step: each of them would have its own.",
+        "Leave it out, or send another policy.",
+    ),
     "sub-blocks-model": Refusal(
         "`osdt_sub_block_length`, `osdt_sub_block_cache`", "The model's blocks have no sub-blocks.", "Leave both out."
     ),
@@ -152,6 +164,20 @@ REFUSALS = {
         "`osdt_policy`",
         "`dimple`, on a model with sub-blocks or with `osdt_adablock`: its schedule is one of whole blocks.",
         "Send another policy.",
+    ),
+    "verify-model": Refusal(
+        "`osdt_policy`", "`s2d2`, and every position of the model's canvas sees all others.", "Send another policy."
+    ),
+    "verify-company": Refusal(
+        "`osdt_edit_threshold`, `osdt_sub_block_cache`, `osdt_draft_ngram`, `osdt_draft`, `prediction`, "
+        "`osdt_cache_mode`, structured output, penalties",
+        "Beside `s2d2`, whose verified tokens it contradicts; `causal_fused` has no pass for a block's first token.",
+        "Leave it out, or send another policy.",
+    ),
+    "verify-bounds": Refusal(
+        "`osdt_verify_off`, `osdt_verify_max_span`",
+        "Not less than `osdt_verify_on`; less than `osdt_verify_min_span`.",
+        "Send the other side of it.",
     ),
     "sub-blocks-steps": Refusal(
         "`osdt_steps`, `osdt_steps_per_block`",

@@ -73,6 +73,43 @@ def check_grammar(params: "SamplingParams", edit_threshold: float | None, config
         )
 
 
+# What asks for something that belongs to one state of a block, and the values that do not.
+OF_ONE_STATE: dict[str, tuple[Any, ...]] = {
+    "structured_outputs": (None,),
+    "logprobs": (None,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+}
+
+
+def check_branches(
+    params: "SamplingParams", policy: str, draft: str | None, *, name_of: Callable[[str], str] = str
+) -> None:
+    """Refuse what a policy that computes several states of a block in one step has no place for.
+
+    Args:
+        params: As the request has them.
+        policy: Its name.
+        draft: What the client calls its draft; None without one.
+        name_of: What the client calls a parameter.
+
+    Raises:
+        InvalidOptionError: Names the parameter.
+    """
+    asked = {name: getattr(params, name) for name, neutral in OF_ONE_STATE.items()}
+    found = [name_of(name) for name, value in asked.items() if value not in OF_ONE_STATE[name]]
+    if draft is not None:
+        found.append(draft)
+    if found:
+        raise InvalidOptionError(
+            f"{', '.join(found)} cannot be sent with policy {policy!r}: it computes several states of a block in one "
+            "step, and each of them would have its own. Leave it out, or choose another policy.",
+            refusal="branches-sampling",
+            parameter=found[0],
+        )
+
+
 def check_limits(
     params: "SamplingParams",
     vocabulary: int,

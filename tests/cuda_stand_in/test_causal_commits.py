@@ -2,10 +2,12 @@
 
 import random
 
+from tests.cuda_stand_in.cuda import LEDGER
 from tests.cuda_stand_in.test_graphs import count_replays, runner_of
 from tests.e2e.engine import generate, nfe, sampling, tokens
 from tests.reference.decode import static_threshold
 from tests.reference.nemotron_labs_diffusion import ReferenceNemotron, decode_nemotron, make_nemotron_checkpoint
+from tests.reference.self_speculation import NemotronView, Settings, decode_s2d2
 
 MODES = ("causal", "causal_fused")
 
@@ -31,3 +33,13 @@ def test_graphs_decode_as_a_plain_loop_does(tmp_path, start_llm, monkeypatch):
     assert [tokens(got)[index] for index in clear] == [expected[index].tokens for index in clear]
     assert [nfe(got[index]) for index in clear] == [expected[index].nfe for index in clear]
     assert {graph.num_tokens for graph in replayed} == {16, 48}
+    replayed.clear()
+    settings = Settings(is_strict=False, threshold=0.2, cost=1.3)
+    plain = [decode_s2d2(NemotronView(network, 8), prompt, settings, max_tokens=20) for prompt in prompts]
+    clear = [index for index, one in enumerate(plain) if min(one.proposal_margin, one.rule_margin) > 1e-4]
+    LEDGER.clear()
+    got = generate(llm, prompts, sampling(20, policy="s2d2", threshold=0.2, verify_cost=1.3))
+    assert not LEDGER.waits and len(clear) >= 4
+    assert [tokens(got)[index] for index in clear] == [plain[index].tokens for index in clear]
+    assert [nfe(got[index]) for index in clear] == [plain[index].nfe for index in clear]
+    assert replayed and any(plain[index].taken for index in clear)  # drafts are graphs, verifications are not

@@ -1,9 +1,11 @@
 """Block-causal models, by the example of SDAR: as a plain loop decodes, however steps and pages are shared."""
 
 import random
+from collections import Counter
 from functools import partial
 
 import pytest
+import torch
 
 import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
@@ -21,10 +23,13 @@ from tests.e2e.jobs import (
     run,
     wrong,
 )
+from tests.e2e.self_speculation import assert_verifies_as_a_plain_loop, make_s2d2_jobs
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal, decode_with_answer_blocks
 from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
 from tests.reference.decode import best_first, calibrate, dynamic, osdt
+from tests.reference.self_speculation import SDARView, Settings, decode_s2d2
 from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.messages import CANVAS_STEP
 
 pytestmark = pytest.mark.e2e
 
@@ -77,6 +82,98 @@ def test_neither_order_nor_company_changes_a_token(llm, jobs):
 
 def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_drafts_are_verified_as_by_a_plain_loop(llm, network):
+    jobs = make_s2d2_jobs(partial(SDARView, network), [{"block_length": length} for length in (4, 8, 16)], quotas=True)
+    assert_verifies_as_a_plain_loop(llm, jobs)
+    assert_idle(llm)
+
+
+def test_verified_samples_depend_on_the_seed_alone(llm, network, jobs):
+    """Alone, beside others, and after preemptions; log probabilities are those of the verification."""
+    prompts = [job.prompt for job in jobs[:6]]
+    own = {"policy": "s2d2", "verify_cost": 0.8, "threshold": 0.2, "top_p": 0.95, "logprobs": 0}
+    params = [sampling(24, temperature=0.9, seed=seed, block_length=8, **own) for seed in range(6)]
+    together = generate(llm, prompts, params)
+    assert len({tuple(one.token_ids) for one in together}) == 6
+    for prompt, one, request in zip(prompts[:2], together, params, strict=False):
+        [alone] = generate(llm, [prompt], request)
+        assert alone.token_ids == one.token_ids and alone.logprobs == one.logprobs
+    req_ids = [submit(llm, *one) for one in zip(prompts, params, strict=True)]
+
+    def preempt(step):
+        if step in (2, 3, 6, 9):
+            scheduler(llm).reset_prefix_cache(reset_running_requests=True)
+
+    finished = drive(llm, preempt)
+    assert tokens(finished[req_id] for req_id in req_ids) == tokens(together)
+    [greedy] = generate(llm, prompts[:1], sampling(12, policy="s2d2", verify_router="span", logprobs=0, block_length=8))
+    ids = list(prompts[0])
+    for token, found in zip(greedy.token_ids, greedy.logprobs, strict=True):
+        line = SDARView(network, 8).next(ids, len(ids) // 8 * 8)
+        assert found[token].logprob == pytest.approx(line.log_softmax(dim=-1)[token].item(), abs=1e-3)
+        ids.append(token)
+
+
+def test_verified_samples_have_the_distribution_from_left_to_right(llm, network):
+    """Of two tokens, three likely ones each; chi-squared with 8 degrees of freedom exceeds 26.1 once in 1000 seeds."""
+    prompt, number, view = [11, 47, 30, 76], 500, SDARView(network, 4)
+
+    def likely(ids):
+        line = view.next(ids, 4)
+        line[network.mask_token_id] = -torch.inf
+        best = line.topk(3)
+        return dict(zip(best.indices.tolist(), (best.values / 1.5).softmax(dim=0).tolist(), strict=True))
+
+    expected = {(a, b): p * q for a, p in likely(prompt).items() for b, q in likely([*prompt, a]).items()}
+
+    def chi_squared(**own):
+        own = {"temperature": 1.5, "top_k": 3, "block_length": 4, **own}
+        params = [sampling(2, seed=seed, **own) for seed in range(number)]
+        counts = Counter(map(tuple, tokens(generate(llm, [prompt] * number, params))))
+        assert own["policy"] != "s2d2" or counts.keys() <= expected.keys()
+        return sum((counts[pair] - number * p) ** 2 / (number * p) for pair, p in expected.items())
+
+    assert chi_squared(policy="s2d2", verify_router="span") < 26.1
+    assert chi_squared(policy="static_threshold", threshold=0.01) > 100
+
+
+def test_pages_of_verifications_are_given_back_when_their_requests_are_aborted(llm, jobs):
+    params = sampling(24, policy="s2d2", verify_router="span", block_length=16)
+    req_ids = [submit(llm, job.prompt, params) for job in jobs[:8]]
+    drive(llm, lambda step: llm.llm_engine.abort_request(req_ids[step : step + 2]))
+    assert_idle(llm)
+
+
+def test_few_rows_and_pages_verify_fewer_positions(checkpoint, start_llm, network):
+    """A step has room for the first positions of a block of 16 alone; tokens are the same at every span."""
+    engine = {**ENGINE, "max_num_batched_tokens": 32, "max_num_seqs": 4, "num_gpu_blocks_override": 14}
+    llm = start_llm(checkpoint, **engine)
+    rng = random.Random(6)
+    prompts = [[rng.randrange(8, 100) for _ in range(number)] for number in (3, 20, 40)]
+    lengths, schedule = [], scheduler(llm).schedule
+
+    def watched(*args):
+        output = schedule(*args)
+        lengths.extend(span.length for span in getattr(output, CANVAS_STEP).verified.values())
+        return output
+
+    scheduler(llm).schedule = watched
+    got = generate(llm, prompts, sampling(20, policy="s2d2", verify_router="span", block_length=16))
+    assert 1 < max(lengths) < 6
+    for prompt, one in zip(prompts, got, strict=True):
+        decoded = decode_s2d2(SDARView(network, 16), prompt, Settings(router="span"), max_tokens=20)
+        assert decoded.proposal_margin > MIN_MARGIN and list(one.token_ids) == decoded.tokens
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize(
+    ("own", "name"), [({"repetition_penalty": 1.2}, "repetition_penalty"), ({"draft": [5, 6]}, "osdt_draft")]
+)
+def test_what_a_verification_cannot_honor_is_refused(llm, own, name):
+    with pytest.raises(ValueError, match=f"{name} cannot be sent with policy 's2d2'.*Leave it out"):
+        generate(llm, [[5, 6, 7]], sampling(8, policy="s2d2", **own))
 
 
 def test_sampling_depends_on_the_seed_alone(llm, jobs):

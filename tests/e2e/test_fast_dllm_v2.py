@@ -22,9 +22,11 @@ from tests.e2e.jobs import (
     run,
     wrong,
 )
+from tests.e2e.self_speculation import assert_verifies_as_a_plain_loop, make_s2d2_jobs
 from tests.reference.block_causal import ReferenceFastDLLMv2, decode_fast_dllm_v2
 from tests.reference.block_causal_checkpoints import make_fast_dllm_v2_checkpoint
 from tests.reference.decode import best_first, calibrate, osdt
+from tests.reference.self_speculation import FastDLLMv2View
 
 pytestmark = pytest.mark.e2e
 
@@ -86,6 +88,12 @@ def test_neither_order_nor_company_changes_a_token(llm, jobs):
 
 def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_drafts_are_verified_as_by_a_plain_loop(llm, network):
+    variants = [{**variant, "sub_block_cache": False} for variant in VARIANTS]
+    jobs = make_s2d2_jobs(partial(FastDLLMv2View, network), variants)
+    assert_verifies_as_a_plain_loop(llm, jobs)
 
 
 def test_prompts_are_cut_into_whole_blocks_where_they_do_not_fit_a_step(checkpoint, start_llm, jobs):

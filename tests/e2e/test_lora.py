@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
 import vllm_osdt
-from tests.e2e.engine import assert_idle, sampling
+from tests.e2e.engine import assert_idle, nfe, sampling
 from tests.e2e.jobs import MIN_MARGIN, above
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
@@ -106,6 +106,10 @@ def test_adapters_of_a_batch_keep_to_their_requests(tmp_path, start_llm, family)
     mixed = run(clear[:6], [klass if place % 2 else params for place in range(6)])
     alone[1::2] = [run([i], klass)[0] for i in clear[1:6:2]]
     assert [list(c.token_ids) for c in mixed] == [list(c.token_ids) for c in alone]
+    # Rows of further branches stand behind those of all requests.
+    base, drafted = (run(clear[:6], sampling(24, policy=name, block_length=8)) for name in ("fixed_steps", "freedave"))
+    assert [list(c.token_ids) for c in drafted] == [list(c.token_ids) for c in base]
+    assert sum(map(nfe, drafted)) < sum(map(nfe, base))
     assert_idle(llm)
 
 

@@ -18,6 +18,7 @@ from tests.e2e.jobs import (
     run,
     wrong,
 )
+from tests.e2e.self_speculation import assert_verifies_as_a_plain_loop, make_s2d2_jobs
 from tests.reference.decode import static_threshold
 from tests.reference.nemotron_labs_diffusion import (
     ReferenceNemotron,
@@ -25,6 +26,7 @@ from tests.reference.nemotron_labs_diffusion import (
     decode_nemotron,
     make_nemotron_checkpoint,
 )
+from tests.reference.self_speculation import NemotronView
 
 pytestmark = pytest.mark.e2e
 
@@ -76,6 +78,12 @@ def test_neither_order_nor_company_changes_a_token(llm, jobs):
 
 def test_preemption_in_mid_block_changes_no_token(llm, jobs):
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_drafts_are_verified_as_by_a_plain_loop(llm, network):
+    variants = [{"block_length": length} for length in (8, 5, 16)]
+    jobs = make_s2d2_jobs(partial(NemotronView, network), variants, is_strict=False)
+    assert_verifies_as_a_plain_loop(llm, jobs)
 
 
 def test_prompts_and_finished_blocks_are_cut_anywhere_where_they_do_not_fit_a_step(checkpoint, start_llm, jobs):

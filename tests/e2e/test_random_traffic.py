@@ -100,6 +100,47 @@ def random_request(rng, family, beginnings, profile):
     return prompt, params
 
 
+def with_branches(index, params):
+    """A request like another one, without what has no place beside verified drafts, and with those; and without them.
+
+    The latter has the same tokens.
+    """
+    rng, params = random.Random(index), params.clone()
+    kept = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
+    params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in kept}
+    params.presence_penalty = params.frequency_penalty = 0.0
+    params.repetition_penalty, params.logprobs, params.structured_outputs = 1.0, None, None
+    length = params.extra_args.setdefault("osdt_block_length", 8)
+    params.extra_args["osdt_steps_per_block"] = length // rng.choice([1, 1, 2])
+    base = params.clone()
+    base.extra_args = {**params.extra_args, "osdt_policy": "fixed_steps"}
+    drafts = {"osdt_policy": "freedave", "osdt_freedave_drafts": rng.choice([2, 4, 8])}
+    if rng.random() < 0.3 and "osdt_sub_block_length" not in params.extra_args:
+        drafts |= {"osdt_freedave_base": "threshold", "osdt_threshold": rng.choice([0.1, 0.3])}
+        base = None
+    params.extra_args |= drafts
+    return params, base
+
+
+def with_verification(index, params):
+    """A request like another one, without what has no place beside verifications, and with those."""
+    rng, params = random.Random(index), params.clone()
+    kept = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
+    params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in kept}
+    params.presence_penalty = params.frequency_penalty = 0.0
+    params.repetition_penalty, params.structured_outputs = 1.0, None
+    options = rng.choice(
+        [
+            {"router": "span", "min_span": rng.randrange(1, 4)},
+            {"cost": rng.choice([0.5, 1.0, 1.5]), "max_span": rng.randrange(2, 9)},
+            {"router": "hysteresis", "on": 1.3, "off": 0.2, "cost_per": "confident_position"},
+        ]
+    )
+    params.extra_args |= {f"osdt_verify_{name}": value for name, value in options.items()}
+    params.extra_args |= {"osdt_policy": "s2d2", "osdt_threshold": rng.choice([0.1, 0.3, 0.9])}
+    return params
+
+
 def random_parameters(rng, max_tokens, *, is_sampled):
     """Parameters that change logits or ask for them; filters matter where a request samples."""
     own = {}
@@ -164,6 +205,14 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
     generate(llm, [beginnings[0][:10]], calibrating)
     [profile] = [one["id"] for one in vllm_osdt.profiles(llm) if one["task"] == "pinned"]
     requests = [random_request(rng, family, beginnings, profile) for _ in range(NUM_REQUESTS)]
+    bases = {}
+    for index in range(0, NUM_REQUESTS, 4):
+        prompt, params = requests[index]
+        params, bases[index] = with_branches(index, params)
+        requests[index] = prompt, params
+    for index in range(2, NUM_REQUESTS, 4):
+        if family != "LLaDA":
+            requests[index] = requests[index][0], with_verification(index, requests[index][1])
     preempted, preempt = [], scheduler(llm)._preempt_request
     scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
     answering, begin_answer = [], scheduler(llm)._begin_answer
@@ -201,6 +250,9 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
         prompt, params = requests[index]
         [alone] = generate(llm, [prompt], params)
         assert what_came(finished[index]) == what_came([alone]), params
+        if bases.get(index) is not None:
+            [alone] = generate(llm, [prompt], bases[index])
+            assert what_came(finished[index])[0] == what_came([alone])[0], params
 
 
 def what_came(parts):

@@ -27,7 +27,7 @@ confidences = st.one_of(unit, st.sampled_from([0.0, 0.25, 0.5, 0.75, float(np.fl
 def options(draw, policy=None):
     block_length, num_blocks = draw(st.integers(1, 33)), draw(st.integers(1, 4))
     policy = policy or draw(st.sampled_from(POLICY_NAMES))
-    needs_steps = policy in ("fixed_steps", "dimple", "prophet", "sched")
+    needs_steps = policy in ("fixed_steps", "dimple", "prophet", "sched", "freedave")
     return DecodingOptions(
         policy=policy,
         statistic="q1",
@@ -125,7 +125,7 @@ def test_a_schedule_has_a_usable_parameter_for_every_block_and_step(opts, thresh
     schedule = schedule_of(opts.policy, opts, thresholds)
     assert schedule.parameters.shape == (opts.gen_length // opts.block_length, opts.block_length)
     assert schedule.parameters.dtype == np.float32 and np.isfinite(schedule.parameters).all()
-    if opts.policy in ("fixed_steps", "prophet", "sched"):
+    if opts.policy in ("fixed_steps", "prophet", "sched", "freedave"):
         needed = schedule.parameters[:, : opts.steps // (opts.gen_length // opts.block_length)]
         assert (needed >= 1).all()
     else:
@@ -162,6 +162,7 @@ def test_every_policy_chooses_what_the_plain_decoder_chooses(data):
         "entropy_bound": None,
         "entropy_threshold": reference.static_threshold(float(np.float32(1 - opts.max_entropy / 32))),
         "fixed_steps": reference.fixed_steps(steps, opts.block_length) if steps else None,
+        "freedave": reference.fixed_steps(steps, opts.block_length) if steps else None,
         "osdt": reference.ThresholdRule(lambda b, s: float(np.float32(calibrated.cutoff(b, s))), strict=True),
     }[opts.policy]
     rounds = rounds_for(data, opts.block_length)
@@ -240,12 +241,13 @@ def test_fixed_steps_shares_add_up_to_the_block(opts):
 
 
 @given(options("static_threshold"))
-def test_steps_of_a_static_threshold_are_the_shares_of_fixed_steps_and_of_no_other_policy(opts):
+def test_steps_of_a_static_threshold_are_the_shares_of_fixed_steps_and_of_no_policy_without_one(opts):
     opts = replace(opts, steps=opts.steps or opts.gen_length)
     shares = schedule_of("fixed_steps", opts, None).parameters
-    assert (schedule_of("static_threshold", opts, None).min_unmask == shares).all()
-    assert schedule_of("static_threshold", replace(opts, steps=None), None).min_unmask is None
-    for policy in {*POLICY_NAMES} - {"static_threshold"}:
+    for policy in ("static_threshold", "s2d2"):
+        assert (schedule_of(policy, opts, None).min_unmask == shares).all()
+        assert schedule_of(policy, replace(opts, steps=None), None).min_unmask is None
+    for policy in {*POLICY_NAMES} - {"static_threshold", "s2d2"}:
         assert schedule_of(policy, replace(opts, policy=policy), None).min_unmask is None
 
 

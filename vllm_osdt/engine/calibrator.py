@@ -233,6 +233,10 @@ class Calibrator:
         options, canvas = spec.options, spec.canvas
         chosen = validate_for_family(with_choice(options, choice), self._traits)
         policy = POLICIES[chosen.policy]
+        if policy.has_branches:
+            raise OSDTError(
+                f"Policy {policy.name!r} does not go with every request, so that a profile cannot choose it."
+            )
         policy.check_operator(chosen, self._operator)
         asked = CanvasRequest(
             canvas.start,
@@ -278,6 +282,10 @@ class Calibrator:
         self._decodings.clear()
         self._refused.clear()
 
+    def options(self, req_id: str) -> DecodingOptions:
+        """The options of a request that was assigned, with its profile's choice."""
+        return self._decodings[req_id].options
+
     def about(self, req_id: str) -> About:
         """How a request is decoded."""
         found = self._decodings.get(req_id)
@@ -300,7 +308,7 @@ class Calibrator:
             found = self._decodings.get(req_id)
             if found is not None and found.recorder is not None:
                 length = found.shape.block_length
-                grids = (values[row, :length] for values in recorded[3:])
+                grids = (values[row, :length] for values in recorded[3:8])
                 found.recorder.add(int(recorded.block[row]), int(recorded.step[row]), *grids)
 
     def finish_request(self, req_id: str, *, ended_well: bool) -> None:

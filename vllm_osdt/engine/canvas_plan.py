@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 
 from vllm_osdt.engine.cache_modes import BlockState, CacheMode, cache_mode_of
 from vllm_osdt.geometry import CAUSAL_CACHE, Canvas
-from vllm_osdt.messages import Decides, RequestSpec
+from vllm_osdt.messages import Decides, RequestSpec, Span
 from vllm_osdt.models.traits import Traits
+from vllm_osdt.policies.base import Branch
 
 
 class Rows(NamedTuple):
@@ -20,6 +21,13 @@ class Rows(NamedTuple):
     num_rows: int
     num_drafts: int
     decides: Decides = Decides.BLOCK
+    verified: Span | None = None  # where it decides those alone
+    branches: tuple[Branch, ...] = ()  # further ones, besides these rows
+
+    @property
+    def num_all_rows(self) -> int:
+        """Rows, those of all branches among them."""
+        return self.num_rows + sum(branch.num_rows for branch in self.branches)
 
     @property
     def end(self) -> int:
@@ -35,6 +43,7 @@ class CanvasPlan(Protocol):
 
     block_length: int  # positions denoised together
     pages_end: int  # the position up to which the request has KV pages
+    drafted: Span | None  # positions of the active block that the next step verifies
 
     def admit(self, num_cached: int) -> None:
         """The request starts, or resumes, with the keys and values of that many positions."""
@@ -75,15 +84,17 @@ class FullAttentionPlan:
     Attributes:
         block_length: Positions denoised together.
         pages_end: See ``CanvasPlan``.
+        drafted: See ``CanvasPlan``; None, since a canvas that sees itself whole has no order from left to right.
     """
 
-    __slots__ = ("_block", "_entry", "_mode", "_planned", "_reach", "block_length", "pages_end")
+    __slots__ = ("_block", "_entry", "_mode", "_planned", "_reach", "block_length", "drafted", "pages_end")
 
     def __init__(
         self, canvas: Canvas, mode: CacheMode, decides_first_alone: bool = False, suffix_window: int | None = None
     ) -> None:
         self.block_length = canvas.block_length
         self.pages_end = 0
+        self.drafted: Span | None = None
         self._mode = mode
         self._entry = Decides.FIRST_POSITION if decides_first_alone else Decides.BLOCK
         self._block = BlockState(canvas)
@@ -149,6 +160,7 @@ class BlockCausalPlan:
         is_shifted: Whether a position is predicted from the logits at the one before it.
         num_final: See ``CanvasPlan``; a multiple of ``block_length``.
         pages_end: See ``CanvasPlan``.
+        drafted: See ``CanvasPlan``.
     """
 
     block_length: int
@@ -156,17 +168,21 @@ class BlockCausalPlan:
     is_shifted: bool = False
     num_final: int = 0
     pages_end: int = 0
+    drafted: Span | None = None
 
     def admit(self, num_cached: int) -> None:
         """See ``CanvasPlan``; hits end at block boundaries."""
         assert num_cached % self.block_length == 0
-        self.num_final, self.pages_end = num_cached, 0
+        self.num_final, self.pages_end, self.drafted = num_cached, 0, None
 
     def next_rows(self, num_tokens: int, budget: int) -> Rows | None:
         """See ``CanvasPlan``."""
         start, block = self.num_final, self._block_of(num_tokens)
         end = block + self.block_length
         asks_first = self.is_shifted and num_tokens == block
+        if self.drafted is not None:
+            rows = Rows(start, end - start, end - num_tokens, Decides.VERIFIED, self.drafted)
+            return rows if rows.num_rows <= budget else None
         if end - start <= budget and (start == block or (self.is_fused and not asks_first)):
             return Rows(start, end - start, end - num_tokens)
         num_rows = min(budget, block - start) // self.block_length * self.block_length
@@ -177,7 +193,7 @@ class BlockCausalPlan:
 
     def schedule(self, num_tokens: int, rows: Rows) -> None:
         """See ``CanvasPlan``."""
-        self.num_final = min(rows.end, self._block_of(num_tokens))
+        self.num_final, self.drafted = min(rows.end, self._block_of(num_tokens)), None
 
     def active_length(self, num_tokens: int) -> int:
         """See ``CanvasPlan``."""
@@ -207,20 +223,25 @@ class CausalCommitPlan:
         is_seeded: See above.
         num_final: See ``CanvasPlan``.
         pages_end: See ``CanvasPlan``.
+        drafted: See ``CanvasPlan``.
     """
 
     block_length: int
     is_seeded: bool
     num_final: int = 0
     pages_end: int = 0
+    drafted: Span | None = None
 
     def admit(self, num_cached: int) -> None:
         """See ``CanvasPlan``; hits end anywhere before the last token."""
-        self.num_final, self.pages_end = num_cached, 0
+        self.num_final, self.pages_end, self.drafted = num_cached, 0, None
 
     def next_rows(self, num_tokens: int, budget: int) -> Rows | None:
         """See ``CanvasPlan``."""
         start, end = self.num_final, num_tokens + self.block_length
+        if self.drafted is not None:
+            rows = Rows(start, end - start, self.block_length, Decides.VERIFIED, self.drafted)
+            return rows if rows.num_rows <= budget else None
         if end - start <= budget and (start == num_tokens or not self.is_seeded):
             return Rows(start, end - start, self.block_length)
         num_rows = min(budget, num_tokens - start)
@@ -231,7 +252,7 @@ class CausalCommitPlan:
 
     def schedule(self, num_tokens: int, rows: Rows) -> None:
         """See ``CanvasPlan``."""
-        self.num_final = min(rows.end, num_tokens)
+        self.num_final, self.drafted = min(rows.end, num_tokens), None
 
     def active_length(self, num_tokens: int) -> int:
         """See ``CanvasPlan``."""

@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_osdt.calibration.store import open_store
 from vllm_osdt.engine.audit import Auditor
+from vllm_osdt.engine.branches import Brancher, BranchPool, share_rows, step_of
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
@@ -31,7 +32,7 @@ from vllm_osdt.engine.ngram import draft_block
 from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.engine.trace import Tracer
 from vllm_osdt.engine.weights import Weights
-from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, max_logit_rows
 from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
 from vllm_osdt.messages import (
     CANVAS_STEP,
@@ -44,10 +45,13 @@ from vllm_osdt.messages import (
     Decides,
     HeldWeights,
     RequestSpec,
+    Span,
     StepReport,
 )
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import server_options
+from vllm_osdt.policies import POLICIES
+from vllm_osdt.policies.base import Branch
 
 logger = init_logger("vllm.vllm_osdt.engine.scheduler")
 NO_TOKEN = (
@@ -100,6 +104,18 @@ class CanvasScheduler(Scheduler):
         self._postponed: dict[str, int] = {}  # request id -> steps it has waited for room, in a row
         self._rows: dict[str, Rows] = {}  # of the step that is being planned
         self._room = 0  # rows of it that are left
+        self._branch_room = 0  # likewise, of branches: logits are read in few more rows than blocks have
+        self._has_branch = False  # whether a request of it has branches
+        self._spare: set[str] = set()  # ids of requests whose branches are taken where nobody else wants the room
+        max_reqs, max_rows = self.max_num_running_reqs, self.max_num_scheduled_tokens
+        self._max_branch_rows = sys.maxsize  # logits of all of a step's rows may be read
+        if max_logit_rows(max_reqs, max_rows) < max_rows:
+            self._max_branch_rows = max_logit_rows(max_reqs, max_rows) - max_reqs * self._traits.block_length
+        groups = self.kv_cache_config.kv_cache_groups
+        self._pool = BranchPool(self.kv_cache_manager.block_pool, groups[0].kv_cache_spec.block_size if groups else 1)
+        # Layers of several kinds would need pages of each; branches are left out there.
+        self._has_branches = len(groups) == 1
+        self._verifies_by_branches = not (self._traits.logits_shift or self._traits.commits_causally)
         self._allocate_slots = patch_page_allocation(self.kv_cache_manager, self._allocate_for_rows)
         patch_page_caching(self.kv_cache_manager, lambda request: self._plan(request).num_final)
 
@@ -109,12 +125,15 @@ class CanvasScheduler(Scheduler):
         (The engine argument that turns them on is refused without a speculative config.)
         """
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._plan(request).block_length)
+        request.canvas_steps = -1, 0  # first undecided position when it ran last, and denoising steps of that block
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan one engine step (see the class)."""
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
+        longer = sum(max(self._plan(one).block_length - self._traits.block_length, 0) for one in self.running)
+        self._branch_room, self._has_branch = self._max_branch_rows - longer, False
         self._rows.clear()
         self._admit_audits()
         self._tracer.keep(self.running)
@@ -148,11 +167,21 @@ class CanvasScheduler(Scheduler):
             request.canvas_about = self.calibrator.about(new.req_id)
             request.canvas_ngram = spec.options.draft_ngram if assignment.has_drafts else None
             request.canvas_drafted = -1
+            request.canvas_brancher = brancher = self._brancher_of(request)
+            self._spare.discard(new.req_id)
+            if brancher is not None and not brancher.needs_all:
+                self._spare.add(new.req_id)
         self._draft(step, output.num_scheduled_tokens)
+        for req_id in output.num_scheduled_tokens:
+            if self._rows[req_id].branches:
+                step.branches[req_id] = self._pool.of_step(req_id, self._rows[req_id].branches)
         if self._traits.logits_shift or self._traits.commits_causally:
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
             )
+        if self._traits.is_block_causal:
+            spans = ((req_id, self._rows[req_id].verified) for req_id in output.num_scheduled_tokens)
+            step.verified = {req_id: span for req_id, span in spans if span is not None}
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
         return output
 
@@ -271,7 +300,83 @@ class CanvasScheduler(Scheduler):
 
     def _next_rows(self, request: Request) -> Rows | None:
         plan = self._plan(request)
-        return plan.next_rows(request.num_tokens, min(self._room, max(self._max_rows, 2 * plan.block_length)))
+        rows = plan.next_rows(request.num_tokens, min(self._room, max(self._max_rows, 2 * plan.block_length)))
+        if rows is not None and rows.verified is not None and self._verifies_by_branches:
+            rows = self._with_verified(request, rows, rows.verified)
+            return rows if rows.num_all_rows <= self._room else None
+        brancher: Brancher | None = getattr(request, "canvas_brancher", None)
+        if rows is None or brancher is None or not brancher.needs_all:
+            return rows
+        begin, num_steps = request.canvas_steps
+        num_before = num_steps if begin == request.num_tokens else 0
+        rows = rows._replace(branches=self._branches_of(request, rows, num_before))
+        num_further = rows.num_all_rows - rows.num_rows
+        has_room = num_further <= self._branch_room or not self._has_branch
+        return rows if has_room and rows.num_all_rows <= self._room else None
+
+    def _with_verified(self, request: Request, rows: Rows, span: Span) -> Rows:
+        """The rows of a verification with a branch for each position behind the first, as many as fit the engine."""
+        if not self._has_branches:
+            return rows._replace(verified=span._replace(length=1))
+        begin = request.num_tokens + span.first - rows.start + 1  # rows of the first position
+        wanted = [Branch(rows.start, begin + number, is_causal=True) for number in range(1, span.length)]
+        max_pages = self._pool.pages_left_by(self._spec(request).canvas.end)
+        branches = self._pool.those_that_fit(wanted, self.max_num_scheduled_tokens - rows.num_rows, max_pages)
+        return rows._replace(branches=branches, verified=span._replace(length=len(branches) + 1))
+
+    def _brancher_of(self, request: Request) -> Brancher | None:
+        """What says which branches a request has; None for a policy without."""
+        options = self.calibrator.options(request.request_id)
+        policy = POLICIES[options.policy]
+        if not (self._has_branches and policy.has_branches):
+            return None
+        return Brancher(policy, options, self._pool.pages_left_by(self._spec(request).canvas.end))
+
+    def _branches_of(self, request: Request, rows: Rows, num_before: int) -> tuple[Branch, ...]:
+        """The further branches that a step would have if the engine had no other request.
+
+        Args:
+            request: Whose step it is.
+            rows: Of the step.
+            num_before: Denoising steps that the block has had before. Its first step may compute more than the block.
+        """
+        if rows.decides != Decides.BLOCK or not num_before:
+            return ()
+        begin = request.num_tokens
+        step = step_of(rows, begin, self._plan(request).active_length(begin), num_before)
+        max_rows = min(self.max_num_scheduled_tokens, rows.num_rows + self._max_branch_rows)
+        return self._pool.branches_that_fit(request.canvas_brancher, step, max_rows)
+
+    def _add_spare_branches(self, req_ids: Iterable[str]) -> None:
+        """Give rows and pages that are left to branches which tokens do not depend on."""
+        if not self._spare:
+            return
+        wanted = {}
+        for request in (self.requests[req_id] for req_id in req_ids if req_id in self._spare):
+            num_before = request.canvas_steps[1] - 1  # this one is counted
+            wanted[request.request_id] = self._branches_of(request, self._rows[request.request_id], num_before)
+        room = min(self._room, self._branch_room)
+        for req_id, branches in share_rows(wanted, self._pool, room, len(self.running)).items():
+            self._rows[req_id] = self._rows[req_id]._replace(branches=branches)
+
+    def _release_spare_branches(self) -> bool:
+        """Take back pages that requests can do without; False when there are none."""
+        holders = map(self.requests.__getitem__, self._pool.holders)
+        return self._pool.release_all([request.request_id for request in holders if self._has_spare_branches(request)])
+
+    def _has_spare_branches(self, request: Request) -> bool:
+        """Whether a request can do without the pages of its branches."""
+        brancher: Brancher | None = request.canvas_brancher
+        if brancher is None:  # a verification needs them, and a draft does not
+            rows = self._rows.get(request.request_id)
+            return rows is None or not rows.branches
+        return not brancher.needs_all
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does; pages of branches go too."""
+        self._pool.release(request.request_id)
+        request.canvas_steps = -1, 0
+        super()._preempt_request(request, *args, **kwargs)
 
     def _plan_step(self, request: Request) -> bool:
         """Set which rows of a running request are next; False when they must wait for room."""
@@ -280,7 +385,11 @@ class CanvasScheduler(Scheduler):
             # schedule() counts current_step up before it looks at this.
             request.next_decode_eligible_step = self.current_step + 2
             return False
-        self._room -= rows.num_rows
+        if not rows.branches and getattr(request, "canvas_brancher", None) is None:
+            self._pool.release(request.request_id)  # of a verification
+        self._room -= rows.num_all_rows
+        self._branch_room -= rows.num_all_rows - rows.num_rows
+        self._has_branch |= bool(rows.branches)
         self._rows[request.request_id] = rows
         # schedule() takes num_tokens + spec_token_ids + num_output_placeholders - num_computed_tokens rows; the
         # placeholders of asynchronous outputs, of which there are none, make up for a step that ends before num_tokens.
@@ -302,17 +411,27 @@ class CanvasScheduler(Scheduler):
         else:
             rows = self._rows[request.request_id]
         pages = self.kv_cache_manager.empty_kv_cache_blocks
+        has_pages = self._pool.hold(request.request_id, rows.branches)
+        if not has_pages and self._release_spare_branches():
+            has_pages = self._pool.hold(request.request_id, rows.branches)
+        if not has_pages:
+            return None
         if rows.end > plan.pages_end:
             kwargs["delay_cache_blocks"] = True  # drafts are among its tokens
             end = plan.pages_needed(rows)
             pages = self._allocate_slots(request, end - rows.start, *args, **kwargs)
+            if pages is None and self._release_spare_branches():
+                pages = self._allocate_slots(request, end - rows.start, *args, **kwargs)
             if pages is None:
                 return None
             plan.pages_end = end
         if is_new:
-            self._room -= rows.num_rows
+            self._room -= rows.num_all_rows
             self._rows[request.request_id] = rows
         plan.schedule(request.num_tokens, rows)
+        begin, num_steps = request.canvas_steps
+        num_steps = num_steps if begin == request.num_tokens else 0
+        request.canvas_steps = request.num_tokens, num_steps + (rows.decides == Decides.BLOCK)
         if is_new:  # for others of this step; nothing can take its rows from it any more
             self.kv_cache_manager.cache_blocks(request, plan.num_final)
         return pages
@@ -333,10 +452,11 @@ class CanvasScheduler(Scheduler):
             # Not earlier: a request that comes later in the step may preempt one that was to run.
             for request in map(self.requests.__getitem__, num_scheduled):
                 self.kv_cache_manager.cache_blocks(request, self._plan(request).num_final)
+        self._add_spare_branches(num_scheduled)
         for req_id in num_scheduled:
             rows = self._rows[req_id]
-            scheduler_output.total_num_scheduled_tokens += rows.num_rows - num_scheduled[req_id]
-            num_scheduled[req_id] = rows.num_rows
+            scheduler_output.total_num_scheduled_tokens += rows.num_all_rows - num_scheduled[req_id]
+            num_scheduled[req_id] = rows.num_all_rows
             if rows.num_drafts:
                 scheduler_output.scheduled_spec_decode_tokens[req_id] = self._placeholders[: rows.num_drafts]
         super()._update_after_schedule(scheduler_output)
@@ -385,6 +505,9 @@ class CanvasScheduler(Scheduler):
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).hear(confidence)
+            for req_id, span in report.drafted.items():
+                if req_id in self.requests:
+                    self._plan(self.requests[req_id]).drafted = span
             self._trace(report)
             self._count_run_ahead(report)
             if report.recorded is not None:
@@ -534,6 +657,8 @@ class CanvasScheduler(Scheduler):
             self.calibrator.statistics.ended(about, num_forwards(request), request.num_output_tokens)
         self.calibrator.finish_request(request.request_id, ended_well=ended_well)
         self._grammars.forget(request.request_id)
+        self._pool.release(request.request_id)
+        self._spare.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:

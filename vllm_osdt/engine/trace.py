@@ -68,7 +68,9 @@ class Tracer:
         is_new = ~recorded.after[chosen] & (tokens != self._token[rows, :width])  # unmasked, or edited
         at, place = is_new.nonzero()
         self._token[rows[at], place] = tokens[at, place]
-        self._step[rows[at], place] = step[at]
+        self._step[rows[at], place] = (
+            step[at] if recorded.ahead is None else step[at] + recorded.ahead[chosen][at, place]
+        )
         self._forward[rows[at], place] = np.array([forwards[recorded.req_ids[index]] for index, _ in found])[at]
         self._confidence[rows[at], place] = recorded.confidence[chosen][at, place]
         self._block[rows], self._num_steps[rows] = recorded.block[chosen], step + 1
@@ -88,8 +90,10 @@ class Tracer:
         if row is None or not num_tokens:
             return None
         schedule, num_steps = self._schedules[req_id], int(self._num_steps[row])
-        parameters = schedule.parameters[self._block[row], :num_steps]
         place = np.arange(num_tokens).clip(max=num_tokens - num_given)
+        if schedule.drafts is not None:  # a forward may have taken steps behind the one that finished the output
+            num_steps = int(self._step[row, place].max()) + 1
+        parameters = schedule.parameters[self._block[row], :num_steps]
         confidence = self._confidence[row, place]
         confidence[num_tokens - num_given :] = NO_CONFIDENCE
         self._token[row] = _UNKNOWN  # the next block may begin with a step that decides nothing, and is not told

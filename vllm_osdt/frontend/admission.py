@@ -39,7 +39,7 @@ from vllm_osdt.options import (
 )
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.adablock import LINE_END
-from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_grammar, check_limits
+from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_branches, check_grammar, check_limits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -179,6 +179,9 @@ def refuse(what: str, parameter: str | None = None) -> None:
     )
 
 
+PENALTY = "the tokens before a drafted one that it depends on are not decided yet"
+
+
 class FrontEnd:
     """What a front-end process knows of one engine's tasks and profiles."""
 
@@ -278,7 +281,12 @@ class FrontEnd:
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
+        if POLICIES[options.policy].has_branches:
+            name = None if draft is None else draft.name
+            check_branches(params, options.policy, name, name_of=sent.name_of)
         check_draft(draft, extra, options, asked)
+        if POLICIES[options.policy].verifies:
+            _check_verification(options, draft, asked)
         if template is not None:
             check_company(template, options, asked, PREFIX + "gen_length" in extra, sent.name_of)
         switch = read_switch(options, reader, params, asked, template, draft, sent.name_of)
@@ -430,6 +438,30 @@ def _front_end(vllm_config: "VllmConfig") -> FrontEnd:
     if id(vllm_config) not in _front_ends:
         _front_ends[id(vllm_config)] = vllm_config, FrontEnd(vllm_config)  # the config, so that its id stays its own
     return _front_ends[id(vllm_config)][1]
+
+
+def _check_verification(options: DecodingOptions, draft: Draft | None, asked: "SamplingParams") -> None:
+    """Refuse parameters that a verification cannot honor.
+
+    Raises:
+        InvalidOptionError: Names the parameter.
+    """
+    others = {
+        "structured_outputs": asked.structured_outputs is not None and "a grammar does not know drafted tokens",
+        "presence_penalty": asked.presence_penalty != 0 and PENALTY,
+        "frequency_penalty": asked.frequency_penalty != 0 and PENALTY,
+        "repetition_penalty": asked.repetition_penalty != 1 and PENALTY,
+    }
+    if draft is not None:
+        others[draft.name] = "the model drafts for itself"
+    for name, reason in others.items():
+        if reason:
+            raise InvalidOptionError(
+                f"{name} cannot be sent with policy {options.policy!r}: {reason}. Leave it out, or choose another "
+                "policy.",
+                refusal="verify-company",
+                parameter=name,
+            )
 
 
 def merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vllm_osdt.policies.entropy_threshold import EntropyThreshold
 from vllm_osdt.policies.ete import ETE
 from vllm_osdt.policies.factor import Factor
 from vllm_osdt.policies.fixed_steps import FixedSteps
+from vllm_osdt.policies.freedave import FreeDave
 from vllm_osdt.policies.hierarchical import Hierarchical
 from vllm_osdt.policies.joint_bound import JointBound
 from vllm_osdt.policies.klass import KLASS
@@ -31,6 +32,7 @@ from vllm_osdt.policies.multi_block import MultiBlock
 from vllm_osdt.policies.nemotron_bound import NemotronBound
 from vllm_osdt.policies.osdt import OSDT
 from vllm_osdt.policies.prophet import Prophet
+from vllm_osdt.policies.s2d2 import S2D2
 from vllm_osdt.policies.sched import Sched
 from vllm_osdt.policies.stable import Stable
 from vllm_osdt.policies.static_threshold import StaticThreshold
@@ -65,7 +67,9 @@ OWN: tuple[type[Policy], ...] = (
     CCD,
     Stable,
     LearnedFilter,
+    S2D2,
     FixedSteps,
+    FreeDave,
 )
 
 

@@ -29,6 +29,58 @@ MAX_READINGS = 4  # numbers that a policy may read off the logits of each positi
 CHOSEN = 2.0  # score of a position that a policy has chosen: above every confidence
 
 
+MAX_BRANCHES = 33  # states of a block that one step computes, the block itself among them
+
+
+class Branch(NamedTuple):
+    """A further state of a request's active block, computed in the same step beside the block itself.
+
+    Its rows see what is cached before and behind them, and each other. They see nothing of the block itself or of other
+    branches.
+
+    Attributes:
+        start: Position of its first row.
+        num_rows: Rows, at consecutive positions.
+        is_causal: Whether a row sees the positions up to its own alone.
+    """
+
+    start: int
+    num_rows: int
+    is_causal: bool = False
+
+
+class BlockStep(NamedTuple):
+    """A step that computes a request's active block, not the first one of the block, as the engine core plans it.
+
+    Attributes:
+        start: Position of the first row.
+        num_rows: Rows, at consecutive positions.
+        block_start: First position of the block that is neither prompt nor committed.
+        block_end: Position behind the block.
+        num_before: Steps that the block has had since it was entered, at least 1.
+    """
+
+    start: int
+    num_rows: int
+    block_start: int
+    block_end: int
+    num_before: int
+
+
+class Drafts(NamedTuple):
+    """How the states that a step's proposals lead to are drafted and verified (``freedave``).
+
+    Attributes:
+        number: Branches of a step at most, the block itself among them.
+        sizes: int32 ``[block_length]``: positions that a denoising step is expected to unmask, by step in the block.
+        is_subset: A draft is right where the target has all of it; else where it is the target.
+    """
+
+    number: int
+    sizes: np.ndarray
+    is_subset: bool = False
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The decisions of one request ahead of time.
@@ -43,6 +95,7 @@ class Schedule:
         fallback: int8, shape of ``parameters``, where a calibrated threshold comes from
             (``calibration.thresholds.Fallback``); None where nothing was calibrated.
         constants: At most 8 numbers that ``Policy.adjust`` reads.
+        drafts: Of a policy that verifies drafts; None for no branches of that kind.
     """
 
     rule: Rule
@@ -50,6 +103,7 @@ class Schedule:
     min_unmask: np.ndarray | None = None
     fallback: np.ndarray | None = None
     constants: Sequence[float] = ()
+    drafts: Drafts | None = None
 
 
 class PositionLogits(NamedTuple):
@@ -72,6 +126,10 @@ class PositionLogits(NamedTuple):
         step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
         earlier: Like ``before``, of the steps before that one, the latest first; ``num_steps_before`` - 1 of them.
         carry: float32 ``[S, 10]``, ``Step.carry`` of the row's request before the step.
+        temperature: float32 ``[S]``; None where every row's is 0.
+        noise_key: int64 ``[S]``, a random key of the position and the step; None likewise.
+        is_verified: bool ``[S]``, of a policy with ``verifies``: the logits are those of a verification. ``before`` has
+            then the draft's, as sampling parameters left them, where ``temperature`` is not None. None for others.
     """
 
     logits: "torch.Tensor"
@@ -84,6 +142,28 @@ class PositionLogits(NamedTuple):
     step_index: "torch.Tensor"
     earlier: "tuple[torch.Tensor, ...]" = ()
     carry: "torch.Tensor | None" = None
+    temperature: "torch.Tensor | None" = None
+    noise_key: "torch.Tensor | None" = None
+    is_verified: "torch.Tensor | None" = None
+
+
+class Verification(NamedTuple):
+    """What a policy with ``verifies`` is told of a step, and says of the next one; R requests.
+
+    A span is the place of its first position in the active block, and its length; length 0: none.
+
+    Attributes:
+        span: int64 ``[R, 2]``, positions of which this step has the logits of a verification. The other masked
+            positions then have none, and their proposals mean nothing.
+        asked: int64 ``[R, 2]``, zero. Where a span is written, this step decides nothing: its proposals
+            (``Step.token``) are put in their positions, still masked, and the next step verifies those of the span, or
+            its first ones where that is too much for a step.
+        min_unmask: int32 ``[R]``, of the schedule: so many positions the step unmasks at least.
+    """
+
+    span: "torch.Tensor"
+    asked: "torch.Tensor"
+    min_unmask: "torch.Tensor"
 
 
 class Step(NamedTuple):
@@ -97,7 +177,7 @@ class Step(NamedTuple):
         state: float32 ``[R, 4]``, zero when a block is entered. May be overwritten, and is kept until the next block.
         step_index: int64 ``[R]``, denoising steps that the block has seen before this one.
         confidence: float32 ``[R, W]``, the same as ``score``, as it was.
-        token: int64 ``[R, W]``, the proposals; 0 without logits.
+        token: int64 ``[R, W]``, the proposals; 0 without logits. A policy with ``verifies`` may overwrite it.
         is_open: bool ``[R, W]``, masked positions that have logits.
         memory: float32 ``[R, W, memory_size]``, zero when a block is entered. May be overwritten, and is kept until the
             next block.
@@ -109,6 +189,7 @@ class Step(NamedTuple):
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
         end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
         tensors: What :meth:`Policy.tensors` has read for the engine, by name.
+        verification: Of a policy with ``verifies``; None for others.
     """
 
     score: "torch.Tensor"
@@ -127,6 +208,7 @@ class Step(NamedTuple):
     num_positions: "torch.Tensor"
     end_token_ids: "torch.Tensor"
     tensors: "Mapping[str, torch.Tensor]" = MappingProxyType({})
+    verification: "Verification | None" = None
 
     def choose(self, chosen: "torch.Tensor", rank: "torch.Tensor | None" = None) -> None:
         """Have exactly these positions unmasked, whatever the schedule's threshold; at least the first by rank.
@@ -192,10 +274,15 @@ class Policy(ABC):
             logits, so that each step multiplies with the output weight once more.
         num_steps_before: How many steps before; each but the first is one more multiplication.
         memory_size: Numbers that it keeps of each position of the active block.
+        verifies: Whether a step may be followed by a verification: a forward pass that gives of drafted positions the
+            logits that the model has from left to right, each behind the drafted tokens before it
+            (``Step.verification``). Such a policy reads logits. Refused where every position sees the whole canvas.
         needs_whole_blocks: Whether its schedule is one of blocks as long as ``block_length``. Refused for models with
             sub-blocks, and where blocks are cut.
         cuts_blocks: Whether it is a :class:`Cutter` too: blocks of its requests are as long as it says, at most
             ``block_length``. Refused for block-causal models, whose blocks lie on a grid.
+        has_branches: Whether :meth:`branches` is asked. Options that a second state of the block would break are
+            refused (``vllm_osdt.options``).
     """
 
     name: ClassVar[str]
@@ -207,8 +294,27 @@ class Policy(ABC):
     reads_step_before: ClassVar[bool] = False
     num_steps_before: ClassVar[int] = 1
     memory_size: ClassVar[int] = 0
+    verifies: ClassVar[bool] = False
     needs_whole_blocks: ClassVar[bool] = False
     cuts_blocks: ClassVar[bool] = False
+    has_branches: ClassVar[bool] = False
+
+    def branches(self, options: Any, step: BlockStep) -> Sequence[Branch]:
+        """Further branches of a step, for a policy with ``has_branches``.
+
+        Args:
+            options: Resolved options, of which it reads its own.
+            step: The step; the result may depend on nothing else.
+        """
+        return ()
+
+    def needs_branches(self, options: Any) -> bool:
+        """Whether the tokens depend on how many branches are computed.
+
+        If so, a step has all that fit an engine, and waits for room and pages. Else it has those that are to be had
+        for nothing, the first ones.
+        """
+        return False
 
     def calibrates(self, options: Any) -> bool:
         """Whether requests of a task share a calibration profile, whose thresholds :meth:`schedule` is given.

@@ -13,12 +13,12 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import max_logit_rows
 from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat import patch_scheduler_metadata
 from vllm_osdt.options import server_options
 from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
-from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
+from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin, canvas_step_of
 from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
 
@@ -46,9 +46,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         if mode != self.compilation_config.cudagraph_mode:
             logger.info_once("vllm-osdt runs without CUDA graphs (attention: %s).", ", ".join(sorted(names)))
             self.compilation_config.cudagraph_mode = mode
-        if self.model_state.canvas_states.is_block_causal:
-            for group in chain.from_iterable(self.attn_groups):
-                patch_scheduler_metadata(group.get_metadata_builder(), self.max_num_tokens)
+        for group in chain.from_iterable(self.attn_groups):
+            patch_scheduler_metadata(group.get_metadata_builder(), self.max_num_tokens)
         self.cudagraph_manager = CanvasGraphManager(
             self.vllm_config,
             self.device,
@@ -63,7 +62,9 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """As vLLM does, right before it looks for a graph: whether the step may run as one."""
         state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
         if self.cudagraph_manager is not None:
-            self.cudagraph_manager.num_queries = None if state is None else self._queries_of_a_graph(state)
+            step = canvas_step_of(scheduler_output)
+            is_graph = state is not None and not (step.branches or step.verified)
+            self.cudagraph_manager.num_queries = self._queries_of_a_graph(state) if is_graph else None
         return state, uniform_token_count
 
     def _queries_of_a_graph(self, state: Any) -> int | None:
@@ -91,7 +92,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert manager is not None
         if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies or denoise.cutters or "draft_threshold" in arrays:
+        elif denoise.policies or denoise.cutters or denoise.drafting.size or "draft_threshold" in arrays:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED
@@ -152,7 +153,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
 
         Proposals for as many positions as a step can read, where vLLM has one row a request.
         """
-        num_rows = min(self.max_num_tokens, self.max_num_reqs * MAX_BLOCK_LENGTH)
+        num_rows = max_logit_rows(self.max_num_reqs, self.max_num_tokens)
         rows = torch.arange(num_rows, device=hidden_states.device) % hidden_states.shape[0]
         self.head.measure(hidden_states[rows])
 

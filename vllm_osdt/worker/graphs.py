@@ -165,8 +165,8 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self.shapes = GraphShapes(
             decode_query_len,
             states.host.end_token_ids.shape[1],
-            states.cells.numel() - 1,
-            states.masked.shape[0] - 1,
+            states.padding_cell,
+            states.idle_row,
             states.is_block_causal,
             vllm_config.model_config.hf_config.traits.can_edit,
             states.commits_causally,

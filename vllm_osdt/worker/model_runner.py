@@ -11,6 +11,7 @@ from vllm.config import LoRAConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -18,9 +19,10 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_osdt.host.attention import check_attention, check_causal_attention
+from vllm_osdt.host.attention import BACKENDS_WITH_BUFFERS, check_attention, check_causal_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
 from vllm_osdt.options import server_options
+from vllm_osdt.worker.branch_pages import branch_tables, copy_pages, plan_pages
 from vllm_osdt.worker.grammar import grammar_rows
 from vllm_osdt.worker.head import Head, choose_head
 from vllm_osdt.worker.model_state import CanvasModelState
@@ -38,6 +40,7 @@ from vllm_osdt.worker.step_plan import (
     plan_step,
     split_queries_at_canvas,
     split_queries_by_block,
+    split_queries_of_branches,
     step_rows,
 )
 from vllm_osdt.worker.transfer import send
@@ -63,10 +66,14 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     attn_groups: list[list[AttentionGroup]]
     kv_cache_config: KVCacheConfig
     vllm_config: VllmConfig
+    block_tables: BlockTables
+    kv_caches: list[torch.Tensor]
     model: Any
     head: Head
     replays_graphs = True
-    _num_logits: np.ndarray | None = None  # of each request of the step that is being prepared
+    # Of each request of the step that is being prepared, and of its further branches.
+    _num_logits: np.ndarray | None = None
+    _further: tuple[np.ndarray, np.ndarray]  # requests and rows of those
     _num_logit_rows = 0  # of the step that is being decided
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -83,10 +90,12 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
                 check_attention(name)
             if states.commits_causally:
                 check_causal_attention(name)
+            if name in BACKENDS_WITH_BUFFERS:
+                states.has_branches = False
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """As vLLM does; the model state finds what the engine core assigned to each request."""
-        self.model_state.assignments = _canvas_step(scheduler_output).assignments
+        self.model_state.assignments = canvas_step_of(scheduler_output).assignments
         super().add_requests(scheduler_output)  # type: ignore[misc]
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -105,12 +114,17 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     def _report(self, output: Any) -> Any:
         return self.model_state.recorder.attach_to(output, self.held_weights())
 
-    def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    def _set_active_loras(
+        self, prompt_lora_mapping: tuple[int, ...], token_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any
+    ) -> None:
         """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request."""
         if self._num_logits is not None:
-            prompt_lora_mapping = tuple(np.repeat(prompt_lora_mapping, self._num_logits))
+            further, num_rows = self._further
+            of_branches = np.array(prompt_lora_mapping, dtype=np.int64)[further]
+            token_lora_mapping = (*token_lora_mapping, *np.repeat(of_branches, num_rows).tolist())
+            prompt_lora_mapping = tuple(np.repeat([*prompt_lora_mapping, *of_branches], self._num_logits))
             self._num_logits = None
-        super()._set_active_loras(prompt_lora_mapping, *args, **kwargs)  # type: ignore[misc]
+        super()._set_active_loras(prompt_lora_mapping, token_lora_mapping, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs(
         self,
@@ -132,7 +146,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         if num_drafts is None:
             num_drafts = np.zeros(num_reqs, dtype=np.int32)
         num_computed = self.req_states.num_computed_tokens_np[slots]
-        canvas_step = _canvas_step(scheduler_output)
+        canvas_step = canvas_step_of(scheduler_output)
         first_position = canvas_step.first_position
         decides_first = np.zeros(num_reqs, dtype=bool)
         if first_position:
@@ -140,10 +154,19 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         for slot, req_id in zip(slots.tolist(), batch_req_state.req_ids, strict=True) if canvas_step.drafts else ():
             if req_id in canvas_step.drafts:
                 states.write_draft(slot, *canvas_step.drafts[req_id])
-        rows = step_rows(states, slots, num_computed.astype(np.int64), num_rows, num_drafts, decides_first)
+        pages = [canvas_step.branches.get(req_id) for req_id in batch_req_state.req_ids] if canvas_step.branches else []
+        branches = [() if one is None else one.branches for one in pages]
+        num_rows -= [sum(branch.num_rows for branch in own) for own in branches] if branches else 0
+        start = num_computed.astype(np.int64)
+        span = np.zeros((num_reqs if canvas_step.verified else 0, 2), dtype=np.int64)
+        for index, req_id in enumerate(batch_req_state.req_ids if canvas_step.verified else ()):
+            span[index] = canvas_step.verified.get(req_id, (0, 0))
+        rows = step_rows(states, slots, start, num_rows, num_drafts, decides_first, branches, span)
         runs_as_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
         plan, denoise, pieces, arrays = self._plan(rows, self.decode_query_len if runs_as_graph else None)
         arrays |= states.arrays_of_entered_blocks()
+        if rows.branch.size:
+            arrays |= plan_pages(rows, plan.seq_lens, pages, self.block_tables.block_sizes[0])
         num_tokens = int(rows.num_rows.sum())
         graph = None
         if runs_as_graph:
@@ -162,10 +185,12 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         if not is_narrowed:
             self._num_logits = np.diff(plan.cu_num_logits)
             self._num_logits[0] += not plan.logit_rows.size
+            self._further = rows.request[num_reqs:], rows.num_rows[num_reqs:]
         logits_indices = logit_rows
         if is_narrowed and graph is None:  # a graph has read them already
             logits_indices = torch.arange(len(logit_rows), device=self.device)
-        num_tokens_padded, num_reqs_padded = sent["positions"].shape[0], sent["seq_lens"].shape[0]
+        num_tokens_padded = sent["positions"].shape[0]
+        num_reqs_padded = num_reqs if graph is None else sent["seq_lens"].shape[0]
         if graph is None:
             buffers.is_padding[:num_tokens].fill_(False)  # a dummy step leaves it set; experts skip padding
             is_padding = buffers.is_padding[:num_tokens]
@@ -180,7 +205,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             idx_mapping_np=batch_req_state.idx_mapping_np,
             expanded_idx_mapping=sent["logit_slots"],
             expanded_local_pos=idx_mapping,
-            num_scheduled_tokens=rows.num_rows.astype(batch_req_state.num_scheduled_tokens.dtype),
+            num_scheduled_tokens=rows.num_rows[:num_reqs].astype(batch_req_state.num_scheduled_tokens.dtype),
             num_tokens=num_tokens,
             num_tokens_after_padding=num_tokens_padded,
             num_draft_tokens=int(num_drafts.sum()),
@@ -209,7 +234,17 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             queries=queries,
             graph=graph,
             rows=rows,
+            pages=sent if rows.branch.size else None,
         )
+
+    def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """As vLLM does; a step with further branches has page tables of its own, and copies pages."""
+        sent = getattr(input_batch, "pages", None)
+        if sent is None:
+            return super().prepare_attn(input_batch)  # type: ignore[misc]
+        table, slot_mappings, copied = branch_tables(self.block_tables, sent, input_batch.positions)
+        copy_pages(self.kv_caches, self.kv_cache_config.num_blocks, copied, sent["copy_page"])
+        return (table,), slot_mappings
 
     def _plan(
         self, rows: StepRows, width: int | None
@@ -222,12 +257,14 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         """
         states = self.model_state.canvas_states
         plan = plan_step(states, rows, width)
-        denoise = plan_denoise(states, rows.slots, plan, rows.decides_first)
+        denoise = plan_denoise(states, rows, plan)
         pieces = None
         if states.commits_causally:
             pieces = split_queries_at_canvas(rows)
         elif states.is_block_causal:
             pieces = split_queries_by_block(states, rows)
+        elif rows.is_causal.any():
+            pieces = split_queries_of_branches(rows, plan.seq_lens)
         arrays = {
             "positions": plan.positions,
             "source": plan.source,
@@ -342,6 +379,6 @@ def _queries(sent: Mapping[str, torch.Tensor], plan: StepPlan, pieces: BlockQuer
     )
 
 
-def _canvas_step(scheduler_output: SchedulerOutput) -> CanvasStep:
+def canvas_step_of(scheduler_output: SchedulerOutput) -> CanvasStep:
     """What the scheduler says of a step; nothing of vLLM's own dummy steps."""
     return getattr(scheduler_output, CANVAS_STEP, None) or CanvasStep()

@@ -79,9 +79,12 @@ class PolicyReader:
         num_requests, num_rows = adjusted.rows.shape[0], read.rows.shape[0]
         reading = torch.zeros(num_requests, width, MAX_READINGS, device=states.device)
         slots = adjusted.slots[read.request]
-        num_before = policy.num_steps_before if policy.reads_step_before else 0
-        if num_before:
-            self._make_room(hidden, width, num_before)
+        num_before = num_kept = policy.num_steps_before if policy.reads_step_before else 0
+        if policy.verifies:  # only a sample is compared with what it was drawn from
+            num_kept = num_before if batch.temperature is not None else 0
+            num_before = num_kept if read.is_verified is not None else 0
+        if num_kept:
+            self._make_room(hidden, width, num_kept)
         size = max(1, CHUNK_ELEMENTS // logits.written.shape[1])
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
@@ -90,7 +93,14 @@ class PolicyReader:
             before = []
             for back in range(num_before):
                 before.append(compute_logits(self._hidden[slot, offset, back], rows).float())
+                if policy.verifies:
+                    before[-1] = self._as_shaped(before[-1], read, start, batch)
                 before[-1][:, states.mask_token_id] = -torch.inf
+            is_verified = None
+            if policy.verifies:
+                is_verified = torch.zeros_like(rows, dtype=torch.bool)
+                if read.is_verified is not None:
+                    is_verified = read.is_verified[part]
             found = PositionLogits(
                 own,
                 before[0] if before else None,
@@ -102,12 +112,15 @@ class PolicyReader:
                 adjusted.step_index[read.request[part]],
                 tuple(before[1:]),
                 states.policy_carry[slot],
+                None if batch.temperature is None else batch.temperature[rows],
+                None if batch.noise_key is None else batch.noise_key[rows],
+                is_verified,
             )
             policy.read(found)
             proposals.token[rows], proposals.confidence[rows] = found.token, found.confidence
             states.policy_memory[slot, offset, : policy.memory_size] = found.memory
             reading[read.request[part], read.offset[part]] = found.reading
-        if num_before:
+        if num_kept:
             self._hidden[slots, read.offset, 1:] = self._hidden[slots, read.offset, :-1]
             self._hidden[slots, read.offset, 0] = hidden[read.rows]
         return reading

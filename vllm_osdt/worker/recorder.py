@@ -15,7 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from csrc_triton import Proposals
 from csrc_triton.cpu import compiled
 from csrc_triton.types import NO_CONFIDENCE
-from vllm_osdt.messages import STEP_REPORT, HeldWeights, RecordedStep, StepReport
+from vllm_osdt.messages import STEP_REPORT, HeldWeights, RecordedStep, Span, StepReport
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import DenoiseBatch
 
@@ -26,8 +26,9 @@ class _Seen(NamedTuple):
     req_ids: list[str]
     batch: DenoiseBatch
     mean_confidence: torch.Tensor | None  # float32 [R]
-    recorded: torch.Tensor | None  # int32 [5, C, W], see grids_to_record
+    recorded: torch.Tensor | None  # int32 [6, C, W], see grids_to_record
     ran_ahead: torch.Tensor | None  # bool [R], whether a second step was of use; None without one
+    drafted: torch.Tensor | None  # int64 [R, 2], see Decision
 
 
 class Decision(NamedTuple):
@@ -40,6 +41,9 @@ class Decision(NamedTuple):
     canvas: torch.Tensor  # int32 [R, W], tokens
     confidence: torch.Tensor  # float32 [R, W], NO_CONFIDENCE without logits
     num_ready: torch.Tensor  # int32 [R], tokens to emit
+    # int64 [R, 2], positions that the next step verifies (messages.Span), length 0: none; None without such a policy
+    drafted: torch.Tensor | None = None
+    ahead: torch.Tensor | None = None  # int64 [R, W], see RecordedStep
 
 
 class StepRecorder:
@@ -67,17 +71,18 @@ class StepRecorder:
             recorded: Of :func:`grids_to_record`; None when no request calibrates.
             ran_ahead: bool ``[R]``, whether a second step was of use; None without one.
         """
-        if not self._states.observed and ran_ahead is None:
+        drafted = decision.drafted
+        if not self._states.observed and ran_ahead is None and drafted is None:
             return
         means = None
         if self._states.observed and self._wanted(batch).any():
             means = mean_by_request(decision.proposals, decision.is_masked, *batch.blocks.canvas_index.shape)
-        if means is None and recorded is None and ran_ahead is None:
+        if means is None and recorded is None and ran_ahead is None and drafted is None:
             return
         if self._copied is not None:
-            means, recorded, ran_ahead = _to_host(means), _to_host(recorded), _to_host(ran_ahead)
+            means, recorded, ran_ahead, drafted = map(_to_host, (means, recorded, ran_ahead, drafted))
             self._copied.record()
-        self._seen = _Seen(req_ids, batch, means, recorded, ran_ahead)
+        self._seen = _Seen(req_ids, batch, means, recorded, ran_ahead, drafted)
 
     def _wanted(self, batch: DenoiseBatch) -> np.ndarray:
         """The requests whose mean confidence is reported, bool ``[R]``."""
@@ -123,9 +128,13 @@ class StepRecorder:
                         report.mean_confidence[seen.req_ids[row]] = float(means[row])
             if seen.ran_ahead is not None:
                 report.ran_ahead = dict(zip(seen.req_ids, seen.ran_ahead.tolist(), strict=True))
+            if seen.drafted is not None:
+                for req_id, (first, length) in zip(seen.req_ids, seen.drafted.tolist(), strict=False):
+                    if length:
+                        report.drafted[req_id] = Span(first, length)
             if seen.recorded is not None:
                 req_ids = [seen.req_ids[row] for row in rows.tolist()]
-                confidence, proposal, before, after, tokens = seen.recorded.numpy()
+                confidence, proposal, before, after, tokens, ahead = seen.recorded.numpy()
                 report.recorded = RecordedStep(
                     req_ids,
                     block[rows],
@@ -135,6 +144,7 @@ class StepRecorder:
                     before.astype(bool),
                     after.astype(bool),
                     tokens,
+                    ahead,
                 )
             return report
 
@@ -209,7 +219,8 @@ def grids_to_record(states: CanvasStates, batch: DenoiseBatch, decision: Decisio
         decision: What it decided, with the masks before it.
 
     Returns:
-        int32 ``[5, C, W]``: bits of the confidence, proposal, masks before and after, tokens (``RecordedStep``).
+        int32 ``[6, C, W]``: bits of the confidence, proposal, masks before and after, tokens, steps ahead
+        (``RecordedStep``).
     """
     rows, shape = batch.recorded, batch.blocks.canvas_index.shape
     assert rows is not None and decision.before is not None
@@ -222,6 +233,8 @@ def grids_to_record(states: CanvasStates, batch: DenoiseBatch, decision: Decisio
     if batch.has_cuts:  # what is behind a cut is as undecided as it was
         limit = states.block_limit[batch.slots]
         place = torch.arange(shape[1], device=limit.device)
-        after |= ((limit > 0).unsqueeze(1) & (place >= limit.unsqueeze(1))).to(torch.int32)
-    grids = (confidence.view(torch.int32), proposal, before, after, decision.canvas)
+        is_behind = (limit > 0).unsqueeze(1) & (place >= limit.unsqueeze(1))
+        after[: limit.shape[0]] |= is_behind.to(torch.int32)
+    ahead = torch.zeros_like(before) if decision.ahead is None else decision.ahead.to(torch.int32)
+    grids = (confidence.view(torch.int32), proposal, before, after, decision.canvas, ahead)
     return torch.stack(grids)[:, rows]

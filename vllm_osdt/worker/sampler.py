@@ -18,7 +18,8 @@ from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.policies import Step
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, Verification
+from vllm_osdt.worker.drafting import read_states, verify_and_draft
 from vllm_osdt.worker.logprobs import LogprobStore
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
 from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
@@ -184,11 +185,12 @@ class CanvasSampler:
         states, blocks = self.states, batch.blocks
         width = blocks.canvas_index.shape[1]
         before = states.masked[blocks.slots, :width] if keeps_masks else None
-        is_open = is_masked = None
+        is_open = is_masked = drafted = None
         if batch.edit_threshold is not None:
             is_open, is_masked = edit(blocks, proposals, states.num_post_steps, batch.edit_threshold)
+        branches = None if batch.drafting is None else read_states(batch.drafting, blocks)
         if batch.adjusted:
-            canvas, confidence, result = self._unmask_adjusted(batch, proposals, readings)
+            canvas, confidence, result, drafted = self._unmask_adjusted(batch, proposals, readings)
         elif batch.grammar is not None:
             token, confidence = proposals.to_grids(*blocks.canvas_index.shape)
             score, rules = batch.grammar.restrict(token, confidence, batch.rules)
@@ -196,9 +198,14 @@ class CanvasSampler:
             canvas, _, result = self._unmask_and_confirm(batch, allowed, rules, proposals)
         else:
             canvas, confidence, result = self._unmask_and_confirm(batch, proposals, batch.rules, proposals)
+        ahead = None
+        if batch.drafting is not None and branches is not None:
+            outcome = canvas, confidence, result
+            found = verify_and_draft(states, batch.drafting, branches, blocks, proposals, outcome)
+            canvas, confidence, result, ahead = found
         after = None if states.device.type == "cpu" else states.masked.index_select(0, batch.slots)
         num_ready = result.num_ready if is_open is None else result.num_ready.masked_fill(is_open, 0)
-        return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready)
+        return Decision(proposals, is_masked, before, after, canvas, confidence, num_ready, drafted, ahead)
 
     def finish(self, input_batch: Any, decision: Decision, ran_ahead: torch.Tensor | None = None) -> SamplerOutput:
         """Tell the host what was decided.
@@ -210,6 +217,8 @@ class CanvasSampler:
         """
         batch: DenoiseBatch = input_batch.denoise
         num_reqs, width = batch.slots_np.size, decision.canvas.shape[1]
+        if batch.drafting is not None:
+            self.states.hear_accepted(batch.drafting.slots_np, batch.drafting.slots)
         if decision.after is not None:
             limit = self.states.block_limit.index_select(0, batch.slots) if batch.has_cuts else None
             self.states.copy_masks_to_host(batch.slots_np, decision.after, width, limit)
@@ -248,8 +257,12 @@ class CanvasSampler:
 
     def _unmask_adjusted(
         self, batch: DenoiseBatch, proposals: Proposals, readings: Readings
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor | None]:
+        """Unmask where some requests' policies change the step first; tensor operations on the rows of each policy.
+
+        Returns:
+            Tokens, confidences, counts, and ``Decision.drafted``.
+        """
         states, slots, shape = self.states, batch.blocks.slots, batch.blocks.canvas_index.shape
         token, found = proposals.to_grids(*shape)
         masked = states.masked.index_select(0, slots)[:, : shape[1]]
@@ -265,7 +278,13 @@ class CanvasSampler:
             if step.score is not score:
                 score.index_copy_(0, adjusted.rows, step.score)
                 parameter.index_copy_(0, adjusted.rows, step.parameter)
+                if step.verification is not None:
+                    token.index_copy_(0, adjusted.rows, step.token)
             steps.append((adjusted, step, numbers))
+        drafted = None
+        if any(one.policy.verifies for one in batch.adjusted):
+            proposals.token.copy_(proposals.of_grid(token))
+            batch, drafted = self._without_drafted(batch, steps)
         allowed, rules = score, batch.rules._replace(parameter=parameter)
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(token, score, rules)
@@ -280,7 +299,41 @@ class CanvasSampler:
             if policy.memory_size:
                 memory = states.policy_memory[:, : shape[1], : policy.memory_size]
                 memory.index_copy_(0, adjusted.slots, step.memory)
-        return canvas, confidence, result
+            if step.verification is not None:
+                self._write_drafted(batch.blocks.canvas_index[adjusted.rows], adjusted.slots, step)
+        return canvas, confidence, result, drafted
+
+    def _without_drafted(
+        self, batch: DenoiseBatch, steps: Sequence[tuple[AdjustedRows, Step, torch.Tensor]]
+    ) -> tuple[DenoiseBatch, torch.Tensor]:
+        """The step without the requests that have it verified first, which decide nothing; and ``Decision.drafted``."""
+        blocks = batch.blocks
+        drafted = torch.zeros(blocks.slots.shape[0], 2, dtype=torch.int64, device=self.states.device)
+        for adjusted, step, _ in steps:
+            if step.verification is not None:
+                drafted[adjusted.rows] = step.verification.asked
+        if self.states.verifies_by_branches and not self.states.has_branches:
+            drafted[:, 1].clamp_(max=1)
+        waits = drafted[:, 1] > 0
+        slots = blocks.slots.masked_fill(waits, self.states.idle_row)
+        num_output_positions = blocks.num_output_positions.masked_fill(waits, 0)
+        blocks = blocks._replace(slots=slots, num_output_positions=num_output_positions)
+        return replace(batch, blocks=blocks), drafted
+
+    def _write_drafted(self, canvas_index: torch.Tensor, slots: torch.Tensor, step: Step) -> None:
+        """Put drafted tokens in their positions, which stay masked, where they are to be verified; else mask tokens.
+
+        Args:
+            canvas_index: int64 ``[S, W]``, of the requests of a policy that verifies.
+            slots: int64 ``[S]``, theirs.
+            step: Theirs, decided.
+        """
+        states, verification = self.states, step.verification
+        assert verification is not None
+        shown = step.is_open & (verification.asked[:, 1:] > 0)
+        token = torch.where(shown, step.token, states.mask_token_id).to(states.cells.dtype)
+        is_masked = states.masked[slots, : token.shape[1]]
+        states.cells[canvas_index] = torch.where(is_masked, token, states.cells[canvas_index])
 
     def _cut_blocks(self, batch: DenoiseBatch, proposals: Proposals) -> DenoiseBatch:
         """The step with the blocks that are entered as long as their cutters say; positions behind them are left."""
@@ -315,7 +368,7 @@ class CanvasSampler:
         Args:
             batch: The step.
             of: The requests.
-            numbers: float32 ``[R, 16]``, of them, as ``CanvasStates.policy_numbers`` has them.
+            numbers: float32 ``[R, sum(NUMBERS)]``, of them, as ``CanvasStates.policy_numbers`` has them.
             score, confidence, parameter, token: Of the whole batch. Where all of its requests are meant, the step has
                 these themselves.
             reading: See ``policies.Step``.
@@ -335,6 +388,11 @@ class CanvasSampler:
             reading = self._no_reading.expand(num_requests, width, MAX_READINGS)
         else:
             reading = reading * is_open.unsqueeze(-1)
+        verification = None
+        if isinstance(of, AdjustedRows) and of.policy.verifies:
+            none = of.slots.new_zeros(num_requests, 2)
+            span = none if of.span is None else of.span
+            verification = Verification(span, none.clone(), batch.rules.min_unmask[of.rows])
         constants, state, carry = numbers.split(NUMBERS, dim=1)
         return Step(
             score=own[0],
@@ -353,4 +411,5 @@ class CanvasSampler:
             num_positions=of.num_positions,
             end_token_ids=own[4],
             tensors={} if policy is None else states.policy_tensors.get(policy.name, {}),
+            verification=verification,
         )

@@ -23,7 +23,7 @@ from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import ADABLOCK
-from vllm_osdt.policies.base import MAX_CARRY, MAX_CONSTANTS, MAX_STATE, Cutter, Policy
+from vllm_osdt.policies.base import MAX_BRANCHES, MAX_CARRY, MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device
 
 Carry = torch.Tensor | float
@@ -95,6 +95,10 @@ class HostTables(NamedTuple):
     is_dual: np.ndarray  # bool, its steps between refreshes compute the active block alone
     may_end: np.ndarray  # bool [slots, row_length], positions of holes that an end token may end
     draft_threshold: np.ndarray  # float32, confidence that confirms a drafted token; infinite without a draft
+    max_drafts: np.ndarray  # int32, branches of a step at most that verify drafts, with the block; 0: none ever
+    draft_sizes: np.ndarray  # int32 [slots, MAX_BLOCK_LENGTH], of such: positions that a step should unmask, by step
+    takes_subsets: np.ndarray  # bool, of such: a draft is right where the target has all of it
+    num_drafted: np.ndarray  # int32, further branches of which the device has the tokens, for the active block
 
 
 class CanvasStates:
@@ -112,16 +116,30 @@ class CanvasStates:
         self.logits_shift = traits.logits_shift
         self.is_block_causal = traits.is_block_causal
         self.commits_causally = traits.commits_causally
+        # Where no causal row predicts the position behind it, each position that is verified needs its own mask.
+        self.verifies_by_branches = not (traits.logits_shift or traits.commits_causally)
         self._slot_of: dict[str, int] = {}
         self.observed: set[str] = set()  # ids of the requests of which the engine core wants more than tokens
 
-        # Prompt, decided tokens and mask tokens, by absolute position; the last cell takes writes of padding.
-        self.cells = torch.zeros(max_num_reqs * row_length + 1, dtype=torch.int32, device=device)
-        self.token_ids = self.cells[:-1].view(max_num_reqs, row_length)
-        # Masks of the active block; the last row is for requests that denoise nothing in a step.
-        self.masked = torch.zeros(max_num_reqs + 1, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
+        # Prompt, decided tokens and mask tokens, by absolute position; a cell that takes writes of padding; and, by
+        # slot, branch and position in the active block, the tokens of further branches. Behind them a mask token.
+        self.padding_cell, num_branches = max_num_reqs * row_length, max_num_reqs * (MAX_BRANCHES - 1)
+        self.mask_cell = self.padding_cell + 1 + num_branches * MAX_BLOCK_LENGTH
+        self.cells = torch.zeros(self.mask_cell + 1, dtype=torch.int32, device=device)
+        self.cells[self.mask_cell] = self.mask_token_id
+        self.token_ids = self.cells[: self.padding_cell].view(max_num_reqs, row_length)
+        self.branch_ids = self.cells[self.padding_cell + 1 : self.mask_cell].view(
+            max_num_reqs, MAX_BRANCHES - 1, MAX_BLOCK_LENGTH
+        )
+        # Masks of the active block; a row for requests that denoise nothing in a step; and those of further branches.
+        self.idle_row = max_num_reqs
+        self.masked = torch.zeros(max_num_reqs + 1 + num_branches, MAX_BLOCK_LENGTH, dtype=torch.bool, device=device)
+        self.branch_masked = self.masked[max_num_reqs + 1 :].view(max_num_reqs, MAX_BRANCHES - 1, MAX_BLOCK_LENGTH)
+        # Branches that the last step accepted besides the block itself: so many more denoising steps of the block.
+        self.num_accepted = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.has_branches = True  # False where attention cannot take them
         # Steps that the active block has seen without a mask, where the request edits.
-        self.num_post_steps = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.num_post_steps = torch.zeros(self.masked.shape[0], dtype=torch.int32, device=device)
         # Of requests whose policy adjusts its steps: numbers of the request, and of its active block.
         self.policy_numbers = torch.zeros(max_num_reqs, sum(NUMBERS), device=device)
         self.constants, self.policy_state, self.policy_carry = self.policy_numbers.split(NUMBERS, dim=1)
@@ -142,7 +160,12 @@ class CanvasStates:
         self.drafts = torch.empty(0, dtype=torch.int32, device=device)
         # The masks that a step left are copied to the host beside the engine's own copies.
         is_host = device.type == "cpu"
-        self._masked_host = self.masked if is_host else torch.zeros_like(self.masked, device="cpu", pin_memory=True)
+        self._masked_host = self.masked[: max_num_reqs + 1]
+        self._accepted_host = self.num_accepted
+        if not is_host:
+            self._masked_host = torch.zeros_like(self._masked_host, device="cpu", pin_memory=True)
+            self._accepted_host = torch.zeros_like(self._accepted_host, device="cpu", pin_memory=True)
+        self._accepted_pending: np.ndarray | None = None  # slots
         self._limit_host = self.block_limit if is_host else torch.zeros_like(self.block_limit, device="cpu")
         if not is_host:
             self._limit_host = self._limit_host.pin_memory()
@@ -163,7 +186,7 @@ class CanvasStates:
             block_length=np.zeros(max_num_reqs, dtype=np.int64),
             block_start=np.full(max_num_reqs, -1, dtype=np.int64),
             step=np.zeros(max_num_reqs, dtype=np.int64),
-            masked=self.masked.numpy() if is_host else np.zeros(tuple(self.masked.shape), dtype=bool),
+            masked=self._masked_host.numpy() if is_host else np.zeros(tuple(self._masked_host.shape), dtype=bool),
             rule=np.zeros(max_num_reqs, dtype=np.int8),
             parameters=np.zeros((max_num_reqs, row_length), dtype=np.float32),
             min_unmask=np.zeros((max_num_reqs, MAX_BLOCK_LENGTH), dtype=np.int32),
@@ -195,6 +218,10 @@ class CanvasStates:
             is_dual=np.zeros(max_num_reqs, dtype=bool),
             may_end=np.zeros((max_num_reqs, row_length), dtype=bool),
             draft_threshold=np.full(max_num_reqs, np.inf, dtype=np.float32),
+            max_drafts=np.zeros(max_num_reqs, dtype=np.int32),
+            draft_sizes=np.ones((max_num_reqs, MAX_BLOCK_LENGTH), dtype=np.int32),
+            takes_subsets=np.zeros(max_num_reqs, dtype=bool),
+            num_drafted=np.zeros(max_num_reqs, dtype=np.int32),
         )
 
     def add_request(self, slot: int, new: NewRequestData, spec: RequestSpec, assignment: Assignment) -> None:
@@ -243,6 +270,10 @@ class CanvasStates:
         host.sub_block_length[slot] = options.sub_block_length or 0
         host.sub_block_cache[slot] = options.sub_block_cache
         host.prompt_end[slot] = len(new.prompt_token_ids or ())
+        host.max_drafts[slot] = host.num_drafted[slot] = 0
+        if schedule.drafts is not None:
+            host.max_drafts[slot], host.takes_subsets[slot] = schedule.drafts.number, schedule.drafts.is_subset
+            host.draft_sizes[slot, : canvas.block_length] = schedule.drafts.sizes
         host.draft_threshold[slot] = np.inf
         if assignment.has_drafts:
             self._clear_draft(slot, options.draft_threshold)
@@ -308,13 +339,16 @@ class CanvasStates:
         """A request with drafts takes the slot; nothing is drafted yet."""
         if not self.drafts.numel():
             self.drafts = torch.full_like(self.cells, -1)
-        self.drafts[:-1].view(self.token_ids.shape)[slot] = -1
+        self._drafts_of(slot)[:] = -1
         self.host.draft_threshold[slot] = threshold
 
     def write_draft(self, slot: int, start: int, tokens: Sequence[int]) -> None:
         """Draft the tokens of a request from position ``start`` on, -1 for none."""
-        own = self.drafts[:-1].view(self.token_ids.shape)[slot]
+        own = self._drafts_of(slot)
         own[start : start + len(tokens)] = to_device(np.array(tokens, dtype=np.int32), self.device)
+
+    def _drafts_of(self, slot: int) -> torch.Tensor:
+        return self.drafts[: self.padding_cell].view(self.token_ids.shape)[slot]
 
     def remove_request(self, req_id: str) -> None:
         """A request lost its slot: it ended or was preempted."""
@@ -328,7 +362,7 @@ class CanvasStates:
             host.block_length[slot] = 0
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
-            host.adjusts[slot] = host.cuts[slot] = host.modifies[slot] = 0
+            host.adjusts[slot] = host.cuts[slot] = host.modifies[slot] = host.max_drafts[slot] = 0
             host.is_shaped[slot] = host.has_grammar[slot] = False
             host.num_logprobs[slot] = -1
 
@@ -359,6 +393,11 @@ class CanvasStates:
                 self.host.block_limit[slots_of_copy] = self._limit_host[: slots_of_copy.size].numpy()
                 self._limit_pending = False
             self._copy_pending = None
+        if self._accepted_pending is not None:
+            accepted = self._accepted_host.numpy()
+            chosen = accepted[self._accepted_pending] if self.device.type == "cpu" else accepted
+            self.host.step[self._accepted_pending] += chosen[: self._accepted_pending.size]
+            self._accepted_pending = None
         is_new = np.empty(slots.size, dtype=bool)
         _enter_blocks(self.host, slots, block_start, num_active, is_new)
         self._entered = slots[is_new]
@@ -440,6 +479,20 @@ class CanvasStates:
         self._copied.record()
         self._copy_pending, self._copy_width = slots_np, width
 
+    def hear_accepted(self, slots_np: np.ndarray, slots: torch.Tensor) -> None:
+        """Have :meth:`begin_step` count the denoising steps that accepted branches stand for.
+
+        Call it before :meth:`copy_masks_to_host`, whose end it waits for.
+
+        Args:
+            slots_np: int64 ``[G]`` slots that may have accepted some, on the host.
+            slots: The same on the device.
+        """
+        if self.device.type != "cpu":
+            accepted = self.num_accepted.index_select(0, slots)
+            self._accepted_host[: slots_np.size].copy_(accepted, non_blocking=True)
+        self._accepted_pending = slots_np
+
 
 def _with_room(memory: torch.Tensor, size: int) -> torch.Tensor:
     """Memory of positions, ``[..., size]`` at least; what is there is kept."""
@@ -461,6 +514,7 @@ def _enter_blocks(
         host.step[slot] += num_active[req] > 0
         if is_new[req]:
             host.block_start[slot], host.step[slot], host.block_limit[slot] = block_start[req], 0, 0
+            host.num_drafted[slot] = 0
             size = min(host.block_length[slot], num_active[req])
             for k in range(host.masked.shape[1]):
                 host.masked[slot, k] = k < size and not host.pinned[slot, block_start[req] + k]

@@ -1,6 +1,6 @@
 """The denoising step of one batch: which rows run, which of them are read, and by which rule they are unmasked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,14 +11,18 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from csrc_triton import Blocks, Rule, Rules
 from csrc_triton.cpu import compiled
 from csrc_triton.types import ENTROPY_SCALE
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.policies import MODIFIERS, POLICIES, Policy
-from vllm_osdt.policies.base import Cutter
+from vllm_osdt.policies.base import MAX_BRANCHES, Branch, Cutter
 from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 
 _NONE = np.empty(0, dtype=np.int64)
+_NO_FLAGS = np.empty(0, dtype=bool)  # of one type, so that compiled functions see one
+_NO_SPANS = np.empty((0, 2), dtype=np.int64)
 NOWHERE = 2**30  # a place behind all minima of output
 TOP_K = int(Rule.TOP_K)
+NUM_FURTHER = MAX_BRANCHES - 1
 
 
 class LogitRows(NamedTuple):
@@ -58,6 +62,7 @@ class ReadRows(NamedTuple):
         shaped: Those of them whose logits are changed; None without any.
         shaped_at: int64: which of the S those are.
         shaped_np: The same on the host.
+        is_verified: bool ``[S]``, whether they are of a verification; None where none is.
     """
 
     rows: torch.Tensor
@@ -66,6 +71,7 @@ class ReadRows(NamedTuple):
     shaped: LogitRows | None
     shaped_at: torch.Tensor
     shaped_np: np.ndarray
+    is_verified: torch.Tensor | None = None
 
 
 class CutRows(NamedTuple):
@@ -91,6 +97,7 @@ class AdjustedRows(NamedTuple):
     num_left: torch.Tensor  # int64 [S]
     num_positions: torch.Tensor  # int64 [S]
     read: ReadRows | None  # where the policy reads logits
+    span: torch.Tensor | None  # int64 [S, 2], see policies.base.Verification; None where nothing is verified
 
 
 class ModifiedRequests(NamedTuple):
@@ -111,9 +118,30 @@ class ModifiedRequests(NamedTuple):
     step_index: torch.Tensor
 
 
+class DraftRows(NamedTuple):
+    """The requests whose drafts a step verifies and makes (``worker.drafting``), G of them, with up to K branches.
+
+    Attributes:
+        entries: int64 ``[G, K]``, which of the step's blocks each branch is, -1 for none; the first is the request.
+        slots: int64 ``[G]``.
+        sizes: int64 ``[G, at least 2 K]``, positions that a denoising step is expected to unmask, from this one on.
+        is_subset: bool ``[G]``, a draft is right where the target has all of it; else where it is the target.
+        slots_np: The same as ``slots`` on the host.
+    """
+
+    entries: torch.Tensor
+    slots: torch.Tensor
+    sizes: torch.Tensor
+    is_subset: torch.Tensor
+    slots_np: np.ndarray
+
+
 @dataclass(frozen=True)
 class DenoiseBatch:
     """What the sampler needs of a step; R requests, W the longest block among them, M positions with logits.
+
+    Blocks, rules and thresholds are those of the requests, and behind them of their further branches: Q of each, of
+    which the first R are the requests'.
 
     Attributes:
         slots_np: ``[R]`` slots, on the host.
@@ -140,6 +168,7 @@ class DenoiseBatch:
             when none asks.
         grammar: What grammars allow, which comes after the model has run; None where no request has one.
         modified: The rows of each modifier that a request has.
+        drafting: The requests whose drafts are verified and made; None without any.
         asking: int64 ``[A]`` slots of the requests that ask for them, None when none does.
     """
 
@@ -166,6 +195,7 @@ class DenoiseBatch:
     asking: torch.Tensor | None = None
     grammar: GrammarRows | None = None
     modified: tuple[ModifiedRequests, ...] = ()
+    drafting: DraftRows | None = None
 
     @property
     def needs_logits(self) -> bool:
@@ -214,6 +244,7 @@ class CanvasInputBatch(InputBatch):
         queries: What attention sees of it.
         graph: The graph that runs it, a ``StepDescriptor``.
         rows: What the scheduler asked for, on the host.
+        pages: Arrays of ``worker.branch_pages``, where the step has further branches.
     """
 
     denoise: DenoiseBatch | None = None
@@ -221,6 +252,7 @@ class CanvasInputBatch(InputBatch):
     queries: Queries | None = None
     graph: Any = None
     rows: "StepRows | None" = None
+    pages: dict[str, torch.Tensor] | None = None
 
 
 def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -243,7 +275,10 @@ def noise_keys(seed: np.ndarray, position: np.ndarray, step: np.ndarray) -> np.n
 
 
 class StepPlan(NamedTuple):
-    """What one step computes, on the host; R requests, T rows, M masked positions, W the longest active block."""
+    """What one step computes, on the host; T rows, M masked positions, W the longest active block.
+
+    R are its requests, and their further branches behind them.
+    """
 
     positions: np.ndarray  # int64 [T]
     source: np.ndarray  # int64 [T], index of each row's token in CanvasStates.cells
@@ -263,14 +298,28 @@ class StepPlan(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """What the scheduler asks of a step, R requests, on the host."""
+    """What the scheduler asks of a step, on the host: R requests, and behind them their further branches, Q in all."""
 
-    slots: np.ndarray  # int64 [R]
-    start: np.ndarray  # int64 [R], position of the first row of each
-    num_rows: np.ndarray  # int64 [R]
-    block_start: np.ndarray  # int64 [R], position of the first uncommitted token
-    num_active: np.ndarray  # int64 [R], positions of the active block from there on; 0: nothing is denoised
-    decides_first: np.ndarray  # bool [R], only that first position is
+    slots: np.ndarray  # int64 [Q]
+    start: np.ndarray  # int64 [Q], position of the first row of each
+    num_rows: np.ndarray  # int64 [Q]
+    block_start: np.ndarray  # int64 [Q], position of the first uncommitted token
+    num_active: np.ndarray  # int64 [Q], positions of the active block from there on; 0: nothing is denoised
+    decides_first: np.ndarray  # bool [Q], only that first position is
+    branch: np.ndarray = _NONE  # int64 [Q], number of the branch, 0 for requests; empty when there are only those
+    is_causal: np.ndarray = _NO_FLAGS  # bool [Q], whether a row sees the positions up to its own alone; empty likewise
+    request: np.ndarray = _NONE  # int64 [Q], which of the R it belongs to; empty likewise
+    span: np.ndarray = _NO_SPANS  # int64 [Q, 2], positions that are verified (messages.Span), length 0: none; or [0, 2]
+
+    @property
+    def num_requests(self) -> int:
+        """R."""
+        return int((self.branch == 0).sum()) if self.branch.size else self.slots.size
+
+    @property
+    def is_verified(self) -> np.ndarray:
+        """Requests and branches of which the step is a verification, bool ``[Q]``."""
+        return self.span[:, 1] > 0 if self.span.size else np.zeros(self.slots.size, dtype=bool)
 
 
 def step_rows(
@@ -280,8 +329,12 @@ def step_rows(
     num_rows: np.ndarray,
     num_drafts: np.ndarray,
     decides_first: np.ndarray,
+    branches: Sequence[Sequence[Branch]] = (),
+    span: np.ndarray = _NO_SPANS,
 ) -> StepRows:
-    """Bring the tables up to date for a step, and leave out rows that a sub-block's cache spares.
+    """Bring the tables up to date for a step, and leave out rows that it can do without.
+
+    A sub-block's cache and a cut block spare some. A verification needs those up to the last position of its span.
 
     Args:
         states: Tables.
@@ -290,6 +343,9 @@ def step_rows(
         num_rows: int64 ``[R]`` rows of each.
         num_drafts: int32 ``[R]`` how many of them, from the last, begin at the active block; 0 without one.
         decides_first: bool ``[R]``, the step decides the active block's first position alone, by the row before it.
+        branches: Further branches of each; empty when no request has any. Those of which the device has no tokens, or
+            that would have no masks, are left out.
+        span: See ``StepRows``, int64 ``[R, 2]`` or ``[0, 2]``.
     """
     host = states.host
     block_length = host.block_length[slots]
@@ -297,13 +353,75 @@ def step_rows(
     # Without drafts the active block begins behind the step's rows.
     num_active = np.where(decides_first & (num_drafts == 0), block_length, np.minimum(block_length, num_drafts))
     states.begin_step(slots, block_start, num_active)
-    rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first)
+    rows = StepRows(slots, start, num_rows, block_start, num_active, decides_first, span=span)
+    if span.size:
+        rows = _rows_of_verifications(states, rows)
+    if branches and states.has_branches:
+        rows = _with_branches(host, rows, branches)
     if host.cuts[slots].any():
         rows = _without_rows_behind_blocks(host, rows)
     if host.sub_block_cache[slots].any():
-        rows = rows._replace(start=start.copy(), num_rows=num_rows.copy())
+        rows = rows._replace(start=rows.start.copy(), num_rows=rows.num_rows.copy())
         skip_cached_rows(host, rows)
     return rows
+
+
+def _rows_of_verifications(states: CanvasStates, rows: StepRows) -> StepRows:
+    """The rows of a step that verifies some of its requests' drafts; such a step is none of denoising.
+
+    Where a causal row predicts the position behind it, they end before the last position of the span. Else each of its
+    positions has a branch, which has its mask behind the tokens before it; the first one is the request's own.
+    """
+    is_verified, (first, length) = rows.is_verified, rows.span.T
+    states.host.step[rows.slots[is_verified]] -= 1
+    last = first if states.verifies_by_branches else first + length - 2
+    num_rows = rows.block_start + last + 1 - rows.start
+    is_causal = _NO_FLAGS if states.commits_causally else is_verified  # attention has a flag for them there
+    return rows._replace(num_rows=np.where(is_verified, num_rows, rows.num_rows), is_causal=is_causal)
+
+
+def _with_branches(host: HostTables, rows: StepRows, branches: Sequence[Sequence[Branch]]) -> StepRows:
+    """The rows of a step, and behind them those of branches that are of use."""
+    request, number, start, num_rows, is_causal = [], [], [], [], []
+    for req, own in enumerate(branches):
+        if rows.span.size and rows.span[req, 1]:
+            usable = own
+        else:
+            usable = own[: _num_usable(host, rows.slots[req], rows.num_active[req])] if own else ()
+        for index, branch in enumerate(usable, start=1):
+            request.append(req)
+            number.append(index)
+            start.append(branch.start)
+            num_rows.append(branch.num_rows)
+            is_causal.append(branch.is_causal)
+    if not request:
+        return rows
+    owner = np.array(request, dtype=np.int64)
+    all_of = np.concatenate([np.arange(rows.slots.size), owner])
+    none = np.zeros(rows.slots.size, dtype=np.int64)
+    whole = StepRows(*(array[all_of] for array in rows[:6]))
+    return whole._replace(
+        start=np.concatenate([rows.start, start]),
+        num_rows=np.concatenate([rows.num_rows, num_rows]),
+        branch=np.concatenate([none, number]),
+        is_causal=np.concatenate([rows.is_causal if rows.is_causal.size else none.astype(bool), is_causal]),
+        request=all_of,
+        span=rows.span[all_of] if rows.span.size else rows.span,
+    )
+
+
+def _num_usable(host: HostTables, slot: int, num_active: int) -> int:
+    """Further branches of which the device has tokens and that have masks left, as many as are expected to be."""
+    num_drafted, step = int(host.num_drafted[slot]), int(host.step[slot])
+    if not num_drafted:
+        return 0
+    left = int(host.masked[slot, :num_active].sum())
+    last = host.draft_sizes.shape[1] - 1
+    for number in range(num_drafted):
+        left -= int(host.draft_sizes[slot, min(step + number, last)])
+        if left <= 0:
+            return number
+    return num_drafted
 
 
 def _without_rows_behind_blocks(host: HostTables, rows: StepRows) -> StepRows:
@@ -376,7 +494,7 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
     )
     # A position that is decided alone is predicted from the row before it (see the plans of the engine core).
     shifts = states.logits_shift, max(states.logits_shift, int(states.commits_causally))
-    num_logits = _fill(states.host, rows, shifts, plan)
+    num_logits = _fill(states.host, rows, shifts, states.mask_cell, plan)
     return plan._replace(
         logit_rows=plan.logit_rows[:num_logits],
         logit_slots=plan.logit_slots[:num_logits],
@@ -385,12 +503,20 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
 
 
 @compiled()
-def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepPlan) -> int:
+def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], mask_cell: int, plan: StepPlan) -> int:
     """Write a plan, count its fallbacks and return the number of logit rows.
 
-    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone.
+    ``shifts``: how far before a position the logits are that predict it; likewise where it is decided alone, or
+    verified.
+    ``mask_cell``: a cell with a mask token.
     """
-    row_length = host.parameters.shape[1]
+    # Of verifications: the last row of each branch, and the second branch of each request.
+    last_row, second = rows.num_rows.cumsum() - 1, np.zeros(rows.slots.size, np.int64)
+    if rows.span.shape[0]:
+        for entry in range(rows.branch.size):
+            if rows.branch[entry] == 1:
+                second[rows.request[entry]] = entry
+    row_length, num_slots = host.parameters.shape[1], host.block_length.size
     padding_cell = host.parameters.size
     row = num_logits = 0
     plan.query_start_loc[0] = plan.cu_num_logits[0] = 0
@@ -398,20 +524,36 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
         slot, start, num_rows = rows.slots[req], rows.start[req], rows.num_rows[req]
         block_start, num_active, decides_first = rows.block_start[req], rows.num_active[req], rows.decides_first[req]
         first_cell = slot * row_length
+        branch = rows.branch[req] if rows.branch.size else 0
+        of_branch = slot * NUM_FURTHER + branch - 1  # among the further branches of all slots
+        block_cell = first_cell + block_start
+        is_verified = rows.span.shape[0] > 0 and rows.span[req, 1] > 0
+        if branch > 0 and not is_verified:
+            block_cell = padding_cell + 1 + of_branch * MAX_BLOCK_LENGTH
         edits = np.isfinite(host.edit_threshold[slot])
         first_read, last_read = 0, 1 if decides_first else num_active
-        logits_shift = shifts[1] if decides_first else shifts[0]
+        logits_shift = shifts[1] if decides_first or is_verified else shifts[0]
         if host.sub_block_length[slot] > 0 and num_active > 0 and not decides_first:
             first_read = _sub_block(host, slot, block_start, num_active) - block_start
             last_read = first_read + host.sub_block_length[slot]
         for k in range(num_rows):
             plan.positions[row + k] = start + k
-            plan.source[row + k] = first_cell + start + k
+            is_inside = block_start <= start + k < block_start + num_active
+            plan.source[row + k] = block_cell + start + k - block_start if is_inside else first_cell + start + k
+        if is_verified and logits_shift == 0:  # the position that the branch verifies
+            plan.source[row + num_rows - 1] = mask_cell
         for k in range(plan.canvas_index.shape[1]):
-            is_inside = k < num_active
-            plan.canvas_index[req, k] = first_cell + block_start + k if is_inside else padding_cell
+            is_inside = k < num_active and not (is_verified and branch > 0)  # what it says is the request's
+            plan.canvas_index[req, k] = block_cell + k if is_inside else padding_cell
+            place = block_start - start + k - logits_shift
+            is_inside = is_inside and (branch == 0 or 0 <= place < num_rows)  # a branch may end before its block
             if is_inside and first_read <= k < last_read and (host.masked[slot, k] or edits):
-                plan.logit_rows[num_logits] = row + block_start - start + k - logits_shift
+                logit_row = row + place
+                if is_verified:  # what is read of positions outside of the span means nothing
+                    number = k - rows.span[req, 0] if logits_shift == 0 else 0
+                    is_further = 0 < number < rows.span[req, 1]
+                    logit_row = last_row[second[req] + number - 1] if is_further else min(logit_row, last_row[req])
+                plan.logit_rows[num_logits] = logit_row
                 plan.logit_slots[num_logits] = slot
                 plan.position[num_logits] = req * plan.canvas_index.shape[1] + k
                 num_logits += 1
@@ -423,12 +565,15 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
         step = step_in_block = 0
         if num_active > 0:
             offset = block_start - host.canvas_start[slot]
-            step_in_block = min(host.step[slot], host.block_length[slot] - 1)
+            step_in_block = min(host.step[slot] + branch, host.block_length[slot] - 1)
             step = offset - offset % host.block_length[slot] + step_in_block
-            host.num_fallbacks[host.fallback[slot, step]] += 1
+            if branch == 0:
+                host.num_fallbacks[host.fallback[slot, step]] += 1
         # Where only a first position is decided and the request gives it, nothing is, before the next step.
         is_idle = decides_first and num_active > 0 and not host.masked[slot, 0] and host.masked[slot, :num_active].any()
-        plan.mask_rows[req] = slot if num_active > 0 and not is_idle else host.block_length.size
+        mask_row = slot if branch == 0 else num_slots + 1 + of_branch
+        is_idle = is_idle or (is_verified and branch > 0)
+        plan.mask_rows[req] = mask_row if num_active > 0 and not is_idle else num_slots
         plan.rule[req] = TOP_K if decides_first else host.rule[slot]
         plan.parameter[req] = 1.0 if decides_first else host.parameters[slot, step]
         plan.min_unmask[req] = 0 if decides_first else host.min_unmask[slot, step_in_block]
@@ -439,7 +584,7 @@ def _fill(host: HostTables, rows: StepRows, shifts: tuple[int, int], plan: StepP
 
 
 def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries:
-    """The queries of a block-causal model: a step's rows are whole blocks, or a part of one."""
+    """The queries of a block-causal model: a step's rows are whole blocks, or a part of one, or a causal branch's."""
     block_length = states.host.block_length[rows.slots]
     block_length = np.where(block_length > 0, block_length, rows.num_rows)  # vLLM's warm-up requests have no canvas
     num_blocks = -(-rows.num_rows // block_length)
@@ -449,18 +594,55 @@ def split_queries_by_block(states: CanvasStates, rows: StepRows) -> BlockQueries
     query_start_loc = np.zeros(request.size + 1, dtype=np.int32)
     length.cumsum(out=query_start_loc[1:])
     block = rows.start[request] // block_length[request] + index
-    return BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
+    pieces = BlockQueries(query_start_loc, ((block + 1) * block_length[request]).astype(np.int32), request)
+    return _with_single_rows(pieces, rows)
+
+
+def split_queries_of_branches(rows: StepRows, seq_lens: np.ndarray) -> BlockQueries:
+    """The queries where every position sees the whole canvas: requests, branches, and the rows of causal ones.
+
+    Args:
+        rows: Of the step.
+        seq_lens: int32 ``[Q]``, positions that each sees.
+    """
+    query_start_loc = np.zeros(rows.slots.size + 1, dtype=np.int32)
+    rows.num_rows.cumsum(out=query_start_loc[1:])
+    return _with_single_rows(BlockQueries(query_start_loc, seq_lens, np.arange(rows.slots.size)), rows)
+
+
+def _with_single_rows(pieces: BlockQueries, rows: StepRows) -> BlockQueries:
+    """The pieces of a step with those of causal branches cut into their rows, which any backend takes.
+
+    The keys and values of all rows are written before any is read.
+    """
+    if not rows.is_causal.any():
+        return pieces
+    length = np.diff(pieces.query_start_loc)
+    is_cut = rows.is_causal[pieces.request]
+    piece = np.repeat(np.arange(length.size), np.where(is_cut, length, 1))
+    position = np.concatenate([start + np.arange(n) for start, n in zip(rows.start, rows.num_rows, strict=True)])
+    first = np.zeros(piece.size + 1, dtype=np.int32)
+    np.where(is_cut[piece], 1, length[piece]).cumsum(out=first[1:])
+    seq_lens = np.where(is_cut[piece], position[first[:-1]] + 1, pieces.seq_lens[piece]).astype(np.int32)
+    causal = None if pieces.causal is None else np.where(is_cut[piece], 0, pieces.causal[piece]).astype(np.int32)
+    return BlockQueries(first, seq_lens, pieces.request[piece], causal)
 
 
 def split_queries_at_canvas(rows: StepRows) -> BlockQueries:
-    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block."""
+    """The queries of a model that commits causally: a step's decided rows, which are causal, and its active block.
+
+    The rows of a verification are causal likewise.
+    """
     num_causal = np.minimum(rows.block_start - rows.start, rows.num_rows)
+    if rows.span.size:
+        num_causal = np.where(rows.is_verified, rows.num_rows, num_causal)
     length = np.stack([num_causal, rows.num_rows - num_causal], axis=1).ravel()
     piece = np.flatnonzero(length)
     query_start_loc = np.zeros(piece.size + 1, dtype=np.int32)
     length[piece].cumsum(out=query_start_loc[1:])
     end = np.stack([rows.start + num_causal, rows.start + rows.num_rows], axis=1).ravel()[piece]
-    return BlockQueries(query_start_loc, end.astype(np.int32), piece // 2, 1 - (piece % 2).astype(np.int32))
+    pieces = BlockQueries(query_start_loc, end.astype(np.int32), piece // 2, 1 - (piece % 2).astype(np.int32))
+    return _with_single_rows(pieces, rows)
 
 
 class DenoisePlan(NamedTuple):
@@ -479,6 +661,7 @@ class DenoisePlan(NamedTuple):
     num_scores: int  # log probabilities of each token, -1: none
     read_slots: dict[int, np.ndarray]  # of rows that a policy reads and whose logits are changed, by policy
     modifiers: list[int]  # places in MODIFIERS of those that requests have
+    drafting: np.ndarray  # int64 [G], slots of the requests whose drafts are verified and made
 
     @property
     def needs_logits(self) -> bool:
@@ -489,17 +672,19 @@ class DenoisePlan(NamedTuple):
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
-def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decides_first: np.ndarray) -> DenoisePlan:
+def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> DenoisePlan:
     """What the sampler needs of a planned step.
 
     Args:
         states: Tables.
-        slots: int64 ``[R]`` scheduled slots.
+        rows: What runs. A step that decides first positions alone is adjusted by no policy.
         plan: The step.
-        decides_first: See ``StepRows``; such a step is adjusted by no policy.
     """
-    host = states.host
-    is_active, step = plan.mask_rows < host.block_length.size, host.step[slots]
+    host, num_requests = states.host, rows.num_requests
+    # Of requests, and of these and their further branches.
+    slots, decides_first, all_slots = rows.slots[:num_requests], rows.decides_first[:num_requests], rows.slots
+    is_active, step = plan.mask_rows[:num_requests] < host.block_length.size, host.step[slots]
+    all_steps = host.step[all_slots] + rows.branch if rows.branch.size else step
     arrays = {
         "slots": slots,
         "mask_rows": plan.mask_rows,
@@ -516,6 +701,9 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
     is_scored = num_scores >= 0
     takes_part = is_active & ~decides_first
     policies, of_policies = _adjusting(states, slots, step, takes_part)
+    for number, policy in enumerate(policies if rows.span.size else ()):
+        if policy.verifies:
+            of_policies[f"adjusted_span_{number}"] = rows.span[of_policies[f"adjusted_rows_{number}"]]
     cuts = host.cuts[slots]
     cutters: list[Cutter] = []
     if cuts.any():
@@ -533,38 +721,46 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         arrays["asking"] = slots[is_scored]
     if temperature.any() or is_shaped.any() or is_scored.any() or reads.any() or modifiers:
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
-        places = host.block_start[slots][row_req] + row_pos
-        row_slots = slots[row_req]
+        row_slots = all_slots[row_req]
+        places = host.block_start[row_slots] + row_pos
         if temperature.any():
-            arrays["temperature"] = temperature[row_req]
-            arrays["noise_key"] = noise_keys(host.seed[slots][row_req], places, step[row_req])
-        may_end = host.may_end[slots[row_req], places]
+            arrays["temperature"] = host.temperature[row_slots]
+            arrays["noise_key"] = noise_keys(host.seed[row_slots], places, all_steps[row_req])
+        has_logits = np.ones(row_req.size, dtype=bool)
+        if rows.span.size:
+            first, length = rows.span[row_req].T
+            has_logits = (length == 0) | ((row_pos >= first) & (row_pos < first + length))
+        may_end = host.may_end[row_slots, places]
         places = np.where(may_end, NOWHERE, places)
-        shaped_rows = np.flatnonzero(is_shaped[row_req])
+        shaped_rows = np.flatnonzero(host.is_shaped[row_slots] & has_logits)
         shaped_slots = _some_rows(host, arrays, "shaped", shaped_rows, row_slots, places)
-        scored_slots = _some_rows(host, arrays, "scored", np.flatnonzero(is_scored[row_req]), row_slots, places)
+        scored_rows = np.flatnonzero((host.num_logprobs[row_slots] >= 0) & has_logits)
+        scored_slots = _some_rows(host, arrays, "scored", scored_rows, row_slots, places)
         for number in modifiers:
-            rows = np.flatnonzero((modifies[row_req] >> number & 1).astype(bool) & host.masked[row_slots, row_pos])
-            of_rows = {"rows": rows, "slots": row_slots[rows], "offset": row_pos[rows], "step": step[row_req[rows]]}
+            is_modified = (row_req < num_requests) & (modifies[np.minimum(row_req, num_requests - 1)] >> number & 1 > 0)
+            which = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
+            of_rows = {"rows": which, "slots": row_slots[which], "offset": row_pos[which], "step": step[row_req[which]]}
             arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
         for number in range(len(policies)):
             of_policy = of_policies[f"adjusted_rows_{number}"]
             if reads[of_policy].any():
-                request_of = np.full(slots.size, -1)
+                request_of = np.full(all_slots.size, -1)
                 request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
-                rows = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos])
-                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = rows, request_of[row_req[rows]]
-                arrays[f"read_{number}_offset"] = row_pos[rows]
-                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[rows]])
-                rows = rows[arrays[f"read_{number}_at"]]
-                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", rows, row_slots, places)
-    asks_entropy = host.by_entropy[slots]
+                which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
+                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = which, request_of[row_req[which]]
+                arrays[f"read_{number}_offset"] = row_pos[which]
+                if rows.span.size and policies[number].verifies:
+                    arrays[f"read_{number}_verified"] = rows.is_verified[row_req[which]]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[which]])
+                which = which[arrays[f"read_{number}_at"]]
+                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
+    asks_entropy = host.by_entropy[all_slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
-    edit_threshold = host.edit_threshold[slots]
+    edit_threshold = host.edit_threshold[all_slots]
     if np.isfinite(edit_threshold).any():
         arrays["edit_threshold"] = edit_threshold
-    draft_threshold = host.draft_threshold[slots]
+    draft_threshold = host.draft_threshold[all_slots]
     if np.isfinite(draft_threshold).any():
         # Where confidence is 1 - H / 32, a distribution of entropy H counts as one of confidence exp(-H).
         with np.errstate(divide="ignore"):
@@ -575,6 +771,10 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         recorded = np.flatnonzero(host.is_recorded[slots] & is_active)
         if recorded.size:
             arrays["recorded"] = recorded
+    drafting = _NONE
+    if host.max_drafts[slots].any():
+        drafting, of_drafts = _drafting(host, rows, takes_part)
+        arrays |= of_drafts
     return DenoisePlan(
         slots,
         is_active,
@@ -589,7 +789,34 @@ def plan_denoise(states: CanvasStates, slots: np.ndarray, plan: StepPlan, decide
         int(num_scores.max(initial=-1)),
         read_slots,
         modifiers,
+        drafting,
     )
+
+
+def _drafting(host: HostTables, rows: StepRows, takes_part: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The slots of the requests whose drafts a step verifies and makes, and the arrays of :class:`DraftRows`."""
+    requests = np.flatnonzero(takes_part & (host.max_drafts[rows.slots[: takes_part.size]] > 0))
+    slots = rows.slots[requests]
+    if not slots.size:
+        return _NONE, {}
+    number, most = int(rows.branch.max(initial=0)) + 1, int(host.max_drafts[slots].max())
+    entries = np.full((requests.size, number), -1, dtype=np.int64)
+    entries[:, 0] = requests
+    if rows.branch.size:
+        place = np.full(takes_part.size, -1)
+        place[requests] = np.arange(requests.size)
+        further = np.flatnonzero((rows.branch > 0) & (place[rows.request] >= 0))
+        entries[place[rows.request[further]], rows.branch[further]] = further
+    step = host.step[slots, None] + np.arange(number + most)
+    sizes = np.take_along_axis(host.draft_sizes[slots], np.minimum(step, host.draft_sizes.shape[1] - 1), axis=1)
+    # A draft needs a mask, so that not all of these are of use, or computed.
+    host.num_drafted[slots] = host.max_drafts[slots] - 1
+    return slots, {
+        "drafting_entries": entries,
+        "drafting_slots": slots,
+        "drafting_sizes": sizes.astype(np.int64),
+        "drafting_subset": host.takes_subsets[slots],
+    }
 
 
 def _some_rows(
@@ -667,7 +894,7 @@ def _count_left(
 
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {}, [])
+    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {}, [], _NONE)
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -713,7 +940,16 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
             )
             for number in plan.modifiers
         ),
+        drafting=_draft_rows(plan, sent),
     )
+
+
+def _draft_rows(plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DraftRows | None:
+    """The requests whose drafts are verified and made, on the device; None without any."""
+    if not plan.drafting.size:
+        return None
+    entries, slots, sizes, subset = (sent[f"drafting_{name}"] for name in ("entries", "slots", "sizes", "subset"))
+    return DraftRows(entries, slots, sizes, subset, plan.drafting)
 
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
@@ -721,8 +957,9 @@ def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping
     if f"read_{number}_rows" in sent:
         rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
-        read = ReadRows(rows, request, offset, shaped, sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"])
-    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read)
+        at = sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"]
+        read = ReadRows(rows, request, offset, shaped, *at, sent.get(f"read_{number}_verified"))
+    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read, sent.get(f"adjusted_span_{number}"))
 
 
 OfRequests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -1,0 +1,326 @@
+"""FreeDave against its definition: the chain of right drafts, the next drafts, and answers with their forwards."""
+
+import random
+
+import pytest
+import torch
+
+from csrc_triton.types import Blocks
+from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.reference.decode import best_first, decode, fixed_steps, static_threshold
+from tests.reference.llada import ReferenceLLaDA
+from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.models.traits import Traits
+from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
+from vllm_osdt.worker.drafting import States, accept, draft, read_states
+from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.step_plan import DraftRows
+
+MASK = None  # of a position in the plain states below
+TOKENS = (5, 6, 7)
+
+
+def chain_by_hand(drafts, targets, *, is_subset):
+    """The published rule on lists: drafts[0] is the block itself; None where there is no draft."""
+    chain = [0]
+    while True:
+        target, found = targets[chain[-1]], None
+        for j in range(chain[-1] + 1, len(drafts)):
+            if drafts[j] is None or MASK not in drafts[j]:
+                continue
+            pairs = list(zip(drafts[j], target, strict=True))
+            if all(a == b for a, b in pairs) or (is_subset and all(a in (MASK, b) for a, b in pairs)):
+                found = j
+        if found is None:
+            return chain
+        chain.append(found)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_chain_of_right_drafts_is_the_published_one(seed):
+    rng = random.Random(seed)
+    width, number, subsets = 4, 5, [False, True, False, True]
+    drafts, targets = [], []
+    for _ in subsets:
+        states = [[MASK] * width]
+        for _ in range(number - 1):  # each with one position more, so that chains are frequent
+            state = list(states[-1])
+            state[rng.randrange(width)] = rng.choice(TOKENS[:2])
+            states.append(state)
+        wanted = [
+            list(states[min(i + 1, number - 1)]) if rng.random() < 0.7 else list(states[-1]) for i in range(number)
+        ]
+        drafts.append([None if i and rng.random() < 0.1 else state for i, state in enumerate(states)])
+        targets.append(wanted)
+
+    def as_states(rows):
+        blank = [MASK] * width
+        whole = [[blank if state is None else state for state in row] for row in rows]
+        return States(
+            torch.zeros(len(rows), number, dtype=torch.int64),
+            torch.tensor([[state is not None for state in row] for row in drafts]),
+            torch.tensor([[[token or 0 for token in state] for state in row] for row in whole], dtype=torch.int32),
+            torch.tensor([[[token is MASK for token in state] for state in row] for row in whole]),
+        )
+
+    last, chain = accept(as_states(drafts), as_states(targets), torch.ones(4, number, width), torch.tensor(subsets))
+    for row, is_subset in enumerate(subsets):
+        expected = chain_by_hand(drafts[row], targets[row], is_subset=is_subset)
+        assert last[row] == expected[-1] and chain[row].nonzero().ravel().tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_draft_has_the_most_confident_positions_of_so_many_steps_more(seed):
+    generator, width, length = torch.Generator().manual_seed(seed), 8, 7
+    states = CanvasStates(4, 32, Traits(8, 99), torch.device("cpu"))
+    states.branch_masked[:] = True  # of a longer block that was there before
+    slots, accepted, sizes = torch.tensor([2, 0]), torch.tensor([1, 0]), torch.tensor([[1, 2, 1, 1, 2, 1, 1]] * 2)
+    rows = DraftRows(
+        torch.zeros(2, 3, dtype=torch.int64), slots, sizes, torch.zeros(2, dtype=torch.bool), slots.numpy()
+    )
+    ids = torch.randint(0, 50, (2, width), generator=generator, dtype=torch.int32)
+    masked = torch.rand(2, width, generator=generator) < 0.7
+    masked[:, length:] = False
+    proposal = torch.randint(50, 90, (2, width), generator=generator)
+    confidence = torch.randint(0, 4, (2, width), generator=generator) / 4.0  # equal ones are frequent
+    confidence = confidence.masked_fill(~masked, -2.0)
+    draft(states, rows, ids, masked, proposal, confidence, accepted)
+    for row, slot in enumerate(slots.tolist()):
+        left = {i: confidence[row, i].item() for i in range(width) if masked[row, i]}
+        ranking = best_first(left)
+        for k in range(3):  # seven sizes for three branches of this step and three further ones of the next
+            first = int(accepted[row]) + 1
+            number = int(sizes[row, first : first + k + 1].sum())
+            filled = ranking[:number]
+            expected = [int(proposal[row, i]) if i in filled else int(ids[row, i]) for i in range(width)]
+            assert states.branch_ids[slot, k, :width].tolist() == expected
+            still = [i for i in ranking if i not in filled] if number < len(ranking) else []
+            assert states.branch_masked[slot, k].nonzero().ravel().tolist() == sorted(still)
+
+
+def test_branches_are_read_where_they_are_written():
+    states = CanvasStates(2, 16, Traits(4, 99), torch.device("cpu"))
+    states.token_ids[1, :4] = torch.tensor([1, 2, 3, 4])
+    states.branch_ids[1, 1, :4] = torch.tensor([5, 6, 7, 8])
+    states.branch_masked[1, 1, 2] = states.masked[1, 3] = True
+    of_branch = states.padding_cell + 1 + (1 * states.branch_ids.shape[1] + 1) * states.branch_ids.shape[2]
+    index = torch.stack([16 + torch.arange(4), of_branch + torch.arange(4)])
+    mask_rows = torch.tensor([1, states.idle_row + 1 + states.branch_ids.shape[1] + 1])
+    blocks = Blocks(states.cells, states.masked, mask_rows, index, torch.empty(2, 0), torch.full((2,), 4))
+    slots, none = torch.tensor([1]), torch.zeros(1, 4, dtype=torch.int64)
+    found = read_states(DraftRows(torch.tensor([[0, 1]]), slots, none, none[:, 0] > 0, slots.numpy()), blocks)
+    assert found.tokens.tolist() == [[[1, 2, 3, 4], [5, 6, 7, 8]]]
+    assert found.masked.long().tolist() == [[[0, 0, 0, 1], [0, 0, 1, 0]]]
+
+
+class PlainBlock:
+    """A block of a canvas behind its refresh, and the cached rows around it: what the network makes of its states."""
+
+    def __init__(self, network, ids, first, last, kept):
+        self.network, self.ids, self.first, self.last = network, ids, first, last
+        self.rest = [(torch.cat([k[:first], k[last:]]), torch.cat([v[:first], v[last:]])) for k, v in kept]
+
+    def logits(self, state):
+        """Of a state: token ids, None for masked."""
+        mask = self.network.mask_token_id
+        ids = torch.tensor([mask if token is None else token for token in state])
+        return self.network.forward(ids, torch.arange(self.first, self.last), self.rest)[0]
+
+
+def predict(network, logits, state):
+    """Proposals and confidences of a state's masked positions."""
+    probability = logits.double().softmax(dim=-1)
+    logits = logits.clone()
+    logits[:, network.mask_token_id] = -torch.inf
+    proposal = logits.argmax(dim=-1).tolist()
+    return proposal, {i: probability[i, proposal[i]].item() for i, token in enumerate(state) if token is None}
+
+
+def filled(state, proposal, chosen):
+    """A state with some positions more."""
+    return [proposal[i] if i in chosen else token for i, token in enumerate(state)]
+
+
+def cut_margin(masked, number):
+    """How far the last of the most confident positions is from the next."""
+    ranking = best_first(masked)
+    return masked[ranking[number - 1]] - masked[ranking[number]] if 0 < number < len(ranking) else float("inf")
+
+
+def freedave(network, prompt, gen_length, length, number, base, sizes, *, is_subset=False):
+    """The authors' loop with ``dual``.
+
+    Args:
+        base: ``base(step, masked)``: what a step unmasks.
+
+    Returns:
+        Tokens, forward passes, and the smallest margin by which a position was chosen.
+    """
+    ids, num_forwards, margin = list(prompt), 0, float("inf")
+    for first in range(len(prompt), len(prompt) + gen_length, length):
+        whole = torch.tensor(ids + [network.mask_token_id] * (len(prompt) + gen_length - len(ids)))
+        logits, kept = network.forward(whole)
+        block = PlainBlock(network, ids, first, first + length, kept)
+        state, step = [None] * length, 0
+        num_forwards += 1
+        proposal, masked = predict(network, logits[first : first + length], state)
+        while True:
+            certain = filled(state, proposal, base(step, masked))
+            if None not in certain:
+                break
+            step += 1
+            left = {i: masked[i] for i, token in enumerate(certain) if token is None}
+            ranking, drafts, total = best_first(left), [certain], 0
+            for k in range(1, number):
+                total += sizes[min(step + k - 1, length - 1)]
+                if total >= len(ranking):
+                    break
+                margin = min(margin, cut_margin(left, total))
+                drafts.append(filled(certain, proposal, ranking[:total]))
+            num_forwards += 1
+            seen = [predict(network, block.logits(one), one) for one in drafts]
+            targets = [filled(one, seen[k][0], base(step + k, seen[k][1])) for k, one in enumerate(drafts)]
+            margin = min([margin, *(cut_margin(m, sizes[min(step + k, length - 1)]) for k, (_, m) in enumerate(seen))])
+            last = chain_by_hand(drafts, targets, is_subset=is_subset)[-1]
+            state, step, (proposal, masked) = drafts[last], step + last, seen[last]
+        ids += certain
+    return ids[len(prompt) :], num_forwards, margin
+
+
+@pytest.fixture(scope="module")
+def prompts(golden_tasks):
+    return [case["prompt_token_ids"] for case in golden_tasks.cases[:16]]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("steps", "number"), [(16, 8), (6, 4)])
+def test_an_engine_has_the_tokens_of_fixed_steps_in_as_many_forwards_as_the_plain_loop(
+    random_llm, golden_random, steps, number
+):
+    network, canvas = ReferenceLLaDA.load(golden_random.folder), {"gen_length": 32, "block_length": 16}
+    prompts = [case["prompt_token_ids"] for case in golden_random.cases[:16]]
+    rule = fixed_steps(steps, 16)
+    shares = [16 // steps + (i < 16 % steps) for i in range(steps)] + [1] * (16 - steps)
+    base = [decode(network, prompt, rule, cache_mode="dual", **canvas) for prompt in prompts]
+    plain = [freedave(network, prompt, 32, 16, number, lambda s, m: rule(0, s, m), shares) for prompt in prompts]
+    clear = [i for i, one in enumerate(base) if min(one.proposal_margin, plain[i][2]) > 1e-6]
+    assert len(clear) >= 12
+    assert [plain[i][0] for i in clear] == [base[i].tokens for i in clear]
+    params = sampling(32, policy="freedave", freedave_drafts=number, steps_per_block=steps, cache_mode="dual", **canvas)
+    got = generate(random_llm, prompts, params)
+    assert [list(got[i].token_ids) for i in clear] == [base[i].tokens for i in clear]
+    assert [nfe(got[i]) for i in clear] == [plain[i][1] for i in clear]
+    assert sum(plain[i][1] for i in clear) < 0.9 * sum(base[i].nfe for i in clear)
+
+
+@pytest.mark.e2e
+def test_over_a_threshold_an_engine_takes_the_path_of_the_plain_loop(random_llm, golden_random):
+    network, canvas = ReferenceLLaDA.load(golden_random.folder), {"gen_length": 32, "block_length": 16}
+    prompts, rule = [case["prompt_token_ids"] for case in golden_random.cases[:16]], static_threshold(0.4)
+    options = {"threshold": 0.4, "cache_mode": "dual", **canvas}
+    over = {"policy": "freedave", "freedave_base": "threshold", **options}
+    got = generate(random_llm, prompts, sampling(32, freedave_drafts=5, **over))
+    plain = [
+        freedave(network, prompt, 32, 16, 5, lambda s, m: rule(0, s, m), [1] * 16, is_subset=True) for prompt in prompts
+    ]
+    clear = [i for i, one in enumerate(plain) if one[2] > 1e-6]
+    assert rule.margin > 1e-7 and len(clear) >= 12
+    assert [(list(got[i].token_ids), nfe(got[i])) for i in clear] == [plain[i][:2] for i in clear]
+    static = generate(random_llm, prompts, sampling(32, policy="static_threshold", **options))
+    alone = generate(random_llm, prompts, sampling(32, freedave_drafts=1, **over))
+    assert tokens(alone) == tokens(static) and list(map(nfe, alone)) == list(map(nfe, static))
+    assert sum(map(nfe, got)) < sum(map(nfe, static))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_mode": "none"},
+        {"cache_mode": "prefix", "temperature": 0.8, "seed": 3},
+        {"refresh_interval": 2, "temperature": 0.8, "seed": 4},
+        {"suffix_window": 1, "cache_mode": "prefix"},
+        {"adablock": True, "adablock_threshold": 0.05, "adablock_delimiters": [5, 9, 20, 41]},
+        {"temperature": 1.0, "seed": 5, "top_p": 0.9, "logit_bias": {7: 1.5}},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_tokens_are_those_of_fixed_steps_with_any_cache_and_sampling(tasks_llm, prompts, options):
+    params = [
+        sampling(40, policy=policy, block_length=16, return_trace=True, **options)
+        for policy in ("fixed_steps", "freedave")
+    ]
+    # Beside requests of other policies, of which one reads logits and one has a grammar's kind of steps.
+    others = [sampling(40, policy="klass", block_length=16), sampling(40, policy="bacd", logprobs=1, block_length=8)]
+    company = generate(tasks_llm, prompts[:2] + prompts[:6], [*others, *[params[1]] * 6])
+    base = generate(tasks_llm, prompts[:6], params[0])
+    assert tokens(company[2:]) == tokens(base)
+    assert sum(map(nfe, company[2:])) < sum(map(nfe, base))
+    traces = [[dict(one.osdt["trace"]) for one in ones] for ones in (company[2:], base)]
+    for trace in traces[0] + traces[1]:
+        trace.pop("forward")
+    for got, expected in zip(*traces, strict=True):
+        assert got["step"] == expected["step"] and got["blocks"] == expected["blocks"]
+        assert got["confidence"] == pytest.approx(expected["confidence"], abs=1e-6)
+    alone = generate(tasks_llm, prompts[:2], others)
+    assert tokens(company[:2]) == tokens(alone)
+
+
+@pytest.mark.e2e
+def test_drafts_give_their_pages_back_before_a_request_waits_and_when_it_ends(tasks_llm, prompts, monkeypatch):
+    sched, params = scheduler(tasks_llm), sampling(64, policy="freedave", block_length=16)
+    base = generate(tasks_llm, prompts[:3], sampling(64, policy="fixed_steps", block_length=16))
+    allocate, refused, held = sched._allocate_slots, [], []
+
+    def allocate_where_nobody_drafts(*args, **kwargs):
+        if sched._pool.holders:
+            refused.append(1)
+            return None
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(sched, "_allocate_slots", allocate_where_nobody_drafts)
+    ids = [submit(tasks_llm, prompts[0], params)]
+
+    def on_step(step):
+        held.append(list(sched._pool.holders))
+        if step == 4:
+            ids.extend(submit(tasks_llm, prompt, params) for prompt in prompts[1:3])
+        if step == 9:
+            assert sched.reset_prefix_cache(reset_running_requests=True) and not sched._pool.holders
+
+    finished = drive(tasks_llm, on_step)
+    assert [list(finished[req_id].token_ids) for req_id in ids] == tokens(base)
+    assert refused and held[4] and not sched._pool.holders
+    assert_idle(tasks_llm)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "traits"),
+    [
+        ("edit_threshold", 0.5, Traits(32, 99, can_edit=True)),
+        ("refresh_confidence", 0.5, Traits(32, 99)),
+        ("draft_ngram", 2, Traits(32, 99)),
+        ("credit", True, Traits(32, 99)),
+    ],
+)
+def test_what_belongs_to_one_state_of_a_block_is_refused(name, value, traits):
+    options = parse_options({"policy": "freedave", name: value}, base=DecodingOptions())
+    with pytest.raises(InvalidOptionError, match=rf"^{name} is .*policy 'freedave' computes several states") as error:
+        validate_for_family(options, traits)
+    assert error.value.parameter == name
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"logprobs": 1}, "logprobs"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"draft": [5, 6]}, "osdt_draft"),
+    ],
+)
+def test_sampling_that_belongs_to_one_state_of_a_block_is_refused(tasks_llm, own, words):
+    with pytest.raises(ValueError, match=f"^{words} cannot be sent with policy 'freedave'"):
+        generate(tasks_llm, [[5, 6]], sampling(16, policy="freedave", **own))

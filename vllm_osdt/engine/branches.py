@@ -1,0 +1,160 @@
+"""Which further branches of requests' blocks a step computes, and the KV pages that they are computed in.
+
+vLLM's attention keeps one key for each position of a page, so every branch beside the block itself needs pages of its
+own. They belong to the request, are of no use to another step, and are never cached. A policy whose tokens do not
+depend on the number of branches takes rows and pages that nobody else wants, and gives pages back when somebody does.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from vllm_osdt.engine.canvas_plan import Rows
+from vllm_osdt.messages import BranchPages
+from vllm_osdt.policies.base import MAX_BRANCHES, BlockStep, Branch, Policy
+
+
+class Brancher(NamedTuple):
+    """A request whose policy has branches.
+
+    Attributes:
+        policy: Its policy.
+        options: The request's, resolved.
+        max_pages: Pages that its branches may take, so that the request alone fits the engine.
+    """
+
+    policy: Policy
+    options: Any
+    max_pages: int
+
+    @property
+    def needs_all(self) -> bool:
+        """See ``Policy.needs_branches``."""
+        return self.policy.needs_branches(self.options)
+
+
+class BranchPool:
+    """The pages of branches, by request.
+
+    Args:
+        block_pool: vLLM's, of which they are taken.
+        page_size: Positions of a page.
+    """
+
+    def __init__(self, block_pool: Any, page_size: int) -> None:
+        self._pool = block_pool
+        self._page_size = page_size
+        self._held: dict[str, list[Any]] = {}  # vLLM's blocks
+
+    def num_pages(self, branches: Iterable[Branch]) -> int:
+        """Pages of these branches: those that their rows lie in, of each anew."""
+        size = self._page_size
+        return sum(
+            (branch.start + branch.num_rows - 1) // size - branch.start // size + 1
+            for branch in branches
+            if branch.num_rows
+        )
+
+    def pages_left_by(self, end: int) -> int:
+        """Pages of the engine that a request with positions up to ``end`` leaves when it is alone."""
+        return self._pool.num_gpu_blocks - 1 - -(-end // self._page_size)  # one is vLLM's null page
+
+    def branches_that_fit(self, brancher: Brancher, step: BlockStep, max_rows: int) -> tuple[Branch, ...]:
+        """The first branches of a step that an engine could compute if it had no other request.
+
+        Args:
+            brancher: The request.
+            step: Its step.
+            max_rows: Rows of a step at most.
+        """
+        branches = brancher.policy.branches(brancher.options, step)
+        return self.those_that_fit(branches, max_rows - step.num_rows, brancher.max_pages)
+
+    def those_that_fit(self, branches: Iterable[Branch], max_rows: int, max_pages: int) -> tuple[Branch, ...]:
+        """The first branches that fit so many rows and pages."""
+        chosen: list[Branch] = []
+        num_rows = num_pages = 0
+        for branch in branches:
+            num_rows += branch.num_rows
+            num_pages += self.num_pages([branch])
+            if num_rows > max_rows or num_pages > max_pages or len(chosen) == MAX_BRANCHES - 1:
+                break
+            chosen.append(branch)
+        return tuple(chosen)
+
+    def hold(self, req_id: str, branches: Iterable[Branch], *, num_spared: int = 0) -> bool:
+        """Have pages for these branches of a request; False, and no more than before, when there are too few.
+
+        Args:
+            req_id: Its id.
+            branches: All of a step.
+            num_spared: Free pages to leave to others.
+        """
+        held = self._held.get(req_id, [])
+        missing = self.num_pages(branches) - len(held)
+        if missing > 0:
+            if missing + num_spared > self._pool.get_num_free_blocks():
+                return False
+            self._held[req_id] = held + self._pool.get_new_blocks(missing)
+        return True
+
+    def release(self, req_id: str) -> None:
+        """A request gives its pages back."""
+        held = self._held.pop(req_id, None)
+        if held:
+            self._pool.free_blocks(held)
+
+    def release_all(self, req_ids: Iterable[str]) -> bool:
+        """These requests give their pages back; False when they had none."""
+        num_before = len(self._held)
+        for req_id in req_ids:
+            self.release(req_id)
+        return len(self._held) < num_before
+
+    @property
+    def holders(self) -> list[str]:
+        """Ids of the requests that hold pages."""
+        return list(self._held)
+
+    def of_step(self, req_id: str, branches: tuple[Branch, ...]) -> BranchPages:
+        """What workers are told of a request's branches, which it has pages for."""
+        held = self._held.get(req_id, [])
+        return BranchPages(branches, [block.block_id for block in held[: self.num_pages(branches)]])
+
+
+def share_rows(
+    wanted: dict[str, tuple[Branch, ...]], pool: BranchPool, room: int, num_spared: int
+) -> dict[str, tuple[Branch, ...]]:
+    """Branches for rows and pages that nobody else wants: the first one of every request, then the second ones.
+
+    Args:
+        wanted: By request.
+        pool: Gives the pages, and holds them for the requests.
+        room: Rows.
+        num_spared: Free pages to leave to others.
+    """
+    found: dict[str, tuple[Branch, ...]] = {req_id: () for req_id in wanted}
+    going_on = list(wanted)
+    while going_on:
+        still = []
+        for req_id in going_on:
+            branches = wanted[req_id][: len(found[req_id]) + 1]
+            if len(branches) == len(found[req_id]) or branches[-1].num_rows > room:
+                continue
+            if pool.hold(req_id, branches, num_spared=num_spared):
+                found[req_id] = branches
+                room -= branches[-1].num_rows
+                still.append(req_id)
+        going_on = still
+    return found
+
+
+def step_of(rows: Rows, num_tokens: int, active_length: int, num_before: int) -> BlockStep:
+    """What a policy is told of a planned step.
+
+    Args:
+        rows: Of the step.
+        num_tokens: Prompt and committed tokens of the request.
+        active_length: Positions of the active block that are not prompt.
+        num_before: Steps that the block has had.
+    """
+    return BlockStep(rows.start, rows.num_rows, num_tokens, num_tokens + active_length, num_before)

@@ -1,0 +1,263 @@
+"""S2D2: a block-causal model drafts many positions at once, and verifies them itself from left to right.
+
+Source: S2D2 (arXiv 2603.25702) and the authors' code (phymhan/S2D2). A denoising step proposes a token for every masked
+position. Where a router says so, one more forward pass verifies the proposals of the first run of masked positions: it
+gives each of them the model's distribution p behind all tokens before it, as with blocks of one position. Proposals are
+taken from left to right with probability min(1, p / q), where q is the distribution that they were drawn from. The
+first that is refused is replaced by a token drawn from (p - q)+, and ends the step. So verified tokens have the
+distribution of decoding one token after the other. Where that takes fewer positions than ``steps`` ask for, and where
+nothing is verified, the static threshold decides.
+
+Routers: the length of the run; or a score E[K] - cost, where E[K] = a1 + a1 a2 + ... is the expected number of accepted
+proposals, with a = exp(-H / log V) for an entropy H of V tokens, or 1 where the two likeliest are more than a margin
+apart, else 0. The score passes a threshold, or, with hysteresis, switches verification on at one and off below another.
+The authors' settings: SDAR blocks of 4, score 0, cost 1, or of 16, always; threshold 0.85. Fast-dLLM v2: hysteresis on
+at 1 and off below -5, cost 1 for each confident position, or runs of at least 8; threshold 0.9.
+
+Deviations: at temperature 0 a proposal is taken where it is the likeliest token of p, the limit of the rule; the
+authors' code draws with the probabilities of temperature 1 there. Distributions leave the mask token out. Hysteresis
+switches on at its threshold, as in the paper; the code wants more. The contextual bandit is left out, and so are keys
+and values of causal passes in place of those of whole blocks (the code's ``cache_ver`` and ``draft_ver``).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from csrc_triton.types import NO_CONFIDENCE
+from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.declaration import count, number, option
+from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
+from vllm_osdt.policies.base import CHOSEN, Policy, PositionLogits, Schedule, Step
+from vllm_osdt.policies.static_threshold import StaticThreshold, StaticThresholdOptions
+
+if TYPE_CHECKING:
+    import torch
+
+MIN_SPAN, MAX_SPAN, MARGIN, COST, COST_OF_POSITION, ON, OFF = range(7)  # constants
+TOKEN, CONFIDENCE = range(2)  # memory: what was drafted
+DOUBT, AGREES = range(2)  # readings: -log a; whether a verified proposal is taken
+IS_ON = 0  # carry: hysteresis
+NO_MARGIN = -1.0  # constant MARGIN where entropies say how sure a proposal is
+NO_BOUND = 1e9  # of scores
+HOPELESS = 1e3  # doubt of a proposal that is not expected to be taken
+BASE = StaticThreshold()  # what decides where nothing is verified
+UNITS = 2.0**30  # doubts and expectations are whole numbers of them, so that no sum depends on its order
+TAKES, REDRAWS = 0x243F6A8885A308D3, 0x13198A2E03707344  # keys of the two draws of a verification: digits of pi
+
+
+@dataclass(frozen=True)
+class S2D2Options(StaticThresholdOptions):
+    """When drafts are verified."""
+
+    verify_router: Literal["score", "hysteresis", "span"] = option(
+        "score",
+        Literal["score", "hysteresis", "span"],
+        "Of `s2d2`: what says whether a draft is verified. `span`: its length alone; always, with `verify_min_span` 1.",
+    )
+    verify_min_span: int = option(
+        1,
+        count(1, MAX_BLOCK_LENGTH),
+        "Of `s2d2`: drafts of fewer masked positions in a row are not verified.",
+        unit="tokens",
+    )
+    verify_max_span: int = option(
+        MAX_BLOCK_LENGTH,
+        count(1, MAX_BLOCK_LENGTH),
+        "Of `s2d2`: of longer ones the first positions are verified.",
+        unit="tokens",
+    )
+    verify_estimator: Literal["entropy", "margin"] = option(
+        "entropy",
+        Literal["entropy", "margin"],
+        "Of `s2d2`: from what it is estimated how likely a verification takes a proposal.",
+    )
+    verify_margin: float = option(
+        0.05,
+        number(ge=0, lt=1),
+        "Of `s2d2`: distance of the two largest probabilities above which a proposal counts as taken.",
+        needs="verify_estimator=margin",
+    )
+    verify_cost: float = option(
+        1.0,
+        number(ge=0),
+        "Of `s2d2`: what a verification costs, in proposals that it has to take for it.",
+        unit="tokens",
+    )
+    verify_cost_per: Literal["verification", "confident_position"] = option(
+        "verification",
+        Literal["verification", "confident_position"],
+        "Of `s2d2`: `confident_position`: that is the cost of each position that `threshold` would unmask.",
+    )
+    verify_score: float = option(
+        0.0,
+        number(),
+        "Of `s2d2`: expected proposals beyond the cost from which on a draft is verified.",
+        unit="tokens",
+        needs="verify_router=score",
+    )
+    verify_on: float = option(
+        1.0,
+        number(),
+        "Of `s2d2`: the same where the draft before was not verified.",
+        unit="tokens",
+        needs="verify_router=hysteresis",
+    )
+    verify_off: float = option(
+        -5.0,
+        number(),
+        "Of `s2d2`: the same where it was; less than `verify_on`.",
+        unit="tokens",
+        needs="verify_router=hysteresis",
+    )
+
+
+class S2D2(Policy):
+    """The static threshold, and verifications of what it would leave masked."""
+
+    name = "s2d2"
+    Options = S2D2Options
+    adjusts = True
+    reads_logits = True
+    reads_step_before = True
+    verifies = True
+    memory_size = 2
+
+    def check(self, options: S2D2Options) -> None:
+        """Refuse bounds that contradict each other."""
+        if options.verify_off >= options.verify_on:
+            raise InvalidOptionError(
+                f"verify_off is {options.verify_off:g}; it must be less than verify_on {options.verify_on:g}: send a "
+                "smaller one.",
+                refusal="verify-bounds",
+                parameter="verify_off",
+                value=options.verify_off,
+            )
+        if options.verify_max_span < options.verify_min_span:
+            raise InvalidOptionError(
+                f"verify_max_span is {options.verify_max_span}; it must be at least verify_min_span "
+                f"{options.verify_min_span}: send a larger one.",
+                refusal="verify-bounds",
+                parameter="verify_max_span",
+                value=options.verify_max_span,
+            )
+
+    def resolve(self, options: S2D2Options, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
+        """Total steps of the canvas, where the request asks for steps."""
+        return BASE.resolve(options, asked, canvas)
+
+    def schedule(self, options: S2D2Options, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
+        """That of the static threshold."""
+        bounds = {
+            "span": (-NO_BOUND, -NO_BOUND),
+            "score": (options.verify_score, options.verify_score),
+            "hysteresis": (options.verify_on, options.verify_off),
+        }
+        per_position = options.verify_cost_per == "confident_position"
+        costs = (0.0, options.verify_cost) if per_position else (options.verify_cost, 0.0)
+        margin = options.verify_margin if options.verify_estimator == "margin" else NO_MARGIN
+        constants = (options.verify_min_span, options.verify_max_span, margin, *costs, *bounds[options.verify_router])
+        return replace(BASE.schedule(options, shape, thresholds), constants=constants)
+
+    def read(self, rows: PositionLogits) -> None:
+        """Of a draft, how sure its proposals are; of a verification, which of them are taken, and what else is."""
+        import torch  # late: options are read without it
+
+        assert rows.is_verified is not None
+        temperature = torch.zeros_like(rows.confidence) if rows.temperature is None else rows.temperature
+        scale = torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+        log_share = (rows.logits / scale).log_softmax(dim=-1)
+        share = log_share.exp()
+        entropy = -(share * log_share).masked_fill(share == 0, 0.0).sum(dim=-1, dtype=torch.float64).float()
+        best, second = share.topk(2, dim=-1).values.unbind(dim=1)
+        margin = rows.constants[:, MARGIN]
+        by_margin = torch.where(best - second > margin, 0.0, HOPELESS)
+        rows.reading[:, DOUBT] = torch.where(margin == NO_MARGIN, entropy / math.log(share.shape[1]), by_margin)
+        drafted = rows.memory[:, TOKEN].long()
+        token, confidence = rows.token, rows.confidence
+        if rows.before is not None and rows.noise_key is not None:
+            is_sampled = temperature > 0
+            sampled = _sample(share, (rows.before / scale).softmax(dim=-1), drafted, rows.noise_key)
+            token = torch.where(is_sampled, sampled, token)
+            of_sampled = rows.logits.gather(1, token.unsqueeze(1)).squeeze(1) - rows.logits.logsumexp(dim=-1)
+            confidence = torch.where(is_sampled, of_sampled.exp(), confidence)
+        rows.reading[:, AGREES] = (token == drafted).float()
+        rows.token.copy_(torch.where(rows.is_verified, token, rows.token))
+        rows.confidence.copy_(torch.where(rows.is_verified, confidence, rows.confidence))
+
+    def adjust(self, step: Step) -> None:
+        """Ask for a verification, decide by one, or leave the step to the threshold."""
+        verification = step.verification
+        assert verification is not None
+        is_verified = verification.span[:, 1:] > 0
+        self._route(step, is_verified)
+        self._decide(step, is_verified)
+
+    def _route(self, step: Step, is_verified: "torch.Tensor") -> None:
+        """Say which drafts are to be verified, and keep them; ``is_verified``: bool ``[R, 1]``, what is none."""
+        import torch
+
+        verification, constants = step.verification, step.constants
+        assert verification is not None
+        width = step.score.shape[1]
+        place = torch.arange(width, device=step.score.device)
+        first = place.where(step.is_open, width).amin(dim=1, keepdim=True)
+        is_behind = ((place >= first) & ~step.is_open).cumsum(dim=1) > 0
+        is_run = step.is_open & ~is_behind
+        doubt = (step.reading[..., DOUBT].double() * UNITS).long().masked_fill(~is_run, 0).cumsum(dim=1)
+        expected = ((doubt.double() / -UNITS).exp() * UNITS).long().masked_fill(~is_run, 0).sum(dim=1).double() / UNITS
+        num_confident = (step.is_open & (step.confidence >= step.parameter.unsqueeze(1))).sum(dim=1)
+        score = expected - constants[:, COST] - constants[:, COST_OF_POSITION] * num_confident
+        passes = score >= torch.where(step.carry[:, IS_ON] > 0, constants[:, OFF], constants[:, ON])
+        length = is_run.sum(dim=1)
+        drafts = ~is_verified.squeeze(1)
+        asks = drafts & passes & (length >= constants[:, MIN_SPAN]) & (length > 0)
+        step.carry[:, IS_ON] = torch.where(drafts, passes.float(), step.carry[:, IS_ON])
+        span = torch.stack([first.squeeze(1), length.minimum(constants[:, MAX_SPAN].long())], dim=1)
+        verification.asked.copy_(span.masked_fill(~asks.unsqueeze(1), 0))
+        kept = torch.stack([step.token.float(), step.confidence], dim=2)
+        step.memory.copy_(torch.where(drafts[:, None, None], kept, step.memory))
+
+    def _decide(self, step: Step, is_verified: "torch.Tensor") -> None:
+        """Choose what a verification takes; where that is too little, the threshold adds to it from the draft."""
+        import torch
+
+        verification = step.verification
+        assert verification is not None
+        place = torch.arange(step.score.shape[1], device=step.score.device)
+        first, length = verification.span[:, :1], verification.span[:, 1:]
+        is_inside = (place >= first) & (place < first + length)
+        refused = (is_inside & (step.reading[..., AGREES] == 0)).long()
+        taken = is_inside & (refused.cumsum(dim=1) - refused == 0)  # the first that is refused is replaced
+        is_enough = taken.sum(dim=1) >= verification.min_unmask
+        score = step.memory[..., CONFIDENCE].masked_fill(taken, CHOSEN).masked_fill(~step.is_open, NO_CONFIDENCE)
+        step.score.copy_(torch.where(is_verified, score, step.score))
+        step.parameter.masked_fill_(is_verified.squeeze(1) & is_enough, CHOSEN)
+        drafted = step.memory[..., TOKEN].to(step.token.dtype)
+        step.token.copy_(torch.where(is_verified & step.is_open & ~taken, drafted, step.token))
+
+
+def _sample(p: "torch.Tensor", q: "torch.Tensor", drafted: "torch.Tensor", noise_key: "torch.Tensor") -> "torch.Tensor":
+    """Tokens of distributions p where ones of q were drafted: these with probability min(1, p / q), else of (p - q)+.
+
+    Args:
+        p, q: float32 ``[S, vocabulary]``.
+        drafted: int64 ``[S]``.
+        noise_key: int64 ``[S]``; the draft was drawn with it.
+
+    Returns:
+        int64 ``[S]``.
+    """
+    import torch
+
+    from csrc_triton.noise import gumbel_noise, uniform_noise
+
+    at = drafted.unsqueeze(1)
+    number = torch.zeros(1, dtype=torch.int64, device=p.device)
+    takes = uniform_noise(noise_key ^ TAKES, number) * q.gather(1, at) < p.gather(1, at)
+    left = (p - q).clamp(min=0.0)
+    left = torch.where((left > 0).any(dim=1, keepdim=True), left, p)
+    ids = torch.arange(p.shape[1], device=p.device)
+    other = (left.log() + gumbel_noise(noise_key ^ REDRAWS, ids)).argmax(dim=1)
+    return torch.where(takes.squeeze(1), drafted, other)
