@@ -100,7 +100,7 @@ def random_request(rng, family, beginnings, profile):
     return prompt, params
 
 
-def with_branches(index, params):
+def with_branches(index, family, params):
     """A request like another one, without what has no place beside verified drafts, and with those; and without them.
 
     The latter has the same tokens.
@@ -115,7 +115,7 @@ def with_branches(index, params):
     base = params.clone()
     base.extra_args = {**params.extra_args, "osdt_policy": "fixed_steps"}
     drafts = {"osdt_policy": "freedave", "osdt_freedave_drafts": rng.choice([2, 4, 8])}
-    if rng.random() < 0.3 and "osdt_sub_block_length" not in params.extra_args:
+    if rng.random() < 0.3 and family != "Fast-dLLM v2":
         drafts |= {"osdt_freedave_base": "threshold", "osdt_threshold": rng.choice([0.1, 0.3])}
         base = None
     params.extra_args |= drafts
@@ -126,6 +126,7 @@ def with_verification(index, params):
     """A request like another one, without what has no place beside verifications, and with those."""
     rng, params = random.Random(index), params.clone()
     kept = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
+    kept += ("answer_block_length", "think_end_token", "check_prompt")
     params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in kept}
     params.presence_penalty = params.frequency_penalty = 0.0
     params.repetition_penalty, params.structured_outputs = 1.0, None
@@ -208,10 +209,10 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
     bases = {}
     for index in range(0, NUM_REQUESTS, 4):
         prompt, params = requests[index]
-        params, bases[index] = with_branches(index, params)
+        params, bases[index] = with_branches(index, family, params)
         requests[index] = prompt, params
     for index in range(2, NUM_REQUESTS, 4):
-        if family != "LLaDA":
+        if family != "LLaDA" and requests[index][1].structured_outputs is None:
             requests[index] = requests[index][0], with_verification(index, requests[index][1])
     preempted, preempt = [], scheduler(llm)._preempt_request
     scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
