@@ -623,6 +623,14 @@ def _check_used(options: DecodingOptions, asked: Mapping[str, Any]) -> None:
                 parameter=PREFIX + name,
                 value=value,
             )
+        if name in POLICIES[options.policy].without_use(options) and value != DEFAULTS[name]:
+            raise InvalidOptionError(
+                f"{PREFIX}{name} is {value!r}, which means nothing beside the other options of policy "
+                f"{options.policy!r} that are set: leave {PREFIX}{name} out.",
+                refusal="needs-option",
+                parameter=PREFIX + name,
+                value=value,
+            )
         needed, _, word = DECLARED[name].needs.partition("=")
         asked_for = getattr(options, needed) if needed else None
         if needed and value != DEFAULTS[name] and (asked_for != word if word else not asked_for):
@@ -687,7 +695,6 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
     _validate_cuts(options, traits)
     _validate_branches(options)
     _validate_verification(options, traits)
-    _validate_switch(options, traits)
     own = traits.sub_block_length
     steps = options.steps or options.steps_per_block
     exits = isinstance(POLICIES[options.policy], EarlyExit)
@@ -718,6 +725,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
                 parameter="sub_block_cache" if options.sub_block_length is None else "sub_block_length",
                 value=options.sub_block_length or options.sub_block_cache,
             )
+        _validate_switch(options, traits)
         return options
     sub_block = own if options.sub_block_length is None else options.sub_block_length
     if options.block_length % sub_block:
@@ -727,6 +735,7 @@ def validate_for_family(options: DecodingOptions, traits: Traits) -> DecodingOpt
             parameter="sub_block_length",
             value=sub_block,
         )
+    _validate_switch(options, traits)
     return replace(options, sub_block_length=sub_block)
 
 
@@ -849,15 +858,15 @@ def _validate_switch(options: DecodingOptions, traits: Traits) -> None:
         reason, remedy = "this model's blocks begin behind what is written, and might end behind the context", "send 1"
     elif options.task is not None and options.calibrates:
         reason = f"the thresholds of task {options.task!r} are for blocks of one length"
-        remedy = "leave it out, or send no task"
+        remedy = "send null in its place, or no task"
     elif options.steps is not None:
         reason = f"steps {options.steps} are shared out among blocks of one length"
-        remedy = "leave one of them out, or send steps_per_block"
+        remedy = "send null in its place, or steps_per_block"
     if not reason:
         try:
             validate_for_family(answer_options(options), traits)
         except InvalidOptionError as error:
-            reason, remedy = f"blocks of that length are refused ({error})", "leave it out"
+            reason, remedy = f"blocks of that length are refused ({error})", "send null in its place"
     if reason:
         raise InvalidOptionError(
             f"answer_block_length is {length}, but {reason}; {remedy}.",

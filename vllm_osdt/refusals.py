@@ -43,7 +43,8 @@ REFUSALS = {
         "Send one of them.",
     ),
     "needs-option": Refusal(
-        "options of `osdt_credit`, of `osdt_calibrated`, of `osdt_answer_block_length`, of an early exit's form",
+        "options of `osdt_credit`, of `osdt_calibrated`, of `osdt_answer_block_length`, of an early exit's form, "
+        "of a base decoder, of a router",
         "The option that they belong to is not sent.",
         "Send it too, or leave them out.",
     ),
@@ -170,8 +171,9 @@ REFUSALS = {
     ),
     "verify-company": Refusal(
         "`osdt_edit_threshold`, `osdt_sub_block_cache`, `osdt_draft_ngram`, `osdt_draft`, `prediction`, "
-        "`osdt_cache_mode`, structured output, penalties",
-        "Beside `s2d2`, whose verified tokens it contradicts; `causal_fused` has no pass for a block's first token.",
+        "`osdt_cache_mode`, structured output, penalties; `logprobs`, `osdt_return_trace`",
+        "Beside `s2d2`, whose verified tokens it contradicts; `causal_fused` has no pass for a block's first token. "
+        "The last two beside its `osdt_steps` or `osdt_steps_per_block`.",
         "Leave it out, or send another policy.",
     ),
     "verify-bounds": Refusal(

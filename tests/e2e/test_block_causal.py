@@ -169,7 +169,13 @@ def test_few_rows_and_pages_verify_fewer_positions(checkpoint, start_llm, networ
 
 
 @pytest.mark.parametrize(
-    ("own", "name"), [({"repetition_penalty": 1.2}, "repetition_penalty"), ({"draft": [5, 6]}, "osdt_draft")]
+    ("own", "name"),
+    [
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"draft": [5, 6]}, "osdt_draft"),
+        ({"logprobs": 1, "steps_per_block": 2}, "logprobs"),
+        ({"return_trace": True, "steps_per_block": 2}, "osdt_return_trace"),
+    ],
 )
 def test_what_a_verification_cannot_honor_is_refused(llm, own, name):
     with pytest.raises(ValueError, match=f"{name} cannot be sent with policy 's2d2'.*Leave it out"):

@@ -244,7 +244,7 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
         for index, parts in finished.items()
         if requests[index][1].structured_outputs is not None
     ]
-    assert len(has_ended) >= 8 and any(has_ended)
+    assert len(has_ended) >= 6 and any(has_ended)
     failed = [requests[index][1] for index, parts in finished.items() if parts[-1].finish_reason == "error"]
     assert all(params.stop_token_ids for params in failed)  # a token that the grammar needs first may be one of them
     for index in sorted(finished.keys() - aborted):

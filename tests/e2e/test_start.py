@@ -8,7 +8,7 @@ import torch
 from tests.e2e.engine import assert_idle, canvas_states, generate, sampling, tokens
 from tests.reference.block_causal_checkpoints import make_llada2_checkpoint, make_sdar_checkpoint
 from tests.reference.llada import make_checkpoint
-from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import FEWEST_READ_BLOCKS, MAX_BLOCK_LENGTH
 
 pytestmark = pytest.mark.e2e
 
@@ -90,7 +90,7 @@ def test_the_gpu_worker_builds_one_runner_which_is_ours(monkeypatch):
     assert "init_device" not in vars(gpu_worker.CanvasWorker)  # vLLM's own, which calls the hook, once
 
 
-@pytest.mark.parametrize(("max_num_tokens", "num_rows"), [(8192, 4 * MAX_BLOCK_LENGTH), (300, 300)])
+@pytest.mark.parametrize(("max_num_tokens", "num_rows"), [(8192, FEWEST_READ_BLOCKS * MAX_BLOCK_LENGTH), (300, 300)])
 def test_the_gpu_worker_measures_proposals_for_as_many_positions_as_a_step_reads(max_num_tokens, num_rows):
     from vllm_osdt.worker.gpu_worker import CanvasModelRunner
 

@@ -310,6 +310,14 @@ def test_what_belongs_to_one_state_of_a_block_is_refused(name, value, traits):
     assert error.value.parameter == name
 
 
+def test_a_threshold_means_nothing_where_a_step_unmasks_a_number_of_positions():
+    values, base = {"osdt_policy": "freedave", "osdt_threshold": 0.5}, DecodingOptions()
+    with pytest.raises(InvalidOptionError, match="which means nothing beside"):
+        parse_options(values, base=base, prefix="osdt_")
+    values["osdt_freedave_base"] = "threshold"
+    assert parse_options(values, base=base, prefix="osdt_").threshold == 0.5
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("own", "words"),

@@ -215,6 +215,7 @@ def test_what_a_verification_cannot_stand_beside_is_refused(values, traits, word
         ({"verify_router": "hysteresis", "verify_on": -6.0}, "verify_off is -5; it must be less than verify_on -6"),
         ({"verify_min_span": 5, "verify_max_span": 4}, "verify_max_span is 4; it must be at least verify_min_span 5"),
         ({"verify_on": 2.0}, "says nothing without osdt_verify_router = 'hysteresis'"),
+        ({"verify_router": "span", "verify_cost": 2.0}, "verify_cost is 2.0, which means nothing beside"),
         ({"credit": True}, "credit is true, but policy 's2d2' compares"),
         ({"policy": "static_threshold", "verify_cost": 2.0}, "does not use"),
     ],

@@ -233,7 +233,7 @@ class Calibrator:
         options, canvas = spec.options, spec.canvas
         chosen = validate_for_family(with_choice(options, choice), self._traits)
         policy = POLICIES[chosen.policy]
-        if policy.has_branches:
+        if policy.has_branches or policy.verifies:
             raise OSDTError(
                 f"Policy {policy.name!r} does not go with every request, so that a profile cannot choose it."
             )

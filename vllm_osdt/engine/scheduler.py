@@ -562,9 +562,11 @@ class CanvasScheduler(Scheduler):
         self._preempt_request(request, time.monotonic())
         if self.log_stats:
             request.events.pop()  # nobody took its place
+        self.waiting.remove_request(request)
+        self.kv_holding_waiting.prepend_request(request)  # the queue that goes on while new requests are held back
         self.calibrator.finish_request(request.request_id, ended_well=False)
         request.canvas_spec, request.canvas_plan = spec.answer(request.num_tokens), None
-        request.canvas_is_answer = True
+        request.canvas_is_answer, request.canvas_read_end = True, request.num_tokens
         request.sampling_params = copy(request.sampling_params)  # other answers of the client's request may share it
         request.sampling_params.extra_args = request.canvas_spec.as_extra_args()
         request.cache_salt, request.block_hashes = spec.switch.cache_salt, []
@@ -628,7 +630,8 @@ class CanvasScheduler(Scheduler):
         if len(scheduler_output.scheduled_spec_decode_tokens) == len(scheduler_output.num_scheduled_tokens):
             return
         for req_id, request in requests.items():
-            is_generated = request.num_computed_tokens > request.num_prompt_tokens
+            read_end = getattr(request, "canvas_read_end", request.num_prompt_tokens)
+            is_generated = request.num_computed_tokens > read_end
             is_counted = is_generated or req_id in getattr(scheduler_output, CANVAS_STEP).first_position
             if req_id not in scheduler_output.scheduled_spec_decode_tokens and is_counted:
                 request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)

@@ -446,12 +446,16 @@ def _check_verification(options: DecodingOptions, draft: Draft | None, asked: "S
     Raises:
         InvalidOptionError: Names the parameter.
     """
-    others = {
+    others: dict[str, Any] = {
         "structured_outputs": asked.structured_outputs is not None and "a grammar does not know drafted tokens",
         "presence_penalty": asked.presence_penalty != 0 and PENALTY,
         "frequency_penalty": asked.frequency_penalty != 0 and PENALTY,
         "repetition_penalty": asked.repetition_penalty != 1 and PENALTY,
     }
+    if options.steps is not None or options.steps_per_block is not None:
+        reason = "a step that unmasks a number of positions may leave a verification's tokens for drafted ones"
+        others["logprobs"] = asked.logprobs is not None and reason
+        others[PREFIX + "return_trace"] = options.return_trace and reason
     if draft is not None:
         others[draft.name] = "the model drafts for itself"
     for name, reason in others.items():

@@ -58,6 +58,8 @@ def read_switch(
         raise _refuse(CHECK, options.check_prompt, f"expected {kinds}")
     if ends & set(check):
         raise _refuse(CHECK, options.check_prompt, "it has a token that ends the output; leave that out")
+    if reader.mask_token_id in check:
+        raise _refuse(CHECK, options.check_prompt, f"token {reader.mask_token_id} is the mask token; leave that out")
     others = {
         "a template": (None if template is None else template.name, "nothing may be added to it"),
         "a draft": (None if draft is None else draft.name, "its tokens have places that the check prompt moves"),
@@ -70,7 +72,7 @@ def read_switch(
     for parameter, reason in others.values():
         if parameter:
             raise InvalidOptionError(
-                f"{name_of(parameter)} cannot be sent with {LENGTH}: {reason}. Leave one of them out.",
+                f"{name_of(parameter)} cannot be sent with {LENGTH}: {reason}. Leave it out, or send {LENGTH} null.",
                 refusal="switch-company",
                 parameter=parameter,
             )
@@ -112,7 +114,7 @@ def check_answer(
         resolve_answer(options, canvas, prompt_length)
     except InvalidOptionError as error:
         raise InvalidOptionError(
-            f"{LENGTH} is {length}, but blocks of that length are refused ({error}); leave it out.",
+            f"{LENGTH} is {length}, but blocks of that length are refused ({error}); send null in its place.",
             refusal="switch",
             parameter=LENGTH,
             value=length,

@@ -358,6 +358,10 @@ class Policy(ABC):
         """
         return {}
 
+    def without_use(self, options: Any) -> frozenset[str]:
+        """Names of its own options that mean nothing beside the others; a request that sets one is refused."""
+        return frozenset()
+
     def looks_at_entropy(self, options: Any) -> bool:
         """Whether a request's confidences are of entropies, as ``ranks_by_entropy`` says."""
         return self.ranks_by_entropy

@@ -61,6 +61,10 @@ class FreeDave(Policy):
     has_branches = True
     with_profile = "its base decoders are `fixed_steps` and the static threshold, whose tokens it promises"
 
+    def without_use(self, options: FreeDaveOptions) -> frozenset[str]:
+        """A threshold, where the base decoder takes a number of positions a step."""
+        return frozenset(["threshold"] if options.freedave_base == "steps" else [])
+
     def resolve(self, options: FreeDaveOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """As the base decoder does."""
         return self._base(options).resolve(options, asked, canvas)

@@ -124,6 +124,11 @@ class S2D2(Policy):
     verifies = True
     memory_size = 2
 
+    def without_use(self, options: S2D2Options) -> frozenset[str]:
+        """Estimates and costs, where the router looks at the length of a draft alone."""
+        estimates = ("verify_estimator", "verify_margin", "verify_cost", "verify_cost_per")
+        return frozenset(estimates if options.verify_router == "span" else [])
+
     def check(self, options: S2D2Options) -> None:
         """Refuse bounds that contradict each other."""
         if options.verify_off >= options.verify_on:
