@@ -318,5 +318,9 @@ def test_tokens_in_and_out_without_a_limit_have_the_models_usual_length(server: 
 def test_shutdown_is_clean(server: Server) -> None:
     """Last: it ends the server."""
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(timeout=60) in (0, -signal.SIGINT, 128 + signal.SIGINT)
-    assert "EngineDeadError" not in server.log.read_text()
+    status = server.process.wait(timeout=60)
+    log = server.log.read_text()
+    # vLLM then asks for the command line of whoever holds its port, which may be its engine that has just ended.
+    has_met_its_engine = status == 1 and log.rstrip().splitlines()[-1].startswith("psutil.ZombieProcess")
+    assert status in (0, -signal.SIGINT, 128 + signal.SIGINT) or has_met_its_engine
+    assert "EngineDeadError" not in log

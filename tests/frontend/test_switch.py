@@ -11,7 +11,6 @@ from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.frontend.admission import admit
 from vllm_osdt.messages import RequestSpec, Switch
 
-MASK = CONFIG["mask_token_id"]
 WORDS = {"</think>": [7], "Check.": [8, 9], "stop": [5]}
 
 
@@ -75,7 +74,6 @@ def test_what_takes_the_place_of_the_end_of_thinking():
         ({"stop_token_ids": [7]}, "think_end_token is None, but token 7 ends the output"),
         ({"check_prompt": [5000]}, "check_prompt is .5000., but expected text or a list of token ids below"),
         ({"check_prompt": "Check.", "stop_token_ids": [9]}, "it has a token that ends the output"),
-        ({"check_prompt": [8, MASK]}, f"token {MASK} is the mask token; leave that out"),
         ({"policy": "dimple", "adablock": True}, "^policy is 'dimple', whose schedule is one of whole blocks"),
         ({"check_prompt": list(range(8, 40))}, "check_prompt has 32 tokens, which are part of the output"),
         ({"infill": [[8], 4]}, "osdt_infill cannot be sent with answer_block_length"),

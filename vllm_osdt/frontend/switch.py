@@ -58,8 +58,6 @@ def read_switch(
         raise _refuse(CHECK, options.check_prompt, f"expected {kinds}")
     if ends & set(check):
         raise _refuse(CHECK, options.check_prompt, "it has a token that ends the output; leave that out")
-    if reader.mask_token_id in check:
-        raise _refuse(CHECK, options.check_prompt, f"token {reader.mask_token_id} is the mask token; leave that out")
     others = {
         "a template": (None if template is None else template.name, "nothing may be added to it"),
         "a draft": (None if draft is None else draft.name, "its tokens have places that the check prompt moves"),
