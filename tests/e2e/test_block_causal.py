@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from vllm.v1.core.sched.interface import PauseState
 
 import vllm_osdt
 from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
@@ -555,6 +556,20 @@ def test_behind_the_end_of_thinking_blocks_are_others_as_in_a_plain_loop(llm, th
     assert_one_batch_is_right(llm, jobs)
     assert_company_changes_nothing(llm, jobs, num_alone=8)
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_a_request_that_thinks_ends_while_new_ones_are_held_back(llm, thinking):
+    """As a pause does that waits for what runs."""
+    job, _ = next(one for one in thinking if 0 < one[1].stop < len(one[0].decoded.tokens) and one[1])
+    req_id = submit(llm, job.prompt, job.params)
+    llm.llm_engine.step()
+    scheduler(llm).set_pause_state(PauseState.PAUSED_NEW)
+    try:
+        finished = drive(llm)
+    finally:
+        scheduler(llm).set_pause_state(PauseState.UNPAUSED)
+    assert list(finished[req_id].token_ids) == job.decoded.tokens
+    assert_idle(llm)
 
 
 def test_a_trace_tells_what_was_given_and_what_was_decided_in_which_block(llm, thinking):
