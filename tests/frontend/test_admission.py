@@ -231,6 +231,22 @@ def test_a_request_that_names_no_policy_and_no_option_of_one_follows_its_tasks_c
 
 
 @pytest.mark.parametrize(
+    ("changed", "barred"),
+    [
+        ({}, ()),
+        ({"logprobs": 1}, ("freedave",)),
+        ({"repetition_penalty": 1.2}, ("freedave", "s2d2")),
+    ],
+)
+def test_a_request_tells_which_policies_its_tasks_choice_may_not_be(vllm_config, changed, barred):
+    one = request(task="gsm")
+    for name, value in changed.items():
+        setattr(one.sampling_params, name, value)
+    admit(one, vllm_config)
+    assert sorted(RequestSpec.of(one.sampling_params).barred) == sorted(barred)
+
+
+@pytest.mark.parametrize(
     ("options", "follows"),
     [
         ({"task": "chat", "cache_mode": "none", "drift": "warn"}, True),

@@ -233,10 +233,8 @@ class Calibrator:
         options, canvas = spec.options, spec.canvas
         chosen = validate_for_family(with_choice(options, choice), self._traits)
         policy = POLICIES[chosen.policy]
-        if policy.has_branches or policy.verifies:
-            raise OSDTError(
-                f"Policy {policy.name!r} does not go with every request, so that a profile cannot choose it."
-            )
+        if policy.name in spec.barred:
+            raise OSDTError(f"Policy {policy.name!r} has no place for some of the request's sampling parameters.")
         policy.check_operator(chosen, self._operator)
         asked = CanvasRequest(
             canvas.start,

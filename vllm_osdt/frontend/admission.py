@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -281,12 +281,8 @@ class FrontEnd:
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
             self._check_pin(options)
-        if POLICIES[options.policy].has_branches:
-            name = None if draft is None else draft.name
-            check_branches(params, options.policy, name, name_of=sent.name_of)
         check_draft(draft, extra, options, asked)
-        if POLICIES[options.policy].verifies:
-            _check_verification(options, draft, asked)
+        _check_policy(options, draft, params, asked, sent.name_of)
         if template is not None:
             check_company(template, options, asked, PREFIX + "gen_length" in extra, sent.name_of)
         switch = read_switch(options, reader, params, asked, template, draft, sent.name_of)
@@ -440,6 +436,39 @@ def _front_end(vllm_config: "VllmConfig") -> FrontEnd:
     return _front_ends[id(vllm_config)][1]
 
 
+def _check_policy(
+    options: DecodingOptions,
+    draft: Draft | None,
+    params: "SamplingParams",
+    asked: "SamplingParams",
+    name_of: Callable[[str], str] = str,
+) -> None:
+    """Refuse parameters that a request's policy has no place for.
+
+    Raises:
+        InvalidOptionError: Names the parameter.
+    """
+    if POLICIES[options.policy].has_branches:
+        check_branches(params, options.policy, None if draft is None else draft.name, name_of=name_of)
+    if POLICIES[options.policy].verifies:
+        _check_verification(options, draft, asked)
+
+
+def _barred(
+    options: DecodingOptions, draft: Draft | None, params: "SamplingParams", asked: "SamplingParams"
+) -> tuple[str, ...]:
+    """The policies that have no place for a request's parameters, so that its task's profile cannot choose them."""
+
+    def is_refused(policy: str) -> bool:
+        try:
+            _check_policy(replace(options, policy=policy), draft, params, asked)
+        except InvalidOptionError:
+            return True
+        return False
+
+    return tuple(name for name, one in POLICIES.items() if (one.has_branches or one.verifies) and is_refused(name))
+
+
 def _check_verification(options: DecodingOptions, draft: Draft | None, asked: "SamplingParams") -> None:
     """Refuse parameters that a verification cannot honor.
 
@@ -562,10 +591,12 @@ def admit(
     if template is not None and not template.ends_itself:
         # End tokens are banned but in open holes, and end no more than these.
         params.min_tokens, params.stop_token_ids, params._eos_token_id = params.max_tokens, [], None
+    follows = front_end.follows_choice(params, asked)
     spec = RequestSpec(
         options,
         canvas,
-        follows_choice=front_end.follows_choice(params, asked),
+        follows_choice=follows,
+        barred=_barred(options, draft, params, asked) if follows else (),
         pinned=None if template is None else template.tokens,
         draft=draft.tokens[: params.max_tokens] if draft and draft.tokens else None,
         switch=switch,
