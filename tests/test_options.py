@@ -7,16 +7,9 @@ import pytest
 
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import Limits
-from vllm_osdt.options import (
-    FORMER_NAMES,
-    OPTION_NAMES,
-    SERVER_OPTION_NAMES,
-    DecodingOptions,
-    ServerOptions,
-    parse_options,
-    parse_server_options,
-)
-from vllm_osdt.options import resolve_canvas as find_canvas
+from vllm_osdt.options import FORMER_NAMES, OPTION_NAMES, SERVER_OPTION_NAMES, DecodingOptions, ServerOptions
+from vllm_osdt.options.canvas import resolve_canvas as find_canvas
+from vllm_osdt.options.parsing import parse_options, parse_server_options
 
 BASE = DecodingOptions(task="quiz")
 LIMITS = {"max_model_len": 256, "max_num_batched_tokens": 200}
@@ -569,7 +562,7 @@ def test_profiles_tell_sub_blocks_and_editing_apart():
 )
 @pytest.mark.parametrize("prefix", ["", "osdt_"])
 def test_a_name_of_the_last_release_is_taken_with_a_warning(former, name, value, prefix, caplog, monkeypatch):
-    monkeypatch.setattr("vllm_osdt.options._warned", set())
+    monkeypatch.setattr("vllm_osdt.options.parsing._warned", set())
     assert FORMER_NAMES[former] == name
     for _ in range(2):
         assert getattr(parse_options({prefix + former: value}, base=BASE, prefix=prefix), name) == value

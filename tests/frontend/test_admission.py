@@ -17,7 +17,9 @@ from vllm_osdt.frontend import admission
 from vllm_osdt.frontend.admission import FrontEnd, admit
 from vllm_osdt.frontend.auto_task import NUM_REQUESTS, prefix_names
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
-from vllm_osdt.options import UNDECIDED_TASK, default_decoding_options, parse_options, server_options
+from vllm_osdt.options import UNDECIDED_TASK
+from vllm_osdt.options.operator import default_decoding_options, server_options
+from vllm_osdt.options.parsing import parse_options
 
 KEY = ProfileKey("gsm", 8, "dual", 0.9)
 SYSTEM = list(range(1, 17))

@@ -19,7 +19,7 @@ from vllm_osdt.cli.train_filter import train_filter
 from vllm_osdt.cli.tune import add_arguments as add_tune_arguments
 from vllm_osdt.cli.tune import tune
 from vllm_osdt.errors import OSDTError
-from vllm_osdt.options import parse_operator_json
+from vllm_osdt.options.operator import parse_operator_json
 
 
 def make_parser() -> argparse.ArgumentParser:

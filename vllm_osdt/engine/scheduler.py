@@ -49,7 +49,7 @@ from vllm_osdt.messages import (
     StepReport,
 )
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import server_options
+from vllm_osdt.options.operator import server_options
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.base import Branch
 

@@ -23,20 +23,11 @@ from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_co
 from vllm_osdt.frontend.switch import check_answer, read_switch
 from vllm_osdt.geometry import PROMPT, Canvas, Limits
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec, Switch
-from vllm_osdt.options import (
-    AUTO_TASK,
-    PREFIX,
-    DecodingOptions,
-    ServerOptions,
-    canvas_limits,
-    choosing,
-    default_decoding_options,
-    operator_values,
-    parse_options,
-    resolve_canvas,
-    server_options,
-    validate_for_family,
-)
+from vllm_osdt.options import AUTO_TASK, PREFIX, DecodingOptions, ServerOptions, choosing
+from vllm_osdt.options.canvas import canvas_limits, resolve_canvas
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.operator import default_decoding_options, operator_values, server_options
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.adablock import LINE_END
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_branches, check_grammar, check_limits

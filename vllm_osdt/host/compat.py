@@ -19,7 +19,9 @@ from vllm.utils.math_utils import round_up
 from vllm_osdt.errors import InvalidOptionError, OSDTError
 from vllm_osdt.messages import ERROR, KEY, TRACE, join_traces
 from vllm_osdt.models.registry import is_canvas_model
-from vllm_osdt.options import OPTION_NAMES, PREFIX, operator_help, parse_operator_json
+from vllm_osdt.options import OPTION_NAMES, PREFIX
+from vllm_osdt.options.operator import parse_operator_json
+from vllm_osdt.options.reference import operator_help
 
 logger = init_logger("vllm.vllm_osdt.host.compat")
 
