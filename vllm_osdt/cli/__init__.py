@@ -4,6 +4,7 @@ Exit status: 0 when all went well, 1 when something asked for is not there or do
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,13 +90,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="checkpoint, or the name of a bundled model")
     command.add_argument("--task", required=True, help="name that requests will give as osdt_task")
     command.add_argument("--prompts", type=Path, required=True, help="a prompt a line, or .jsonl with the field prompt")
-    command.add_argument("--max-tokens", type=int, default=256, help="canvas of the calibrating requests")
+    command.add_argument("--max-tokens", type=int, default=256, help="of every request (default: %(default)s)")
     command.set_defaults(function=calibrate)
 
     command = commands.add_parser(
         "tune",
         help="choose how a task is decoded, with a bound on what is lost",
-        description=tune.__doc__,
+        description=inspect.getdoc(tune),
         epilog="example:\n  vllm-osdt tune GSAI-ML/LLaDA-8B-Instruct --task gsm8k --prompts gsm8k.jsonl "
         "--answers gsm8k.jsonl \\\n    --answer-pattern '#### (.*)' --risk 0.02",
         parents=[folder, engine, as_json],

@@ -294,8 +294,9 @@ class ServerOptions:
 
 
 OF_MODIFIERS = {name: one for modifier in MODIFIERS for name, one in declarations(modifier.Options).items()}
-# Of every request, whatever its policy.
-SHARED = declarations(CommonOptions) | OF_MODIFIERS
+# Of every request, whatever its policy; first what is declared here, which users ask for most.
+_COMMON = declarations(CommonOptions)
+SHARED = {name: _COMMON[name] for name in (*CommonOptions.__annotations__, *_COMMON)} | OF_MODIFIERS
 DECLARED: dict[str, Declaration] = SHARED | {
     name: one for policy in POLICIES.values() for name, one in declarations(policy.Options).items()
 }
