@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_osdt.calibration.profile import Choice
-from vllm_osdt.declaration import declarations, did_you_mean
+from vllm_osdt.declaration import declarations, meant_or_known
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.geometry import BLOCK_CACHE, CACHES_OF_FAMILIES, CAUSAL_CACHES
 from vllm_osdt.options import (
@@ -15,6 +15,7 @@ from vllm_osdt.options import (
     FORMER_NAMES,
     OPTION_NAMES,
     PREFIX,
+    REQUEST_FIELDS,
     SERVER_DECLARED,
     SERVER_OPTION_NAMES,
     DecodingOptions,
@@ -115,9 +116,10 @@ def _check_values(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         if name in FORMER_NAMES:
             name = _present_name(name, prefix, values)
         if name not in DECLARED:
-            own = [prefix + option for option in (OPTION_NAMES if prefix else (*OPTION_NAMES, *SERVER_OPTION_NAMES))]
+            others = REQUEST_FIELDS if prefix else SERVER_OPTION_NAMES
+            own = [prefix + option for option in (*OPTION_NAMES, *others)]
             raise InvalidOptionError(
-                f"Unknown option {shown(key)}{did_you_mean(key, own)}; this model's options are {', '.join(own)}.",
+                f"Unknown option {shown(key)}{meant_or_known(key, own)}; `vllm-osdt options` explains them.",
                 refusal="unknown-option",
                 parameter=key,
                 value=value,
