@@ -13,6 +13,7 @@ from typing import Any
 from vllm_osdt import __version__
 from vllm_osdt.calibration.store import default_folder
 from vllm_osdt.cli.calibrate import calibrate
+from vllm_osdt.cli.common import find_model
 from vllm_osdt.cli.doctor import doctor
 from vllm_osdt.cli.options import options
 from vllm_osdt.cli.profiles import diff, export, import_profiles, list_profiles, plot, remove, show
@@ -136,11 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = make_parser().parse_args(arguments)
-    if getattr(args, "model", None) is not None and not getattr(args, "server", None):
-        from vllm_osdt.mini import MODELS, model_path
-
-        args.model = model_path(args.model) if args.model in MODELS else args.model
     try:
+        if getattr(args, "model", None) is not None and not getattr(args, "server", None):
+            args.model = find_model(args.model)
         args.function(args)
     except (OSDTError, OSError) as error:
         print(f"vllm-osdt: {error}", file=sys.stderr)
