@@ -17,6 +17,7 @@ from problems import Problem
 
 from vllm_osdt.calibration.profile import Setting
 from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.engine.statistics import num_forwards
 from vllm_osdt.options import DecodingOptions
 
 SIGNIFICANCE = 0.05
@@ -142,7 +143,7 @@ class Bench:
         seconds = time.perf_counter() - start
         return (
             [problem.is_right(completion.text) for problem, completion in zip(problems, completions, strict=True)],
-            [sum(completion.spec_decode_metrics.histogram) for completion in completions],
+            [num_forwards(completion) for completion in completions],
             [len(completion.token_ids) for completion in completions],
             seconds,
         )

@@ -16,6 +16,7 @@ from problems import Problem
 
 from csrc_triton import Rule, Rules, implementations
 from vllm_osdt.cli.tuning.candidates import calibrates
+from vllm_osdt.engine.statistics import num_forwards
 
 BASE = "static_threshold"
 # What keeps a policy's blocks as long as the others', or makes it do all its work.
@@ -83,7 +84,7 @@ def measure(bench: Bench, problems: list[Problem], policies: list[str], num_requ
 
     def decode(own: dict[str, Any]) -> int:
         completions = bench.generate(requests, [own] * num_requests, max_tokens=STEPS, ignore_eos=True)
-        return sum(sum(one.spec_decode_metrics.histogram) for one in completions)
+        return sum(map(num_forwards, completions))
 
     def unlike(own: dict[str, Any], forwards: int) -> str | None:
         try:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vllm_osdt.geometry import Canvas
-from vllm_osdt.options import DecodingOptions, resolve_answer
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.canvas import resolve_answer
 from vllm_osdt.policies import Schedule
 from vllm_osdt.policies.base import Branch
 

@@ -26,14 +26,10 @@ from vllm_osdt.errors import OSDTError
 from vllm_osdt.geometry import CanvasRequest, DecodeShape
 from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import (
-    UNDECIDED_TASK,
-    DecodingOptions,
-    ServerOptions,
-    server_options,
-    validate_for_family,
-    with_choice,
-)
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, ServerOptions
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.operator import server_options
+from vllm_osdt.options.parsing import with_choice
 from vllm_osdt.policies import MODIFIERS, POLICIES
 
 if TYPE_CHECKING:
