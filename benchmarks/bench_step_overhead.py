@@ -5,8 +5,8 @@ time of ``LLMEngine.step()`` and of the model in it (forward and logits); the di
 says where the rest of a step goes, by phase: medians in milliseconds. ``--clock thread`` counts the processor's time of
 this thread in place of the wall's, which other work on the machine hardly touches; set ``OMP_NUM_THREADS=1`` for it.
 
-``--stock`` measures vLLM itself in the same way, without this plugin: an autoregressive Llama of llada-mini's shape with
-random weights, whose steps have one row a request.
+``--stock`` measures vLLM itself in the same way, without this plugin: an autoregressive Llama of llada-mini's shape
+with random weights, whose steps have one row a request.
 
     python benchmarks/bench_step_overhead.py --model CHECKPOINT --running 1 8 32
 """
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from common import environment, percentiles, write_lines
 from vllm import LLM, SamplingParams
-
 
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
