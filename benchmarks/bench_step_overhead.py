@@ -5,25 +5,17 @@ time of ``LLMEngine.step()`` and of the model in it (forward and logits); the di
 says where the rest of a step goes, by phase: medians in milliseconds. ``--clock thread`` counts the processor's time of
 this thread in place of the wall's, which other work on the machine hardly touches; set ``OMP_NUM_THREADS=1`` for it.
 
-``--stock`` measures vLLM itself in the same way, without this plugin: an autoregressive Llama of llada-mini's shape
-with random weights, whose steps have one row a request.
-
     python benchmarks/bench_step_overhead.py --model CHECKPOINT --running 1 8 32
 """
 
 import argparse
-import json
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-if "--stock" in sys.argv:
-    os.environ["VLLM_PLUGINS"] = ""
 
 import numpy as np
 import torch
@@ -63,7 +55,7 @@ class Phases:
             "schedule": (core.scheduler, "schedule"),
             "prepare inputs": (runner, "prepare_inputs"),
             "pages, slots": (runner, "prepare_attn"),
-            "attention's metadata": (getattr(runner, "model_state", None), "prepare_attn"),
+            "attention's metadata": (runner.model_state, "prepare_attn"),
             "forward": (runner.model, "forward"),
             "logits": (runner.model, "compute_logits"),
             "sampler": (runner, "sample"),  # which asks for the logits
@@ -71,15 +63,13 @@ class Phases:
             "front end's output": (llm.llm_engine.output_processor, "process_outputs"),
         }
         self.clocks = {name: Clock(now) for name in owners}
-        owners = {name: own for name, own in owners.items() if hasattr(*own)}  # vLLM's own runner lacks some
         for name, (owner, attribute) in owners.items():
             setattr(owner, attribute, self.clocks[name].wrap(getattr(owner, attribute)))
 
     def take(self) -> dict[str, float]:
         """Milliseconds of each since the last call."""
         taken = {name: 1e3 * clock.seconds for name, clock in self.clocks.items()}
-        if "sampler" in taken:
-            taken["sampler"] -= taken["logits"]
+        taken["sampler"] -= taken["logits"]
         for clock in self.clocks.values():
             clock.seconds = 0.0
         return taken
@@ -95,7 +85,7 @@ def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) ->
         max_tokens=args.gen_length,
         ignore_eos=True,
         detokenize=False,
-        extra_args=None if args.stock else {"osdt_policy": "fixed_steps", "osdt_cache_mode": args.cache},
+        extra_args={"osdt_policy": "fixed_steps", "osdt_cache_mode": args.cache},
     )
     for index in range(running):
         prompt = {"prompt_token_ids": rng.integers(2, vocabulary - 2, args.prompt_length).tolist()}
@@ -111,28 +101,6 @@ def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) ->
     return steps[1:]  # the first step admits and allocates
 
 
-def write_llama(folder: str, config: dict[str, object]) -> None:
-    """The config of a Llama with the shape of a LLaDA checkpoint.
-
-    Args:
-        folder: Where to.
-        config: Of the LLaDA.
-    """
-    same = {
-        "hidden_size": "d_model",
-        "intermediate_size": "mlp_hidden_size",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "vocab_size": "embedding_size",
-        "max_position_embeddings": "max_sequence_length",
-    }
-    values = {own: config[name] for own, name in same.items()}
-    about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-    with open(os.path.join(folder, "config.json"), "w") as file:
-        json.dump({**about, **values}, file)
-
-
 def main() -> None:
     """Parse arguments, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,7 +109,6 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=32)
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
-    parser.add_argument("--stock", action="store_true", help="measure vLLM without this plugin")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="the wall's, or the processor's of a thread")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", default=None, help="append JSON lines to this file")
@@ -151,21 +118,9 @@ def main() -> None:
 
         args.model = model_path("llada-mini")
 
-    with tempfile.TemporaryDirectory() as folder:
-        path, load_format = args.model, "auto"
-        if args.stock:
-            with open(os.path.join(args.model, "config.json")) as file:
-                write_llama(folder, json.load(file))
-            path, load_format = folder, "dummy"
-        llm = LLM(
-            model=path,
-            load_format=load_format,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            max_num_seqs=max(args.running),
-            max_model_len=256,
-            enforce_eager=args.stock,  # else vLLM compiles the Llama
-        )
+    llm = LLM(
+        model=args.model, skip_tokenizer_init=True, dtype="float32", max_num_seqs=max(args.running), max_model_len=256
+    )
     phases = Phases(llm, CLOCKS[args.clock])
     record = environment(dtype="float32", threads=torch.get_num_threads())
     print(record)
@@ -186,7 +141,6 @@ def main() -> None:
             {
                 **record,
                 "bench": "step_overhead",
-                "is_stock": args.stock,
                 "model": os.path.basename(args.model.rstrip("/")),
                 "running": running,
                 "cache": args.cache,
