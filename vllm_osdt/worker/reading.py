@@ -76,9 +76,9 @@ class PolicyReader:
     ) -> torch.Tensor:
         """As :meth:`read`, of one policy."""
         policy, states = adjusted.policy, self._states
-        num_requests, num_rows = adjusted.rows.shape[0], read.rows.shape[0]
+        num_requests, num_rows = adjusted.requests.rows.shape[0], read.rows.shape[0]
         reading = torch.zeros(num_requests, width, MAX_READINGS, device=states.device)
-        slots = adjusted.slots[read.request]
+        slots = adjusted.requests.slots[read.request]
         num_before = num_kept = policy.num_steps_before if policy.reads_step_before else 0
         if policy.verifies:  # only a sample is compared with what it was drawn from
             num_kept = num_before if batch.temperature is not None else 0
@@ -109,7 +109,7 @@ class PolicyReader:
                 states.constants[slot],
                 states.policy_memory[slot, offset, : policy.memory_size],
                 reading[read.request[part], read.offset[part]],
-                adjusted.step_index[read.request[part]],
+                adjusted.requests.step_index[read.request[part]],
                 tuple(before[1:]),
                 states.policy_carry[slot],
                 None if batch.temperature is None else batch.temperature[rows],
