@@ -49,7 +49,7 @@ def best(score: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
 
     Args:
         score: [num_blocks, block_length] fp32, any strides; NaN counts as -1, as in ``unmask``.
-        number: [num_blocks] int64, how many.
+        number: [num_blocks], how many; whole numbers of any dtype.
 
     Returns:
         [num_blocks, block_length] bool.
@@ -59,6 +59,15 @@ def best(score: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     order = score.nan_to_num(nan=-1.0).argsort(dim=1, descending=True, stable=True)
     is_first = torch.arange(score.shape[1], device=score.device) < number.unsqueeze(1)
     return torch.empty_like(is_first).scatter_(1, order, is_first)
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """How many positions come before each one, int64 [num_blocks, block_length]; arguments as of :func:`best`."""
+    if score.device.type == "cpu":
+        return cpu.ranks(score)
+    order = score.nan_to_num(nan=-1.0).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
 
 
 def choose(

@@ -330,7 +330,7 @@ def _grids(
 def best(score: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """See ``adjusting.best``."""
     is_best = np.empty(score.shape, np.bool_)
-    _best(score.numpy(), number.numpy(), is_best)
+    _best(score.numpy(), number.long().numpy(), is_best)
     return torch.from_numpy(is_best)
 
 
@@ -346,6 +346,26 @@ def _best(score: np.ndarray, number: np.ndarray, is_best: np.ndarray) -> None:
                 if not is_best[row, k] and (choice < 0 or value > largest):
                     choice, largest = k, value
             is_best[row, choice] = True
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """See ``adjusting.ranks``."""
+    found = np.empty(score.shape, np.int64)
+    _ranks(score.numpy(), found)
+    return torch.from_numpy(found)
+
+
+@compiled("(f4[:, :], i8[:, :])")
+def _ranks(score: np.ndarray, found: np.ndarray) -> None:
+    """Fills the last."""
+    for row in range(score.shape[0]):
+        for k in range(score.shape[1]):
+            value = -ONE if np.isnan(score[row, k]) else score[row, k]
+            found[row, k] = 0
+            for other in range(k):
+                before = -ONE if np.isnan(score[row, other]) else score[row, other]
+                found[row, k] += before >= value
+                found[row, other] += value > before
 
 
 def choose(

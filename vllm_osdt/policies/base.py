@@ -10,6 +10,7 @@ has :meth:`Policy.read`, which runs before both.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 from csrc_triton.types import CHOSEN as CHOSEN
 from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
-from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,7 @@ def best(score: "torch.Tensor", number: "torch.Tensor") -> "torch.Tensor":
 
     Args:
         score: float32 ``[R, W]``; NaN counts as -1, as in ``csrc_triton.unmask``.
-        number: int64 ``[R]``, how many.
+        number: ``[R]``, how many; whole numbers of any dtype.
 
     Returns:
         bool ``[R, W]``.
@@ -236,6 +237,28 @@ def best(score: "torch.Tensor", number: "torch.Tensor") -> "torch.Tensor":
     from csrc_triton import adjusting  # late: options are read without torch
 
     return adjusting.best(score, number)
+
+
+def ranks(score: "torch.Tensor") -> "torch.Tensor":
+    """How many positions come before each one, int64 ``[R, W]``; in the order of :func:`best`."""
+    from csrc_triton import adjusting  # late: options are read without torch
+
+    return adjusting.ranks(score)
+
+
+@lru_cache(maxsize=MAX_BLOCK_LENGTH)
+def places(width: int, device: "torch.device") -> "torch.Tensor":
+    """int64 ``[W]``, 0 and up; not to be written. Made once for a width."""
+    import torch  # late: options are read without it
+
+    return torch.arange(width, device=device)
+
+
+@lru_cache(maxsize=MAX_BLOCK_LENGTH)
+def distances(width: int, device: "torch.device") -> "torch.Tensor":
+    """int64 ``[W, W]``, of each position from each other; not to be written. Made once for a width."""
+    place = places(width, device)
+    return (place - place.unsqueeze(-1)).abs()
 
 
 class Cutter(Protocol):

@@ -56,9 +56,11 @@ class ReadRows(NamedTuple):
     """The logit rows that a policy reads, S of a step's M: those of its requests' masked positions.
 
     Attributes:
-        rows: int64 ``[S]``, which of the M.
+        rows: int64 ``[S]``, which of the M, ascending.
         request: int64 ``[S]``, whose each is: which of the policy's requests.
         offset: int64 ``[S]``, position in the active block.
+        slots: int64 ``[S]``, of the request of each.
+        step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
         shaped: Those of them whose logits are changed; None without any.
         shaped_at: int64: which of the S those are.
         shaped_np: The same on the host.
@@ -68,6 +70,8 @@ class ReadRows(NamedTuple):
     rows: torch.Tensor
     request: torch.Tensor
     offset: torch.Tensor
+    slots: torch.Tensor
+    step_index: torch.Tensor
     shaped: LogitRows | None
     shaped_at: torch.Tensor
     shaped_np: np.ndarray
@@ -691,9 +695,7 @@ class DenoisePlan(NamedTuple):
     @property
     def needs_logits(self) -> bool:
         """As ``DenoiseBatch.needs_logits``."""
-        reads = bool(self.modifiers) or any(
-            f"read_{number}_rows" in self.arrays for number in range(len(self.policies))
-        )
+        reads = bool(self.modifiers) or any(f"read_{number}" in self.arrays for number in range(len(self.policies)))
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
@@ -763,19 +765,21 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
         for number in modifiers:
             is_modified = (row_req < num_requests) & (modifies[np.minimum(row_req, num_requests - 1)] >> number & 1 > 0)
             which = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
-            of_rows = {"rows": which, "slots": row_slots[which], "offset": row_pos[which], "step": step[row_req[which]]}
-            arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
+            of_rows = (which, row_slots[which], row_pos[which], step[row_req[which]])
+            arrays[f"modified_{number}"] = np.stack(of_rows)
         for number in range(len(policies)):
             of_policy = of_policies[f"adjusted_{number}"][0]
             if reads[of_policy].any():
                 request_of = np.full(all_slots.size, -1)
                 request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
                 which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
-                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = which, request_of[row_req[which]]
-                arrays[f"read_{number}_offset"] = row_pos[which]
+                owner = row_req[which]
+                arrays[f"read_{number}"] = np.stack(
+                    (which, request_of[owner], row_pos[which], row_slots[which], step[owner])
+                )
                 if rows.span.size and policies[number].verifies:
-                    arrays[f"read_{number}_verified"] = rows.is_verified[row_req[which]]
-                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[which]])
+                    arrays[f"read_{number}_verified"] = rows.is_verified[owner]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[owner])
                 which = which[arrays[f"read_{number}_at"]]
                 read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
     asks_entropy = host.by_entropy[all_slots]
@@ -1013,12 +1017,7 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         scored=_logit_rows("scored", plan.scored_slots, plan.arrays, sent),
         num_scores=plan.num_scores,
         asking=sent.get("asking"),
-        modified=tuple(
-            ModifiedRequests(
-                number, *(sent[f"modified_{number}_{name}"] for name in ("rows", "slots", "offset", "step"))
-            )
-            for number in plan.modifiers
-        ),
+        modified=tuple(_modified(number, sent[f"modified_{number}"]) for number in plan.modifiers),
         drafting=_draft_rows(plan, sent),
     )
 
@@ -1033,13 +1032,19 @@ def _draft_rows(plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DraftRow
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
     read = None
-    if f"read_{number}_rows" in sent:
-        rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
+    if f"read_{number}" in sent:
+        rows, request, offset, slots, step_index = sent[f"read_{number}"].unbind()
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
         at = sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"]
-        read = ReadRows(rows, request, offset, shaped, *at, sent.get(f"read_{number}_verified"))
+        read = ReadRows(rows, request, offset, slots, step_index, shaped, *at, sent.get(f"read_{number}_verified"))
     requests = _policy_requests(sent[f"adjusted_{number}"], plan.first_slots[number])
     return AdjustedRows(policy, requests, read, sent.get(f"adjusted_span_{number}"))
+
+
+def _modified(number: int, found: torch.Tensor) -> ModifiedRequests:
+    """The rows of a modifier."""
+    rows, slots, offset, step_index = found.unbind()
+    return ModifiedRequests(number, rows, slots, offset, step_index)
 
 
 def _policy_requests(found: torch.Tensor, first_slot: int = -1) -> PolicyRequests:
