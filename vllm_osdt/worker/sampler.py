@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -29,6 +29,21 @@ from vllm_osdt.worker.slots import NUMBERS, CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch, PolicyRequests
 
 Readings = Sequence[torch.Tensor | None]  # of each policy that adjusts a step
+
+
+class Numbers(NamedTuple):
+    """What policies keep of some requests, rows of ``CanvasStates.policy_numbers`` and parts of these."""
+
+    all: torch.Tensor  # float32 [R, sum(NUMBERS)]
+    constants: torch.Tensor
+    state: torch.Tensor
+    carry: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "Numbers":
+        """The parts of some rows."""
+        constants, state, carry = rows.split(NUMBERS, dim=1)
+        return cls(rows, constants, state, carry)
 
 
 class CanvasSampler:
@@ -62,7 +77,8 @@ class CanvasSampler:
         )
         self._confidence, self._unmask, *_ = implementations(states.device)
         self._nothing: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._places = torch.empty(0, dtype=torch.int64, device=states.device)
+        self._places: dict[int, torch.Tensor] = {}
+        self._numbers: dict[tuple[int, int], Numbers] = {}
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -266,11 +282,11 @@ class CanvasSampler:
         states, width = self.states, batch.blocks.canvas_index.shape[1]
         # A request that edits has logits of written positions too, which the grids leave out.
         found = grids(proposals, states.masked, batch.blocks.slots, width)
-        parameter = batch.rules.parameter.clone()
-        steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
+        parameter = batch.rules.parameter
+        steps: list[tuple[AdjustedRows, Step, Numbers]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
             requests = adjusted.requests
-            numbers = requests.take(states.policy_numbers)
+            numbers = self._numbers_of(requests)
             step = self._step(batch, adjusted, numbers, found, parameter, reading)
             adjusted.policy.adjust(step)
             if step.score is not found.score:
@@ -283,18 +299,18 @@ class CanvasSampler:
         if any(one.policy.verifies for one in batch.adjusted):
             proposals.token.copy_(proposals.of_grid(found.token))
             batch, drafted = self._without_drafted(batch, steps)
-        allowed, rules = found.score, batch.rules._replace(parameter=parameter)
+        allowed, rules = found.score, batch.rules
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(found.token, allowed, rules)
         # Positions without logits are as good as none.
-        changed = Proposals(self._all_places(allowed.numel()), found.token.view(-1), allowed.reshape(-1))
+        changed = Proposals(self._all_places(allowed.numel()), found.token.view(-1), allowed.view(-1))
         canvas, _, result = self._unmask_and_confirm(batch, changed, rules, proposals)
         for adjusted, step, numbers in steps:
             policy, requests = adjusted.policy, adjusted.requests
             if policy.observes:
                 after = requests.take(states.masked)[:, :width]
                 policy.observe(step, self._own(found.masked, requests) ^ after)
-            requests.put(states.policy_numbers, numbers)
+            requests.put(states.policy_numbers, numbers.all)
             if policy.memory_size:
                 requests.put(states.policy_memory[:, :width, : policy.memory_size], step.memory)
             if step.verification is not None:
@@ -303,9 +319,21 @@ class CanvasSampler:
 
     def _all_places(self, number: int) -> torch.Tensor:
         """int64 ``[number]``, 0 and up: the positions of proposals that are a grid."""
-        if self._places.shape[0] < number:
-            self._places = torch.arange(number, device=self.states.device)
-        return self._places[:number]
+        known = self._places.get(number)
+        if known is None:
+            known = self._places[number] = torch.arange(number, device=self.states.device)
+        return known
+
+    def _numbers_of(self, requests: PolicyRequests) -> Numbers:
+        """The numbers of some requests; parts of the table itself are made once, since they stay where they are."""
+        first, table = requests.first_slot, self.states.policy_numbers
+        key = first, requests.slots.shape[0]
+        known = self._numbers.get(key) if first >= 0 else None
+        if known is None:
+            known = Numbers.of(requests.take(table))
+            if first >= 0:
+                self._numbers[key] = known
+        return known
 
     @staticmethod
     def _own(grid: torch.Tensor, requests: PolicyRequests) -> torch.Tensor:
@@ -313,7 +341,7 @@ class CanvasSampler:
         return grid if requests.rows.shape[0] == grid.shape[0] else grid.index_select(0, requests.rows)
 
     def _without_drafted(
-        self, batch: DenoiseBatch, steps: Sequence[tuple[AdjustedRows, Step, torch.Tensor]]
+        self, batch: DenoiseBatch, steps: Sequence[tuple[AdjustedRows, Step, Numbers]]
     ) -> tuple[DenoiseBatch, torch.Tensor]:
         """The step without the requests that have it verified first, which decide nothing; and ``Decision.drafted``."""
         blocks = batch.blocks
@@ -354,7 +382,8 @@ class CanvasSampler:
             slots, rows = requests.slots, requests.rows
             numbers = states.policy_numbers.index_select(0, slots)
             numbers[:, :MAX_CONSTANTS] = states.cut_constants.index_select(0, slots)
-            step = self._step(batch, CutRows(cutter, requests), numbers, found, batch.rules.parameter)
+            own = CutRows(cutter, requests)
+            step = self._step(batch, own, Numbers.of(numbers), found, batch.rules.parameter)
             length = cutter.cut(step).clamp(1, width).to(torch.int32)
             states.block_limit[slots] = length
             states.masked[slots, :width] &= place < length[:, None]
@@ -365,7 +394,7 @@ class CanvasSampler:
         self,
         batch: DenoiseBatch,
         of: AdjustedRows | CutRows,
-        numbers: torch.Tensor,
+        numbers: Numbers,
         found: Grids,
         parameter: torch.Tensor,
         reading: torch.Tensor | None = None,
@@ -375,7 +404,7 @@ class CanvasSampler:
         Args:
             batch: The step.
             of: The requests.
-            numbers: float32 ``[R, sum(NUMBERS)]``, of them, as ``CanvasStates.policy_numbers`` has them.
+            numbers: Of them.
             found, parameter: Of the whole batch. Where all of its requests are meant, the step has these themselves.
             reading: See ``policies.Step``.
         """
@@ -401,19 +430,18 @@ class CanvasSampler:
             none = requests.slots.new_zeros(num_requests, 2)
             span = none if of.span is None else of.span
             verification = Verification(span, none.clone(), batch.rules.min_unmask[requests.rows])
-        constants, state, carry = numbers.split(NUMBERS, dim=1)
         return Step(
             score=score,
             parameter=parameter,
-            constants=constants,
-            state=state,
+            constants=numbers.constants,
+            state=numbers.state,
             step_index=requests.step_index,
             confidence=confidence,
             token=token,
             is_open=is_open,
             memory=memory,
             reading=reading,
-            carry=carry,
+            carry=numbers.carry,
             block_index=requests.block_index,
             num_left=requests.num_left,
             num_positions=requests.num_positions,

@@ -179,7 +179,7 @@ class DenoiseBatch:
         blocks: The active blocks; those that denoise nothing have the last row of ``CanvasStates.masked``.
         position: int64 ``[M]``, index into ``[R, W]`` of each logits row: of masked positions, and of those that may be
             edited.
-        rules: By which each block is unmasked.
+        rules: By which each block is unmasked; policies that adjust the step overwrite parameters.
         temperature: float32 ``[M]``, or None when all are 0.
         noise_key: int64 ``[M]``, or None likewise.
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
