@@ -131,6 +131,7 @@ class Bench:
         self.llm = LLM(
             model=model,
             dtype=args.dtype,
+            skip_tokenizer_init=not (Path(model) / "tokenizer_config.json").exists(),
             max_num_seqs=args.concurrency,
             max_num_batched_tokens=args.max_num_batched_tokens,
             additional_config={"osdt": {"profile_dir": "", "drift": "off", **operator}},

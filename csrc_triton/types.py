@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     import torch
 
 NO_CONFIDENCE = -2.0  # of a position without logits: below every other, and below NaN, which counts as -1
+CHOSEN = 2.0  # score of a position that a policy has chosen: above every confidence
 ENTROPY_SCALE = 32.0  # above the entropy of any vocabulary, in nats
 UNCERTAINTY_UNITS = 1 << 24  # in 1; an uncertainty 1 - c in fp32 is a whole number of them
 

@@ -16,7 +16,7 @@ from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
+from vllm_osdt.policies.base import Policy, Schedule, Step, constant, places
 from vllm_osdt.policies.entropy_threshold import EntropyThresholdOptions
 
 
@@ -74,7 +74,7 @@ class MultiBlock(Policy):
         """Choose what passes in the parts that take part, and the surest position of those that are fully active."""
         import torch  # late: options are read without it
 
-        place = torch.arange(step.score.shape[1], device=step.score.device)
+        place = places(step.score.shape[1], step.score.device)
         part = place // step.constants[:, :1].long()  # [R, W]
         is_in = part.unsqueeze(1) == place.view(1, -1, 1)  # [R, parts, W], of more parts than there are
         size = is_in.sum(dim=2)
@@ -84,7 +84,7 @@ class MultiBlock(Policy):
         # A part takes part only if all before it do.
         enters = (before >= step.constants[:, 1:2]).cummin(dim=1).values
         is_full = (before >= step.constants[:, 2:3]).cummin(dim=1).values
-        score = step.confidence.nan_to_num(nan=-1.0)
+        score = step.confidence
         takes_part = enters.gather(1, part) & step.is_open
         of_part = torch.where(is_in & takes_part.unsqueeze(1), score.unsqueeze(1), -torch.inf)  # [R, parts, W]
         surest = of_part.argmax(dim=2)  # [R, parts], the first among equals
