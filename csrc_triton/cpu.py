@@ -19,6 +19,7 @@ from csrc_triton.types import (
     NO_CONFIDENCE,
     UNCERTAINTY_UNITS,
     Blocks,
+    Grids,
     Proposals,
     Rule,
     Rules,
@@ -290,12 +291,12 @@ def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32, min_un
     return num_accepted
 
 
-def grids(proposals: Proposals, masked: torch.Tensor, slots: torch.Tensor, block_length: int) -> list[torch.Tensor]:
+def grids(proposals: Proposals, masked: torch.Tensor, slots: torch.Tensor, block_length: int) -> Grids:
     """See ``adjusting.grids``."""
     shape = slots.shape[0], block_length
     found = [np.empty(shape, dtype) for dtype in (np.int64, np.float32, np.float32, np.bool_, np.bool_)]
     _grids(*map(torch.Tensor.numpy, (*proposals, masked, slots)), *found)
-    return [torch.from_numpy(one) for one in found]  # less work than empty tensors and their arrays
+    return Grids(*map(torch.from_numpy, found))  # less work than empty tensors and their arrays
 
 
 @compiled("(i8[:], i8[:], f4[:], b1[:, :], i8[:], i8[:, :], f4[:, :], f4[:, :], b1[:, :], b1[:, :])")

@@ -101,6 +101,21 @@ class Proposals(NamedTuple):
         return grid.reshape(-1).index_select(0, self.position.clamp(max=grid.numel() - 1))
 
 
+class Grids(NamedTuple):
+    """A step's proposals by position, [num_blocks, block_length] each, all tensors of their own."""
+
+    token: "torch.Tensor"
+    """int64, 0 without logits."""
+    confidence: "torch.Tensor"
+    """fp32, of masked positions that have logits, -1 for NaN; ``NO_CONFIDENCE`` elsewhere."""
+    score: "torch.Tensor"
+    """The same."""
+    is_open: "torch.Tensor"
+    """bool, masked positions that have logits."""
+    masked: "torch.Tensor"
+    """bool, masked positions."""
+
+
 class Rules(NamedTuple):
     """By which rule each block is unmasked."""
 

@@ -14,9 +14,10 @@ import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from csrc_triton import Proposals, Rules, UnmaskResult, implementations
-from csrc_triton.adjusting import Grids, grids
+from csrc_triton.adjusting import grids
 from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
+from csrc_triton.types import Grids
 from vllm_osdt.policies import Step
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, Verification
 from vllm_osdt.worker.drafting import read_states, verify_and_draft
