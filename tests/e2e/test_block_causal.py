@@ -170,6 +170,32 @@ def test_few_rows_and_pages_verify_fewer_positions(checkpoint, start_llm, networ
 
 
 @pytest.mark.parametrize(
+    "own",
+    [
+        {"policy": "s2d2", "verify_router": "span"},
+        {"policy": "freedave", "freedave_base": "threshold", "threshold": 0.3, "freedave_drafts": 12},
+    ],
+    ids=lambda own: own["policy"],
+)
+def test_requests_wait_for_pages_of_branches_in_place_of_preempting_each_other_again_and_again(llm, own):
+    rng, params, sched = random.Random(6), sampling(64, block_length=16, **own), scheduler(llm)
+    prompts = [[rng.randrange(8, 100) for _ in range(number)] for number in (30, 45, 20, 60)]
+    alone = [generate(llm, [prompt], params)[0] for prompt in prompts]
+    pool, waited, preempted, preempt = sched.kv_cache_manager.block_pool, [], [], sched._preempt_request
+    others = pool.get_new_blocks(pool.get_num_free_blocks() - 21)  # one request has 4 pages, and 15 for its branches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sched, "_preempt_request", lambda *args, **own: (preempted.append(1), preempt(*args, **own))[1])
+        req_ids = [submit(llm, prompt, params) for prompt in prompts]
+        finished = drive(llm, lambda step: waited.extend(sched._lacking))
+    together = [finished[req_id] for req_id in req_ids]
+    pool.free_blocks(others)
+    assert tokens(together) == tokens(alone)
+    assert len(waited) > 20 and len(preempted) < 20
+    assert sum(map(nfe, together)) < 1.2 * sum(map(nfe, alone))
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize(
     ("own", "name"),
     [
         ({"repetition_penalty": 1.2}, "repetition_penalty"),
