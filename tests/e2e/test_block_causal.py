@@ -584,6 +584,21 @@ def test_behind_the_end_of_thinking_blocks_are_others_as_in_a_plain_loop(llm, th
     assert_preemption_changes_nothing(llm, jobs)
 
 
+def test_an_end_of_thinking_is_no_early_end_of_the_output(llm, thinking):
+    """Without tokens that end the output, the guard of ``confidence_adaptive`` keeps nothing back."""
+    asked = [(job.prompt, job.params.clone()) for job, given in thinking if given and not job.params.stop_token_ids]
+    for _, params in asked:
+        params.extra_args |= {"osdt_policy": "confidence_adaptive", "osdt_threshold": 0.2, "osdt_end_after": 0.0}
+    found = [generate(llm, *zip(*asked, strict=True))]
+    for _, params in asked:
+        params.extra_args["osdt_end_after"] = 1.0
+    found.append(generate(llm, *zip(*asked, strict=True)))
+    assert len(asked) >= 6 and tokens(found[0]) == tokens(found[1])
+    assert [vllm_osdt.describe(one)["trace"] for one in found[0]] == [
+        vllm_osdt.describe(one)["trace"] for one in found[1]
+    ]
+
+
 def test_a_request_that_thinks_ends_while_new_ones_are_held_back(llm, thinking):
     """As a pause does that waits for what runs."""
     job, _ = next(one for one in thinking if 0 < one[1].stop < len(one[0].decoded.tokens) and one[1])

@@ -137,7 +137,7 @@ class BranchPool:
         return True
 
     def _would_evict(self, number: int) -> bool:
-        """Whether one of the next pages is in the prefix cache; vLLM's queue of free ones has those behind the others."""
+        """Whether one of the next pages is in the prefix cache; vLLM takes those behind all others."""
         block = self._pool.free_block_queue.fake_free_list_head
         for _ in range(number):
             block = block.next_free_block

@@ -403,7 +403,7 @@ class CanvasScheduler(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _plan_step(self, request: Request) -> bool:
-        """Set which rows of a running request are next; False when they must wait for room, or for pages of branches."""
+        """Set which rows of a running request are next; False when it must wait, for room or for pages of branches."""
         rows = self._next_rows(request)
         if rows is not None and not self._has_pages(request, rows):
             self._lacking.append(request)

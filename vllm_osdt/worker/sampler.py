@@ -409,7 +409,7 @@ class CanvasSampler:
             block_index=of.block_index,
             num_left=of.num_left,
             num_positions=of.num_positions,
-            end_token_ids=own[4],
+            end_token_ids=own[4][:, 1:],  # without the one that ends thinking
             tensors={} if policy is None else states.policy_tensors.get(policy.name, {}),
             verification=verification,
         )
