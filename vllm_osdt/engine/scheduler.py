@@ -155,6 +155,9 @@ class CanvasScheduler(Scheduler):
         if self._lacking and not self._rows:
             self._have_one_preempt()
         output = super().schedule(throttle_prefills)
+        audits = self._auditor.running
+        if audits and self.running and self.running[-1].request_id not in audits:  # an answer has begun behind it
+            self.running.sort(key=lambda one: one.request_id in audits)
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
@@ -218,15 +221,19 @@ class CanvasScheduler(Scheduler):
     def _admit_audits(self) -> None:
         """Have one audit run while no request waits; stop it when one does.
 
-        It is then the last request of those that run, the first that vLLM preempts.
+        It is then the last request of those that run, the first that vLLM preempts. Requests that wait for the step
+        that begins their answer had their place, and have it again.
         """
         running = self._auditor.running
         num_running, num_waiting = self.get_request_counts()
-        if num_waiting:
+        num_answering = sum(req_id in self.requests for req_id in self._ended_thinking)
+        self._ended_thinking.clear()
+        if num_waiting > num_answering or self._lacking:
             self._stop_audits()
         elif (
             self._auditor.num_waiting
             and not running
+            and not num_answering
             and num_running < self.max_num_running_reqs
             and self.pause_state == PauseState.UNPAUSED
         ):
