@@ -103,6 +103,11 @@ def test_chat_without_max_tokens_is_served(server: Server) -> None:
         ({"bad_words": ["def two"]}, ["bad_words", "'def two'", "one token"]),
         ({"bad_words": ["def two"], "stream": True}, ["bad_words", "'def two'", "one token"]),
         ({"structured_outputs": {"choice": ["A", "B"]}, "ignore_eos": True}, ["ignore_eos", "document"]),
+        (
+            {"osdt_answer_block_length": 1, "osdt_think_end_token": 9, "osdt_check_prompt": [8, 0], "stream": True},
+            ["check_prompt", "a token that ends the output"],
+        ),
+        ({"osdt_answer_block_length": 1, "osdt_think_end_token": 0, "stream": True}, ["token 0 ends the output"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )

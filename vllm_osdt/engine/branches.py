@@ -8,6 +8,7 @@ all such requests, those that have branches in a step have them, in turns, and o
 """
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 from vllm_osdt.engine.canvas_plan import Rows
@@ -138,12 +139,8 @@ class BranchPool:
 
     def _would_evict(self, number: int) -> bool:
         """Whether one of the next pages is in the prefix cache; vLLM takes those behind all others."""
-        block = self._pool.free_block_queue.fake_free_list_head
-        for _ in range(number):
-            block = block.next_free_block
-            if block.block_hash is not None:
-                return True
-        return False
+        next_pages = islice(self._pool.free_block_queue.iter_blocks_after(None), number)
+        return any(page.block_hash is not None for page in next_pages)
 
     def release(self, req_id: str) -> None:
         """A request gives its pages back."""
