@@ -147,11 +147,16 @@ def test_pages_of_verifications_are_given_back_when_their_requests_are_aborted(l
     assert_idle(llm)
 
 
-def test_few_rows_and_pages_verify_fewer_positions(checkpoint, start_llm, network):
-    """A step has room for the first positions of a block of 16 alone; tokens are the same at every span."""
+@pytest.fixture(scope="module")
+def slim_llm(checkpoint, start_llm):
+    """An engine whose steps have room for two blocks of 16."""
     engine = {**ENGINE, "max_num_batched_tokens": 32, "max_num_seqs": 4, "num_gpu_blocks_override": 14}
-    llm = start_llm(checkpoint, **engine)
-    rng = random.Random(6)
+    return start_llm(checkpoint, **engine)
+
+
+def test_few_rows_and_pages_verify_fewer_positions(slim_llm, network):
+    """A step has room for the first positions of a block of 16 alone; tokens are the same at every span."""
+    llm, rng = slim_llm, random.Random(6)
     prompts = [[rng.randrange(8, 100) for _ in range(number)] for number in (3, 20, 40)]
     lengths, schedule = [], scheduler(llm).schedule
 
@@ -582,6 +587,19 @@ def test_behind_the_end_of_thinking_blocks_are_others_as_in_a_plain_loop(llm, th
     assert_one_batch_is_right(llm, jobs)
     assert_company_changes_nothing(llm, jobs, num_alone=8)
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_what_an_answer_reads_before_it_begins_is_no_forward_of_its_own(slim_llm, thinking):
+    """Its prompt, and what it thought, take several steps there, beside those of the plain loop."""
+    jobs, steps = [job for job, given in thinking if given.stop + len(job.prompt) > 48], []
+    assert len(jobs) >= 4
+    for job in jobs:
+        req_id = submit(slim_llm, job.prompt, job.params)
+        finished = drive(slim_llm, steps.append)
+        assert list(finished[req_id].token_ids) == job.decoded.tokens
+        assert nfe(finished[req_id]) == job.decoded.nfe
+    assert len(steps) > sum(job.decoded.nfe for job in jobs) + 2 * len(jobs)
+    assert_idle(slim_llm)
 
 
 def test_an_end_of_thinking_is_no_early_end_of_the_output(llm, thinking):

@@ -215,7 +215,7 @@ def _check_early(check_early: Any, engine: Any, prompt: Any, params: Any, lora_r
 
 
 def _with_ends(engine: Any, params: Any) -> Any:
-    """A copy of sampling parameters with what ends the output, EOS and the checkpoint's other tokens, as vLLM adds it."""
+    """A copy of sampling parameters with what ends the output, EOS and the checkpoint's others, as vLLM adds it."""
     own, params = params, copy(params)
     params.stop_token_ids, params._all_stop_token_ids = list(own.stop_token_ids or ()), set(own.all_stop_token_ids)
     fields = engine.input_processor.generation_config_fields
