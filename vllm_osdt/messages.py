@@ -260,6 +260,7 @@ class StepReport:
         ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
         weights: That the rank had by the end of the step.
         drafted: Positions that the step has drafted and the next one is to verify, by id.
+        takes_branches: Whether the rank's attention can compute further branches; vLLM chooses it there.
     """
 
     entries: list[tuple[str, int, float]] = field(default_factory=list)
@@ -269,6 +270,7 @@ class StepReport:
     ran_ahead: dict[str, bool] = field(default_factory=dict)
     weights: HeldWeights = field(default_factory=HeldWeights)
     drafted: dict[str, Span] = field(default_factory=dict)
+    takes_branches: bool = True
 
 
 def join_traces(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,17 @@ class Server:
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
 
 
+def has_shut_down(status: int, log: str) -> bool:
+    """Whether a server that was interrupted has ended as it should, by its exit status and its log.
+
+    vLLM, once its engine has ended, asks for the command line of whoever holds its port. That may be this engine, which
+    nobody has waited for yet.
+    """
+    has_met_its_engine = status == 1 and "".join(log.splitlines()[-1:]).startswith("psutil.ZombieProcess")
+    is_clean = status in (0, -signal.SIGINT, 128 + signal.SIGINT) or has_met_its_engine
+    return is_clean and "EngineDeadError" not in log
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:

@@ -143,6 +143,33 @@ def test_what_clients_get_and_how_long_they_wait_for_a_place_is_as_without(llm, 
     assert_idle(llm)
 
 
+def test_an_audit_goes_on_while_a_request_begins_its_answer(llm, monkeypatch):
+    """The request waits for one step, but its place is its own; the audit stays the first to be preempted."""
+    calibrate(llm, "beside")
+    sched, [problem, other] = scheduler(llm), problems_of("code", "held_out", 2, seed=15)
+    finish_audits(llm)
+    prompt = llm.get_tokenizer().encode(problem.prompt)
+    [plain] = generate(llm, [prompt], sampling(96, threshold=0.99, **STATIC))
+    latest = max(plain.token_ids, key=list(plain.token_ids).index)
+    own = {"threshold": 0.99, "answer_block_length": 1, "think_end_token": latest}
+    params = sampling(96, **STATIC, **own)
+    [expected] = generate(llm, [prompt], params)
+    decode(llm, [other], task="beside", **OPTIONS)
+    req_id, beside, begin_answer = submit(llm, prompt, params), [], sched._begin_answer
+    monkeypatch.setattr(sched, "_begin_answer", lambda one: beside.append(sched._auditor.running) or begin_answer(one))
+
+    def look(step):
+        if beside and req_id in {one.request_id.rpartition("-")[0] for one in sched.running}:
+            beside.append([one.request_id for one in sched.running])
+
+    finished = drive(llm, look)
+    assert list(finished[req_id].token_ids) == list(expected.token_ids)
+    [audit] = beside[0]  # it has begun, while the request thinks
+    assert beside[1][-1] == audit and len(beside[1]) == 2
+    finish_audits(llm)
+    assert_idle(llm)
+
+
 def test_answers_that_get_worse_without_a_change_of_confidence_are_noticed(llm, caplog):
     profile = calibrate(llm, "unseen", "multiple_choice")
     # What these requests did not show: as if none of them had had a wrong proposal.

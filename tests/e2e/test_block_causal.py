@@ -147,11 +147,16 @@ def test_pages_of_verifications_are_given_back_when_their_requests_are_aborted(l
     assert_idle(llm)
 
 
-def test_few_rows_and_pages_verify_fewer_positions(checkpoint, start_llm, network):
-    """A step has room for the first positions of a block of 16 alone; tokens are the same at every span."""
+@pytest.fixture(scope="module")
+def slim_llm(checkpoint, start_llm):
+    """An engine whose steps have room for two blocks of 16."""
     engine = {**ENGINE, "max_num_batched_tokens": 32, "max_num_seqs": 4, "num_gpu_blocks_override": 14}
-    llm = start_llm(checkpoint, **engine)
-    rng = random.Random(6)
+    return start_llm(checkpoint, **engine)
+
+
+def test_few_rows_and_pages_verify_fewer_positions(slim_llm, network):
+    """A step has room for the first positions of a block of 16 alone; tokens are the same at every span."""
+    llm, rng = slim_llm, random.Random(6)
     prompts = [[rng.randrange(8, 100) for _ in range(number)] for number in (3, 20, 40)]
     lengths, schedule = [], scheduler(llm).schedule
 
@@ -166,6 +171,32 @@ def test_few_rows_and_pages_verify_fewer_positions(checkpoint, start_llm, networ
     for prompt, one in zip(prompts, got, strict=True):
         decoded = decode_s2d2(SDARView(network, 16), prompt, Settings(router="span"), max_tokens=20)
         assert decoded.proposal_margin > MIN_MARGIN and list(one.token_ids) == decoded.tokens
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"policy": "s2d2", "verify_router": "span"},
+        {"policy": "freedave", "freedave_base": "threshold", "threshold": 0.3, "freedave_drafts": 12},
+    ],
+    ids=lambda own: own["policy"],
+)
+def test_requests_wait_for_pages_of_branches_in_place_of_preempting_each_other_again_and_again(llm, own):
+    rng, params, sched = random.Random(6), sampling(64, block_length=16, **own), scheduler(llm)
+    prompts = [[rng.randrange(8, 100) for _ in range(number)] for number in (30, 45, 20, 60)]
+    alone = [generate(llm, [prompt], params)[0] for prompt in prompts]
+    pool, waited, preempted, preempt = sched.kv_cache_manager.block_pool, [], [], sched._preempt_request
+    others = pool.get_new_blocks(pool.get_num_free_blocks() - 21)  # one request has 4 pages, and 15 for its branches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sched, "_preempt_request", lambda *args, **own: (preempted.append(1), preempt(*args, **own))[1])
+        req_ids = [submit(llm, prompt, params) for prompt in prompts]
+        finished = drive(llm, lambda step: waited.extend(sched._lacking))
+    together = [finished[req_id] for req_id in req_ids]
+    pool.free_blocks(others)
+    assert tokens(together) == tokens(alone)
+    assert len(waited) > 20 and len(preempted) < 20
+    assert sum(map(nfe, together)) < 1.2 * sum(map(nfe, alone))
     assert_idle(llm)
 
 
@@ -556,6 +587,34 @@ def test_behind_the_end_of_thinking_blocks_are_others_as_in_a_plain_loop(llm, th
     assert_one_batch_is_right(llm, jobs)
     assert_company_changes_nothing(llm, jobs, num_alone=8)
     assert_preemption_changes_nothing(llm, jobs)
+
+
+def test_what_an_answer_reads_before_it_begins_is_no_forward_of_its_own(slim_llm, thinking):
+    """Its prompt, and what it thought, take several steps there, beside those of the plain loop."""
+    jobs, steps = [job for job, given in thinking if given.stop + len(job.prompt) > 48], []
+    assert len(jobs) >= 4
+    for job in jobs:
+        req_id = submit(slim_llm, job.prompt, job.params)
+        finished = drive(slim_llm, steps.append)
+        assert list(finished[req_id].token_ids) == job.decoded.tokens
+        assert nfe(finished[req_id]) == job.decoded.nfe
+    assert len(steps) > sum(job.decoded.nfe for job in jobs) + 2 * len(jobs)
+    assert_idle(slim_llm)
+
+
+def test_an_end_of_thinking_is_no_early_end_of_the_output(llm, thinking):
+    """Without tokens that end the output, the guard of ``confidence_adaptive`` keeps nothing back."""
+    asked = [(job.prompt, job.params.clone()) for job, given in thinking if given and not job.params.stop_token_ids]
+    for _, params in asked:
+        params.extra_args |= {"osdt_policy": "confidence_adaptive", "osdt_threshold": 0.2, "osdt_end_after": 0.0}
+    found = [generate(llm, *zip(*asked, strict=True))]
+    for _, params in asked:
+        params.extra_args["osdt_end_after"] = 1.0
+    found.append(generate(llm, *zip(*asked, strict=True)))
+    assert len(asked) >= 6 and tokens(found[0]) == tokens(found[1])
+    assert [vllm_osdt.describe(one)["trace"] for one in found[0]] == [
+        vllm_osdt.describe(one)["trace"] for one in found[1]
+    ]
 
 
 def test_a_request_that_thinks_ends_while_new_ones_are_held_back(llm, thinking):

@@ -100,14 +100,18 @@ def random_request(rng, family, beginnings, profile):
     return prompt, params
 
 
+# Options that go with branches and verifications alike.
+KEPT = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
+KEPT += ("answer_block_length", "think_end_token", "check_prompt")
+
+
 def with_branches(index, family, params):
     """A request like another one, without what has no place beside verified drafts, and with those; and without them.
 
     The latter has the same tokens.
     """
     rng, params = random.Random(index), params.clone()
-    kept = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
-    params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in kept}
+    params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in KEPT}
     params.presence_penalty = params.frequency_penalty = 0.0
     params.repetition_penalty, params.logprobs, params.structured_outputs = 1.0, None, None
     length = params.extra_args.setdefault("osdt_block_length", 8)
@@ -125,9 +129,7 @@ def with_branches(index, family, params):
 def with_verification(index, params):
     """A request like another one, without what has no place beside verifications, and with those."""
     rng, params = random.Random(index), params.clone()
-    kept = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
-    kept += ("answer_block_length", "think_end_token", "check_prompt")
-    params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in kept}
+    params.extra_args = {name: one for name, one in params.extra_args.items() if name.removeprefix("osdt_") in KEPT}
     params.presence_penalty = params.frequency_penalty = 0.0
     params.repetition_penalty, params.structured_outputs = 1.0, None
     options = rng.choice(
@@ -217,7 +219,7 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
     preempted, preempt = [], scheduler(llm)._preempt_request
     scheduler(llm)._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
     answering, begin_answer = [], scheduler(llm)._begin_answer
-    scheduler(llm)._begin_answer = lambda request: (answering.append(1), begin_answer(request))[1]
+    scheduler(llm)._begin_answer = lambda request: (answering.append(request), begin_answer(request))[1]
     waiting, pieces, finished, aborted = list(range(NUM_REQUESTS)), {}, {}, set()
     while waiting or llm.llm_engine.has_unfinished_requests():
         if waiting and rng.random() < 0.6:
@@ -238,7 +240,9 @@ def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
             if output.finished:
                 finished[int(output.request_id)] = parts
     assert_idle(llm)
-    assert preempted and len(answering) >= 5 and finished.keys() | aborted == set(range(NUM_REQUESTS))
+    policies = {request.canvas_spec.options.policy for request in answering}
+    assert len(answering) >= 5 and {"freedave", *(["s2d2"] if family != "LLaDA" else [])} <= policies
+    assert preempted and finished.keys() | aborted == set(range(NUM_REQUESTS))
     has_ended = [
         parts[-1].finish_reason == "stop"
         for index, parts in finished.items()

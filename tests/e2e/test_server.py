@@ -3,6 +3,8 @@
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -10,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.serving import Server, serving
+from tests.e2e.serving import Server, has_shut_down, serving
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import TASKS, generate
 
@@ -103,6 +105,11 @@ def test_chat_without_max_tokens_is_served(server: Server) -> None:
         ({"bad_words": ["def two"]}, ["bad_words", "'def two'", "one token"]),
         ({"bad_words": ["def two"], "stream": True}, ["bad_words", "'def two'", "one token"]),
         ({"structured_outputs": {"choice": ["A", "B"]}, "ignore_eos": True}, ["ignore_eos", "document"]),
+        (
+            {"osdt_answer_block_length": 1, "osdt_think_end_token": 9, "osdt_check_prompt": [8, 0], "stream": True},
+            ["check_prompt", "a token that ends the output"],
+        ),
+        ({"osdt_answer_block_length": 1, "osdt_think_end_token": 0, "stream": True}, ["token 0 ends the output"]),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -315,12 +322,18 @@ def test_tokens_in_and_out_without_a_limit_have_the_models_usual_length(server: 
     assert refused.status_code == 400 and "did you mean 'osdt_threshold'" in refused.text
 
 
+def test_a_server_that_meets_its_ended_engine_has_shut_down() -> None:
+    """Its last words are those of psutil about a process that has ended and that nobody has waited for."""
+    meet = "import os, psutil, time; child = os.fork() or os._exit(0); time.sleep(0.2); psutil.Process(child).cmdline()"
+    ended = subprocess.run([sys.executable, "-c", meet], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and has_shut_down(1, ended.stderr)
+    assert not has_shut_down(1, "EngineDeadError\n" + ended.stderr) and not has_shut_down(2, ended.stderr)
+    assert not has_shut_down(1, ended.stderr + "RuntimeError: another") and not has_shut_down(1, "")
+    assert has_shut_down(-signal.SIGINT, "") and has_shut_down(0, "Bye.")
+
+
 def test_shutdown_is_clean(server: Server) -> None:
     """Last: it ends the server."""
     server.process.send_signal(signal.SIGINT)
     status = server.process.wait(timeout=60)
-    log = server.log.read_text()
-    # vLLM then asks for the command line of whoever holds its port, which may be its engine that has just ended.
-    has_met_its_engine = status == 1 and log.rstrip().splitlines()[-1].startswith("psutil.ZombieProcess")
-    assert status in (0, -signal.SIGINT, 128 + signal.SIGINT) or has_met_its_engine
-    assert "EngineDeadError" not in log
+    assert has_shut_down(status, server.log.read_text())

@@ -1,8 +1,7 @@
 """Who gets the rows and pages of further branches."""
 
-from types import SimpleNamespace
-
 import pytest
+from vllm.v1.core.block_pool import BlockPool
 
 from vllm_osdt.engine.branches import Brancher, BranchPool, share_rows, step_of
 from vllm_osdt.engine.canvas_plan import Rows
@@ -14,26 +13,20 @@ from vllm_osdt.policies.base import BlockStep, Branch
 PAGE = 8
 
 
-class Pool:
-    """vLLM's pool of pages, as far as it is used."""
-
-    def __init__(self, number):
-        self.num_gpu_blocks, self.free = number, list(range(1, number))
-
-    def get_num_free_blocks(self):
-        return len(self.free)
-
-    def get_new_blocks(self, number):
-        taken, self.free = self.free[:number], self.free[number:]
-        return [SimpleNamespace(block_id=one) for one in taken]
-
-    def free_blocks(self, blocks):
-        self.free += [block.block_id for block in blocks]
-
-
 @pytest.fixture
 def pages():
-    return Pool(11)
+    """vLLM's pool of eleven pages, one of them its own."""
+    return BlockPool(11, enable_caching=True, hash_block_size=PAGE)
+
+
+def numbers(pages):
+    """The free pages, those first that are taken first."""
+    return [block.block_id for block in pages.free_block_queue.get_all_free_blocks()]
+
+
+def nobody(req_id):
+    """Who is idle, where all requests have branches."""
+    return False
 
 
 @pytest.fixture
@@ -53,15 +46,46 @@ def test_a_branch_has_a_page_for_each_that_its_rows_lie_in(pool):
 
 def test_pages_are_held_until_they_are_given_back_and_never_more_than_needed(pool, pages):
     two = (Branch(8, 8), Branch(8, 8))
-    assert pool.hold("a", two) and pool.of_step("a", two) == BranchPages(two, [1, 2])
-    assert pool.hold("a", two[:1]) and len(pages.free) == 8
+    assert pool.hold("a", two, nobody) and pool.of_step("a", two) == BranchPages(two, [1, 2])
+    assert pool.hold("a", two[:1], nobody) and len(numbers(pages)) == 8
     assert pool.of_step("a", two[:1]) == BranchPages(two[:1], [1])
-    assert not pool.hold("b", [Branch(0, 64)], num_spared=1) and pool.holders == ["a"]
-    assert pool.hold("b", [Branch(0, 64)])
-    assert not pool.hold("a", (Branch(8, 24),)) and len(pages.free) == 0
-    assert pool.release_all(["b"]) and not pool.release_all(["b"])
+    assert not pool.hold_spare("b", [Branch(0, 64)], 1) and list(pool._held) == ["a"]
+    assert pool.hold_spare("b", [Branch(0, 64)], 0)
+    assert pool.release_spare() and not pool.release_spare() and len(numbers(pages)) == 8
+    assert pool.hold("b", [Branch(0, 64)], nobody) and not pool.release_spare()
+    assert not pool.hold("a", (Branch(8, 24),), nobody) and not numbers(pages)
+    pool.release("b")
     pool.release("a")
-    assert sorted(pages.free) == list(range(1, 11)) and not pool.holders
+    assert sorted(numbers(pages)) == list(range(1, 11)) and not pool._held
+
+
+def test_pages_that_tokens_depend_on_are_lent_by_requests_without_branches_in_the_step(pool, pages):
+    assert pool.hold("a", [Branch(0, 32)], nobody) and pool.hold("b", [Branch(0, 16)], nobody)
+    assert pool.hold_spare("c", [Branch(0, 8)], 0) and len(numbers(pages)) == 3
+    assert pool.hold("d", [Branch(0, 32)], lambda one: True)  # the spare one is enough
+    assert list(pool._held) == ["a", "b", "d"] and not numbers(pages)
+    assert not pool.hold("e", [Branch(0, 24)], lambda one: one == "b") and list(pool._held) == ["a", "b", "d"]
+    assert pool.hold("e", [Branch(0, 24)], lambda one: one == "a")
+    assert list(pool._held) == ["b", "d", "e"] and len(numbers(pages)) == 1
+    assert pool.hold("e", [Branch(0, 8)], lambda one: True) and len(pool._held["e"]) == 3
+
+
+def test_spare_branches_take_pages_that_hold_nothing_and_few_of_the_prefix_cache():
+    pages = BlockPool(65, enable_caching=True, hash_block_size=PAGE)
+    pool, taken = BranchPool(pages, PAGE), pages.get_new_blocks(60)
+    for block in taken:
+        pages._insert_block_hash(block.block_id.to_bytes(8, "big"), block, num_tokens=PAGE)
+    pages.free_blocks(taken)
+    assert pool.hold_spare("a", [Branch(0, 24)], 0)  # 3 of 4 pages that hold nothing
+    assert len(pages.cached_block_hash_to_block) == 60
+    assert not pool.hold_spare("b", [Branch(0, 16)], 0)  # one cached page too many
+    assert pool.hold_spare("b", [Branch(0, 8)], 0) and len(pages.cached_block_hash_to_block) == 60
+    assert not pool.hold_spare("c", [Branch(0, 8)], 0)
+    pool.release("a")
+    pages.get_new_blocks(3)  # others take what holds nothing
+    assert pool.hold_spare("c", [Branch(0, 24)], 0) and len(pages.cached_block_hash_to_block) == 57
+    assert not pool.hold_spare("a", [Branch(0, 8)], 0)
+    assert pool.hold("a", [Branch(0, 64)], nobody)  # tokens depend on them
 
 
 def test_spare_rows_and_pages_go_to_every_request_in_turn(pool):
@@ -72,7 +96,7 @@ def test_spare_rows_and_pages_go_to_every_request_in_turn(pool):
         "c": (),
     }
     assert share_rows({"a": (branch,) * 3, "b": (branch,) * 3}, pool, 31, 0) == {"a": (branch,) * 2, "b": (branch,)}
-    pool.release_all(["a", "b"])
+    assert pool.release_spare()
     found = share_rows({"a": (branch,) * 9, "b": (branch,) * 9}, pool, 1000, 3)  # 10 pages, of which 3 are others'
     assert {name: len(branches) for name, branches in found.items()} == {"a": 4, "b": 3}
 

@@ -1,5 +1,6 @@
 """What the calibrator decides about a request's profile, and what it reports; without an engine."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
 
@@ -23,8 +24,10 @@ LENGTH, PROMPT_LENGTH = KEY.block_length, 3
 WINDOW = 8
 
 
-def make_calibrator(registry=None, guard=None, is_strict=False):
-    traits = Traits(block_length=LENGTH, mask_token_id=99, is_threshold_strict=is_strict)
+def make_calibrator(registry=None, guard=None, is_strict=False, is_block_causal=False):
+    traits = Traits(
+        block_length=LENGTH, mask_token_id=99, is_threshold_strict=is_strict, is_block_causal=is_block_causal
+    )
     return Calibrator(registry or ProfileRegistry(), guard, traits)
 
 
@@ -337,9 +340,9 @@ def test_what_equals_a_strict_threshold_does_not_pass(policy):
     assert (strict.assignment.schedule.parameters == np.nextafter(np.float32(0.9), np.float32(1))).all()
 
 
-def choosing(choice, guard=None):
+def choosing(choice, guard=None, is_block_causal=False):
     """A calibrator whose task has a profile with a choice."""
-    calibrator = make_calibrator(guard=guard)
+    calibrator = make_calibrator(guard=guard, is_block_causal=is_block_causal)
     calibrator.registry.publish(replace(flat(0.5), choice=choice))
     calibrator.take_statistics()
     return calibrator
@@ -385,6 +388,16 @@ def test_a_choice_that_workers_would_read_otherwise_is_passed_over():
     choice = chosen("ccd")
     decided = start(choosing(choice), "a", follows_choice=True, credit=True)
     assert decided.options.policy == "osdt" and decided.options.credit
+
+
+@pytest.mark.parametrize("policy", ["s2d2", "freedave"])
+def test_a_choice_that_would_refuse_some_of_a_tasks_requests_is_passed_over(policy, caplog):
+    calibrator = choosing(chosen(policy), is_block_causal=True)
+    with caplog.at_level(logging.WARNING, logger="vllm"):
+        decided = start(calibrator, "a", follows_choice=True, gen_length=None)
+    assert decided.options.policy == decided.assignment.policy == decided.about.policy == "osdt"
+    [warning] = caplog.records
+    assert f"Policy {policy!r} does not go with every request" in warning.getMessage()
 
 
 def test_a_task_tuned_to_blocks_of_many_lengths_is_not_watched():

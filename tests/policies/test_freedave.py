@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csrc_triton.types import Blocks
-from tests.e2e.engine import assert_idle, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.engine import assert_idle, canvas_states, drive, generate, nfe, sampling, scheduler, submit, tokens
 from tests.reference.decode import best_first, decode, fixed_steps, static_threshold
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
@@ -275,7 +275,7 @@ def test_drafts_give_their_pages_back_before_a_request_waits_and_when_it_ends(ta
     allocate, refused, held = sched._allocate_slots, [], []
 
     def allocate_where_nobody_drafts(*args, **kwargs):
-        if sched._pool.holders:
+        if sched._pool._held:
             refused.append(1)
             return None
         return allocate(*args, **kwargs)
@@ -284,16 +284,35 @@ def test_drafts_give_their_pages_back_before_a_request_waits_and_when_it_ends(ta
     ids = [submit(tasks_llm, prompts[0], params)]
 
     def on_step(step):
-        held.append(list(sched._pool.holders))
+        held.append(list(sched._pool._held))
         if step == 4:
             ids.extend(submit(tasks_llm, prompt, params) for prompt in prompts[1:3])
         if step == 9:
-            assert sched.reset_prefix_cache(reset_running_requests=True) and not sched._pool.holders
+            assert sched.reset_prefix_cache(reset_running_requests=True) and not sched._pool._held
 
     finished = drive(tasks_llm, on_step)
     assert [list(finished[req_id].token_ids) for req_id in ids] == tokens(base)
-    assert refused and held[4] and not sched._pool.holders
+    assert refused and held[4] and not sched._pool._held
     assert_idle(tasks_llm)
+
+
+@pytest.mark.e2e
+def test_nothing_is_taken_for_drafts_where_attention_cannot_compute_them(tasks_llm, prompts, monkeypatch):
+    """What the worker finds out when it starts, and the engine core with the first step."""
+    sched, asked = scheduler(tasks_llm), []
+    monkeypatch.setattr(canvas_states(tasks_llm), "has_branches", False)
+    monkeypatch.setattr(sched, "_has_branches", True)  # so that it is as it was in the end
+    monkeypatch.setattr(sched._pool, "branches_that_fit", lambda *args: asked.append(args) or ())
+    for base, own in (
+        ({"policy": "fixed_steps"}, {}),
+        ({"policy": "static_threshold", "threshold": 0.4}, {"freedave_base": "threshold", "threshold": 0.4}),
+    ):
+        expected = generate(tasks_llm, prompts[:3], sampling(40, block_length=16, **base))
+        sched._has_branches = True
+        got = generate(tasks_llm, prompts[:3], sampling(40, policy="freedave", block_length=16, **own))
+        assert tokens(got) == tokens(expected) and list(map(nfe, got)) == list(map(nfe, expected))
+        assert not sched._branchers and not sched._has_branches
+    assert not asked
 
 
 @pytest.mark.parametrize(

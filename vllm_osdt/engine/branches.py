@@ -3,14 +3,19 @@
 vLLM's attention keeps one key for each position of a page, so every branch beside the block itself needs pages of its
 own. They belong to the request, are of no use to another step, and are never cached. A policy whose tokens do not
 depend on the number of branches takes rows and pages that nobody else wants, and gives pages back when somebody does.
+One whose tokens do keeps its pages until the request ends, as it keeps those of its canvas. Where they are too few for
+all such requests, those that have branches in a step have them, in turns, and others wait (``CanvasScheduler``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 from vllm_osdt.engine.canvas_plan import Rows
 from vllm_osdt.messages import BranchPages
 from vllm_osdt.policies.base import MAX_BRANCHES, BlockStep, Branch, Policy
+
+MAX_SPARE_SHARE = 1 / 16  # of an engine's pages that spare branches may hold where they evict cached ones
 
 
 class Brancher(NamedTuple):
@@ -43,7 +48,8 @@ class BranchPool:
     def __init__(self, block_pool: Any, page_size: int) -> None:
         self._pool = block_pool
         self._page_size = page_size
-        self._held: dict[str, list[Any]] = {}  # vLLM's blocks
+        self._held: dict[str, list[Any]] = {}  # vLLM's blocks, by request
+        self._spare: set[str] = set()  # requests whose tokens do not depend on the pages that they hold
 
     def num_pages(self, branches: Iterable[Branch]) -> int:
         """Pages of these branches: those that their rows lie in, of each anew."""
@@ -81,39 +87,74 @@ class BranchPool:
             chosen.append(branch)
         return tuple(chosen)
 
-    def hold(self, req_id: str, branches: Iterable[Branch], *, num_spared: int = 0) -> bool:
-        """Have pages for these branches of a request; False, and no more than before, when there are too few.
+    def hold(self, req_id: str, branches: Iterable[Branch], is_idle: Callable[[str], bool]) -> bool:
+        """Have pages for branches that tokens depend on; False, and nothing changes, when there are too few.
 
         Args:
-            req_id: Its id.
+            req_id: The request.
+            branches: All of a step.
+            is_idle: Of a request that holds pages: whether it has no branches in this step. Such requests lend theirs
+                for good, and spare ones before them.
+        """
+        held = self._held.get(req_id, [])
+        missing = self.num_pages(branches) - len(held)
+        if missing <= 0:
+            return True
+        num_free = self._pool.get_num_free_blocks()
+        if missing > num_free:
+            lenders = [one for one in self._held if one != req_id and (one in self._spare or is_idle(one))]
+            if missing > num_free + sum(len(self._held[one]) for one in lenders):
+                return False
+            for lender in sorted(lenders, key=lambda one: one not in self._spare):
+                self.release(lender)
+                if missing <= self._pool.get_num_free_blocks():
+                    break
+        self._held[req_id] = held + self._pool.get_new_blocks(missing)
+        return True
+
+    def hold_spare(self, req_id: str, branches: Iterable[Branch], num_spared: int) -> bool:
+        """Have pages for branches that tokens do not depend on; False, and nothing changes, when none are to spare.
+
+        Free pages that hold nothing are taken. So are cached ones, the oldest, while all such requests have at most
+        ``MAX_SPARE_SHARE`` of the pool: when an engine has run for long, nearly all of its free pages are cached ones.
+
+        Args:
+            req_id: The request.
             branches: All of a step.
             num_spared: Free pages to leave to others.
         """
         held = self._held.get(req_id, [])
         missing = self.num_pages(branches) - len(held)
-        if missing > 0:
-            if missing + num_spared > self._pool.get_num_free_blocks():
+        if missing <= 0:
+            return True
+        if missing + num_spared > self._pool.get_num_free_blocks():
+            return False
+        if self._would_evict(missing):
+            num_spare = sum(len(self._held[one]) for one in self._spare) + missing
+            if num_spare > self._pool.num_gpu_blocks * MAX_SPARE_SHARE:
                 return False
-            self._held[req_id] = held + self._pool.get_new_blocks(missing)
+        self._held[req_id] = held + self._pool.get_new_blocks(missing)
+        self._spare.add(req_id)
         return True
+
+    def _would_evict(self, number: int) -> bool:
+        """Whether one of the next pages is in the prefix cache; vLLM takes those behind all others."""
+        next_pages = islice(self._pool.free_block_queue.iter_blocks_after(None), number)
+        return any(page.block_hash is not None for page in next_pages)
 
     def release(self, req_id: str) -> None:
         """A request gives its pages back."""
+        self._spare.discard(req_id)
         held = self._held.pop(req_id, None)
         if held:
             self._pool.free_blocks(held)
 
-    def release_all(self, req_ids: Iterable[str]) -> bool:
-        """These requests give their pages back; False when they had none."""
-        num_before = len(self._held)
-        for req_id in req_ids:
+    def release_spare(self) -> bool:
+        """Requests give back the pages that they can do without; False when they had none."""
+        spare = list(self._spare)
+        for req_id in spare:
             self.release(req_id)
-        return len(self._held) < num_before
-
-    @property
-    def holders(self) -> list[str]:
-        """Ids of the requests that hold pages."""
-        return list(self._held)
+        return bool(spare)
 
     def of_step(self, req_id: str, branches: tuple[Branch, ...]) -> BranchPages:
         """What workers are told of a request's branches, which it has pages for."""
@@ -140,7 +181,7 @@ def share_rows(
             branches = wanted[req_id][: len(found[req_id]) + 1]
             if len(branches) == len(found[req_id]) or branches[-1].num_rows > room:
                 continue
-            if pool.hold(req_id, branches, num_spared=num_spared):
+            if pool.hold_spare(req_id, branches, num_spared):
                 found[req_id] = branches
                 room -= branches[-1].num_rows
                 still.append(req_id)

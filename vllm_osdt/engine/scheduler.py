@@ -6,13 +6,14 @@ speculative placeholders, the way vLLM's own diffusion models do; rows start at 
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from copy import copy
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
@@ -106,14 +107,17 @@ class CanvasScheduler(Scheduler):
         self._room = 0  # rows of it that are left
         self._branch_room = 0  # likewise, of branches: logits are read in few more rows than blocks have
         self._has_branch = False  # whether a request of it has branches
-        self._spare: set[str] = set()  # ids of requests whose branches are taken where nobody else wants the room
+        self._verifies = False  # whether it verifies drafts of a request
+        self._lacking: list[Request] = []  # those that wait in it, for pages of branches
+        self._branchers: dict[str, Brancher] = {}  # of requests that run and whose policy has branches
         max_reqs, max_rows = self.max_num_running_reqs, self.max_num_scheduled_tokens
         self._max_branch_rows = sys.maxsize  # logits of all of a step's rows may be read
         if max_logit_rows(max_reqs, max_rows) < max_rows:
             self._max_branch_rows = max_logit_rows(max_reqs, max_rows) - max_reqs * self._traits.block_length
         groups = self.kv_cache_config.kv_cache_groups
         self._pool = BranchPool(self.kv_cache_manager.block_pool, groups[0].kv_cache_spec.block_size if groups else 1)
-        # Layers of several kinds would need pages of each; branches are left out there.
+        # Layers of several kinds would need pages of each; branches are left out there, and where attention cannot take
+        # them, of which the first step's report tells: no block's first step has any.
         self._has_branches = len(groups) == 1
         self._verifies_by_branches = not (self._traits.logits_shift or self._traits.commits_causally)
         self._allocate_slots = patch_page_allocation(self.kv_cache_manager, self._allocate_for_rows)
@@ -132,10 +136,13 @@ class CanvasScheduler(Scheduler):
         """Plan one engine step (see the class)."""
         self._room = self.max_num_scheduled_tokens
         self._max_rows = self._rows_of_a_long_prompt()
-        longer = sum(max(self._plan(one).block_length - self._traits.block_length, 0) for one in self.running)
-        self._branch_room, self._has_branch = self._max_branch_rows - longer, False
+        self._has_branch = self._verifies = False
+        if self._branchers:
+            longer = sum(max(self._plan(one).block_length - self._traits.block_length, 0) for one in self.running)
+            self._branch_room = self._max_branch_rows - longer
         self._rows.clear()
         self._admit_audits()
+        self._lacking.clear()
         self._tracer.keep(self.running)
         order = self.running
         waited, self._postponed = self._postponed, {}
@@ -145,7 +152,12 @@ class CanvasScheduler(Scheduler):
         for request in order:
             if not self._plan_step(request):
                 self._postponed[request.request_id] = waited.get(request.request_id, 0) + 1
+        if self._lacking and not self._rows:
+            self._have_one_preempt()
         output = super().schedule(throttle_prefills)
+        audits = self._auditor.running
+        if audits and self.running and self.running[-1].request_id not in audits:  # an answer has begun behind it
+            self.running.sort(key=lambda one: one.request_id in audits)
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
@@ -167,19 +179,19 @@ class CanvasScheduler(Scheduler):
             request.canvas_about = self.calibrator.about(new.req_id)
             request.canvas_ngram = spec.options.draft_ngram if assignment.has_drafts else None
             request.canvas_drafted = -1
-            request.canvas_brancher = brancher = self._brancher_of(request)
-            self._spare.discard(new.req_id)
-            if brancher is not None and not brancher.needs_all:
-                self._spare.add(new.req_id)
+            brancher = self._brancher_of(request)
+            if brancher is not None:
+                self._branchers[new.req_id] = brancher
         self._draft(step, output.num_scheduled_tokens)
-        for req_id in output.num_scheduled_tokens:
-            if self._rows[req_id].branches:
-                step.branches[req_id] = self._pool.of_step(req_id, self._rows[req_id].branches)
+        if self._has_branch:
+            for req_id in output.num_scheduled_tokens:
+                if self._rows[req_id].branches:
+                    step.branches[req_id] = self._pool.of_step(req_id, self._rows[req_id].branches)
         if self._traits.logits_shift or self._traits.commits_causally:
             step.first_position = frozenset(
                 req_id for req_id in output.num_scheduled_tokens if self._rows[req_id].decides == Decides.FIRST_POSITION
             )
-        if self._traits.is_block_causal:
+        if self._verifies:
             spans = ((req_id, self._rows[req_id].verified) for req_id in output.num_scheduled_tokens)
             step.verified = {req_id: span for req_id, span in spans if span is not None}
         setattr(output, CANVAS_STEP, step)  # a dynamic attribute travels with the output to every worker
@@ -209,15 +221,19 @@ class CanvasScheduler(Scheduler):
     def _admit_audits(self) -> None:
         """Have one audit run while no request waits; stop it when one does.
 
-        It is then the last request of those that run, the first that vLLM preempts.
+        It is then the last request of those that run, the first that vLLM preempts. Requests that wait for the step
+        that begins their answer had their place, and have it again.
         """
         running = self._auditor.running
         num_running, num_waiting = self.get_request_counts()
-        if num_waiting:
+        num_answering = sum(req_id in self.requests for req_id in self._ended_thinking)
+        self._ended_thinking.clear()
+        if num_waiting > num_answering or self._lacking:
             self._stop_audits()
         elif (
             self._auditor.num_waiting
             and not running
+            and not num_answering
             and num_running < self.max_num_running_reqs
             and self.pause_state == PauseState.UNPAUSED
         ):
@@ -304,7 +320,7 @@ class CanvasScheduler(Scheduler):
         if rows is not None and rows.verified is not None and self._verifies_by_branches:
             rows = self._with_verified(request, rows, rows.verified)
             return rows if rows.num_all_rows <= self._room else None
-        brancher: Brancher | None = getattr(request, "canvas_brancher", None)
+        brancher = self._branchers.get(request.request_id)
         if rows is None or brancher is None or not brancher.needs_all:
             return rows
         begin, num_steps = request.canvas_steps
@@ -345,64 +361,85 @@ class CanvasScheduler(Scheduler):
         begin = request.num_tokens
         step = step_of(rows, begin, self._plan(request).active_length(begin), num_before)
         max_rows = min(self.max_num_scheduled_tokens, rows.num_rows + self._max_branch_rows)
-        return self._pool.branches_that_fit(request.canvas_brancher, step, max_rows)
+        return self._pool.branches_that_fit(self._branchers[request.request_id], step, max_rows)
 
-    def _add_spare_branches(self, req_ids: Iterable[str]) -> None:
+    def _add_spare_branches(self, req_ids: Container[str]) -> None:
         """Give rows and pages that are left to branches which tokens do not depend on."""
-        if not self._spare:
-            return
         wanted = {}
-        for request in (self.requests[req_id] for req_id in req_ids if req_id in self._spare):
+        for req_id in (one for one, brancher in self._branchers.items() if not brancher.needs_all and one in req_ids):
+            request = self.requests[req_id]
             num_before = request.canvas_steps[1] - 1  # this one is counted
-            wanted[request.request_id] = self._branches_of(request, self._rows[request.request_id], num_before)
+            wanted[req_id] = self._branches_of(request, self._rows[req_id], num_before)
+        if not wanted:
+            return
         room = min(self._room, self._branch_room)
         for req_id, branches in share_rows(wanted, self._pool, room, len(self.running)).items():
             self._rows[req_id] = self._rows[req_id]._replace(branches=branches)
+            self._has_branch |= bool(branches)
 
-    def _release_spare_branches(self) -> bool:
-        """Take back pages that requests can do without; False when there are none."""
-        holders = map(self.requests.__getitem__, self._pool.holders)
-        return self._pool.release_all([request.request_id for request in holders if self._has_spare_branches(request)])
+    def _has_pages(self, request: Request, rows: Rows) -> bool:
+        """Whether a request has pages for the branches of these rows; they are kept for it."""
+        return not rows.branches or self._pool.hold(request.request_id, rows.branches, self._is_idle)
 
-    def _has_spare_branches(self, request: Request) -> bool:
-        """Whether a request can do without the pages of its branches."""
-        brancher: Brancher | None = request.canvas_brancher
-        if brancher is None:  # a verification needs them, and a draft does not
-            rows = self._rows.get(request.request_id)
-            return rows is None or not rows.branches
-        return not brancher.needs_all
+    def _is_idle(self, req_id: str) -> bool:
+        """Whether a request has no branches in the step that is being planned, as far as that is known."""
+        rows = self._rows.get(req_id)
+        return rows is None or not rows.branches
+
+    def _have_one_preempt(self) -> None:
+        """Plan the step of one request, where all that run wait for pages of branches: others are preempted for it.
+
+        It is the one that vLLM would preempt last. It keeps these pages, and who was preempted comes back once there is
+        room beside them.
+        """
+        if self.policy == SchedulingPolicy.PRIORITY:
+            one = min(self._lacking, key=lambda other: (other.priority, other.arrival_time))
+        else:
+            one = min(self._lacking, key=self.running.index)
+        rows = self._next_rows(one)
+        assert rows is not None
+        one.next_decode_eligible_step = 0
+        self._postponed.pop(one.request_id)
+        self._set_rows(one, rows)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """As vLLM does; pages of branches go too."""
         self._pool.release(request.request_id)
+        self._branchers.pop(request.request_id, None)
         request.canvas_steps = -1, 0
         super()._preempt_request(request, *args, **kwargs)
 
     def _plan_step(self, request: Request) -> bool:
-        """Set which rows of a running request are next; False when they must wait for room."""
+        """Set which rows of a running request are next; False when it must wait, for room or for pages of branches."""
         rows = self._next_rows(request)
+        if rows is not None and not self._has_pages(request, rows):
+            self._lacking.append(request)
+            rows = None
         if rows is None:
             # schedule() counts current_step up before it looks at this.
             request.next_decode_eligible_step = self.current_step + 2
             return False
-        if not rows.branches and getattr(request, "canvas_brancher", None) is None:
-            self._pool.release(request.request_id)  # of a verification
+        self._set_rows(request, rows)
+        return True
+
+    def _set_rows(self, request: Request, rows: Rows) -> None:
+        """Plan these rows of a running request."""
         self._room -= rows.num_all_rows
         self._branch_room -= rows.num_all_rows - rows.num_rows
         self._has_branch |= bool(rows.branches)
+        self._verifies |= rows.verified is not None
         self._rows[request.request_id] = rows
         # schedule() takes num_tokens + spec_token_ids + num_output_placeholders - num_computed_tokens rows; the
         # placeholders of asynchronous outputs, of which there are none, make up for a step that ends before num_tokens.
         request.num_computed_tokens = rows.start
         request.spec_token_ids = self._placeholders[: rows.num_drafts]
         request.num_output_placeholders = rows.end - request.num_tokens - rows.num_drafts
-        return True
 
     def _allocate_for_rows(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """Give a request the KV pages of its planned rows; plan those of one that starts or resumes."""
         plan, is_new = self._plan(request), request.status != RequestStatus.RUNNING
         if is_new:
-            if not self._has_place_for_adapter(request):
+            if self._lacking or not self._has_place_for_adapter(request):
                 return None
             plan.admit(request.num_computed_tokens + kwargs["num_new_computed_tokens"])
             rows = self._next_rows(request)
@@ -411,16 +448,13 @@ class CanvasScheduler(Scheduler):
         else:
             rows = self._rows[request.request_id]
         pages = self.kv_cache_manager.empty_kv_cache_blocks
-        has_pages = self._pool.hold(request.request_id, rows.branches)
-        if not has_pages and self._release_spare_branches():
-            has_pages = self._pool.hold(request.request_id, rows.branches)
-        if not has_pages:
+        if not self._has_pages(request, rows):
             return None
         if rows.end > plan.pages_end:
             kwargs["delay_cache_blocks"] = True  # drafts are among its tokens
             end = plan.pages_needed(rows)
             pages = self._allocate_slots(request, end - rows.start, *args, **kwargs)
-            if pages is None and self._release_spare_branches():
+            if pages is None and self._pool.release_spare():
                 pages = self._allocate_slots(request, end - rows.start, *args, **kwargs)
             if pages is None:
                 return None
@@ -452,7 +486,8 @@ class CanvasScheduler(Scheduler):
             # Not earlier: a request that comes later in the step may preempt one that was to run.
             for request in map(self.requests.__getitem__, num_scheduled):
                 self.kv_cache_manager.cache_blocks(request, self._plan(request).num_final)
-        self._add_spare_branches(num_scheduled)
+        if self._branchers:
+            self._add_spare_branches(num_scheduled)
         for req_id in num_scheduled:
             rows = self._rows[req_id]
             scheduler_output.total_num_scheduled_tokens += rows.num_all_rows - num_scheduled[req_id]
@@ -501,6 +536,9 @@ class CanvasScheduler(Scheduler):
             self.hear_weights(report.weights)
             return super().update_from_output(scheduler_output, model_runner_output)
         if report is not None:
+            if not report.takes_branches:
+                self._has_branches = False
+                self._branchers.clear()
             self.calibrator.hear(report)
             for req_id, confidence in report.mean_confidence.items():
                 if req_id in self.requests:
@@ -661,7 +699,7 @@ class CanvasScheduler(Scheduler):
         self.calibrator.finish_request(request.request_id, ended_well=ended_well)
         self._grammars.forget(request.request_id)
         self._pool.release(request.request_id)
-        self._spare.discard(request.request_id)
+        self._branchers.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:

@@ -233,23 +233,26 @@ def check_early(
     lora_request: "LoRARequest | None",
     vllm_config: "VllmConfig",
     encode: Encode | None = None,
+    asked: "SamplingParams | None" = None,
 ) -> None:
     """What :func:`admit` would refuse, before an answer begins.
 
     Args:
-        params: As the server made them.
+        params: As the server made them, with what ends the output.
         prompt: vLLM's engine input, or a raw prompt, of which nothing is checked.
         lora_request: The request's adapter.
         vllm_config: The engine's configuration.
         encode: Text to token ids; None without a tokenizer.
+        asked: The same before vLLM added anything; ``params`` when None.
 
     Raises:
         InvalidOptionError: See :func:`admit`.
     """
     token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) and "type" in prompt else None
     adapter = lora_request.lora_name if lora_request is not None else ""
-    check_sampling_params(params)
-    _front_end(vllm_config).check(params, params, None if token_ids is None else len(token_ids), adapter, encode)
+    asked = params if asked is None else asked
+    check_sampling_params(asked)
+    _front_end(vllm_config).check(params, asked, None if token_ids is None else len(token_ids), adapter, encode)
 
 
 def admit(

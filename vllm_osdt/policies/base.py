@@ -186,7 +186,7 @@ class Step(NamedTuple):
         block_index: int64 ``[R]``, of the active block, from 0.
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
-        end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none.
+        end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none. One that ends thinking is none.
         tensors: What :meth:`Policy.tensors` has read for the engine, by name.
         verification: Of a policy with ``verifies``; None for others.
     """

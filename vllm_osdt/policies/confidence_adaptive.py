@@ -10,7 +10,7 @@ The authors: threshold 0.95 (README) or 0.8 (code), 4 positions, entropy 0.3, ha
 
 Deviations:
 - Tokens that end the output are the request's own (EOS and its stop tokens; none with ``ignore_eos`` or in a template);
-  the authors' are a list of ids.
+  the authors' are a list of ids. One that ends thinking (``tccf``) may be unmasked at any time: output follows it.
 - Where all proposals end the output, the best of them is unmasked; the authors take any.
 - Their last step of a block leaves mask tokens where it proposes an end too early; here it unmasks those too, and it is
   the ``max_block_steps``-th, not the one behind it.

@@ -107,7 +107,11 @@ class StepRecorder:
     def _report_later(self, weights: HeldWeights) -> Callable[[], StepReport]:
         seen, self._seen = self._seen, None
         host = self._states.host
-        report = StepReport(num_fallbacks=self._states.take_fallbacks(), weights=weights)
+        report = StepReport(
+            num_fallbacks=self._states.take_fallbacks(),
+            weights=weights,
+            takes_branches=self._states.has_branches,
+        )
         if seen is None:
             return lambda: report
         # The tables are those of the next step when the report is read.

@@ -446,7 +446,7 @@ class CanvasSampler:
             block_index=requests.block_index,
             num_left=requests.num_left,
             num_positions=requests.num_positions,
-            end_token_ids=end_token_ids,
+            end_token_ids=end_token_ids[:, 1:],  # without the one that ends thinking
             tensors={} if policy is None else states.policy_tensors.get(policy.name, {}),
             verification=verification,
         )

@@ -28,7 +28,7 @@ from vllm_osdt.worker.transfer import to_device
 
 Carry = torch.Tensor | float
 NUMBERS = (MAX_CONSTANTS, MAX_STATE, MAX_CARRY)  # columns of CanvasStates.policy_numbers: constants, state, carry
-MAX_END_TOKENS = 8  # of a request that its blocks are searched for
+MAX_END_TOKENS = 8  # of a request that its blocks are searched for, besides one that ends its thinking
 RUN_AHEAD_SHARE = 0.75  # of a step's blocks that should go on, for another step to be launched behind it
 # index + 1 in HostTables.cuts
 CUTTERS: tuple[Cutter, ...] = (ADABLOCK, *(policy for policy in POLICIES.values() if policy.cuts_blocks))
@@ -42,14 +42,13 @@ def _seed(req_id: str, seed: int | None) -> int:
 
 
 def _end_token_ids(params: SamplingParams, switch: Switch | None) -> list[int]:
-    """The tokens that end a block early, -1 for none: one that ends thinking, EOS and stop tokens.
+    """The tokens that end a block early, -1 for none: the one that ends thinking, then EOS and stop tokens.
 
     Where there are more of them than places, the scheduler finds the others when their block is finished.
     """
     eos = [] if params.ignore_eos or params.eos_token_id is None else [params.eos_token_id]
-    think_end = [] if switch is None else [switch.think_end]
-    distinct = dict.fromkeys([*think_end, *eos, *(params.stop_token_ids or [])])
-    return [*distinct, *[-1] * MAX_END_TOKENS][:MAX_END_TOKENS]
+    distinct = dict.fromkeys([*eos, *(params.stop_token_ids or [])])
+    return [-1 if switch is None else switch.think_end, *[*distinct, *[-1] * MAX_END_TOKENS][:MAX_END_TOKENS]]
 
 
 class HostTables(NamedTuple):
@@ -71,7 +70,7 @@ class HostTables(NamedTuple):
     num_fallbacks: np.ndarray  # int64 [kinds], denoising steps since the last report
     temperature: np.ndarray  # float32
     seed: np.ndarray  # int64
-    end_token_ids: np.ndarray  # int64 [slots, MAX_END_TOKENS], -1 for none
+    end_token_ids: np.ndarray  # int64 [slots, 1 + MAX_END_TOKENS], -1 for none: of the thinking, and of the output
     is_recorded: np.ndarray  # bool, the request calibrates its task, or has a grammar
     has_grammar: np.ndarray  # bool, a grammar says which tokens it may have
     is_watched: np.ndarray  # bool, the guard wants its confidence at block entry
@@ -194,7 +193,7 @@ class CanvasStates:
             num_fallbacks=np.zeros(len(Fallback), dtype=np.int64),
             temperature=np.zeros(max_num_reqs, dtype=np.float32),
             seed=np.zeros(max_num_reqs, dtype=np.int64),
-            end_token_ids=np.full((max_num_reqs, MAX_END_TOKENS), -1, dtype=np.int64),
+            end_token_ids=np.full((max_num_reqs, 1 + MAX_END_TOKENS), -1, dtype=np.int64),
             is_recorded=np.zeros(max_num_reqs, dtype=bool),
             has_grammar=np.zeros(max_num_reqs, dtype=bool),
             is_watched=np.zeros(max_num_reqs, dtype=bool),

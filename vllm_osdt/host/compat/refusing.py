@@ -50,7 +50,14 @@ def refuse_early(check: Any, engine: Any, prompt: Any, params: Any, lora_request
             params = copy(params)
             params.update_from_tokenizer(engine.renderer.tokenizer)
         with http_400():
-            check(params, prompt, lora_request, engine.vllm_config, encoder(engine.renderer.tokenizer))
+            check(
+                _with_ends(engine, params),
+                prompt,
+                lora_request,
+                engine.vllm_config,
+                encoder(engine.renderer.tokenizer),
+                asked=params,
+            )
         params.verify(
             engine.model_config,
             engine.vllm_config.speculative_config,
@@ -60,6 +67,15 @@ def refuse_early(check: Any, engine: Any, prompt: Any, params: Any, lora_request
     except VLLMValidationError as error:
         logger.info("Refused a request: %s", error)
         raise
+
+
+def _with_ends(engine: Any, params: Any) -> Any:
+    """A copy of sampling parameters with what ends the output, EOS and the checkpoint's others, as vLLM adds it."""
+    own, params = params, copy(params)
+    params.stop_token_ids, params._all_stop_token_ids = list(own.stop_token_ids or ()), set(own.all_stop_token_ids)
+    fields = engine.input_processor.generation_config_fields
+    params.update_from_generation_config(fields, engine.renderer.get_eos_token_id())
+    return params
 
 
 async def refusing_failed(results: Any, parameter: str) -> Any:
