@@ -405,10 +405,9 @@ def _install_launches() -> None:
     """Every launch of a Triton kernel enters the ledger with what Triton specializes a kernel on."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from tests.interpreter import correct_bfloat16
+    from tests import interpreter
 
-    correct_bfloat16()
-
+    interpreter.correct()
     run = InterpretedFunction.run
 
     def counted(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
