@@ -10,7 +10,8 @@ from vllm_osdt.mini import model_path
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ("--osdt-config", '{"threshold": 0.85, "block_length": 8}', "--max-num-seqs", "4")
+    arguments = ["--osdt-config", '{"threshold": 0.85, "block_length": 8}', "--max-num-seqs", "4"]
+    arguments += ["--compilation-config", '{"cudagraph_capture_sizes": [16]}']  # the default ones take many minutes
     with serving(model_path("sdar-mini"), "sdar-mini", log, *arguments) as running:
         yield running
 
