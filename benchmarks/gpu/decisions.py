@@ -98,8 +98,6 @@ def check_recorded(stage: str) -> None:
     llm = start_engine(stage, folder, **settings)
     _compare(stage, llm, family, cases, "one batch", [cases])
     _compare(stage, llm, family, cases, "one by one", [[case] for case in cases[::4]])
-    if IS_STAND_IN:  # it has an attention of its own behind all of these names
-        return
     is_block_causal = llm.llm_engine.vllm_config.model_config.hf_config.traits.is_block_causal
     for backend in BACKENDS[:1] if is_block_causal else BACKENDS:
         if backend not in attention_of(llm):
