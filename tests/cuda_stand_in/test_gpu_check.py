@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 
-def run(out, *stages, options=("--budget", "1500", "--only")):
+def run(out, *stages, options=("--budget", "10000", "--only")):
     """Exit status and lines of some stages in tiny sizes."""
     command = [sys.executable, "tools/gpu_check.py", "--stand-in", *options, *stages]
     environment = {**os.environ, "OUT": str(out)}
@@ -24,8 +24,9 @@ def test_its_stages_run_through(tmp_path):
     assert status == 0, [line for line in lines if not line["ok"]]
     assert [line["stage"] for line in lines if line["what"] == "ended"] == [*stages]
     assert all(line["seconds"] >= 0 and "stand-in" in (line["gpu"] or "stand-in") for line in lines)
-    [batch] = [line for line in lines if line["what"] == "one batch"]
-    assert batch["num_cases"] == 1 and batch["differ"] == []
+    batches = [line for line in lines if line["what"] == "one batch"]
+    assert [line["attention"] for line in batches] == [["TRITON_ATTN"], ["FLEX_ATTENTION"]]
+    assert all(line["num_cases"] == 1 and line["differ"] == [] for line in batches)
     of_shape = [line for line in lines if line["stage"] == "shape:llada-8b"]
     [start] = [line for line in of_shape if line["what"] == "start"]
     assert start["num_graphs"] > 0
