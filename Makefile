@@ -18,6 +18,7 @@ INSTALLED := $(VENV)/.installed-$(FLAVOUR)
 # JOBS=n: processes at a time, instead of as many as cores and memory allow. KEEP_GOING=1: a failure stops nothing.
 RUN_TESTS = $(PY) tools/run_tests.py $(if $(JOBS),--jobs $(JOBS)) $(if $(KEEP_GOING),--keep-going)
 LINT = $(PY) -m ruff check .
+IMPORTS = $(VENV)/bin/lint-imports --no-cache
 TYPES = $(PY) -m mypy
 
 help: ## list the targets
@@ -30,7 +31,7 @@ ladder: $(INSTALLED) ## train models of 50, 70, 85 and 95 % accuracy into build/
 	OMP_NUM_THREADS=1 $(PY) -m examples.mini.ladder $(LADDER_ARGS)
 
 test: $(INSTALLED) ## lint, types and all tests (PYTEST_ARGS="-k name", JOBS=n, KEEP_GOING=1)
-	@$(RUN_TESTS) unit engine --beside "$(LINT)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
+	@$(RUN_TESTS) unit engine --beside "$(LINT)" --beside "$(IMPORTS)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
 
 test-all: export TEST_ALL = 1
 test-all: test ## as test, with every case of the kernels in Triton's interpreter
@@ -49,12 +50,13 @@ test-clients: $(INSTALLED) .venv-clients/.installed ## client libraries ask a se
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/clients $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## lint, types and the tests that start no engine
-	@$(RUN_TESTS) unit --beside "$(LINT)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
+	@$(RUN_TESTS) unit --beside "$(LINT)" --beside "$(IMPORTS)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
 
 install: $(INSTALLED) ## make .venv and install what is missing
 
 lint: $(INSTALLED) ## ruff, and imports that go one way
 	$(LINT)
+	$(IMPORTS)
 
 types: $(INSTALLED) ## mypy
 	$(TYPES)

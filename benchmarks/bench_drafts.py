@@ -19,6 +19,8 @@ from common import environment, write_lines
 from decoding import Bench, add_engine_arguments, mcnemar, wilson
 from problems import Problem, find_source
 
+from vllm_osdt.engine.statistics import num_forwards
+
 SHARES = (0.0, 0.1, 0.3, 1.0)
 THRESHOLDS = (0.1, 0.3, 0.5)
 SEED = 11
@@ -37,7 +39,7 @@ def measure(
     """Right or not by problem, forwards a problem, and the completions."""
     completions = bench.generate(problems, options)
     right = [problem.is_right(one.text) for problem, one in zip(problems, completions, strict=True)]
-    nfe = sum(sum(one.spec_decode_metrics.histogram) for one in completions) / len(problems)
+    nfe = sum(map(num_forwards, completions)) / len(problems)
     return right, nfe, completions
 
 

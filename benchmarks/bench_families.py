@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from common import environment, percentiles, summary, write_lines
 from vllm import LLM, SamplingParams
 
+from vllm_osdt.engine.statistics import num_forwards
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import TASKS, check, generate
 from vllm_osdt.options import DecodingOptions
@@ -73,12 +74,12 @@ def decode(llm: LLM, problems: list[Any], options: dict[str, Any], task: str) ->
     seconds = time.perf_counter() - begin
     completions = [output.outputs[0] for output in outputs]
     num_tokens = sum(len(c.token_ids) for c in completions)
-    num_forwards = sum(sum(c.spec_decode_metrics.histogram) for c in completions)
+    nfe = sum(map(num_forwards, completions))
     right = sum(check(problem, c.text) for problem, c in zip(problems, completions, strict=True))
     return {
         "accuracy": right / len(problems),
-        "nfe": num_forwards / len(problems),
-        "tokens_per_forward": num_tokens / num_forwards,
+        "nfe": nfe / len(problems),
+        "tokens_per_forward": num_tokens / nfe,
         "tokens_per_second": num_tokens / seconds,
     }
 
@@ -142,7 +143,7 @@ def compare_rows(args: argparse.Namespace, conditions: dict[str, Any]) -> None:
                 prompts = [{"prompt_token_ids": [7 + index % 50] * 32} for index in range(running)]
                 begin = time.perf_counter()
                 outputs = llm.generate(prompts, params, use_tqdm=False)
-                num_steps = sum(outputs[0].outputs[0].spec_decode_metrics.histogram)
+                num_steps = num_forwards(outputs[0].outputs[0])
                 found.append((time.perf_counter() - begin) / num_steps)
         one, two = (statistics.median(seconds[rows][1:]) for rows in (8, 16))
         print(f"{running:>4} requests: {1e3 * one:.2f} with 8 rows each, {1e3 * two:.2f} with 16", flush=True)

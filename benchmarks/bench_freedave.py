@@ -17,6 +17,8 @@ from common import environment, write_lines
 from decoding import Bench, add_engine_arguments, wilson
 from problems import find_source
 
+from vllm_osdt.engine.statistics import num_forwards
+
 SEED = 11
 
 
@@ -52,7 +54,7 @@ def main() -> None:
                 tokens = [list(one.token_ids) for one in completions]
                 reference = reference or tokens
                 same = sum(one == other for one, other in zip(tokens, reference, strict=True))
-                nfe = sum(sum(one.spec_decode_metrics.histogram) for one in completions) / len(problems)
+                nfe = sum(map(num_forwards, completions)) / len(problems)
                 right = sum(problem.is_right(one.text) for problem, one in zip(problems, completions, strict=True))
                 number = drafts or "none"
                 cells = f"{nfe:.1f} | {same} of {len(problems)} | {right} of {len(problems)}"

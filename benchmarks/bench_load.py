@@ -18,6 +18,8 @@ from common import environment, write_lines
 from decoding import Bench, add_engine_arguments, mcnemar, wilson
 from problems import Problem, find_source
 
+from vllm_osdt.engine.statistics import num_forwards
+
 
 def decode(bench: Bench, problems: list[Problem], load: int, threshold: float) -> dict[str, Any]:
     """Decode problems, ``load`` at a time."""
@@ -43,7 +45,7 @@ def decode(bench: Bench, problems: list[Problem], load: int, threshold: float) -
                 latencies.append(time.process_time() - begun.pop(output.request_id))
                 index, completion = int(output.request_id), output.outputs[0]
                 right[index] = problems[index].is_right(completion.text)
-                nfe += sum(completion.spec_decode_metrics.histogram)
+                nfe += num_forwards(completion)
                 num_tokens += len(completion.token_ids)
     seconds = time.process_time() - start
     return {

@@ -184,7 +184,8 @@ def measure_overhead(bench: Bench, label: str, problems: list[Problem], policies
     """What a rule's step costs; prints tables."""
     lines = []
     for num_requests in bench.args.overhead_requests:
-        found = policy_overhead.measure(bench, problems, policies, num_requests, bench.args.overhead)
+        args = bench.args
+        found = policy_overhead.measure(bench, problems, policies, num_requests, args.overhead, args.overhead_steps)
         print("\n" + policy_overhead.table(found, num_requests), flush=True)
         about = {"model": label, "requests": num_requests, "pairs": bench.args.overhead}
         lines.append({"bench": "policies_overhead", **about, **found})
@@ -266,7 +267,9 @@ def tasks_of_model(args: argparse.Namespace, model: str) -> tuple[str, str, int,
 def main() -> None:
     """Parse arguments, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help="a bundled model, 'weak', or a folder (default: llada-mini)")
+    parser.add_argument(
+        "--model", action="append", help="a bundled model, 'weak', 'random-130m', or a folder (default: llada-mini)"
+    )
     parser.add_argument("--task", action="append", help="default: all that the model has")
     parser.add_argument("--task-file", help="problems of your own instead of the bundled tasks")
     parser.add_argument("--checker", metavar="MODULE:FUNCTION", help="how to check a completion of --task-file")
@@ -280,6 +283,7 @@ def main() -> None:
     parser.add_argument("--sensitivity", action="store_true", help="have the search try all of its settings")
     parser.add_argument("--overhead", type=int, default=0, metavar="N", help="measure the time of each rule N times")
     parser.add_argument("--overhead-requests", type=int, nargs="+", default=[1, 8], help="at once, each by itself")
+    parser.add_argument("--overhead-steps", type=int, default=32, help="steps of each request, a divisor of 32")
     parser.add_argument("--overhead-only", action="store_true", help="measure nothing else")
     parser.add_argument("--filter-file", help="for learned_filter (default: one is trained)")
     add_engine_arguments(parser)

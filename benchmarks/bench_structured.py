@@ -32,6 +32,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_osdt.engine import grammar as chains
+from vllm_osdt.engine.statistics import num_forwards
 from vllm_osdt.mini import model_path
 from vllm_osdt.mini.tasks import check, generate
 
@@ -74,7 +75,7 @@ def decode(
         times.append(1e3 * (time.perf_counter() - start) / steps)
     llm.llm_engine.step = step  # type: ignore[method-assign]
     num_tokens = sum(len(one.token_ids) for one in outputs)
-    nfe = sum(sum(one.spec_decode_metrics.histogram) for one in outputs)
+    nfe = sum(map(num_forwards, outputs))
     right = sum(check(problem, one.text) for problem, one in zip(problems, outputs, strict=True))
     return {
         "policy": policy,

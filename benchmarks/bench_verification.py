@@ -19,6 +19,8 @@ from common import environment, write_lines
 from decoding import Bench, add_engine_arguments, mcnemar, wilson
 from problems import CALIBRATION_SEED, find_source
 
+from vllm_osdt.engine.statistics import num_forwards
+
 SEED = 11
 LEFT_TO_RIGHT = {"policy": "s2d2", "verify_router": "span", "verify_max_span": 1}
 ALWAYS = {"policy": "s2d2", "verify_router": "span"}
@@ -83,7 +85,7 @@ def main() -> None:
             found = bench.generate(problems, [own] * len(problems))
             rows = counter.take() / len(problems)
             right = [problem.is_right(one.text) for problem, one in zip(problems, found, strict=True)]
-            nfe = sum(sum(one.spec_decode_metrics.histogram) for one in found) / len(problems)
+            nfe = sum(map(num_forwards, found)) / len(problems)
             if not reference:
                 reference, texts = right, [one.text for one in found]
             same = sum(one.text == text for one, text in zip(found, texts, strict=True))

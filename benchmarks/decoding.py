@@ -17,6 +17,7 @@ from problems import Problem
 
 from vllm_osdt.calibration.profile import Setting
 from vllm_osdt.calibration.thresholds import Thresholds
+from vllm_osdt.engine.statistics import num_forwards
 from vllm_osdt.options import DecodingOptions
 
 SIGNIFICANCE = 0.05
@@ -130,6 +131,7 @@ class Bench:
         self.llm = LLM(
             model=model,
             dtype=args.dtype,
+            skip_tokenizer_init=not (Path(model) / "tokenizer_config.json").exists(),
             max_num_seqs=args.concurrency,
             max_num_batched_tokens=args.max_num_batched_tokens,
             additional_config={"osdt": {"profile_dir": "", "drift": "off", **operator}},
@@ -142,7 +144,7 @@ class Bench:
         seconds = time.perf_counter() - start
         return (
             [problem.is_right(completion.text) for problem, completion in zip(problems, completions, strict=True)],
-            [sum(completion.spec_decode_metrics.histogram) for completion in completions],
+            [num_forwards(completion) for completion in completions],
             [len(completion.token_ids) for completion in completions],
             seconds,
         )

@@ -10,6 +10,7 @@ import importlib
 import json
 import random
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from common import REPOSITORY
 
 CALIBRATION_SEED = 1000  # of the problems that calibrate
 WEAK = "weak"
+RANDOM = "random-130m"
+RANDOM_PROMPT = 64  # tokens
 WEAK_WEIGHTS = REPOSITORY / "tests" / "golden" / "llada_tasks"
 WEAK_MODEL = REPOSITORY / "build" / "weak-llada"
 NAMES = ("Ann", "Ben", "Eva", "Lily", "Max", "Sam", "Tom", "Zoe")
@@ -30,7 +33,7 @@ THINGS = ("apples", "books", "cards", "coins", "pens", "shells")
 class Problem:
     """A prompt and whether a completion answers it."""
 
-    prompt: str
+    prompt: str | dict[str, list[int]]
     is_right: Callable[[str], bool]
 
 
@@ -58,6 +61,8 @@ def find_source(name: str) -> Source:
     """A bundled model, ``weak``, or the folder of a model whose name begins as a bundled one's."""
     from vllm_osdt.mini import MODELS, gen_length_of, model_path, tasks_of
 
+    if name == RANDOM:
+        return random_source()
     if name == WEAK:
         return Source(WEAK, str(make_weak_model()), 64, {task: weak_draw(task) for task in WEAK_TASKS})
     label = Path(name).name
@@ -71,6 +76,21 @@ def find_source(name: str) -> Source:
         gen_length_of(bundled),
         {task: lambda count, seed, task=task: own_problems(task, count, seed) for task in tasks_of(bundled)},
     )
+
+
+def random_source() -> Source:
+    """A LLaDA of 134 million random weights, whose answers mean nothing: a model whose step takes its time."""
+    import bench_vs_fast_dllm
+
+    folder = Path(tempfile.gettempdir()) / f"{RANDOM}-seed{bench_vs_fast_dllm.SEED}"
+    bench_vs_fast_dllm.make_random_model(folder)
+
+    def draw(count: int, seed: int) -> list[Problem]:
+        chance = random.Random(seed)
+        tokens = [[chance.randrange(1, 31_000) for _ in range(RANDOM_PROMPT)] for _ in range(count)]
+        return [Problem({"prompt_token_ids": one}, lambda text: False) for one in tokens]
+
+    return Source(RANDOM, str(folder), 32, {"random": draw})
 
 
 def own_problems(task: str, count: int, seed: int) -> list[Problem]:

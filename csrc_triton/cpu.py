@@ -14,10 +14,12 @@ import torch
 
 from csrc_triton.noise import GUMBEL_MAX, gumbel_noise_np, mix_key
 from csrc_triton.types import (
+    CHOSEN,
     ENTROPY_SCALE,
     NO_CONFIDENCE,
     UNCERTAINTY_UNITS,
     Blocks,
+    Grids,
     Proposals,
     Rule,
     Rules,
@@ -32,19 +34,22 @@ HALF, ONE = np.float32(0.5), np.float32(1)
 SMALLEST_EXPONENT = np.float32(-126)
 MANTISSA_BITS, EXPONENT_BIAS = np.int32(23), np.int32(127)
 SCALE, SMALLEST_DIFFERENCE = np.float32(ENTROPY_SCALE), np.float32(-87)
-WITHOUT_LOGITS = np.float32(NO_CONFIDENCE)
+WITHOUT_LOGITS, IS_CHOSEN = np.float32(NO_CONFIDENCE), np.float32(CHOSEN)
 THRESHOLD, TOP_K = int(Rule.THRESHOLD), int(Rule.TOP_K)
 FACTOR, JOINT_BOUND = int(Rule.FACTOR), int(Rule.JOINT_BOUND)
 
 
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's decorator for machine code that is kept on disk, or made anew where no folder can be written to."""
+def compiled(*signature: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Numba's decorator for machine code that is kept on disk, or made anew where no folder can be written to.
+
+    With a signature it is made when the module is imported, else when the function is first called.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return numba.njit(function, cache=True, **options)
+            return numba.njit(*signature, cache=True, **options)(function)
         except RuntimeError:  # no folder for the cache
-            return numba.njit(function, **options)
+            return numba.njit(*signature, **options)(function)
 
     return decorate
 
@@ -58,9 +63,7 @@ def confidence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.confidence``. NumPy's argmax is vectorized, a compiled loop for it is not."""
     num_rows, vocabulary = logits.shape
-    token = torch.empty(num_rows, dtype=torch.int64)
-    probability = torch.empty(num_rows, dtype=torch.float32)
-    token_np, probability_np = token.numpy(), probability.numpy()
+    token_np, probability_np = np.empty(num_rows, np.int64), np.empty(num_rows, np.float32)
     excluded = -1 if excluded_token_id is None else excluded_token_id
     logits = logits.detach()
     is_plain = logits.dtype == torch.float32 and logits.is_contiguous()
@@ -79,7 +82,7 @@ def confidence(
         _choose_probability(chunk_np, best, excluded, chosen, probability_np[start:stop])
         if by_entropy is not None:
             _replace_by_entropy(chunk_np, best, by_entropy.numpy()[start:stop], probability_np[start:stop])
-    return token, probability
+    return torch.from_numpy(token_np), torch.from_numpy(probability_np)
 
 
 def lm_head_confidence(
@@ -190,38 +193,51 @@ def _sample(
 
 def unmask(blocks: Blocks, proposals: Proposals, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, UnmaskResult]:
     """See ``ops.unmask``."""
-    canvas = torch.empty(blocks.canvas_index.shape, dtype=torch.int32)
-    confidence = torch.empty(blocks.canvas_index.shape, dtype=torch.float32)
-    counts = torch.empty(3, canvas.shape[0], dtype=torch.int32)
-    _unmask(
-        Blocks._make(map(torch.Tensor.numpy, blocks)),
-        Proposals._make(map(torch.Tensor.numpy, proposals)),
-        Rules._make(map(torch.Tensor.numpy, rules)),
-        canvas.numpy(),
-        confidence.numpy(),
-        counts.numpy(),
-    )
-    return canvas, confidence, UnmaskResult(*counts)
+    shape = blocks.canvas_index.shape
+    canvas, confidence = np.empty(shape, np.int32), np.empty(shape, np.float32)
+    counts = [np.empty(shape[0], np.int32) for _ in UnmaskResult._fields]
+    _unmask(*map(torch.Tensor.numpy, (*blocks, *proposals, *rules)), canvas, confidence, *counts)
+    found = map(torch.from_numpy, counts)
+    return torch.from_numpy(canvas), torch.from_numpy(confidence), UnmaskResult(*found)
 
 
 @compiled()
 def _unmask(
-    blocks: Blocks, proposals: Proposals, rules: Rules, canvas: np.ndarray, confidence: np.ndarray, counts: np.ndarray
+    cells: np.ndarray,
+    all_masked: np.ndarray,
+    slots: np.ndarray,
+    canvas_index: np.ndarray,
+    end_token_ids: np.ndarray,
+    output_positions: np.ndarray,
+    position: np.ndarray,
+    proposed: np.ndarray,
+    proposed_confidence: np.ndarray,
+    rule: np.ndarray,
+    parameter: np.ndarray,
+    min_unmask: np.ndarray,
+    canvas: np.ndarray,
+    confidence: np.ndarray,
+    all_unmasked: np.ndarray,
+    all_left: np.ndarray,
+    all_ready: np.ndarray,
 ) -> None:
-    """Fills the last three; the tensors of the others are arrays here."""
+    """Fills the last five; the others are what ``Blocks``, ``Proposals`` and ``Rules`` have, in this order.
+
+    Arrays one by one: a call takes less of them than of tuples.
+    """
     num_blocks, block_length = canvas.shape
     token = np.zeros(canvas.shape, np.int64)
     confidence[:] = WITHOUT_LOGITS
-    for n in range(len(proposals.position)):
-        row, k = divmod(proposals.position[n], block_length)
-        token[row, k], confidence[row, k] = proposals.token[n], proposals.confidence[n]
+    for n in range(len(position)):
+        row, k = divmod(position[n], block_length)
+        token[row, k], confidence[row, k] = proposed[n], proposed_confidence[n]
     order = np.empty(block_length, np.int64)  # masked positions, the most confident first
     score = np.empty(block_length, np.float32)  # of those
     for row in range(num_blocks):
-        cell, masked = blocks.canvas_index[row], blocks.masked[blocks.slots[row]]
+        cell, masked = canvas_index[row], all_masked[slots[row]]
         num_masked = 0
         for k in range(block_length):
-            canvas[row, k] = blocks.cells[cell[k]]
+            canvas[row, k] = cells[cell[k]]
             if not masked[k]:
                 continue
             value = -ONE if np.isnan(confidence[row, k]) else confidence[row, k]
@@ -231,24 +247,24 @@ def _unmask(
                 place -= 1
             order[place], score[place] = k, value
             num_masked += 1
-        num_unmasked = _count_accepted(score[:num_masked], rules.rule[row], rules.parameter[row], rules.min_unmask[row])
+        num_unmasked = _count_accepted(score[:num_masked], rule[row], parameter[row], min_unmask[row])
         for k in order[:num_unmasked]:
             canvas[row, k] = token[row, k]
-            blocks.cells[cell[k]] = token[row, k]
+            cells[cell[k]] = token[row, k]
             masked[k] = False
-        num_output_positions = int(blocks.num_output_positions[row])
+        num_output_positions = int(output_positions[row])
         num_ready = num_output_positions
         for k in range(num_output_positions):
             if masked[k]:
                 num_ready = 0
                 break
             is_end = False
-            for end in blocks.end_token_ids[row]:
+            for end in end_token_ids[row]:
                 is_end |= end >= 0 and canvas[row, k] == end
             if is_end:
                 num_ready = k + 1
                 break
-        counts[0, row], counts[1, row], counts[2, row] = num_unmasked, num_masked - num_unmasked, num_ready
+        all_unmasked[row], all_left[row], all_ready[row] = num_unmasked, num_masked - num_unmasked, num_ready
 
 
 @compiled()
@@ -273,3 +289,102 @@ def _count_accepted(ranked: np.ndarray, rule: int, parameter: np.float32, min_un
         if passes or n <= min_unmask:
             num_accepted = n
     return num_accepted
+
+
+def grids(proposals: Proposals, masked: torch.Tensor, slots: torch.Tensor, block_length: int) -> Grids:
+    """See ``adjusting.grids``."""
+    shape = slots.shape[0], block_length
+    found = [np.empty(shape, dtype) for dtype in (np.int64, np.float32, np.float32, np.bool_, np.bool_)]
+    _grids(*map(torch.Tensor.numpy, (*proposals, masked, slots)), *found)
+    return Grids(*map(torch.from_numpy, found))  # less work than empty tensors and their arrays
+
+
+@compiled("(i8[:], i8[:], f4[:], b1[:, :], i8[:], i8[:, :], f4[:, :], f4[:, :], b1[:, :], b1[:, :])")
+def _grids(
+    position: np.ndarray,
+    found: np.ndarray,
+    found_confidence: np.ndarray,
+    masked: np.ndarray,
+    slots: np.ndarray,
+    token: np.ndarray,
+    confidence: np.ndarray,
+    score: np.ndarray,
+    is_open: np.ndarray,
+    own: np.ndarray,
+) -> None:
+    """Fills the last five."""
+    num_blocks, block_length = token.shape
+    for row in range(num_blocks):
+        of_slot = masked[slots[row]]
+        for k in range(block_length):
+            token[row, k], confidence[row, k], score[row, k] = 0, WITHOUT_LOGITS, WITHOUT_LOGITS
+            is_open[row, k], own[row, k] = False, of_slot[k]
+    for n in range(position.size):
+        row, k = divmod(position[n], block_length)
+        if row < num_blocks:
+            token[row, k] = found[n]
+            if own[row, k]:
+                value = -ONE if np.isnan(found_confidence[n]) else found_confidence[n]
+                confidence[row, k], score[row, k], is_open[row, k] = value, value, value != WITHOUT_LOGITS
+
+
+def best(score: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """See ``adjusting.best``."""
+    is_best = np.empty(score.shape, np.bool_)
+    _best(score.numpy(), number.long().numpy(), is_best)
+    return torch.from_numpy(is_best)
+
+
+@compiled("(f4[:, :], i8[:], b1[:, :])")
+def _best(score: np.ndarray, number: np.ndarray, is_best: np.ndarray) -> None:
+    """Fills the last: as often as ``number`` says, the best position that is left."""
+    for row in range(score.shape[0]):
+        is_best[row] = number[row] >= score.shape[1]
+        for _ in range(0 if is_best[row, 0] else number[row]):
+            choice, largest = -1, np.float32(-np.inf)
+            for k in range(score.shape[1]):
+                value = -ONE if np.isnan(score[row, k]) else score[row, k]
+                if not is_best[row, k] and (choice < 0 or value > largest):
+                    choice, largest = k, value
+            is_best[row, choice] = True
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """See ``adjusting.ranks``."""
+    found = np.empty(score.shape, np.int64)
+    _ranks(score.numpy(), found)
+    return torch.from_numpy(found)
+
+
+@compiled("(f4[:, :], i8[:, :])")
+def _ranks(score: np.ndarray, found: np.ndarray) -> None:
+    """Fills the last."""
+    for row in range(score.shape[0]):
+        for k in range(score.shape[1]):
+            value = -ONE if np.isnan(score[row, k]) else score[row, k]
+            found[row, k] = 0
+            for other in range(k):
+                before = -ONE if np.isnan(score[row, other]) else score[row, other]
+                found[row, k] += before >= value
+                found[row, other] += value > before
+
+
+def choose(
+    score: torch.Tensor, parameter: torch.Tensor, rank: torch.Tensor, chosen: torch.Tensor, is_open: torch.Tensor
+) -> None:
+    """See ``adjusting.choose``."""
+    _choose(*map(torch.Tensor.numpy, (score, parameter, rank, chosen, is_open)))
+
+
+@compiled("(f4[:, :], f4[:], f4[:, :], b1[:, :], b1[:, :])")
+def _choose(
+    score: np.ndarray, parameter: np.ndarray, rank: np.ndarray, chosen: np.ndarray, is_open: np.ndarray
+) -> None:
+    """Fills the first two."""
+    for row in range(score.shape[0]):
+        parameter[row] = IS_CHOSEN
+        for k in range(score.shape[1]):
+            value = rank[row, k]
+            value = ONE if value > ONE else -ONE if value < -ONE else value
+            value = IS_CHOSEN if chosen[row, k] else value
+            score[row, k] = value if is_open[row, k] else WITHOUT_LOGITS

@@ -7,10 +7,12 @@ import torch
 
 from csrc_triton.noise import gumbel_noise
 from csrc_triton.types import (
+    CHOSEN,
     ENTROPY_SCALE,
     NO_CONFIDENCE,
     UNCERTAINTY_UNITS,
     Blocks,
+    Grids,
     Partial,
     Proposals,
     Rule,
@@ -185,3 +187,38 @@ def _num_ready(canvas: list[int], masked: list[bool], end_token_ids: list[int], 
         if canvas[k] >= 0 and canvas[k] in end_token_ids:
             return k + 1
     return num_output_positions
+
+
+def grids(proposals: Proposals, masked: torch.Tensor, slots: torch.Tensor, block_length: int) -> Grids:
+    """The twin of ``adjusting.grids``."""
+    token, found = proposals.to_grids(slots.shape[0], block_length)
+    own = masked.index_select(0, slots)[:, :block_length]
+    confidence = torch.where(own, found.nan_to_num_(nan=-1.0), NO_CONFIDENCE)
+    return Grids(token, confidence, confidence.clone(), confidence != NO_CONFIDENCE, own)
+
+
+def _order(score: torch.Tensor) -> torch.Tensor:
+    """Positions, the best first."""
+    return score.nan_to_num(nan=-1.0).argsort(dim=1, descending=True, stable=True)
+
+
+def best(score: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """The twin of ``adjusting.best``."""
+    is_first = torch.arange(score.shape[1], device=score.device) < number.unsqueeze(1)
+    return torch.empty_like(is_first).scatter_(1, _order(score), is_first)
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """The twin of ``adjusting.ranks``."""
+    order = _order(score)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def choose(
+    score: torch.Tensor, parameter: torch.Tensor, rank: torch.Tensor, chosen: torch.Tensor, is_open: torch.Tensor
+) -> None:
+    """The twin of ``adjusting.choose``."""
+    torch.clamp(rank, -1.0, 1.0, out=score)
+    score.masked_fill_(chosen, CHOSEN).masked_fill_(~is_open, NO_CONFIDENCE)
+    parameter.fill_(CHOSEN)

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     import torch
 
 NO_CONFIDENCE = -2.0  # of a position without logits: below every other, and below NaN, which counts as -1
+CHOSEN = 2.0  # score of a position that a policy has chosen: above every confidence
 ENTROPY_SCALE = 32.0  # above the entropy of any vocabulary, in nats
 UNCERTAINTY_UNITS = 1 << 24  # in 1; an uncertainty 1 - c in fp32 is a whole number of them
 
@@ -98,6 +99,21 @@ class Proposals(NamedTuple):
     def of_grid(self, grid: "torch.Tensor") -> "torch.Tensor":
         """[M]: what a grid [num_blocks, block_length] holds at the proposals' positions; anything for padding."""
         return grid.reshape(-1).index_select(0, self.position.clamp(max=grid.numel() - 1))
+
+
+class Grids(NamedTuple):
+    """A step's proposals by position, [num_blocks, block_length] each, all tensors of their own."""
+
+    token: "torch.Tensor"
+    """int64, 0 without logits."""
+    confidence: "torch.Tensor"
+    """fp32, of masked positions that have logits, -1 for NaN; ``NO_CONFIDENCE`` elsewhere."""
+    score: "torch.Tensor"
+    """The same."""
+    is_open: "torch.Tensor"
+    """bool, masked positions that have logits."""
+    masked: "torch.Tensor"
+    """bool, masked positions."""
 
 
 class Rules(NamedTuple):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from vllm_osdt.calibration.profile import CalibrationProfile, Setting, as_lists
 from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.store import ProfileStore
 from vllm_osdt.cli import main
+from vllm_osdt.cli.doctor import _memory
 from vllm_osdt.cli.profiles import compare
 from vllm_osdt.mini.tasks import generate
 from vllm_osdt.options import DecodingOptions
@@ -262,10 +265,37 @@ def test_doctor_finds_a_working_installation_and_a_folder_it_cannot_write_to(tmp
     found = command("doctor", "--json")
     assert found.returncode == 0, found.stdout + found.stderr
     names = [check["name"] for check in json.loads(found.stdout)]
-    assert names == ["versions", "processor", "plugin", "triton", "kernels", "profile folder"]
+    assert names == ["versions", "processor", "memory", "plugin", "triton", "kernels", "profile folder"]
     (tmp_path / "file").write_text("")
     sick = command("doctor", XDG_DATA_HOME=str(tmp_path / "file"))
     assert sick.returncode == 1 and "BAD  profile folder" in sick.stdout
+
+
+def test_doctor_says_when_an_engine_would_not_find_its_memory(monkeypatch):
+    import psutil
+
+    memory = SimpleNamespace(available=16 * 2**30, total=24 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    for space, ok, words in (
+        ("", False, "16.0 of 24.0 GiB free, but vLLM does not start unless 92% are: set VLLM_CPU_KVCACHE_SPACE to"),
+        ("17", False, "17 of them for KV pages"),
+        ("1", True, "1 of them for KV pages"),
+    ):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+        assert _memory() == (ok, ANY) and words in _memory()[1]
+    memory.available = memory.total
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    assert _memory() == (True, "24.0 of 24.0 GiB free, of which vLLM takes 92%")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("lada-mini", "(did you mean 'llada-mini'?)"), ("./weak", "neither"), ("/nowhere/weak", "neither")],
+)
+def test_a_model_that_is_no_folder_is_refused_before_anything_is_looked_up(name, words, capsys):
+    assert main(["calibrate", name, "--task", "quiz", "--prompts", "prompts.txt"]) == 1
+    message = capsys.readouterr().err
+    assert repr(name) in message and words in message and "sdar-lists-mini" in message
 
 
 ONE_SHOT = json.dumps({"num_calibration_requests": 1, "statistic": "q1"})

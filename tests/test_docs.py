@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 
 from tests.conftest import REPOSITORY
 from vllm_osdt.declaration import defaults
-from vllm_osdt.options import DEFAULTS, OPTION_NAMES, SERVER_OPTION_NAMES, ServerOptions, operator_help
+from vllm_osdt.options import DEFAULTS, OPTION_NAMES, SERVER_OPTION_NAMES, ServerOptions
+from vllm_osdt.options.reference import operator_help
 from vllm_osdt.refusals import REFUSALS
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
 

@@ -10,13 +10,13 @@ from vllm_osdt.geometry import Limits
 from vllm_osdt.options import (
     FORMER_NAMES,
     OPTION_NAMES,
+    REQUEST_FIELDS,
     SERVER_OPTION_NAMES,
     DecodingOptions,
     ServerOptions,
-    parse_options,
-    parse_server_options,
 )
-from vllm_osdt.options import resolve_canvas as find_canvas
+from vllm_osdt.options.canvas import resolve_canvas as find_canvas
+from vllm_osdt.options.parsing import parse_options, parse_server_options
 
 BASE = DecodingOptions(task="quiz")
 LIMITS = {"max_model_len": 256, "max_num_batched_tokens": 200}
@@ -156,7 +156,12 @@ def test_what_only_a_task_has_is_refused_without_one(name, value):
 
 @pytest.mark.parametrize(
     ("key", "value", "meant"),
-    [("osdt_treshold", 0.5, "osdt_threshold"), ("osdt_tasks", "a", "osdt_task"), ("osdt_policy", "ostd", "osdt")],
+    [
+        ("osdt_treshold", 0.5, "osdt_threshold"),
+        ("osdt_tasks", "a", "osdt_task"),
+        ("osdt_policy", "ostd", "osdt"),
+        ("osdt_infil", "a", "osdt_infill"),  # a field of requests that is no option
+    ],
 )
 def test_a_word_that_is_nearly_right_is_told_the_right_one(key, value, meant):
     with pytest.raises(InvalidOptionError, match=f"did you mean '{meant}'"):
@@ -169,14 +174,22 @@ def test_a_flag_may_arrive_as_zero_or_one(given, meant):
 
 
 @pytest.mark.parametrize(
-    "key", ["treshold", "osdt_treshold", "threshold", "OSDT_threshold", "kv_transfer_params", "osdt_"]
+    ("key", "close"),
+    [
+        ("treshold", "osdt_threshold"),
+        ("threshold", "osdt_threshold"),
+        ("OSDT_threshold", "osdt_threshold"),
+        ("osdt_", "osdt_task"),
+        ("kv_transfer_params", None),
+    ],
 )
-def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(key):
-    with pytest.raises(InvalidOptionError) as error:
+def test_an_unknown_name_is_refused_with_the_one_that_is_close_or_else_all(key, close):
+    with pytest.raises(InvalidOptionError, match=r"`vllm-osdt options` explains them\.$") as error:
         parse_options({key: 0.5}, base=BASE, prefix="osdt_")
     assert repr(key) in str(error.value)
-    for name in OPTION_NAMES:
-        assert re.search(rf"\bosdt_{name}\b", str(error.value))
+    named = set(re.findall(r"\bosdt_\w+", str(error.value))) - {key}
+    known = {f"osdt_{name}" for name in (*OPTION_NAMES, *REQUEST_FIELDS)}
+    assert named == ({close} if close else known)
 
 
 def test_values_lie_over_the_base_and_leave_it_alone():
@@ -569,7 +582,7 @@ def test_profiles_tell_sub_blocks_and_editing_apart():
 )
 @pytest.mark.parametrize("prefix", ["", "osdt_"])
 def test_a_name_of_the_last_release_is_taken_with_a_warning(former, name, value, prefix, caplog, monkeypatch):
-    monkeypatch.setattr("vllm_osdt.options._warned", set())
+    monkeypatch.setattr("vllm_osdt.options.parsing._warned", set())
     assert FORMER_NAMES[former] == name
     for _ in range(2):
         assert getattr(parse_options({prefix + former: value}, base=BASE, prefix=prefix), name) == value

@@ -18,7 +18,8 @@ from vllm_osdt.cli.tuning.plan import Plan, name_run
 from vllm_osdt.cli.tuning.report import print_report, report
 from vllm_osdt.cli.tuning.run import Tuning
 from vllm_osdt.cli.tuning.state import State
-from vllm_osdt.options import DecodingOptions, check_operator_values, with_choice
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.parsing import check_operator_values, with_choice
 from vllm_osdt.policies import POLICIES
 
 NUM_CALIBRATING = 32

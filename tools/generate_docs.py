@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vllm_osdt.frontend.metrics import LABELS, METRICS
-from vllm_osdt.options import FORMER_NAMES, ReferenceRow, policies_of, reference_rows
+from vllm_osdt.options import FORMER_NAMES, policies_of
+from vllm_osdt.options.reference import ReferenceRow, reference_rows
 from vllm_osdt.policies import OWN
 from vllm_osdt.refusals import REFUSALS, sampling_rows
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS

@@ -34,17 +34,17 @@ def sampling_params(**values: Any) -> "SamplingParams":
     """
     from vllm import SamplingParams
 
-    from vllm_osdt.declaration import did_you_mean
+    from vllm_osdt.declaration import meant_or_known
     from vllm_osdt.errors import InvalidOptionError
     from vllm_osdt.options import FORMER_NAMES, OPTION_NAMES, PREFIX, REQUEST_FIELDS
 
     fields = SamplingParams.__struct_fields__
     for name in values:
         if name not in (*fields, *OPTION_NAMES, *FORMER_NAMES, *REQUEST_FIELDS):
-            close = did_you_mean(name, (*OPTION_NAMES, *fields))
+            close = meant_or_known(name, (*OPTION_NAMES, *REQUEST_FIELDS, *fields))
             raise InvalidOptionError(
-                f"{name!r} is neither a sampling parameter of vLLM nor a decoding option{close}; the decoding options "
-                f"are {', '.join(OPTION_NAMES)}.",
+                f"{name!r} is neither a sampling parameter of vLLM nor a decoding option{close}; `vllm-osdt options` "
+                "explains the options.",
                 refusal="neither-parameter-nor-option",
                 parameter=name,
                 value=values[name],

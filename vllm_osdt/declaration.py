@@ -169,3 +169,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The part of a message that names the known word meant, if one is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def meant_or_known(word: str, known: Iterable[str]) -> str:
+    """The part of a message that names the known word meant, or all of them where none is close."""
+    known = list(known)
+    return did_you_mean(word, known) or f"; send one of {', '.join(known)}"

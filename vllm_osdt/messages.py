@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vllm_osdt.geometry import Canvas
-from vllm_osdt.options import DecodingOptions, resolve_answer
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.canvas import resolve_answer
 from vllm_osdt.policies import Schedule
 from vllm_osdt.policies.base import Branch
 
@@ -61,6 +62,7 @@ class RequestSpec:
             may end the hole; None where the model writes everywhere.
         draft: Token ids from the prompt's end on, each of which is taken once the model proposes it; None for none.
         switch: What happens when it has ended its thinking; None where nothing does, or where that has happened.
+        barred: Policies that the profile may not choose, since the request's parameters do not go with them.
     """
 
     options: DecodingOptions
@@ -69,6 +71,7 @@ class RequestSpec:
     pinned: list[int] | None = None
     draft: list[int] | None = None
     switch: Switch | None = None
+    barred: tuple[str, ...] = ()
 
     def as_extra_args(self) -> dict[str, Any]:
         """Plain values for ``SamplingParams.extra_args``, since the parameters cross processes."""
@@ -76,6 +79,7 @@ class RequestSpec:
             "options": self.options.as_dict(),
             "canvas": list(self.canvas),
             "follows": self.follows_choice,
+            "barred": list(self.barred),
             "pinned": self.pinned,
             "draft": self.draft,
             "switch": None if self.switch is None else list(self.switch),
@@ -90,7 +94,7 @@ class RequestSpec:
             return None
         options, canvas = DecodingOptions(**found["options"]), Canvas(*found["canvas"])
         switch = None if found["switch"] is None else Switch(*found["switch"])
-        return cls(options, canvas, found["follows"], found["pinned"], found["draft"], switch)
+        return cls(options, canvas, found["follows"], found["pinned"], found["draft"], switch, tuple(found["barred"]))
 
     def answer(self, position: int) -> "RequestSpec":
         """How the request is decoded from ``position`` on, once it has ended its thinking."""

@@ -9,7 +9,7 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from vllm_osdt.engine.engine_config import CanvasModelConfig
-    from vllm_osdt.frontend import admission, parsing, response
+    from vllm_osdt.frontend import admission, parameters, parsing, response, sent
     from vllm_osdt.frontend.metrics import PrometheusMetrics
     from vllm_osdt.host import compat
     from vllm_osdt.models.configs.dream import DreamConfig
@@ -23,4 +23,4 @@ def register() -> None:
     for model_type, architecture in ALIASES.items():
         _CONFIG_REGISTRY[model_type] = config_class(architecture)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
-    compat.apply(admission, response, parsing, PrometheusMetrics)
+    compat.apply(compat.FrontEnd(admission, parameters, parsing, response, sent, PrometheusMetrics))

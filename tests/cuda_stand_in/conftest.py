@@ -21,7 +21,8 @@ def start_llm(start_llm: Any) -> Any:
 
     def start(model: Path, **arguments: Any) -> Any:
         arguments.setdefault("compilation_config", {"cudagraph_capture_sizes": CAPTURE_SIZES})
-        return start_llm(model, **arguments)
+        with cuda.starting():
+            return start_llm(model, **arguments)
 
     return start
 

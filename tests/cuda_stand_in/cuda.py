@@ -46,6 +46,7 @@ from tests.cuda_stand_in import graphs, kernels
 CARD = "NVIDIA H100 (stand-in)"
 CAPABILITY = (9, 0)
 MEMORY_BYTES = 1 << 30
+MAX_PROGRAMS_AT_START = 64  # along the first dimension: rows of two blocks of 32, what our warm-up decides at most
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
 
@@ -405,17 +406,44 @@ def _install_launches() -> None:
     """Every launch of a Triton kernel enters the ledger with what Triton specializes a kernel on."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from tests.interpreter import correct_bfloat16
+    from tests import interpreter
 
-    correct_bfloat16()
-
+    interpreter.correct()
     run = InterpretedFunction.run
 
     def counted(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         LEDGER.launches[specialization(self, args, kwargs)] += 1
-        return graphs.launch(lambda: run(self, *args, grid=grid, warmup=warmup, **kwargs))
+
+        def launch() -> Any:
+            return run(self, *args, grid=_shortened(grid) if _is_starting else grid, warmup=warmup, **kwargs)
+
+        return graphs.launch(launch)
 
     InterpretedFunction.run = counted
+
+
+_is_starting = False
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """While an engine starts, run the first programs of a large launch only.
+
+    The memory profile and the warm-up of each graph launch thousands of them, and nobody reads the results; our own
+    warm-up, whose steps decide, has less.
+    """
+    global _is_starting
+    _is_starting = True
+    try:
+        yield
+    finally:
+        _is_starting = False
+
+
+def _shortened(grid: Any) -> Any:
+    if callable(grid):
+        return lambda arguments: _shortened(grid(arguments))
+    return (min(grid[0], MAX_PROGRAMS_AT_START), *grid[1:])
 
 
 def specialization(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -115,6 +115,29 @@ def _attend(
             out[start:end] = seen[0].transpose(0, 1)
 
 
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Any,
+    block_mask: Any,
+    scale: float,
+    **others: Any,
+) -> torch.Tensor:
+    """FlexAttention of rows ``[1, num_heads, num_tokens, head_size]`` over all pages that the mask's blocks name."""
+    assert score_mod is None, "not what the models of the tests call"
+    with torch._C.DisableTorchFunction():
+        number, indices = block_mask.kv_num_blocks[0, 0], block_mask.kv_indices[0, 0]
+        named = [row[:count] for row, count in zip(indices, number.tolist(), strict=True)]
+        size = block_mask.BLOCK_SIZE[1]
+        places = (torch.cat(named).unique()[:, None] * size + torch.arange(size)).flatten()
+        rows, zero = torch.arange(query.shape[2])[:, None], torch.zeros((), dtype=torch.int64)
+        seen = block_mask.mask_mod(zero, zero, rows, places[None])
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key[:, :, places], value[:, :, places], attn_mask=seen, scale=scale, enable_gqa=True
+        )
+
+
 def grouped_topk(
     scores: torch.Tensor,
     num_groups: int,
@@ -187,8 +210,10 @@ IMPLEMENTATIONS = {
 def register() -> list[torch.library.Library]:
     """Let the dispatcher and vLLM's attention find them. Returns what has to stay alive."""
     from vllm.v1.attention.backends import flash_attn
+    from vllm.v1.attention.backends import flex_attention as flex
 
     flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
+    flex.flex_attention_compiled = flex_attention
     libraries = []
     for namespace, functions in IMPLEMENTATIONS.items():
         library = torch.library.Library(namespace, "IMPL")

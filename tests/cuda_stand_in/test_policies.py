@@ -1,13 +1,22 @@
-"""Policies where tables of the host and the device are two: cuts are read back, and steps are compared in graphs."""
+"""Policies and modes where tables of the host and the device are two: what is cut, drafted, verified or begun anew.
+
+No step waits for the device, and one copies to it once for each time that it runs the model.
+"""
+
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from tests.cuda_stand_in.cuda import LEDGER
-from tests.e2e.engine import generate, nfe, sampling, tokens
+from tests.cuda_stand_in.test_default_settings import num_copies
+from tests.cuda_stand_in.test_graphs import count_replays, runner_of
+from tests.e2e.engine import drive, generate, nfe, sampling, submit, tokens
+from tests.e2e.jobs import above
 from tests.policies.test_block_cuts import PlainCadLLM
-from tests.reference.block_causal import ReferenceSDAR
+from tests.reference.block_causal import ReferenceSDAR, decode_with_answer_blocks
 from tests.reference.block_causal_checkpoints import make_sdar_checkpoint
-from tests.reference.decode import decode
+from tests.reference.decode import decode, static_threshold
 from tests.reference.dream import ReferenceDream, make_dream_checkpoint
 from tests.reference.self_speculation import SDARView, Settings, decode_s2d2
 
@@ -23,10 +32,43 @@ OTHERS = (
 )
 
 
-def plain_cad_llm():
-    rule = PlainCadLLM(8, shortest=1, first=6, high=0.9)
+# Graphs of blocks, and none of all rows of a batch, which take the interpreter long.
+GRAPHS = {"cudagraph_capture_sizes": [16, 48]}
+
+
+def plain_cad_llm(**options):
+    rule = PlainCadLLM(8, shortest=1, first=6, high=0.9, **options)
     rule.length = CANVAS["gen_length"]
     return rule
+
+
+def watched(llm, prompts, params):
+    """As ``generate``. No step waits, and one that takes in no request copies once for each time that it runs."""
+    runner, replayed, takes_in = runner_of(llm), count_replays(llm), []
+    add_requests = runner.add_requests
+
+    def noted(output):
+        takes_in.append(bool(output.scheduled_new_reqs))
+        add_requests(output)
+
+    num_steps = {True: 0, False: 0}
+
+    def check(step):
+        assert not LEDGER.waits
+        if not any(takes_in):
+            assert num_copies(LEDGER.to_device) <= max(1, len(replayed)), LEDGER.to_device
+            num_steps[bool(replayed)] += step > 0
+        takes_in.clear()
+        replayed.clear()
+        LEDGER.clear()
+
+    LEDGER.clear()
+    params = params if isinstance(params, list) else [params] * len(prompts)
+    req_ids = [submit(llm, *one) for one in zip(prompts, params, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "add_requests", noted)
+        finished = drive(llm, check)
+    return SimpleNamespace(completions=[finished[one] for one in req_ids], num_steps=num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +78,18 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(checkpoint, start_llm):
-    return start_llm(checkpoint, max_num_seqs=4, max_num_batched_tokens=256, max_model_len=128)
+    return start_llm(
+        checkpoint, max_num_seqs=4, max_num_batched_tokens=256, max_model_len=128, compilation_config=GRAPHS
+    )
+
+
+@pytest.fixture(scope="module")
+def block_causal(tmp_path_factory, start_llm):
+    """A block-causal engine with blocks of 8, and its network."""
+    folder = make_sdar_checkpoint(tmp_path_factory.mktemp("sdar") / "model", seed=1, num_hidden_layers=1)
+    config = {"osdt": {"profile_dir": "", "block_length": 8}}
+    llm = start_llm(folder, max_num_seqs=2, max_model_len=64, compilation_config=GRAPHS, additional_config=config)
+    return SimpleNamespace(llm=llm, network=ReferenceSDAR.load(folder))
 
 
 def test_a_block_that_begins_with_a_first_position_alone_is_cut_anew(llm, checkpoint):
@@ -49,13 +102,32 @@ def test_a_block_that_begins_with_a_first_position_alone_is_cut_anew(llm, checkp
         assert tokens(generate(llm, [prompt], params)) == [expected.tokens]
 
 
+def test_far_masks_and_shares_of_a_vocabulary_are_as_in_a_plain_loop(llm, checkpoint):
+    network, prompts = ReferenceDream.load(checkpoint), [[5, 6, 7, 8], [11, 30, 12]]
+    cad = {"policy": "cad_llm", "cad_first_block": 6, "cad_min_block": 1, "cad_threshold": 0.9}
+    kinds = [
+        ({"policy": "static_threshold", "threshold": 0.2}, {"suffix_window": 0}, partial(static_threshold, 0.2)),
+        ({**cad, "cad_vocabulary": True}, {}, partial(plain_cad_llm, vocabulary=True)),
+    ]
+    asked, expected = [], []
+    for options, mode, make_rule in kinds:
+        for prompt in prompts:
+            asked.append((prompt, sampling(24, **options, **mode, **CANVAS)))
+            expected.append(decode(network, prompt, make_rule(), **CANVAS, **mode))
+    assert min(min(one.rule_margin, one.proposal_margin) for one in expected) > MIN_MARGIN
+    got = watched(llm, *map(list, zip(*asked, strict=True)))
+    assert tokens(got.completions) == [one.tokens for one in expected]
+    assert [nfe(one) for one in got.completions] == [one.nfe for one in expected]
+    assert got.num_steps[True] and got.num_steps[False]
+
+
 def test_company_changes_nothing_and_nothing_waits(llm):
     params = [sampling(24, **CANVAS, **options) for options in OTHERS]
     prompts = [[5 + place, 6, 7, 8] for place in range(len(OTHERS))]
     alone = [tokens(generate(llm, [prompt], one))[0] for prompt, one in zip(prompts, params, strict=True)]
-    LEDGER.clear()
-    assert tokens(generate(llm, prompts, params)) == alone
-    assert not LEDGER.waits
+    got = watched(llm, prompts, params)
+    assert tokens(got.completions) == alone
+    assert got.num_steps[True] and got.num_steps[False]  # branches run without graphs
 
 
 def test_accepted_drafts_are_read_back_as_denoising_steps(llm):
@@ -63,24 +135,54 @@ def test_accepted_drafts_are_read_back_as_denoising_steps(llm):
     prompts = [[5, 6, 7, 8], [11, 30, 12]]
     own = {"temperature": 0.7, "seed": 3, **CANVAS}
     base = generate(llm, prompts, sampling(24, policy="fixed_steps", **own))
-    LEDGER.clear()
-    got = generate(llm, prompts, sampling(24, policy="freedave", **own))
-    assert not LEDGER.waits
+    got = watched(llm, prompts, sampling(24, policy="freedave", **own)).completions
     assert tokens(got) == tokens(base) and sum(map(nfe, got)) < sum(map(nfe, base))
 
 
-def test_drafts_are_verified_by_branches_as_by_a_plain_loop(tmp_path, start_llm):
+def test_drafts_are_verified_by_branches_as_by_a_plain_loop(block_causal):
     """Spans come to the engine core in the report of their step, and nothing waits for them."""
-    folder = make_sdar_checkpoint(tmp_path / "model", seed=1, num_hidden_layers=1)
-    network, prompts = ReferenceSDAR.load(folder), [[5, 6, 7, 8], [40, 41, 9, 70, 33]]
-    llm = start_llm(folder, max_num_seqs=2, max_model_len=64)
-    settings = Settings(threshold=0.2, cost=0.8)
-    expected = [decode_s2d2(SDARView(network, 8), prompt, settings, max_tokens=10) for prompt in prompts]
+    llm, prompts = block_causal.llm, [[5, 6, 7, 8], [40, 41, 9, 70, 33]]
+    settings, view = Settings(threshold=0.2, cost=0.8), SDARView(block_causal.network, 8)
+    expected = [decode_s2d2(view, prompt, settings, max_tokens=10) for prompt in prompts]
     assert min(min(one.proposal_margin, one.rule_margin) for one in expected) > MIN_MARGIN
     own = {"policy": "s2d2", "block_length": 8, "threshold": 0.2, "verify_cost": 0.8}
-    LEDGER.clear()
-    got = generate(llm, prompts, sampling(10, **own))
-    assert not LEDGER.waits and tokens(got) == [one.tokens for one in expected]
-    assert [nfe(one) for one in got] == [one.nfe for one in expected]
+    got = watched(llm, prompts, sampling(10, **own))
+    assert tokens(got.completions) == [one.tokens for one in expected]
+    assert [nfe(one) for one in got.completions] == [one.nfe for one in expected]
+    assert got.num_steps[True] and got.num_steps[False]
     sampled = [sampling(6, temperature=0.8, seed=seed, **own) for seed in range(2)]
     assert tokens(generate(llm, prompts, sampled))[:1] == tokens(generate(llm, prompts[:1], sampled[0]))
+
+
+def test_an_answer_in_shorter_blocks_is_as_in_a_plain_loop(block_causal):
+    """A request whose thinking has ended is taken in anew, and its blocks are shorter than those of the graphs."""
+    prompts, check, own = (
+        [[5, 6, 7, 8], [40, 41, 9, 70, 33]],
+        [9, 10, 11],
+        {"block_length": 8, "answer_block_length": 4},
+    )
+    ends, expected = (79, 54), []
+    for prompt, think_end in zip(prompts, ends, strict=True):
+        found, given = decode_with_answer_blocks(
+            block_causal.network, prompt, partial(above, 0.2), think_end=think_end, check=check, max_tokens=20, **own
+        )
+        assert min(found.rule_margin, found.proposal_margin) > MIN_MARGIN and 0 < given.start < given.stop
+        expected.append(found)
+    own |= {"policy": "static_threshold", "threshold": 0.2, "check_prompt": check}
+    got = watched(block_causal.llm, prompts, [sampling(20, think_end_token=one, **own) for one in ends])
+    assert tokens(got.completions) == [one.tokens for one in expected]
+    assert [nfe(one) for one in got.completions] == [one.nfe for one in expected]
+    assert got.num_steps[True]
+
+
+def test_a_model_that_vllm_compiles_decodes_as_a_plain_loop(checkpoint, start_llm):
+    """Its last layer computes all rows, and steps are graphs as well; the stand-in runs what torch would compile."""
+    network, prompts = ReferenceDream.load(checkpoint), [[5, 6, 7, 8], [11, 30, 12]]
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 128, "max_model_len": 64}
+    llm = start_llm(checkpoint, compilation_config={"mode": 3, **GRAPHS}, **sizes)
+    assert not runner_of(llm).model.narrows_last_layer
+    expected = [decode(network, prompt, static_threshold(0.4), **CANVAS) for prompt in prompts]
+    assert min(min(one.rule_margin, one.proposal_margin) for one in expected) > MIN_MARGIN
+    got = watched(llm, prompts, sampling(24, policy="static_threshold", threshold=0.4, **CANVAS))
+    assert tokens(got.completions) == [one.tokens for one in expected]
+    assert got.num_steps[True]

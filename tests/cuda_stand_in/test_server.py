@@ -3,14 +3,15 @@
 import httpx
 import pytest
 
-from tests.e2e.serving import serving
+from tests.e2e.serving import ANSWER_LIMIT_S, serving
 from vllm_osdt.mini import model_path
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ("--osdt-config", '{"threshold": 0.85, "block_length": 8}', "--max-num-seqs", "4")
+    arguments = ["--osdt-config", '{"threshold": 0.85, "block_length": 8}', "--max-num-seqs", "4"]
+    arguments += ["--compilation-config", '{"cudagraph_capture_sizes": [16]}']  # the default ones take many minutes
     with serving(model_path("sdar-mini"), "sdar-mini", log, *arguments) as running:
         yield running
 
@@ -20,7 +21,7 @@ def test_a_response_says_how_it_was_decoded_and_metrics_count_it(server):
     about = body["osdt"]
     assert about["policy"] == "factor" and 1 <= about["nfe"] <= 9
     assert not body.get("kv_transfer_params")
-    metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
+    metrics = httpx.get(f"{server.url}/metrics", timeout=ANSWER_LIMIT_S).text
     assert "vllm:osdt_request_forward_passes_count{" in metrics
 
 

@@ -51,11 +51,12 @@ def test_offline_example_answers_its_prompts(tmp_path):
 def test_server_and_client_examples(tmp_path):
     console = example(README, "console", "vllm serve")
     assert console == example(QUICKSTART, "console", "vllm serve")
-    serve, curl = (command.removeprefix("$ ") for command in re.split(r"\n(?=\$ )", console))
+    export, serve, curl = (command.removeprefix("$ ") for command in re.split(r"\n(?=\$ )", console))
+    without_memory = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = ["bash", "-c", f"exec {serve} --host 127.0.0.1 --port {port}"]
-    with waiting_for(command, ENVIRONMENT, url, "llada-mini", tmp_path / "log"):
+    command = ["bash", "-c", f"{export}\nexec {serve} --host 127.0.0.1 --port {port}"]
+    with waiting_for(command, without_memory, url, "llada-mini", tmp_path / "log"):
         completion = json.loads(run(["bash", "-c", curl.replace("http://localhost:8000", url)]))
         assert "answer is" in completion["choices"][0]["text"]
         assert completion["osdt"]["nfe"] >= 2

@@ -5,6 +5,7 @@ Default options, what a response says, pins, guard, tasks without a name.
 
 import logging
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -278,6 +279,13 @@ def test_a_tuned_task_is_decoded_by_its_choice_without_naming_it(llm, folder, tm
     assert share_right(problems, open_) >= 0.9  # the risk; the seed's prompts are fixed
     own = decode(llm, problems, task="tuned", policy="static_threshold")
     assert tokens(own) == tokens(static)
+    options = {"freedave_base": "threshold", "threshold": 0.8}
+    choice = replace(profile.choice, policy="freedave", options=options)
+    registry(llm).publish(replace(profile, key=replace(profile.key, task="drafted"), choice=choice))
+    drafted = decode(llm, problems[:8], task="drafted")
+    assert {vllm_osdt.describe(completion)["policy"] for completion in drafted} == {"freedave"}
+    named = decode(llm, problems[:8], policy="freedave", **options)
+    assert tokens(drafted) == tokens(named) and [nfe(one) for one in drafted] == [nfe(one) for one in named]
 
 
 def test_events_reach_the_engines_stats(llm):

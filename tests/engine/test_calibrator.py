@@ -31,12 +31,13 @@ def make_calibrator(registry=None, guard=None, is_strict=False, is_block_causal=
     return Calibrator(registry or ProfileRegistry(), guard, traits)
 
 
-def start(calibrator, req_id, max_tokens=2 * LENGTH, follows_choice=False, is_kept=False, **options):
+def start(calibrator, req_id, max_tokens=2 * LENGTH, follows_choice=False, is_kept=False, barred=(), **options):
     """Plan a request of two blocks for the first time; returns what is decided."""
     canvas = Canvas(PROMPT_LENGTH, PROMPT_LENGTH + 2 * LENGTH, PROMPT_LENGTH + max_tokens, LENGTH)
     defaults = {"task": "gsm", "statistic": "q1", "num_calibration_requests": 1}
     options = DecodingOptions(**defaults | {"block_length": LENGTH, "gen_length": 2 * LENGTH} | options)
-    assignment = calibrator.assign(req_id, RequestSpec(options, canvas, follows_choice), max_tokens, is_kept=is_kept)
+    spec = RequestSpec(options, canvas, follows_choice, barred=barred)
+    assignment = calibrator.assign(req_id, spec, max_tokens, is_kept=is_kept)
     decided = calibrator._decodings[req_id]
     assert assignment is decided.assignment and assignment.is_recorded == (decided.recorder is not None)
     return decided
@@ -371,9 +372,16 @@ def test_whatever_tune_may_choose_decodes_a_request_or_is_passed_over(policy):
     for candidate in candidates_of(policy, 64):
         choice = chosen(**candidate)
         decided = start(choosing(choice), "a", follows_choice=True)
-        is_usable = policy != "learned_filter"  # no operator has named a file
+        # No operator has named a file, and the model is not block-causal.
+        is_usable = policy not in ("learned_filter", "s2d2")
         assert decided.options.policy == (policy if is_usable else "osdt")
         assert decided.assignment.policy == decided.options.policy
+
+
+def test_a_choice_that_a_requests_parameters_do_not_go_with_is_passed_over():
+    calibrator = choosing(chosen("freedave"))
+    assert start(calibrator, "a", follows_choice=True, barred=("freedave",)).options.policy == "osdt"
+    assert start(calibrator, "b", follows_choice=True).options.policy == "freedave"
 
 
 def test_a_choice_that_workers_would_read_otherwise_is_passed_over():

@@ -16,7 +16,7 @@ from vllm_osdt.calibration.fingerprint import model_fingerprint
 from vllm_osdt.calibration.store import open_store
 from vllm_osdt.engine import engine_config
 from vllm_osdt.errors import OSDTError
-from vllm_osdt.options import default_decoding_options, server_options
+from vllm_osdt.options.operator import default_decoding_options, server_options
 
 CONFIG = {
     "architectures": ["LLaDAModelLM"],

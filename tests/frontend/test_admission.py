@@ -13,11 +13,14 @@ from tests.engine.test_engine_config import CONFIG, configure
 from vllm_osdt.calibration.profile import CACHE_KEY, ProfileKey
 from vllm_osdt.calibration.store import open_store
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.frontend import admission
+from vllm_osdt.frontend import admission, pins, sent
 from vllm_osdt.frontend.admission import FrontEnd, admit
 from vllm_osdt.frontend.auto_task import NUM_REQUESTS, prefix_names
+from vllm_osdt.frontend.parameters import check_sampling_params
 from vllm_osdt.messages import RESOLVED_KEY, RequestSpec
-from vllm_osdt.options import UNDECIDED_TASK, default_decoding_options, parse_options, server_options
+from vllm_osdt.options import UNDECIDED_TASK
+from vllm_osdt.options.operator import default_decoding_options, server_options
+from vllm_osdt.options.parsing import parse_options
 
 KEY = ProfileKey("gsm", 8, "dual", 0.9)
 SYSTEM = list(range(1, 17))
@@ -132,15 +135,15 @@ def test_a_replaced_profile_can_still_be_pinned(vllm_config):
 
 def test_a_pin_is_read_once_and_only_so_many_are_remembered(vllm_config, profile, monkeypatch):
     front_end, reads = FrontEnd(vllm_config), []
-    monkeypatch.setattr(admission, "MAX_PINS", 2)
+    monkeypatch.setattr(pins, "MAX_PINS", 2)
     monkeypatch.setattr(
         type(front_end._store), "load_id", lambda self, *pin: reads.append(pin) or replace(profile, key=KEY)
     )
-    pins = [f"{index:016x}" for index in (0, 0, 1, 2, 2, 1, 0)]
-    for pin in pins:
-        resolve(front_end, vllm_config, task="gsm", profile=pin)
-    assert [pin for _, pin in reads] == [pins[0], pins[2], pins[3], pins[6]]
-    assert len(front_end._pins) == 2
+    ids = [f"{index:016x}" for index in (0, 0, 1, 2, 2, 1, 0)]
+    for one in ids:
+        resolve(front_end, vllm_config, task="gsm", profile=one)
+    assert [one for _, one in reads] == [ids[0], ids[2], ids[3], ids[6]]
+    assert len(front_end._pins._keys) == 2
 
 
 def test_a_template_sees_all_of_itself_whatever_suffix_window_the_operator_has(checkpoint):
@@ -231,6 +234,22 @@ def test_a_request_that_names_no_policy_and_no_option_of_one_follows_its_tasks_c
 
 
 @pytest.mark.parametrize(
+    ("changed", "barred"),
+    [
+        ({}, ()),
+        ({"logprobs": 1}, ("freedave",)),
+        ({"repetition_penalty": 1.2}, ("freedave", "s2d2")),
+    ],
+)
+def test_a_request_tells_which_policies_its_tasks_choice_may_not_be(vllm_config, changed, barred):
+    one = request(task="gsm")
+    for name, value in changed.items():
+        setattr(one.sampling_params, name, value)
+    admit(one, vllm_config)
+    assert sorted(RequestSpec.of(one.sampling_params).barred) == sorted(barred)
+
+
+@pytest.mark.parametrize(
     ("options", "follows"),
     [
         ({"task": "chat", "cache_mode": "none", "drift": "warn"}, True),
@@ -248,7 +267,7 @@ def test_an_operator_that_names_a_policy_or_an_option_of_one_decides_for_all_req
 def test_options_at_the_top_of_a_body_are_the_requests_own(vllm_config):
     one = request(task="gsm")
     asked = one.sampling_params.clone()
-    setattr(asked, admission.SENT, admission.Sent(16, options={"osdt_threshold": 0.8}))
+    setattr(asked, sent.SENT, sent.Sent(16, options={"osdt_threshold": 0.8}))
     admit(one, vllm_config, asked)
     assert RequestSpec.of(one.sampling_params).follows_choice is False
 
@@ -295,15 +314,15 @@ def test_what_an_endpoint_makes_of_its_fields_is_named_as_the_client_sent_it():
 
     asked = {"messages": [{"role": "user", "content": "a"}], "thinking_token_budget": 64, "max_tokens": 9}
     chat = ChatCompletionRequest(**asked, max_completion_tokens=9, osdt_task="quiz", other=1)
-    sent = admission.sent_by(chat)
-    assert (sent.max_tokens, sent.max_tokens_name, sent.options) == (9, "max_tokens", {"osdt_task": "quiz"})
-    for names, word in (({}, "thinking_token_budget=64"), (admission.MESSAGES_NAMES, "thinking.budget_tokens=64")):
-        token = admission.FIELD_NAMES.set(names)
+    told = sent.sent_by(chat)
+    assert (told.max_tokens, told.max_tokens_name, told.options) == (9, "max_tokens", {"osdt_task": "quiz"})
+    for names, word in (({}, "thinking_token_budget=64"), (sent.MESSAGES_NAMES, "thinking.budget_tokens=64")):
+        token = sent.FIELD_NAMES.set(names)
         params = SamplingParams(thinking_token_budget=64)
-        setattr(params, admission.SENT, admission.sent_by(chat))
-        admission.FIELD_NAMES.reset(token)
+        setattr(params, sent.SENT, sent.sent_by(chat))
+        sent.FIELD_NAMES.reset(token)
         with pytest.raises(InvalidOptionError, match=rf"model: {word} \(leave it out\)"):
-            admission.check_sampling_params(params)
+            check_sampling_params(params)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     for fields, name, of_client in (
         ({"response_format": {"type": "json_object"}}, "structured_outputs", "response_format"),
@@ -312,7 +331,7 @@ def test_what_an_endpoint_makes_of_its_fields_is_named_as_the_client_sent_it():
         ({"logprobs": True, "top_logprobs": 3}, "logprobs", "top_logprobs"),
     ):
         chat = ChatCompletionRequest(messages=asked["messages"], **fields)
-        assert admission.sent_by(chat).name_of(name) == of_client
+        assert sent.sent_by(chat).name_of(name) == of_client
 
 
 @pytest.mark.parametrize(
@@ -330,7 +349,7 @@ def test_what_an_endpoint_makes_of_its_fields_is_named_as_the_client_sent_it():
 def test_what_vllm_makes_of_a_limit_is_told_from_what_was_asked(vllm_config, asked, bounded, output, canvas):
     one = request()
     one.sampling_params.max_tokens = bounded
-    setattr(one.sampling_params, admission.SENT, admission.Sent(asked))
+    setattr(one.sampling_params, sent.SENT, sent.Sent(asked))
     if output is None:
         with pytest.raises(InvalidOptionError, match=canvas):
             admit(one, vllm_config, one.sampling_params)
@@ -347,7 +366,7 @@ def test_a_canvas_of_the_requests_own_is_not_cut_by_the_checkpoints_length(tmp_p
     config = configure(str(tmp_path), additional_config={"osdt": {"profile_dir": ""}})
     one = request(gen_length=192)
     one.sampling_params.max_tokens = 96 if asked is None else asked  # as vLLM bounds it
-    setattr(one.sampling_params, admission.SENT, admission.Sent(asked))
+    setattr(one.sampling_params, sent.SENT, sent.Sent(asked))
     admit(one, config, one.sampling_params)
     assert one.sampling_params.max_tokens == output
     assert RequestSpec.of(one.sampling_params).canvas.length == 192

@@ -7,7 +7,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 
 from vllm_osdt.host.attention import graph_mode
-from vllm_osdt.host.compat import patch_scheduler_metadata
+from vllm_osdt.host.compat.engine import patch_scheduler_metadata
 
 
 @pytest.mark.parametrize(

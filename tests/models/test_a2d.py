@@ -154,7 +154,7 @@ def test_the_name_says_what_was_trained_in_blocks_unless_the_config_does(tmp_pat
 def test_an_engine_has_the_cache_of_what_attention_sees(tmp_path, is_block_causal, cache):
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_osdt.options import default_decoding_options
+    from vllm_osdt.options.operator import default_decoding_options
 
     folder = make_a2d_checkpoint(tmp_path / "model", base="qwen3", block_causal=is_block_causal)
     config = EngineArgs(model=str(folder), skip_tokenizer_init=True).create_engine_config()

@@ -16,7 +16,9 @@ from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.frontend.admission import with_delimiters
 from vllm_osdt.models.configs.llada import LLaDAConfig
 from vllm_osdt.models.configs.sdar import SDARConfig
-from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES, PositionLogits, Schedule
 from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.cad_llm import vocabulary_of

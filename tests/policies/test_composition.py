@@ -17,7 +17,8 @@ from tests.policies.test_several_at_once import PlainETE
 from tests.policies.test_stability import PlainKLASS, PlainLESS, PlainStable, assert_equal_but_for_near_ties, read, walk
 from tests.reference.decode import calibrate, decode, osdt, static_threshold
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.options import DecodingOptions, parse_options, policies_of
+from vllm_osdt.options import DecodingOptions, policies_of
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES
 
 WIDTH, VOCABULARY = 16, 13

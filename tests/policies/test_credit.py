@@ -10,7 +10,8 @@ from tests.e2e.engine import canvas_states, drive, generate, nfe, sampling, sche
 from tests.reference.decode import ThresholdRule, calibrate, decode, osdt, static_threshold
 from vllm_osdt.calibration.profile import CACHE_KEY
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.options import DecodingOptions, parse_options
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import MODIFIERS, POLICIES, Policy
 from vllm_osdt.policies.credit import Credit
 from vllm_osdt.policies.modifier import ModifiedRows

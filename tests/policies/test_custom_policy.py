@@ -45,7 +45,9 @@ def test_its_options_are_checked_explained_and_refused_as_all_others(installed):
     code = """
 import json
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.options import DecodingOptions, OPTION_NAMES, parse_options, reference_rows
+from vllm_osdt.options import DecodingOptions, OPTION_NAMES
+from vllm_osdt.options.parsing import parse_options
+from vllm_osdt.options.reference import reference_rows
 
 def refusal(**values):
     try:

@@ -11,7 +11,9 @@ from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, calibrate, decode, fixed_steps, osdt, static_threshold
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES, PositionLogits
 
 MIN_MARGIN = 1e-5

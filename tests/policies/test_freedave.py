@@ -11,7 +11,9 @@ from tests.reference.decode import best_first, decode, fixed_steps, static_thres
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.worker.drafting import States, accept, draft, read_states
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step_plan import DraftRows

@@ -169,7 +169,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 def weights(tasks_llm, tmp_path, monkeypatch):
     """A filter for blocks of 16, which the engine has as if its operator had named it."""
     from vllm_osdt.frontend import admission
-    from vllm_osdt.options import server_options
+    from vllm_osdt.options.operator import server_options
 
     # Confident positions pass, and more of them the more confident the others are.
     weights = {

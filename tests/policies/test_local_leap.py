@@ -9,7 +9,8 @@ from tests.policies.test_policies import known, schedule_of
 from tests.reference.decode import best_first, calibrate, decode, osdt, static_threshold
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.options import DecodingOptions, parse_options
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES
 
 ANCHOR, RELAXED = 0.9, 0.75

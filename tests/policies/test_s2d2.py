@@ -17,7 +17,9 @@ from vllm_osdt.mini import gen_length_of, model_path, tasks_of
 from vllm_osdt.mini.tasks import check
 from vllm_osdt.mini.tasks import generate as draw_problems
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES, PositionLogits
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, Verification
 from vllm_osdt.policies.s2d2 import _sample

@@ -20,7 +20,9 @@ from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import DecodingOptions, parse_options, validate_for_family
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES
 
 WIDTH = 16

@@ -11,7 +11,8 @@ from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.options import DecodingOptions, parse_options
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES
 
 WIDTH = 24
@@ -39,29 +40,36 @@ class PlainMultiBlock:
 
     by_entropy = True
 
-    def __init__(self, length, part=8, tau=0.5, enter=0.5, full=0.95):
+    def __init__(self, length, part=8, tau=0.5, enter=0.5, full=0.95, rule="parts"):
         self.length, self.part, self.tau, self.enter, self.full = length, part, tau, enter, full
+        self.is_release = rule == "release"
         self.margin = math.inf
 
     def __call__(self, block, step, masked):
         # The engine holds an entropy in steps of 2e-6.
         self.margin = min([self.margin, *(abs(-c - self.tau) / 30 for c in masked.values())])
-        found, share, is_full = [], 1.0, True
+        found, reached, share, is_full, is_owed = [], {}, 1.0, True, True
         for start in range(0, self.length, self.part):
             is_full = is_full and share >= self.full
             if share < self.enter:
                 break
             own = {k: c for k, c in masked.items() if start <= k < start + self.part}
             passing = [k for k, c in own.items() if -c <= self.tau]
-            found += passing or (best_first(own)[:1] if is_full else [])
-            share = 1 - len(own) / min(self.part, self.length - start)
-        return found or best_first({k: c for k, c in masked.items() if k < self.reach(masked)})[:1]
+            found += passing or (best_first(own)[:1] if is_full and is_owed else [])
+            if self.is_release and is_full and own:
+                is_owed = False
+            reached |= own
+            size = min(self.part, self.length - start)
+            share = (size - len(own)) / size
+        if self.is_release:
+            found += best_first(reached)[:1]
+        return sorted(set(found)) or best_first({k: c for k, c in masked.items() if k < self.reach(masked)})[:1]
 
     def reach(self, masked):
         """The position behind the parts that take part."""
         for start in range(0, self.length, self.part):
-            own = sum(start <= k < start + self.part for k in masked)
-            if 1 - own / min(self.part, self.length - start) < self.enter:
+            own, size = sum(start <= k < start + self.part for k in masked), min(self.part, self.length - start)
+            if (size - own) / size < self.enter:
                 return start + self.part
         return self.length
 
@@ -91,19 +99,42 @@ def test_ete_explores_where_little_passes(seed, below, rank):
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize(("part", "enter", "full"), [(8, 0.5, 0.95), (5, 0.0, 1.0), (24, 0.5, 0.9), (1, 0.5, 0.5)])
-def test_parts_are_entered_one_after_the_other(seed, part, enter, full):
+@pytest.mark.parametrize(
+    ("part", "enter", "full"), [(8, 0.5, 0.95), (5, 0.0, 1.0), (24, 0.5, 0.9), (1, 0.5, 0.5), (8, 0.1, 0.25)]
+)
+@pytest.mark.parametrize("rule", ["parts", "release"])
+def test_parts_are_entered_one_after_the_other(seed, part, enter, full, rule):
     score = scores(seed, scale=1 / 16)
     options = DecodingOptions(
-        part_length=part, enter_share=enter, full_share=full, block_length=WIDTH, gen_length=WIDTH
+        part_length=part,
+        enter_share=enter,
+        full_share=full,
+        multi_block_rule=rule,
+        block_length=WIDTH,
+        gen_length=WIDTH,
     )
     step = make_step(score.clone(), schedule_of("multi_block", options), 5)
     POLICIES["multi_block"].adjust(step)
     expected = []
     for row in score:
         entropies = {k: -32 * (1 - c) for k, c in confidences(row).items()}
-        expected.append(set(PlainMultiBlock(WIDTH, part, 0.5, enter, full)(0, 0, entropies)))
+        expected.append(set(PlainMultiBlock(WIDTH, part, 0.5, enter, full, rule)(0, 0, entropies)))
     assert chosen(step) == expected
+
+
+@pytest.mark.parametrize(("part", "decided", "share"), [(5, 1, 0.2), (10, 1, 0.1), (20, 19, 0.95), (12, 3, 0.25)])
+def test_a_part_takes_part_with_exactly_the_share(part, decided, share):
+    score = torch.full((1, 2 * part), 1 - 0.4 / 32)  # everything passes
+    score[0, :decided] = -2.0  # written
+    chosen_of = {}
+    for enter in (share, share + 0.01):
+        options = DecodingOptions(
+            part_length=part, enter_share=enter, full_share=1.0, block_length=2 * part, gen_length=2 * part
+        )
+        step = make_step(score.clone(), schedule_of("multi_block", options), 1)
+        POLICIES["multi_block"].adjust(step)
+        chosen_of[enter == share] = chosen(step)[0]
+    assert chosen_of == {True: set(range(decided, 2 * part)), False: set(range(decided, part))}
 
 
 def test_shares_out_of_order_are_refused():
@@ -120,9 +151,14 @@ def test_an_engine_decodes_as_the_plain_loops(tasks_llm, golden_tasks):
     kinds = {
         "ete": (lambda: PlainETE(0.6, 3, 0.5), {"threshold": 0.6, "explore_below": 3, "explore_rank": 0.5}),
         "multi_block": (lambda: PlainMultiBlock(24), {"part_length": 8}),
+        "multi_block by the code": (
+            lambda: PlainMultiBlock(24, rule="release"),
+            {"part_length": 8, "multi_block_rule": "release"},
+        ),
     }
     requests, expected = [], []
-    for policy, (make_rule, options) in kinds.items():
+    for name, (make_rule, options) in kinds.items():
+        policy = name.split()[0]
         found = [decode(network, prompt, make_rule(), **canvas) for prompt in prompts]
         clear = [i for i, one in enumerate(found) if min(one.rule_margin, one.proposal_margin) > 1e-5]
         assert len(clear) >= 6

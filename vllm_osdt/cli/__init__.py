@@ -4,6 +4,7 @@ Exit status: 0 when all went well, 1 when something asked for is not there or do
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from vllm_osdt import __version__
 from vllm_osdt.calibration.store import default_folder
 from vllm_osdt.cli.calibrate import calibrate
+from vllm_osdt.cli.common import find_model
 from vllm_osdt.cli.doctor import doctor
 from vllm_osdt.cli.options import options
 from vllm_osdt.cli.profiles import diff, export, import_profiles, list_profiles, plot, remove, show
@@ -19,7 +21,7 @@ from vllm_osdt.cli.train_filter import train_filter
 from vllm_osdt.cli.tune import add_arguments as add_tune_arguments
 from vllm_osdt.cli.tune import tune
 from vllm_osdt.errors import OSDTError
-from vllm_osdt.options import parse_operator_json
+from vllm_osdt.options.operator import parse_operator_json
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,13 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="checkpoint, or the name of a bundled model")
     command.add_argument("--task", required=True, help="name that requests will give as osdt_task")
     command.add_argument("--prompts", type=Path, required=True, help="a prompt a line, or .jsonl with the field prompt")
-    command.add_argument("--max-tokens", type=int, default=256, help="canvas of the calibrating requests")
+    command.add_argument("--max-tokens", type=int, default=256, help="of every request (default: %(default)s)")
     command.set_defaults(function=calibrate)
 
     command = commands.add_parser(
         "tune",
         help="choose how a task is decoded, with a bound on what is lost",
-        description=tune.__doc__,
+        description=inspect.getdoc(tune),
         epilog="example:\n  vllm-osdt tune GSAI-ML/LLaDA-8B-Instruct --task gsm8k --prompts gsm8k.jsonl "
         "--answers gsm8k.jsonl \\\n    --answer-pattern '#### (.*)' --risk 0.02",
         parents=[folder, engine, as_json],
@@ -135,11 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = make_parser().parse_args(arguments)
-    if getattr(args, "model", None) is not None and not getattr(args, "server", None):
-        from vllm_osdt.mini import MODELS, model_path
-
-        args.model = model_path(args.model) if args.model in MODELS else args.model
     try:
+        if getattr(args, "model", None) is not None and not getattr(args, "server", None):
+            args.model = find_model(args.model)
         args.function(args)
     except (OSDTError, OSError) as error:
         print(f"vllm-osdt: {error}", file=sys.stderr)

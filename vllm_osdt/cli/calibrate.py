@@ -4,7 +4,8 @@ import argparse
 import os
 
 from vllm_osdt.cli.common import CommandError, find_profiles, read_lines
-from vllm_osdt.options import DEFAULTS, check_operator_values
+from vllm_osdt.options import DEFAULTS
+from vllm_osdt.options.parsing import check_operator_values
 
 
 def calibrate(args: argparse.Namespace) -> None:

@@ -15,7 +15,9 @@ from rich.table import Table
 from vllm_osdt.calibration.fingerprint import ModelFingerprint
 from vllm_osdt.calibration.profile import CalibrationProfile
 from vllm_osdt.calibration.store import default_folder, read_folder
+from vllm_osdt.declaration import did_you_mean
 from vllm_osdt.errors import OSDTError
+from vllm_osdt.mini import MODELS, model_path
 
 
 class CommandError(OSDTError):
@@ -92,6 +94,22 @@ def one_profile(args: argparse.Namespace, name: str) -> Found:
             remedy += ", or their model with --model"
         raise CommandError(f"{what} in {args.dir} for {name!r}; {remedy}:{ids or ' (none)'}")
     return matching[0]
+
+
+def find_model(name: str) -> str:
+    """What vLLM loads for the name of a bundled model, a folder, or a checkpoint of the Hugging Face hub.
+
+    Raises:
+        CommandError: It can be none of them: the hub's names are ``owner/name``.
+    """
+    if name in MODELS:
+        return model_path(name)
+    if not Path(name).exists() and (name.count("/") != 1 or name[0] in "/.~"):
+        raise CommandError(
+            f"{name!r} is neither a folder nor a bundled model{did_you_mean(name, MODELS)}; the bundled ones are "
+            f"{', '.join(MODELS)}, and those of the Hugging Face hub are named owner/name"
+        )
+    return name
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,8 @@ from vllm_osdt import __version__
 from vllm_osdt.calibration.store import default_folder
 from vllm_osdt.cli.common import CommandError, find_profiles
 
+GIB = 2**30
+
 
 def doctor(args: argparse.Namespace) -> None:
     """Whether this installation can serve, line by line."""
@@ -107,9 +109,34 @@ def _processor() -> tuple[bool, str]:
     return True, f"CPU with {', '.join(can) or 'none of AVX2, AVX512, AMX'}; serves in {dtype}"
 
 
+def _memory() -> tuple[bool, str]:
+    """Whether an engine finds the memory that it asks for where nobody says how much KV pages may take."""
+    import psutil
+    import torch
+    from vllm.config import CacheConfig
+
+    share, space = CacheConfig.gpu_memory_utilization, os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if torch.cuda.is_available():
+        remedy = "start it with a lower --gpu-memory-utilization"
+    elif space:
+        return int(space) * GIB <= free, f"{found}, {space} of them for KV pages (VLLM_CPU_KVCACHE_SPACE)"
+    else:
+        remedy = "set VLLM_CPU_KVCACHE_SPACE to the GiB that KV pages may take, such as 1 for the bundled models"
+    if free < share * total:
+        return False, f"{found}, but vLLM does not start unless {share:.0%} are: {remedy}"
+    return True, f"{found}, of which vLLM takes {share:.0%}"
+
+
 _CHECKS = {
     "versions": _versions,
     "processor": _processor,
+    "memory": _memory,
     "plugin": _plugin,
     "triton": _triton,
     "kernels": _kernels,

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from vllm_osdt.cli.common import print_table
-from vllm_osdt.options import reference_rows
+from vllm_osdt.options.reference import reference_rows
 
 
 def options(args: argparse.Namespace) -> None:

@@ -21,7 +21,8 @@ from vllm_osdt.cli.tuning.plan import Plan, name_run
 from vllm_osdt.cli.tuning.report import print_report, report
 from vllm_osdt.cli.tuning.run import Row, Tuning
 from vllm_osdt.cli.tuning.state import State
-from vllm_osdt.options import AUTO_TASK, DECLARED, check_operator_values, choosing
+from vllm_osdt.options import AUTO_TASK, DECLARED, choosing
+from vllm_osdt.options.parsing import check_operator_values
 
 CANVAS_OPTIONS = ("block_length", "cache_mode", "gen_length")
 

@@ -26,14 +26,10 @@ from vllm_osdt.errors import OSDTError
 from vllm_osdt.geometry import CanvasRequest, DecodeShape
 from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import (
-    UNDECIDED_TASK,
-    DecodingOptions,
-    ServerOptions,
-    server_options,
-    validate_for_family,
-    with_choice,
-)
+from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, ServerOptions
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.operator import server_options
+from vllm_osdt.options.parsing import with_choice
 from vllm_osdt.policies import MODIFIERS, POLICIES
 
 if TYPE_CHECKING:
@@ -233,10 +229,8 @@ class Calibrator:
         options, canvas = spec.options, spec.canvas
         chosen = validate_for_family(with_choice(options, choice), self._traits)
         policy = POLICIES[chosen.policy]
-        if policy.has_branches or policy.verifies:
-            raise OSDTError(
-                f"Policy {policy.name!r} does not go with every request, so that a profile cannot choose it."
-            )
+        if policy.name in spec.barred:
+            raise OSDTError(f"Policy {policy.name!r} has no place for some of the request's sampling parameters.")
         policy.check_operator(chosen, self._operator)
         asked = CanvasRequest(
             canvas.start,

@@ -19,15 +19,10 @@ from vllm_osdt.calibration.store import open_store
 from vllm_osdt.errors import OSDTError
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.host.attention import UNQUANTIZED_CACHE, check_attention
-from vllm_osdt.host.compat import ASKED
-from vllm_osdt.options import (
-    DecodingOptions,
-    ServerOptions,
-    canvas_limits,
-    default_decoding_options,
-    operator_values,
-    server_options,
-)
+from vllm_osdt.host.compat.settings import ASKED
+from vllm_osdt.options import DecodingOptions, ServerOptions
+from vllm_osdt.options.canvas import canvas_limits
+from vllm_osdt.options.operator import default_decoding_options, operator_values, server_options
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS
 

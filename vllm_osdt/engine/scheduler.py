@@ -34,7 +34,7 @@ from vllm_osdt.engine.statistics import describe, num_forwards
 from vllm_osdt.engine.trace import Tracer
 from vllm_osdt.engine.weights import Weights
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, max_logit_rows
-from vllm_osdt.host.compat import patch_page_allocation, patch_page_caching
+from vllm_osdt.host.compat.engine import patch_page_allocation, patch_page_caching
 from vllm_osdt.messages import (
     CANVAS_STEP,
     ERROR,
@@ -50,7 +50,7 @@ from vllm_osdt.messages import (
     StepReport,
 )
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import server_options
+from vllm_osdt.options.operator import server_options
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.base import Branch
 

@@ -6,180 +6,36 @@ Runs in the front-end process, so a refusal (ValueError offline, HTTP 400) never
 import math
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from vllm_osdt.calibration.profile import ProfileKey
 from vllm_osdt.calibration.store import ProfileStore, open_store
-from vllm_osdt.errors import InvalidOptionError, shown
+from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.frontend.auto_task import AutoTasks
-from vllm_osdt.frontend.draft import PREDICTION, Draft, check_draft, read_draft
-from vllm_osdt.frontend.infill import SUFFIX, Encode, Reader, Template, check_company, template_canvas
+from vllm_osdt.frontend.draft import Draft, check_draft, read_draft
+from vllm_osdt.frontend.infill import Encode, Reader, Template, check_company, template_canvas
+from vllm_osdt.frontend.parameters import barred_policies, check_policy, check_sampling_params
+from vllm_osdt.frontend.pins import Pins
+from vllm_osdt.frontend.sent import SENT, Sent, merge_options
 from vllm_osdt.frontend.switch import check_answer, read_switch
 from vllm_osdt.geometry import PROMPT, Canvas, Limits
-from vllm_osdt.messages import RESOLVED_KEY, RequestSpec, Switch
-from vllm_osdt.options import (
-    AUTO_TASK,
-    PREFIX,
-    DecodingOptions,
-    ServerOptions,
-    canvas_limits,
-    choosing,
-    default_decoding_options,
-    operator_values,
-    parse_options,
-    resolve_canvas,
-    server_options,
-    validate_for_family,
-)
+from vllm_osdt.messages import RequestSpec, Switch
+from vllm_osdt.options import AUTO_TASK, PREFIX, DecodingOptions, ServerOptions, choosing
+from vllm_osdt.options.canvas import canvas_limits, resolve_canvas
+from vllm_osdt.options.family import validate_for_family
+from vllm_osdt.options.operator import default_decoding_options, operator_values, server_options
+from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.adablock import LINE_END
-from vllm_osdt.sampling import UNSUPPORTED_SAMPLING_PARAMS, check_branches, check_grammar, check_limits
+from vllm_osdt.sampling import check_grammar, check_limits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
-
-SUFFIX_FIELD = SUFFIX  # where the completion endpoint's suffix goes
-DEFAULT_LIMIT_FIELD = "max_tokens_by_default"  # what vLLM no longer tells of a completion's limit
-MAX_PINS = 1024  # pinned profiles whose keys are remembered
-
-
-SENT = "osdt_sent"  # attribute of sampling parameters that come from an HTTP request
-# What an endpoint calls fields of the chat request that it makes of its own, while it does.
-FIELD_NAMES: ContextVar[Mapping[str, str]] = ContextVar("FIELD_NAMES", default=MappingProxyType({}))
-PROMPT_NAMES = ("messages", "input", "token_ids", PROMPT)
-MESSAGES_NAMES = {"response_format": "output_config.format", "thinking_token_budget": "thinking.budget_tokens"}
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What an HTTP client sent, where vLLM's sampling parameters do not tell.
-
-    Attributes:
-        max_tokens: Its limit on output tokens, before vLLM bounds it by the context; None for none.
-        max_tokens_name: The field that holds it.
-        options: Fields ``osdt_...`` and ``prediction`` at the top of the body, which vLLM drops.
-        names: For a sampling parameter that vLLM makes of another field: that field's name.
-        prompt_name: The field that holds the prompt.
-        is_default_limit: Nobody sent ``max_tokens``: completions have 16 by default.
-    """
-
-    max_tokens: int | None
-    max_tokens_name: str = "max_tokens"
-    options: dict[str, Any] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    prompt_name: str = PROMPT
-    is_default_limit: bool = False
-
-    def name_of(self, parameter: str) -> str:
-        """What the client calls a sampling parameter."""
-        return self.names.get(parameter, parameter)
-
-
-def name_of(params: "SamplingParams", parameter: str) -> str:
-    """What the client calls a sampling parameter."""
-    sent: Sent | None = getattr(params, SENT, None)
-    return parameter if sent is None else sent.name_of(parameter)
-
-
-def sent_by(request: Any) -> Sent:
-    """What the client of one of vLLM's OpenAI endpoints sent.
-
-    Args:
-        request: Its ``ChatCompletionRequest``, ``CompletionRequest`` or ``ResponsesRequest``.
-    """
-    of_endpoint = FIELD_NAMES.get()
-    names = {name: other for name, other in of_endpoint.items() if getattr(request, name, None) is not None}
-    if getattr(request, "echo", False):
-        names["prompt_logprobs"] = "echo"
-    if getattr(request, "structured_outputs", None) is None:
-        if getattr(request, "response_format", None) is not None:
-            names["structured_outputs"] = of_endpoint.get("response_format", "response_format")
-        elif getattr(getattr(request, "text", None), "format", None) is not None:
-            names["structured_outputs"] = "text.format"
-        elif getattr(request, "tools", None):
-            names["structured_outputs"] = "tools"
-    if getattr(request, "top_logprobs", None):
-        names["logprobs"] = "top_logprobs"
-    elif getattr(request, "include", None):
-        names["logprobs"] = "include"
-    limits = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-    name = next((name for name in limits if getattr(request, name, None) is not None), "max_tokens")
-    limit = getattr(request, name, None)
-    if limit == getattr(request, "max_tokens", None):  # the messages API becomes a chat request with both
-        name = "max_tokens"
-    names_of_ours = (request.model_extra or {}).items()
-    own = {key: value for key, value in names_of_ours if key.startswith(PREFIX) or key == PREDICTION}
-    prompt_name = next((one for one in PROMPT_NAMES if getattr(request, one, None) is not None), PROMPT)
-    is_default_limit = bool((request.model_extra or {}).get(DEFAULT_LIMIT_FIELD))
-    return Sent(limit, name, own, names, prompt_name, is_default_limit)
-
-
-def check_sampling_params(params: "SamplingParams") -> None:
-    """Refuse sampling parameters that would be ignored.
-
-    Raises:
-        InvalidOptionError: Names every such parameter as the client sent it, its value, and the one to send instead.
-    """
-    refused = []
-    for name, neutral in UNSUPPORTED_SAMPLING_PARAMS.items():
-        value = getattr(params, name, neutral[0])
-        if value in neutral:
-            continue
-        name = name_of(params, name)
-        remedy = "leave it out" if neutral[0] is None else f"send {neutral[0]!r} or leave it out"
-        refused.append((name, value, f"{name}={shown(value)} ({remedy})"))
-    if any(name in ("echo", "prompt_logprobs") for name, *_ in refused):
-        _refuse_prompt_scores(is_echo=name_of(params, "prompt_logprobs") == "echo")
-    if refused:
-        raise InvalidOptionError(
-            f"Not implemented for this diffusion model: {'; '.join(dict.fromkeys(words for *_, words in refused))}.",
-            refusal="sampling-parameter",
-            parameter=refused[0][0],
-            value=refused[0][1],
-        )
-
-
-def _refuse_prompt_scores(*, is_echo: bool) -> None:
-    """Refuse to score a prompt, which a harness does for multiple choice; clients often show the message alone."""
-    asked = "echo=True with logprobs" if is_echo else "prompt_logprobs"
-    raise InvalidOptionError(
-        f"{asked} asks for log probabilities of the prompt, but these diffusion models have no next-token "
-        "probabilities of a prompt, so nothing can be scored by loglikelihood: leave it out and let the model answer, "
-        "with lm-eval in a task of output_type generate_until in place of a multiple-choice (loglikelihood) task.",
-        refusal="prompt-scores",
-        parameter="echo" if is_echo else "prompt_logprobs",
-        value=True if is_echo else None,
-    )
-
-
-def refuse(what: str, parameter: str | None = None) -> None:
-    """Refuse a kind of request that these models cannot answer.
-
-    Args:
-        what: Its name, as the message begins.
-        parameter: The field that asks for it; None where the endpoint does.
-
-    Raises:
-        InvalidOptionError: Always.
-    """
-    raise InvalidOptionError(
-        f"{what} is not implemented for this diffusion model: it needs probabilities of the next token alone, but a "
-        "canvas is decided many positions at a time; send an ordinary completion.",
-        refusal="kind-of-request",
-        parameter=parameter,
-    )
-
-
-PENALTY = "the tokens before a drafted one that it depends on are not decided yet"
 
 
 class FrontEnd:
@@ -192,11 +48,14 @@ class FrontEnd:
         self._tasks = AutoTasks(server_options(vllm_config).max_auto_tasks, self._has_profile)
         self._files: frozenset[str] = frozenset()
         self._looked_at = -math.inf
-        self._pins: OrderedDict[tuple[str, str], ProfileKey] = OrderedDict()
 
     @cached_property
     def _store(self) -> ProfileStore | None:
         return open_store(server_options(self._config).profile_dir, self._config)
+
+    @cached_property
+    def _pins(self) -> Pins:
+        return Pins(self._store)
 
     @cached_property
     def _defaults(self) -> DecodingOptions:
@@ -280,13 +139,9 @@ class FrontEnd:
         if adapter and options.task not in (AUTO_TASK, None):  # another adapter is another model
             options = replace(options, task=f"{options.task}@{adapter}")
         if options.profile is not None:
-            self._check_pin(options)
-        if POLICIES[options.policy].has_branches:
-            name = None if draft is None else draft.name
-            check_branches(params, options.policy, name, name_of=sent.name_of)
+            self._pins.check(options)
         check_draft(draft, extra, options, asked)
-        if POLICIES[options.policy].verifies:
-            _check_verification(options, draft, asked)
+        check_policy(options, draft, params, asked, sent.name_of)
         if template is not None:
             check_company(template, options, asked, PREFIX + "gen_length" in extra, sent.name_of)
         switch = read_switch(options, reader, params, asked, template, draft, sent.name_of)
@@ -332,74 +187,6 @@ class FrontEnd:
             self._looked_at = time.monotonic()
         return self._store.path(task).name in self._files
 
-    def _check_pin(self, options: DecodingOptions) -> None:
-        if not options.calibrates:
-            raise InvalidOptionError(
-                f"profile is {options.profile!r}, but policy {options.policy!r} uses none; leave it out.",
-                refusal="pin-policy",
-                parameter="profile",
-                value=options.profile,
-            )
-        if options.recalibrate or options.task == AUTO_TASK:
-            what = "recalibrate" if options.recalibrate else f"task {AUTO_TASK!r}"
-            raise InvalidOptionError(
-                f"profile is {options.profile!r}, which {what} contradicts; name the profile's own task and leave "
-                "recalibrate out.",
-                refusal="pin-contradicted",
-                parameter="profile",
-                value=options.profile,
-            )
-        if options.task is None:
-            raise InvalidOptionError(
-                f"profile is {options.profile!r}, but no task is named; send the profile's own.",
-                refusal="pin-task",
-                parameter="profile",
-                value=options.profile,
-            )
-        if self._store is None:
-            raise InvalidOptionError(
-                f"profile is {options.profile!r}, but this server keeps profiles in memory only; start it with a "
-                "profile_dir.",
-                refusal="pin-memory",
-                parameter="profile",
-                value=options.profile,
-            )
-        assert options.profile is not None
-        pin = (options.task, options.profile)
-        if pin not in self._pins:
-            found = self._store.load_id(*pin)
-            if found is None:
-                raise InvalidOptionError(
-                    f"profile is {options.profile!r}, but task {options.task!r} of this model has no such profile; "
-                    "send an id that `vllm-osdt profiles list` shows, or bring it back with `profiles import`.",
-                    refusal="pin-unknown",
-                    parameter="profile",
-                    value=options.profile,
-                )
-            self._pins[pin] = found.key
-            if len(self._pins) > MAX_PINS:
-                self._pins.popitem(last=False)
-        key = self._pins[pin]
-        # Of sub-blocks and editing the key's cache mode tells too.
-        asked = {"block_length": options.block_length, "cache": options.cache_key, "threshold": options.threshold}
-        for name, value in asked.items():
-            made_with = getattr(key, name)
-            if made_with != value:
-                name = "cache_mode" if name == "cache" else name
-                remedy = f"send osdt_{name} = {made_with!r}"
-                if ":" in f"{made_with}{value}":
-                    remedy = (
-                        "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval, "
-                        "refresh_confidence, suffix_window and credit that it was made with"
-                    )
-                raise InvalidOptionError(
-                    f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "
-                    f"{remedy}.",
-                    refusal="pin-made-with",
-                    parameter="profile",
-                    value=options.profile,
-                )
-
 
 def _keep_pages_apart(
     request: "EngineCoreRequest", block_length: int, answer_length: int | None, vllm_config: "VllmConfig"
@@ -438,58 +225,6 @@ def _front_end(vllm_config: "VllmConfig") -> FrontEnd:
     if id(vllm_config) not in _front_ends:
         _front_ends[id(vllm_config)] = vllm_config, FrontEnd(vllm_config)  # the config, so that its id stays its own
     return _front_ends[id(vllm_config)][1]
-
-
-def _check_verification(options: DecodingOptions, draft: Draft | None, asked: "SamplingParams") -> None:
-    """Refuse parameters that a verification cannot honor.
-
-    Raises:
-        InvalidOptionError: Names the parameter.
-    """
-    others: dict[str, Any] = {
-        "structured_outputs": asked.structured_outputs is not None and "a grammar does not know drafted tokens",
-        "presence_penalty": asked.presence_penalty != 0 and PENALTY,
-        "frequency_penalty": asked.frequency_penalty != 0 and PENALTY,
-        "repetition_penalty": asked.repetition_penalty != 1 and PENALTY,
-    }
-    if options.steps is not None or options.steps_per_block is not None:
-        reason = "a step that unmasks a number of positions may leave a verification's tokens for drafted ones"
-        others["logprobs"] = asked.logprobs is not None and reason
-        others[PREFIX + "return_trace"] = options.return_trace and reason
-    if draft is not None:
-        others[draft.name] = "the model drafts for itself"
-    for name, reason in others.items():
-        if reason:
-            raise InvalidOptionError(
-                f"{name} cannot be sent with policy {options.policy!r}: {reason}. Leave it out, or choose another "
-                "policy.",
-                refusal="verify-company",
-                parameter=name,
-            )
-
-
-def merge_options(extra: dict[str, Any], top_level: dict[str, Any]) -> dict[str, Any]:
-    """Options of ``extra_args`` and of the top of an HTTP body.
-
-    Raises:
-        InvalidOptionError: They contradict each other, or hold what the server sets.
-    """
-    if RESOLVED_KEY in extra or RESOLVED_KEY in top_level:
-        raise InvalidOptionError(
-            f"{RESOLVED_KEY} is set by the server; send the osdt_ options instead.",
-            refusal="reserved",
-            parameter=RESOLVED_KEY,
-        )
-    for name in extra.keys() & top_level.keys():
-        if extra[name] != top_level[name]:
-            raise InvalidOptionError(
-                f"{name} is {shown(top_level[name])} at the top of the body and {shown(extra[name])} in vllm_xargs; "
-                "send one of them.",
-                refusal="two-places",
-                parameter=name,
-                value=top_level[name],
-            )
-    return {**extra, **top_level}
 
 
 def check_early(
@@ -565,10 +300,12 @@ def admit(
     if template is not None and not template.ends_itself:
         # End tokens are banned but in open holes, and end no more than these.
         params.min_tokens, params.stop_token_ids, params._eos_token_id = params.max_tokens, [], None
+    follows = front_end.follows_choice(params, asked)
     spec = RequestSpec(
         options,
         canvas,
-        follows_choice=front_end.follows_choice(params, asked),
+        follows_choice=follows,
+        barred=barred_policies(options, draft, params, asked) if follows else (),
         pinned=None if template is None else template.tokens,
         draft=draft.tokens[: params.max_tokens] if draft and draft.tokens else None,
         switch=switch,

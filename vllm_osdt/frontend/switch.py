@@ -8,7 +8,7 @@ from vllm_osdt.frontend.draft import Draft
 from vllm_osdt.frontend.infill import Reader, Template
 from vllm_osdt.geometry import Canvas
 from vllm_osdt.messages import Switch
-from vllm_osdt.options import answer_options, resolve_answer
+from vllm_osdt.options.canvas import answer_options, resolve_answer
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.policies.tccf import THINK_END
 

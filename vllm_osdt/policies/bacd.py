@@ -68,11 +68,11 @@ class BACD(CalibratedPolicy):
         mean = total / number_committed.clamp(min=1)
         threshold = torch.where(number_committed > 0, mean, step.score.amax(dim=-1))
         high = step.parameter
-        step.parameter.copy_(threshold.clamp(step.constants[:, 0].minimum(high), high))
+        torch.clamp(threshold, step.constants[:, 0].minimum(high), high, out=high)
 
     def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
         """Count the confidences of what the step committed."""
         is_counted = unmasked & (step.score >= 0)  # a position without logits has none
-        confidence = step.score.masked_fill(~is_counted, 0.0).double()  # so that padding changes no sum
+        confidence = step.score.double() * is_counted  # so that padding changes no sum
         step.state[:, 0] += confidence.sum(dim=-1).float()
         step.state[:, 1] += is_counted.sum(dim=-1)

@@ -10,14 +10,16 @@ has :meth:`Policy.read`, which runs before both.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from csrc_triton.types import NO_CONFIDENCE, Rule
+from csrc_triton.types import CHOSEN as CHOSEN
+from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
-from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +28,6 @@ MAX_CONSTANTS = 8  # numbers that a policy is given with each request
 MAX_STATE = 4  # numbers that a policy may keep for each request's active block
 MAX_CARRY = 10  # numbers that it may keep for each request
 MAX_READINGS = 4  # numbers that a policy may read off the logits of each position
-CHOSEN = 2.0  # score of a position that a policy has chosen: above every confidence
-
-
 MAX_BRANCHES = 33  # states of a block that one step computes, the block itself among them
 
 
@@ -170,8 +169,8 @@ class Step(NamedTuple):
     """One denoising step of the batch's requests of one policy; R requests, W the longest block.
 
     Attributes:
-        score: float32 ``[R, W]``, confidence of each masked position that has logits, -2 elsewhere. May be overwritten:
-            the rule reads it.
+        score: float32 ``[R, W]``, confidence of each masked position that has logits, -1 for NaN, -2 elsewhere. May be
+            overwritten: the rule reads it.
         parameter: float32 ``[R]``, of the rule. May be overwritten.
         constants: float32 ``[R, 8]``, from the request's schedule.
         state: float32 ``[R, 4]``, zero when a block is entered. May be overwritten, and is kept until the next block.
@@ -217,14 +216,12 @@ class Step(NamedTuple):
 
         Args:
             chosen: bool ``[R, W]``; what is not open does not count.
-            rank: float32 ``[R, W]`` in [0, 1], by which one position is unmasked where none is chosen; None for the
-                confidence.
+            rank: float32 ``[R, W]``, at most 1, by which one position is unmasked where none is chosen; less than -1
+                and NaN count as -1. None for the confidence.
         """
-        self.score.copy_(self.confidence if rank is None else rank)
-        if rank is not None:
-            self.score.clamp_(0.0, 1.0)
-        self.score.masked_fill_(chosen, CHOSEN).masked_fill_(~self.is_open, NO_CONFIDENCE)
-        self.parameter.fill_(CHOSEN)
+        from csrc_triton.adjusting import choose  # late: options are read without torch
+
+        choose(self.score, self.parameter, self.confidence if rank is None else rank, chosen, self.is_open)
 
 
 def best(score: "torch.Tensor", number: "torch.Tensor") -> "torch.Tensor":
@@ -232,13 +229,36 @@ def best(score: "torch.Tensor", number: "torch.Tensor") -> "torch.Tensor":
 
     Args:
         score: float32 ``[R, W]``; NaN counts as -1, as in ``csrc_triton.unmask``.
-        number: int64 ``[R]``, how many.
+        number: ``[R]``, how many; whole numbers of any dtype.
 
     Returns:
         bool ``[R, W]``.
     """
-    order = score.nan_to_num(nan=-1.0).argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1) < number.unsqueeze(1)
+    from csrc_triton import adjusting  # late: options are read without torch
+
+    return adjusting.best(score, number)
+
+
+def ranks(score: "torch.Tensor") -> "torch.Tensor":
+    """How many positions come before each one, int64 ``[R, W]``; in the order of :func:`best`."""
+    from csrc_triton import adjusting  # late: options are read without torch
+
+    return adjusting.ranks(score)
+
+
+@lru_cache(maxsize=MAX_BLOCK_LENGTH)
+def places(width: int, device: "torch.device") -> "torch.Tensor":
+    """int64 ``[W]``, 0 and up; not to be written. Made once for a width."""
+    import torch  # late: options are read without it
+
+    return torch.arange(width, device=device)
+
+
+@lru_cache(maxsize=MAX_BLOCK_LENGTH)
+def distances(width: int, device: "torch.device") -> "torch.Tensor":
+    """int64 ``[W, W]``, of each position from each other; not to be written. Made once for a width."""
+    place = places(width, device)
+    return (place - place.unsqueeze(-1)).abs()
 
 
 class Cutter(Protocol):

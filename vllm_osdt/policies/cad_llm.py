@@ -26,7 +26,7 @@ from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import Flag, count, number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
-from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, constant
+from vllm_osdt.policies.base import Policy, PositionLogits, Schedule, Step, constant, places
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +165,7 @@ class CadLLM(Policy):
         ramp = torch.maximum(high - RAMP_DEPTH * step.step_index / step.state[:, NUM_STEPS], low)
         step.parameter.copy_(torch.where(by_block > 0, ramp, high * (1.0 - share) + low * share))
         number = step.is_open.sum(dim=1)
-        total = step.confidence.nan_to_num().masked_fill(~step.is_open, 0.0).double().sum(dim=1)
+        total = step.confidence.clamp(min=0.0).double().sum(dim=1)
         mean = (total / number.clamp(min=1)).float()
         means = torch.cat([mean.unsqueeze(1), step.carry[:, : NUM_MEANS - 1]], dim=1)
         after = torch.cat([means, step.carry[:, NUM_FORWARDS:]], dim=1)
@@ -194,7 +194,7 @@ class CadLLM(Policy):
         number = unmasked.sum(dim=1)
         step.carry[:, SHARE] = 1.0 - (step.num_left - number) / step.num_positions
         step.carry[:, NUM_COMMITTED] += number
-        place = torch.arange(unmasked.shape[1], device=unmasked.device).expand_as(unmasked)
+        place = places(unmasked.shape[1], unmasked.device).expand_as(unmasked)
         last = place.masked_fill(~unmasked, -1).amax(dim=1)
         token = step.token.gather(1, last.clamp(min=0).unsqueeze(1))
         last_other = place.masked_fill(~unmasked | (step.token == token), -1).amax(dim=1)

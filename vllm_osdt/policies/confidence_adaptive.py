@@ -105,5 +105,5 @@ class ConfidenceAdaptive(CalibratedPolicy):
         is_early = is_end & (decided < end_after).unsqueeze(-1) & step.is_open
         is_confident = (step.score >= step.parameter.unsqueeze(-1)) & step.is_open & ~is_early
         number = is_confident.sum(dim=1).to(most.dtype).minimum(most).clamp(min=1)
-        behind = step.score.nan_to_num(nan=-1.0)
-        step.choose(best(behind.where(~is_early, behind / 2 - 1), number))  # below 0, in the same order
+        score = step.score
+        step.choose(best(score.where(~is_early, score / 2 - 1), number))  # below 0, in the same order

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import Schedule, Step
+from vllm_osdt.policies.base import Schedule, Step, ranks
 from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import ThresholdOptions
 
@@ -53,9 +53,10 @@ class ETE(CalibratedPolicy):
         """Choose what passes, the surest position where nothing does, and the explored one."""
         import torch  # late: options are read without it
 
-        confidence = step.confidence.nan_to_num(nan=-1.0)
-        order = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # rank of each position
-        num_passing = (confidence >= step.parameter.unsqueeze(1)).sum(dim=1, keepdim=True)  # the first ones by rank
+        order = ranks(step.confidence)
+        num_passing = (step.confidence >= step.parameter.unsqueeze(1)).sum(
+            dim=1, keepdim=True
+        )  # the first ones by rank
         below, rank = step.constants[:, :2].split(1, dim=1)
         first = num_passing.clamp(min=1)
         rest = (step.is_open.sum(dim=1, keepdim=True) - first - 1).clamp(min=0)

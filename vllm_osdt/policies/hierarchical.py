@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Schedule, Step
+from vllm_osdt.policies.base import Schedule, Step, places
 from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import ThresholdOptions
 
@@ -49,12 +49,12 @@ class Hierarchical(CalibratedPolicy):
         import torch  # late: options are read without it
 
         is_open, width = step.is_open, step.score.shape[1]
-        score = step.score.nan_to_num(nan=-1.0)
-        place = torch.arange(width, device=score.device).expand_as(score)
+        score = step.score
+        place = places(width, score.device).expand_as(score)
         run = (~is_open).cumsum(dim=1)  # [R, W], the same throughout a run
         largest = score.new_full((score.shape[0], width + 1), -2.0).scatter_reduce(1, run, score, "amax")
         is_largest = is_open & (score == largest.gather(1, run))
         first = place.new_full(largest.shape, width).scatter_reduce(1, run, place.where(is_largest, width), "amin")
         threshold, run_threshold = step.parameter.unsqueeze(1), step.constants[:, :1]
         is_best = (place == first.gather(1, run)) & is_open & (score > run_threshold) & (score < threshold)
-        step.score.copy_(torch.where(is_best, threshold, step.score))
+        torch.where(is_best, threshold, score, out=score)

@@ -12,7 +12,7 @@ from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import Schedule, Step, constant
+from vllm_osdt.policies.base import Schedule, Step, constant, distances
 from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 
 
@@ -69,8 +69,6 @@ class LocalLeap(CalibratedPolicy):
 
         score, threshold = step.score, step.parameter.unsqueeze(-1)  # [R, W], [R, 1]
         relaxed = torch.maximum(step.constants[:, :1], step.constants[:, 2:3] * threshold)  # one of them is 0
-        place = torch.arange(score.shape[1], device=score.device)
-        is_near = (place - place.unsqueeze(-1)).abs() <= step.constants[:, 1, None, None]  # [R, W, W]
+        is_near = distances(score.shape[1], score.device) <= step.constants[:, 1, None, None]  # [R, W, W]
         has_anchor = (is_near & (score >= threshold).unsqueeze(1)).any(dim=-1)
-        leaps = has_anchor & (score >= relaxed) & (score < threshold)
-        score.copy_(torch.where(leaps, threshold, score))
+        torch.where(has_anchor & (score >= relaxed), torch.maximum(score, threshold), score, out=score)

@@ -18,7 +18,7 @@ from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import defaults, number, option
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Schedule, Step, best
+from vllm_osdt.policies.base import Schedule, Step, best, places
 from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import ThresholdOptions
 
@@ -80,8 +80,8 @@ class NemotronBound(CalibratedPolicy):
 
         threshold = step.parameter.unsqueeze(1)  # [R, 1]
         least, factor, is_product = step.constants[:, :3].unsqueeze(1).unbind(dim=2)
-        ranked = step.score.nan_to_num(nan=-1.0).sort(dim=1, descending=True).values
-        rank = torch.arange(ranked.shape[1], device=ranked.device)
+        ranked = step.score.sort(dim=1, descending=True).values
+        rank = places(ranked.shape[1], ranked.device)
         by_rank = (ranked >= threshold) | (ranked >= torch.maximum(least, 1.0 - factor / (rank + 2)))
         by_product = ranked.clamp(min=0.0).cumprod(dim=1) >= threshold
         passes = torch.where(is_product > 0, by_product, by_rank) & (ranked >= 0)

@@ -12,7 +12,7 @@ from csrc_triton.types import ENTROPY_SCALE, Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import number, option
 from vllm_osdt.geometry import DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
+from vllm_osdt.policies.base import Policy, Schedule, Step, constant, places
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ class WeDLM(Policy):
 
     def adjust(self, step: Step) -> None:
         """Choose; a confidence is 1 - H / 32."""
-        import torch  # late: options are read without it
-
-        place = torch.arange(step.score.shape[1], device=step.score.device)
+        place = places(step.score.shape[1], step.score.device)
         first = place.where(step.is_open, place.shape[0]).amin(dim=1, keepdim=True)
         bound, penalty = step.constants[:, :1], step.constants[:, 1:2]
         adjusted = (1.0 - step.confidence) * ENTROPY_SCALE + penalty * (place - first).clamp(min=0)

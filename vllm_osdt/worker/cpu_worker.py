@@ -7,7 +7,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # first: it replaces torch.cuda
 
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner  # isort: skip
 
-from vllm_osdt.host import compat
+from vllm_osdt.host.compat.cpu import patch_cpu_lora, patch_host_kernels
 from vllm_osdt.host.cpu import kernels
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin
 
@@ -30,7 +30,7 @@ class CanvasWorker(CanvasWorkerMixin, CPUWorker):
     def init_device(self) -> None:
         """Set up the device as vLLM does, then put our runner in place of its own."""
         super().init_device()
-        compat.patch_host_kernels()
+        patch_host_kernels()
         if self.vllm_config.lora_config is not None:
-            compat.patch_cpu_lora()
+            patch_cpu_lora()
         self.model_runner = CanvasModelRunner(self.vllm_config, self.device)

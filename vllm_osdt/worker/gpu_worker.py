@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_osdt.geometry import max_logit_rows
 from vllm_osdt.host.attention import graph_mode
-from vllm_osdt.host.compat import patch_scheduler_metadata
-from vllm_osdt.options import server_options
+from vllm_osdt.host.compat.engine import patch_scheduler_metadata
+from vllm_osdt.options.operator import server_options
 from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin, canvas_step_of
 from vllm_osdt.worker.recorder import Decision

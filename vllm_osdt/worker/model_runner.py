@@ -21,7 +21,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_osdt.host.attention import BACKENDS_WITH_BUFFERS, check_attention, check_causal_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
-from vllm_osdt.options import server_options
+from vllm_osdt.options.operator import server_options
 from vllm_osdt.worker.branch_pages import branch_tables, copy_pages, plan_pages
 from vllm_osdt.worker.grammar import grammar_rows
 from vllm_osdt.worker.head import Head, choose_head

@@ -18,7 +18,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.messages import Assignment, RequestSpec
 from vllm_osdt.models.traits import Traits
-from vllm_osdt.options import server_options
+from vllm_osdt.options.operator import server_options
 from vllm_osdt.worker.recorder import StepRecorder
 from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.slots import CanvasStates

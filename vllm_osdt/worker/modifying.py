@@ -34,7 +34,7 @@ class StepLogits(NamedTuple):
         """
         own = self.written.index_select(0, index).float()
         if self.token is not None and self.addition is not None:
-            own.scatter_add_(1, self.token[index], self.addition[index])
+            own.scatter_add_(1, self.token.index_select(0, index), self.addition.index_select(0, index))
         return own
 
 
@@ -62,8 +62,10 @@ class LogitModifying:
         for one in batch.modified:
             token, addition = self._add(one, logits, batch, proposals, are_read=are_read)
             num_rows, width = logits.shape[0], token.shape[1]
-            tokens, additions = token.new_zeros(num_rows, width), addition.new_zeros(num_rows, width)
-            tokens[one.rows], additions[one.rows] = token, addition
+            tokens, additions = token, addition
+            if one.rows.shape[0] < num_rows:  # else they are all of them, in order
+                tokens = token.new_zeros(num_rows, width).index_copy_(0, one.rows, token)
+                additions = addition.new_zeros(num_rows, width).index_copy_(0, one.rows, addition)
             if changed.token is not None and changed.addition is not None:
                 tokens = torch.cat([changed.token, tokens], dim=1)
                 additions = torch.cat([changed.addition, additions], dim=1)
@@ -78,6 +80,8 @@ class LogitModifying:
         """What a modifier adds to each of its rows, see ``Modifier.additions``."""
         states = self._states
         memory = states.modifier_memory[one.number]
+        cell = torch.add(one.offset, one.slots, alpha=memory.shape[1])
+        memory = memory.flatten(0, 1)
         if are_read and batch.temperature is None and batch.by_entropy is None:
             token, probability = proposals.token[one.rows], proposals.confidence[one.rows]
         else:
@@ -89,12 +93,12 @@ class LogitModifying:
         rows = ModifiedRows(
             token,
             probability,
-            states.modifier_constants[one.number, one.slots],
-            memory[one.slots, one.offset],
+            states.modifier_constants[one.number].index_select(0, one.slots),
+            memory.index_select(0, cell),
             one.step_index,
         )
         found = MODIFIERS[one.number].additions(rows)
-        memory[one.slots, one.offset] = rows.memory
+        memory.index_copy_(0, cell, rows.memory)
         return found
 
     def _propose(self, one: ModifiedRequests, changed: StepLogits, batch: DenoiseBatch, proposals: Proposals) -> None:

@@ -13,7 +13,7 @@ from vllm_osdt.policies import PositionLogits
 from vllm_osdt.policies.base import MAX_READINGS
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, StepLogits
 from vllm_osdt.worker.shaping import LogitShaping
-from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.slots import NUMBERS, CanvasStates
 from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch, ReadRows
 
 # Hidden states [S, hidden_size] in place of some of a step's M rows, and int64 [S], which: logits [S, vocabulary].
@@ -76,19 +76,22 @@ class PolicyReader:
     ) -> torch.Tensor:
         """As :meth:`read`, of one policy."""
         policy, states = adjusted.policy, self._states
-        num_requests, num_rows = adjusted.rows.shape[0], read.rows.shape[0]
-        reading = torch.zeros(num_requests, width, MAX_READINGS, device=states.device)
-        slots = adjusted.slots[read.request]
+        num_requests, num_rows = adjusted.requests.rows.shape[0], read.rows.shape[0]
+        reading = torch.zeros(num_requests * width, MAX_READINGS, device=states.device)
+        place = torch.add(read.offset, read.request, alpha=width)  # of each row in it
+        memory = states.policy_memory.flatten(0, 1)[:, : policy.memory_size]
+        cell = torch.add(read.offset, read.slots, alpha=states.policy_memory.shape[1]) if policy.memory_size else place
         num_before = num_kept = policy.num_steps_before if policy.reads_step_before else 0
         if policy.verifies:  # only a sample is compared with what it was drawn from
             num_kept = num_before if batch.temperature is not None else 0
             num_before = num_kept if read.is_verified is not None else 0
         if num_kept:
             self._make_room(hidden, width, num_kept)
+        is_every = num_rows == proposals.token.shape[0]  # then they are all of them, in order
         size = max(1, CHUNK_ELEMENTS // logits.written.shape[1])
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
-            rows, slot, offset = read.rows[part], slots[part], read.offset[part]
+            rows, slot, offset = read.rows[part], read.slots[part], read.offset[part]
             own = self._as_shaped(logits.rows(rows), read, start, batch)
             before = []
             for back in range(num_before):
@@ -101,29 +104,37 @@ class PolicyReader:
                 is_verified = torch.zeros_like(rows, dtype=torch.bool)
                 if read.is_verified is not None:
                     is_verified = read.is_verified[part]
+            token, confidence = (
+                one[part] if is_every else one.index_select(0, rows) for one in (proposals.token, proposals.confidence)
+            )
+            constants, _, carry = states.policy_numbers.index_select(0, slot).split(NUMBERS, dim=1)
             found = PositionLogits(
                 own,
                 before[0] if before else None,
-                proposals.token[rows],
-                proposals.confidence[rows],
-                states.constants[slot],
-                states.policy_memory[slot, offset, : policy.memory_size],
-                reading[read.request[part], read.offset[part]],
-                adjusted.step_index[read.request[part]],
+                token,
+                confidence,
+                constants,
+                memory.index_select(0, cell[part]) if policy.memory_size else own.new_zeros(rows.shape[0], 0),
+                torch.zeros(rows.shape[0], MAX_READINGS, device=states.device),
+                read.step_index[part],
                 tuple(before[1:]),
-                states.policy_carry[slot],
+                carry,
                 None if batch.temperature is None else batch.temperature[rows],
                 None if batch.noise_key is None else batch.noise_key[rows],
                 is_verified,
             )
             policy.read(found)
-            proposals.token[rows], proposals.confidence[rows] = found.token, found.confidence
-            states.policy_memory[slot, offset, : policy.memory_size] = found.memory
-            reading[read.request[part], read.offset[part]] = found.reading
+            if not is_every:
+                proposals.token.index_copy_(0, rows, found.token)
+                proposals.confidence.index_copy_(0, rows, found.confidence)
+            if policy.memory_size:
+                memory.index_copy_(0, cell[part], found.memory)
+            reading.index_copy_(0, place[part], found.reading)
         if num_kept:
-            self._hidden[slots, read.offset, 1:] = self._hidden[slots, read.offset, :-1]
-            self._hidden[slots, read.offset, 0] = hidden[read.rows]
-        return reading
+            if self._hidden.shape[2] > 1:
+                self._hidden[read.slots, read.offset, 1:] = self._hidden[read.slots, read.offset, :-1]
+            self._hidden[read.slots, read.offset, 0] = hidden[read.rows]
+        return reading.view(num_requests, width, MAX_READINGS)
 
     def _as_shaped(self, own: torch.Tensor, read: ReadRows, start: int, batch: DenoiseBatch) -> torch.Tensor:
         """Logits of some of a policy's rows, from the one numbered ``start`` on, as sampling parameters leave them."""

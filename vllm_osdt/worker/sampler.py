@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from csrc_triton import Proposals, Rules, UnmaskResult, implementations
+from csrc_triton.adjusting import grids
 from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
-from csrc_triton.types import NO_CONFIDENCE
+from csrc_triton.types import Grids
 from vllm_osdt.policies import Step
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, Verification
 from vllm_osdt.worker.drafting import read_states, verify_and_draft
@@ -26,9 +27,24 @@ from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
 from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
 from vllm_osdt.worker.shaping import LogitShaping
 from vllm_osdt.worker.slots import NUMBERS, CanvasStates
-from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch
+from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch, PolicyRequests
 
 Readings = Sequence[torch.Tensor | None]  # of each policy that adjusts a step
+
+
+class Numbers(NamedTuple):
+    """What policies keep of some requests, rows of ``CanvasStates.policy_numbers`` and parts of these."""
+
+    all: torch.Tensor  # float32 [R, sum(NUMBERS)]
+    constants: torch.Tensor
+    state: torch.Tensor
+    carry: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "Numbers":
+        """The parts of some rows."""
+        constants, state, carry = rows.split(NUMBERS, dim=1)
+        return cls(rows, constants, state, carry)
 
 
 class CanvasSampler:
@@ -61,8 +77,9 @@ class CanvasSampler:
             states.host.block_length.size, states.device, is_normalized=mode.endswith("logprobs")
         )
         self._confidence, self._unmask, *_ = implementations(states.device)
-        self._no_reading = torch.zeros(1, 1, 1, device=states.device)
-        self._no_memory = torch.zeros(1, 1, 0, device=states.device)
+        self._nothing: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._places: dict[int, torch.Tensor] = {}
+        self._numbers: dict[tuple[int, int], Numbers] = {}
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -263,55 +280,76 @@ class CanvasSampler:
         Returns:
             Tokens, confidences, counts, and ``Decision.drafted``.
         """
-        states, slots, shape = self.states, batch.blocks.slots, batch.blocks.canvas_index.shape
-        token, found = proposals.to_grids(*shape)
-        masked = states.masked.index_select(0, slots)[:, : shape[1]]
-        # A request that edits has logits of written positions too.
-        confidence = torch.where(masked, found, NO_CONFIDENCE)
-        score, parameter = confidence.clone(), batch.rules.parameter.clone()
-        steps: list[tuple[AdjustedRows, Step, torch.Tensor]] = []
+        states, width = self.states, batch.blocks.canvas_index.shape[1]
+        # A request that edits has logits of written positions too, which the grids leave out.
+        found = grids(proposals, states.masked, batch.blocks.slots, width)
+        parameter = batch.rules.parameter
+        steps: list[tuple[AdjustedRows, Step, Numbers]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
-            policy = adjusted.policy
-            numbers = states.policy_numbers.index_select(0, adjusted.slots)
-            step = self._step(batch, adjusted, numbers, score, confidence, parameter, token, reading)
-            policy.adjust(step)
-            if step.score is not score:
-                score.index_copy_(0, adjusted.rows, step.score)
-                parameter.index_copy_(0, adjusted.rows, step.parameter)
+            requests = adjusted.requests
+            numbers = self._numbers_of(requests)
+            step = self._step(batch, adjusted, numbers, found, parameter, reading)
+            adjusted.policy.adjust(step)
+            if step.score is not found.score:
+                found.score.index_copy_(0, requests.rows, step.score)
+                parameter.index_copy_(0, requests.rows, step.parameter)
                 if step.verification is not None:
-                    token.index_copy_(0, adjusted.rows, step.token)
+                    found.token.index_copy_(0, requests.rows, step.token)
             steps.append((adjusted, step, numbers))
         drafted = None
         if any(one.policy.verifies for one in batch.adjusted):
-            proposals.token.copy_(proposals.of_grid(token))
+            proposals.token.copy_(proposals.of_grid(found.token))
             batch, drafted = self._without_drafted(batch, steps)
-        allowed, rules = score, batch.rules._replace(parameter=parameter)
+        allowed, rules = found.score, batch.rules
         if batch.grammar is not None:
-            allowed, rules = batch.grammar.restrict(token, score, rules)
-        changed = proposals._replace(confidence=proposals.of_grid(allowed))
+            allowed, rules = batch.grammar.restrict(found.token, allowed, rules)
+        # Positions without logits are as good as none.
+        changed = Proposals(self._all_places(allowed.numel()), found.token.view(-1), allowed.view(-1))
         canvas, _, result = self._unmask_and_confirm(batch, changed, rules, proposals)
         for adjusted, step, numbers in steps:
-            policy = adjusted.policy
+            policy, requests = adjusted.policy, adjusted.requests
             if policy.observes:
-                after = states.masked.index_select(0, adjusted.slots)[:, : shape[1]]
-                policy.observe(step, masked.index_select(0, adjusted.rows) & ~after)
-            states.policy_numbers.index_copy_(0, adjusted.slots, numbers)
+                after = requests.take(states.masked)[:, :width]
+                policy.observe(step, self._own(found.masked, requests) ^ after)
+            requests.put(states.policy_numbers, numbers.all)
             if policy.memory_size:
-                memory = states.policy_memory[:, : shape[1], : policy.memory_size]
-                memory.index_copy_(0, adjusted.slots, step.memory)
+                requests.put(states.policy_memory[:, :width, : policy.memory_size], step.memory)
             if step.verification is not None:
-                self._write_drafted(batch.blocks.canvas_index[adjusted.rows], adjusted.slots, step)
-        return canvas, confidence, result, drafted
+                self._write_drafted(batch.blocks.canvas_index[requests.rows], requests.slots, step)
+        return canvas, found.confidence, result, drafted
+
+    def _all_places(self, number: int) -> torch.Tensor:
+        """int64 ``[number]``, 0 and up: the positions of proposals that are a grid."""
+        known = self._places.get(number)
+        if known is None:
+            known = self._places[number] = torch.arange(number, device=self.states.device)
+        return known
+
+    def _numbers_of(self, requests: PolicyRequests) -> Numbers:
+        """The numbers of some requests; parts of the table itself are made once, since they stay where they are."""
+        first, table = requests.first_slot, self.states.policy_numbers
+        key = first, requests.slots.shape[0]
+        known = self._numbers.get(key) if first >= 0 else None
+        if known is None:
+            known = Numbers.of(requests.take(table))
+            if first >= 0:
+                self._numbers[key] = known
+        return known
+
+    @staticmethod
+    def _own(grid: torch.Tensor, requests: PolicyRequests) -> torch.Tensor:
+        """The rows of some requests; the grid itself where they are all of them, in order."""
+        return grid if requests.rows.shape[0] == grid.shape[0] else grid.index_select(0, requests.rows)
 
     def _without_drafted(
-        self, batch: DenoiseBatch, steps: Sequence[tuple[AdjustedRows, Step, torch.Tensor]]
+        self, batch: DenoiseBatch, steps: Sequence[tuple[AdjustedRows, Step, Numbers]]
     ) -> tuple[DenoiseBatch, torch.Tensor]:
         """The step without the requests that have it verified first, which decide nothing; and ``Decision.drafted``."""
         blocks = batch.blocks
         drafted = torch.zeros(blocks.slots.shape[0], 2, dtype=torch.int64, device=self.states.device)
         for adjusted, step, _ in steps:
             if step.verification is not None:
-                drafted[adjusted.rows] = step.verification.asked
+                drafted[adjusted.requests.rows] = step.verification.asked
         if self.states.verifies_by_branches and not self.states.has_branches:
             drafted[:, 1].clamp_(max=1)
         waits = drafted[:, 1] > 0
@@ -338,29 +376,28 @@ class CanvasSampler:
     def _cut_blocks(self, batch: DenoiseBatch, proposals: Proposals) -> DenoiseBatch:
         """The step with the blocks that are entered as long as their cutters say; positions behind them are left."""
         states, blocks, width = self.states, batch.blocks, batch.blocks.canvas_index.shape[1]
-        token, score = proposals.to_grids(*blocks.canvas_index.shape)
-        score.masked_fill_(~states.masked[blocks.slots, :width], NO_CONFIDENCE)
+        found = grids(proposals, states.masked, blocks.slots, width)
         num_output_positions = blocks.num_output_positions.clone()
-        place = torch.arange(width, device=score.device)
-        for one in batch.cut:
-            numbers = states.policy_numbers.index_select(0, one.slots)
-            numbers[:, :MAX_CONSTANTS] = states.cut_constants.index_select(0, one.slots)
-            step = self._step(batch, one, numbers, score, score, batch.rules.parameter, token)
-            length = one.cutter.cut(step).clamp(1, width).to(torch.int32)
-            states.block_limit[one.slots] = length
-            states.masked[one.slots, :width] &= place < length[:, None]
-            num_output_positions[one.rows] = torch.minimum(num_output_positions[one.rows], length)
+        place = self._all_places(width)
+        for cutter, requests in batch.cut:
+            slots, rows = requests.slots, requests.rows
+            numbers = states.policy_numbers.index_select(0, slots)
+            numbers[:, :MAX_CONSTANTS] = states.cut_constants.index_select(0, slots)
+            own = CutRows(cutter, requests)
+            step = self._step(batch, own, Numbers.of(numbers), found, batch.rules.parameter)
+            length = cutter.cut(step).clamp(1, width).to(torch.int32)
+            states.block_limit[slots] = length
+            states.masked[slots, :width] &= place < length[:, None]
+            num_output_positions[rows] = torch.minimum(num_output_positions[rows], length)
         return replace(batch, blocks=blocks._replace(num_output_positions=num_output_positions))
 
     def _step(
         self,
         batch: DenoiseBatch,
         of: AdjustedRows | CutRows,
-        numbers: torch.Tensor,
-        score: torch.Tensor,
-        confidence: torch.Tensor,
+        numbers: Numbers,
+        found: Grids,
         parameter: torch.Tensor,
-        token: torch.Tensor,
         reading: torch.Tensor | None = None,
     ) -> Step:
         """What the requests of a policy or cutter see of a step.
@@ -368,48 +405,58 @@ class CanvasSampler:
         Args:
             batch: The step.
             of: The requests.
-            numbers: float32 ``[R, sum(NUMBERS)]``, of them, as ``CanvasStates.policy_numbers`` has them.
-            score, confidence, parameter, token: Of the whole batch. Where all of its requests are meant, the step has
-                these themselves.
+            numbers: Of them.
+            found, parameter: Of the whole batch. Where all of its requests are meant, the step has these themselves.
             reading: See ``policies.Step``.
         """
-        states, (num_all, width) = self.states, score.shape
-        own = [score, confidence, parameter, token, batch.blocks.end_token_ids]
-        num_requests = of.rows.shape[0]
-        if num_requests < num_all:  # else they are all of them, in order
-            own = [one.index_select(0, of.rows) for one in own]
-        is_open = own[0] != NO_CONFIDENCE
+        states, requests = self.states, of.requests
+        num_requests, width = requests.rows.shape[0], found.score.shape[1]
+        token, confidence, score, is_open, _ = found
+        end_token_ids = batch.blocks.end_token_ids
+        if num_requests < found.score.shape[0]:  # else they are all of them, in order
+            own = (token, confidence, score, is_open, parameter, end_token_ids)
+            token, confidence, score, is_open, parameter, end_token_ids = (
+                one.index_select(0, requests.rows) for one in own
+            )
         policy = of.policy if isinstance(of, AdjustedRows) else None
-        if policy is None or not policy.memory_size:
-            memory = self._no_memory.expand(num_requests, width, 0)
-        else:
-            memory = states.policy_memory[:, :width, : policy.memory_size].index_select(0, of.slots)
+        memory, no_reading = self._nothing_of(num_requests, width)
+        if policy is not None and policy.memory_size:
+            memory = requests.take(states.policy_memory[:, :width, : policy.memory_size])
         if reading is None:
-            reading = self._no_reading.expand(num_requests, width, MAX_READINGS)
-        else:
+            reading = no_reading
+        elif batch.cut:  # what was read behind the cut is of no position now
             reading = reading * is_open.unsqueeze(-1)
         verification = None
         if isinstance(of, AdjustedRows) and of.policy.verifies:
-            none = of.slots.new_zeros(num_requests, 2)
+            none = requests.slots.new_zeros(num_requests, 2)
             span = none if of.span is None else of.span
-            verification = Verification(span, none.clone(), batch.rules.min_unmask[of.rows])
-        constants, state, carry = numbers.split(NUMBERS, dim=1)
+            verification = Verification(span, none.clone(), batch.rules.min_unmask[requests.rows])
         return Step(
-            score=own[0],
-            parameter=own[2],
-            constants=constants,
-            state=state,
-            step_index=of.step_index,
-            confidence=own[1],
-            token=own[3],
+            score=score,
+            parameter=parameter,
+            constants=numbers.constants,
+            state=numbers.state,
+            step_index=requests.step_index,
+            confidence=confidence,
+            token=token,
             is_open=is_open,
             memory=memory,
             reading=reading,
-            carry=carry,
-            block_index=of.block_index,
-            num_left=of.num_left,
-            num_positions=of.num_positions,
-            end_token_ids=own[4][:, 1:],  # without the one that ends thinking
+            carry=numbers.carry,
+            block_index=requests.block_index,
+            num_left=requests.num_left,
+            num_positions=requests.num_positions,
+            end_token_ids=end_token_ids[:, 1:],  # without the one that ends thinking
             tensors={} if policy is None else states.policy_tensors.get(policy.name, {}),
             verification=verification,
         )
+
+    def _nothing_of(self, num_requests: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``Step.memory`` and ``Step.reading`` of a policy without either."""
+        known = self._nothing.get((num_requests, width))
+        if known is None:
+            device = self.states.device
+            memory = torch.zeros(num_requests, width, 0, device=device)
+            known = memory, torch.zeros(1, 1, 1, device=device).expand(num_requests, width, MAX_READINGS)
+            self._nothing[num_requests, width] = known
+        return known

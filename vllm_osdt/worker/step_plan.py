@@ -56,9 +56,11 @@ class ReadRows(NamedTuple):
     """The logit rows that a policy reads, S of a step's M: those of its requests' masked positions.
 
     Attributes:
-        rows: int64 ``[S]``, which of the M.
+        rows: int64 ``[S]``, which of the M, ascending.
         request: int64 ``[S]``, whose each is: which of the policy's requests.
         offset: int64 ``[S]``, position in the active block.
+        slots: int64 ``[S]``, of the request of each.
+        step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
         shaped: Those of them whose logits are changed; None without any.
         shaped_at: int64: which of the S those are.
         shaped_np: The same on the host.
@@ -68,34 +70,60 @@ class ReadRows(NamedTuple):
     rows: torch.Tensor
     request: torch.Tensor
     offset: torch.Tensor
+    slots: torch.Tensor
+    step_index: torch.Tensor
     shaped: LogitRows | None
     shaped_at: torch.Tensor
     shaped_np: np.ndarray
     is_verified: torch.Tensor | None = None
 
 
+class PolicyRequests(NamedTuple):
+    """Some of a step's requests, S of them, as ``policies.Step`` has them; ``rows`` and ``slots`` ascend or not alike.
+
+    Attributes:
+        rows: int64 ``[S]``, which of the batch's requests.
+        slots: int64 ``[S]``.
+        step_index: int64 ``[S]``.
+        block_index: int64 ``[S]``.
+        num_left: int64 ``[S]``.
+        num_positions: int64 ``[S]``.
+        first_slot: Where their slots are consecutive ones in ascending order, the first; else -1. Their rows of a table
+            are then a part of it, which takes no copies.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    step_index: torch.Tensor
+    block_index: torch.Tensor
+    num_left: torch.Tensor
+    num_positions: torch.Tensor
+    first_slot: int
+
+    def take(self, table: torch.Tensor) -> torch.Tensor:
+        """Their rows ``[S, ...]`` of a table by slot, the table's own or copies: :meth:`put` them back if changed."""
+        if self.first_slot >= 0:
+            return table.narrow(0, self.first_slot, self.slots.shape[0])
+        return table.index_select(0, self.slots)
+
+    def put(self, table: torch.Tensor, own: torch.Tensor) -> None:
+        """Put back what :meth:`take` gave."""
+        if self.first_slot < 0:
+            table.index_copy_(0, self.slots, own)
+
+
 class CutRows(NamedTuple):
-    """The requests whose blocks are cut in a step, of one cutter; S of them."""
+    """The requests whose blocks are cut in a step, of one cutter."""
 
     cutter: Cutter
-    rows: torch.Tensor  # int64 [S], which of the batch's requests
-    slots: torch.Tensor  # int64 [S]
-    step_index: torch.Tensor  # int64 [S], as in policies.Step, like the rest
-    block_index: torch.Tensor  # int64 [S]
-    num_left: torch.Tensor  # int64 [S]
-    num_positions: torch.Tensor  # int64 [S]
+    requests: PolicyRequests
 
 
 class AdjustedRows(NamedTuple):
-    """The requests of a policy that adjusts its steps; S of them, see ``policies.Step``."""
+    """The requests of a policy that adjusts its steps, see ``policies.Step``; S of them."""
 
     policy: Policy
-    rows: torch.Tensor  # int64 [S], which of the batch's requests
-    slots: torch.Tensor  # int64 [S]
-    step_index: torch.Tensor  # int64 [S]
-    block_index: torch.Tensor  # int64 [S]
-    num_left: torch.Tensor  # int64 [S]
-    num_positions: torch.Tensor  # int64 [S]
+    requests: PolicyRequests
     read: ReadRows | None  # where the policy reads logits
     span: torch.Tensor | None  # int64 [S, 2], see policies.base.Verification; None where nothing is verified
 
@@ -151,7 +179,7 @@ class DenoiseBatch:
         blocks: The active blocks; those that denoise nothing have the last row of ``CanvasStates.masked``.
         position: int64 ``[M]``, index into ``[R, W]`` of each logits row: of masked positions, and of those that may be
             edited.
-        rules: By which each block is unmasked.
+        rules: By which each block is unmasked; policies that adjust the step overwrite parameters.
         temperature: float32 ``[M]``, or None when all are 0.
         noise_key: int64 ``[M]``, or None likewise.
         by_entropy: bool ``[M]``, rows whose confidence is one of their entropy, or None when there are none.
@@ -652,6 +680,7 @@ class DenoisePlan(NamedTuple):
     is_active: np.ndarray  # bool [R]
     step: np.ndarray  # int64 [R], denoising steps that the block has seen before
     policies: list[Policy]  # that adjust the step
+    first_slots: list[int]  # of their requests, see PolicyRequests
     cutters: list[Cutter]  # that cut blocks in this step
     has_cuts: bool  # whether some request has a cutter
     recorded: np.ndarray  # int64 [C], requests that calibrate or have a grammar
@@ -666,9 +695,7 @@ class DenoisePlan(NamedTuple):
     @property
     def needs_logits(self) -> bool:
         """As ``DenoiseBatch.needs_logits``."""
-        reads = bool(self.modifiers) or any(
-            f"read_{number}_rows" in self.arrays for number in range(len(self.policies))
-        )
+        reads = bool(self.modifiers) or any(f"read_{number}" in self.arrays for number in range(len(self.policies)))
         return (reads and self.arrays["position"].size > 0) or bool(self.shaped_slots.size or self.scored_slots.size)
 
 
@@ -700,17 +727,16 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
     is_shaped, num_scores = host.is_shaped[slots], host.num_logprobs[slots]
     is_scored = num_scores >= 0
     takes_part = is_active & ~decides_first
-    policies, of_policies = _adjusting(states, slots, step, takes_part)
+    policies, first_slots, of_policies = _adjusting(states, slots, step, takes_part)
     for number, policy in enumerate(policies if rows.span.size else ()):
         if policy.verifies:
-            of_policies[f"adjusted_span_{number}"] = rows.span[of_policies[f"adjusted_rows_{number}"]]
+            of_policies[f"adjusted_span_{number}"] = rows.span[of_policies[f"adjusted_{number}"][0]]
     cuts = host.cuts[slots]
     cutters: list[Cutter] = []
     if cuts.any():
         is_due = takes_part & (cuts > 0) & (host.block_limit[slots] == 0)
         for number in np.unique(cuts[is_due]).tolist():
-            own = _arrays_of_requests(states, slots, step, np.flatnonzero(is_due & (cuts == number)))
-            of_policies |= {f"cut_{name}_{len(cutters)}": array for name, array in own.items()}
+            of_policies[f"cut_{len(cutters)}"] = _of_policy(states, slots, step, is_due & (cuts == number))
             cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
     read_slots: dict[int, np.ndarray] = {}
@@ -739,19 +765,21 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
         for number in modifiers:
             is_modified = (row_req < num_requests) & (modifies[np.minimum(row_req, num_requests - 1)] >> number & 1 > 0)
             which = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
-            of_rows = {"rows": which, "slots": row_slots[which], "offset": row_pos[which], "step": step[row_req[which]]}
-            arrays |= {f"modified_{number}_{name}": array for name, array in of_rows.items()}
+            of_rows = (which, row_slots[which], row_pos[which], step[row_req[which]])
+            arrays[f"modified_{number}"] = np.stack(of_rows)
         for number in range(len(policies)):
-            of_policy = of_policies[f"adjusted_rows_{number}"]
+            of_policy = of_policies[f"adjusted_{number}"][0]
             if reads[of_policy].any():
                 request_of = np.full(all_slots.size, -1)
                 request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
                 which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
-                arrays[f"read_{number}_rows"], arrays[f"read_{number}_request"] = which, request_of[row_req[which]]
-                arrays[f"read_{number}_offset"] = row_pos[which]
+                owner = row_req[which]
+                arrays[f"read_{number}"] = np.stack(
+                    (which, request_of[owner], row_pos[which], row_slots[which], step[owner])
+                )
                 if rows.span.size and policies[number].verifies:
-                    arrays[f"read_{number}_verified"] = rows.is_verified[row_req[which]]
-                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[row_req[which]])
+                    arrays[f"read_{number}_verified"] = rows.is_verified[owner]
+                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[owner])
                 which = which[arrays[f"read_{number}_at"]]
                 read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
     asks_entropy = host.by_entropy[all_slots]
@@ -780,6 +808,7 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
         is_active,
         step,
         policies,
+        first_slots,
         cutters,
         bool(cuts.any()),
         recorded,
@@ -845,56 +874,110 @@ def _some_rows(
 
 def _adjusting(
     states: CanvasStates, slots: np.ndarray, step: np.ndarray, takes_part: np.ndarray
-) -> tuple[list[Policy], dict[str, np.ndarray]]:
-    """The policies that adjust a step, and of their requests the arrays of :class:`AdjustedRows`."""
-    host = states.host
-    policy_of = np.where(takes_part, host.adjusts[slots], 0)
+) -> tuple[list[Policy], list[int], dict[str, np.ndarray]]:
+    """The policies that adjust a step, and of each the first slot and :func:`_of_policy`."""
+    policy_of = states.host.adjusts[slots]
     policies: list[Policy] = []
+    first_slots: list[int] = []
     arrays: dict[str, np.ndarray] = {}
     for number in sorted(set(policy_of.tolist()) - {0}):
-        of_policy = _arrays_of_requests(states, slots, step, np.flatnonzero(policy_of == number))
-        arrays |= {f"adjusted_{name}_{len(policies)}": array for name, array in of_policy.items()}
-        policies.append(POLICIES[ADJUSTING[number - 1]])
-    return policies, arrays
+        own = _of_policy(states, slots, step, takes_part & (policy_of == number))
+        if own.shape[1]:
+            arrays[f"adjusted_{len(policies)}"] = own
+            first_slots.append(first_of_consecutive(own[1].tolist()))
+            policies.append(POLICIES[ADJUSTING[number - 1]])
+    return policies, first_slots, arrays
 
 
-def _arrays_of_requests(
-    states: CanvasStates, slots: np.ndarray, step: np.ndarray, rows: np.ndarray
-) -> dict[str, np.ndarray]:
-    """What ``policies.Step`` says of some of a step's requests, which it numbers ``rows``; in the order of fields."""
-    host, own = states.host, slots[rows]
-    block = (host.block_start[own] - host.canvas_start[own]) // host.block_length[own]
-    left, positions = np.empty(own.size, dtype=np.int64), np.empty(own.size, dtype=np.int64)
-    _count_left(host, own, states.is_block_causal, left, positions)
-    return {"rows": rows, "slots": own, "step": step[rows], "block": block, "left": left, "positions": positions}
+def first_of_consecutive(slots: list[int]) -> int:
+    """The first of consecutive slots in ascending order; -1 where they are not."""
+    first = slots[0]
+    return first if slots == list(range(first, first + len(slots))) else -1
+
+
+def _of_policy(states: CanvasStates, slots: np.ndarray, step: np.ndarray, is_own: np.ndarray) -> np.ndarray:
+    """Some of a step's requests, int64 ``[6, S]`` in the order of :class:`PolicyRequests`; one array is sent at once.
+
+    Args:
+        states: Tables.
+        slots, step: int64 ``[R]``.
+        is_own: bool ``[R]``, which are meant.
+    """
+    host = states.host
+    found = np.empty((6, slots.size), dtype=np.int64)
+    number = _describe(
+        found,
+        slots,
+        step,
+        is_own,
+        states.is_block_causal,
+        host.block_start,
+        host.canvas_start,
+        host.block_length,
+        host.first_end,
+        host.last_end,
+        host.prompt_end,
+        host.cuts,
+        host.block_limit,
+        host.masked,
+        host.pinned,
+    )
+    return found if number == slots.size else found[:, :number].copy()
 
 
 @compiled()
-def _count_left(
-    host: HostTables, slots: np.ndarray, is_block_causal: bool, left: np.ndarray, positions: np.ndarray
-) -> None:
-    """Count undecided and all positions of canvases, as far as they are there (``Canvas.end_at``)."""
+def _describe(
+    found: np.ndarray,
+    slots: np.ndarray,
+    steps: np.ndarray,
+    is_own: np.ndarray,
+    is_block_causal: bool,
+    block_start: np.ndarray,
+    canvas_start: np.ndarray,
+    block_length: np.ndarray,
+    all_first_end: np.ndarray,
+    last_end: np.ndarray,
+    prompt_end: np.ndarray,
+    cuts: np.ndarray,
+    block_limit: np.ndarray,
+    masked: np.ndarray,
+    pinned: np.ndarray,
+) -> int:
+    """Fill the first columns of :func:`_of_policy`, and say how many.
+
+    Undecided and all positions are those of canvases as far as they are there (``Canvas.end_at``). The tables come one
+    by one, since a call takes long to unpack a tuple of all of them.
+    """
+    number = 0
     for req in range(slots.size):
+        if not is_own[req]:
+            continue
         slot = slots[req]
-        start, length, first_end = host.block_start[slot], host.block_length[slot], host.first_end[slot]
+        start, length, first_end = block_start[slot], block_length[slot], all_first_end[slot]
         grown = max(start + 1 - first_end, 0)
-        end = min(first_end + (grown + length - 1) // length * length, host.last_end[slot])
+        end = min(first_end + (grown + length - 1) // length * length, last_end[slot])
         # A block-causal model's first block may begin in the prompt: it ends on the grid.
-        offset = start - host.canvas_start[slot]
+        offset = start - canvas_start[slot]
         behind = start + length - (offset % length if is_block_causal else 0)
-        if host.cuts[slot] and host.block_limit[slot]:
-            behind = start + host.block_limit[slot]
-        positions[req] = end - max(host.prompt_end[slot], host.canvas_start[slot])
-        left[req] = 0
-        for k in range(host.masked.shape[1]):
-            left[req] += host.masked[slot, k]
+        if cuts[slot] and block_limit[slot]:
+            behind = start + block_limit[slot]
+        left = 0
+        for k in range(masked.shape[1]):
+            left += masked[slot, k]
         for position in range(behind, end):
-            left[req] += not host.pinned[slot, position]
+            left += not pinned[slot, position]
+        found[0, number], found[1, number], found[2, number] = req, slot, steps[req]
+        found[3, number], found[4, number] = offset // length, left
+        found[5, number] = end - max(prompt_end[slot], canvas_start[slot])
+        number += 1
+    return number
 
 
 def idle_plan() -> DenoisePlan:
     """Of a step that denoises nothing."""
-    return DenoisePlan(_NONE, np.empty(0, dtype=bool), _NONE, [], [], False, _NONE, {}, _NONE, _NONE, -1, {}, [], _NONE)
+    none: list[Any] = []
+    nobody = np.empty(0, dtype=bool)
+    return DenoisePlan(_NONE, nobody, _NONE, none, none, none, False, _NONE, {}, _NONE, _NONE, -1, {}, none, _NONE)
 
 
 def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DenoiseBatch:
@@ -927,19 +1010,14 @@ def denoise_batch(states: CanvasStates, plan: DenoisePlan, sent: Mapping[str, to
         draft_threshold=sent.get("draft_threshold"),
         adjusted=[_adjusted_rows(policy, number, plan, sent) for number, policy in enumerate(plan.policies)],
         has_cuts=plan.has_cuts,
-        cut=[CutRows(cutter, *_of_requests(sent, "cut", number)) for number, cutter in enumerate(plan.cutters)],
+        cut=[CutRows(cutter, _policy_requests(sent[f"cut_{number}"])) for number, cutter in enumerate(plan.cutters)],
         recorded_np=plan.recorded,
         recorded=sent.get("recorded"),
         shaped=_logit_rows("shaped", plan.shaped_slots, plan.arrays, sent),
         scored=_logit_rows("scored", plan.scored_slots, plan.arrays, sent),
         num_scores=plan.num_scores,
         asking=sent.get("asking"),
-        modified=tuple(
-            ModifiedRequests(
-                number, *(sent[f"modified_{number}_{name}"] for name in ("rows", "slots", "offset", "step"))
-            )
-            for number in plan.modifiers
-        ),
+        modified=tuple(_modified(number, sent[f"modified_{number}"]) for number in plan.modifiers),
         drafting=_draft_rows(plan, sent),
     )
 
@@ -954,23 +1032,25 @@ def _draft_rows(plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> DraftRow
 
 def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping[str, torch.Tensor]) -> AdjustedRows:
     read = None
-    if f"read_{number}_rows" in sent:
-        rows, request, offset = (sent[f"read_{number}_{name}"] for name in ("rows", "request", "offset"))
+    if f"read_{number}" in sent:
+        rows, request, offset, slots, step_index = sent[f"read_{number}"].unbind()
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
         at = sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"]
-        read = ReadRows(rows, request, offset, shaped, *at, sent.get(f"read_{number}_verified"))
-    return AdjustedRows(policy, *_of_requests(sent, "adjusted", number), read, sent.get(f"adjusted_span_{number}"))
+        read = ReadRows(rows, request, offset, slots, step_index, shaped, *at, sent.get(f"read_{number}_verified"))
+    requests = _policy_requests(sent[f"adjusted_{number}"], plan.first_slots[number])
+    return AdjustedRows(policy, requests, read, sent.get(f"adjusted_span_{number}"))
 
 
-OfRequests = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+def _modified(number: int, found: torch.Tensor) -> ModifiedRequests:
+    """The rows of a modifier."""
+    rows, slots, offset, step_index = found.unbind()
+    return ModifiedRequests(number, rows, slots, offset, step_index)
 
 
-def _of_requests(sent: Mapping[str, torch.Tensor], kind: str, number: int) -> OfRequests:
-    """:func:`_arrays_of_requests` on the device."""
-    rows, slots, step, block, left, positions = (
-        sent[f"{kind}_{name}_{number}"] for name in ("rows", "slots", "step", "block", "left", "positions")
-    )
-    return rows, slots, step, block, left, positions
+def _policy_requests(found: torch.Tensor, first_slot: int = -1) -> PolicyRequests:
+    """:func:`_of_policy` on the device."""
+    rows, slots, step_index, block_index, num_left, num_positions = found.unbind()
+    return PolicyRequests(rows, slots, step_index, block_index, num_left, num_positions, first_slot)
 
 
 def _logit_rows(

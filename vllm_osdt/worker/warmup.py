@@ -13,7 +13,8 @@ from vllm.v1.request import Request
 
 from vllm_osdt.geometry import DecodeShape, canvas_of
 from vllm_osdt.messages import CANVAS_STEP, Assignment, CanvasStep, RequestSpec
-from vllm_osdt.options import DecodingOptions, default_decoding_options
+from vllm_osdt.options import DecodingOptions
+from vllm_osdt.options.operator import default_decoding_options
 from vllm_osdt.policies import POLICIES
 
 if TYPE_CHECKING:

@@ -72,6 +72,12 @@ FURTHER: dict[str, tuple[Setting, ...]] = {
         {"stable_confidence": value, "stable_steps": number}
         for value, number in ((0.8, 2), (0.7, 2), (0.6, 2), (0.5, 2), (0.5, 1), (0.3, 1))
     ),
+    "freedave": tuple(
+        {"freedave_base": "threshold", "threshold": value} for value in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+    ),
+    "s2d2": tuple(
+        {"verify_cost_per": "confident_position", "threshold": value} for value in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+    ),
     "learned_filter": tuple({"filter_threshold": value} for value in (0.995, 0.99, 0.98, 0.96, 0.9, 0.8, 0.6)),
 }
 CANDIDATES = USUAL | FURTHER
