@@ -1,6 +1,5 @@
 """What the calibrator decides about a request's profile, and what it reports; without an engine."""
 
-import logging
 from collections import Counter
 from dataclasses import replace
 
@@ -378,26 +377,17 @@ def test_whatever_tune_may_choose_decodes_a_request_or_is_passed_over(policy):
         assert decided.assignment.policy == decided.options.policy
 
 
-def test_a_choice_that_a_requests_parameters_do_not_go_with_is_passed_over():
-    calibrator = choosing(chosen("freedave"))
-    assert start(calibrator, "a", follows_choice=True, barred=("freedave",)).options.policy == "osdt"
-    assert start(calibrator, "b", follows_choice=True).options.policy == "freedave"
+@pytest.mark.parametrize("policy", ["freedave", "s2d2"])
+def test_a_choice_that_a_requests_parameters_do_not_go_with_is_passed_over(policy):
+    calibrator, own = choosing(chosen(policy), is_block_causal=True), {"follows_choice": True, "gen_length": None}
+    assert start(calibrator, "a", barred=(policy,), **own).options.policy == "osdt"
+    assert start(calibrator, "b", **own).options.policy == policy
 
 
 def test_a_choice_that_workers_would_read_otherwise_is_passed_over():
     choice = chosen("ccd")
     decided = start(choosing(choice), "a", follows_choice=True, credit=True)
     assert decided.options.policy == "osdt" and decided.options.credit
-
-
-@pytest.mark.parametrize("policy", ["s2d2", "freedave"])
-def test_a_choice_that_would_refuse_some_of_a_tasks_requests_is_passed_over(policy, caplog):
-    calibrator = choosing(chosen(policy), is_block_causal=True)
-    with caplog.at_level(logging.WARNING, logger="vllm"):
-        decided = start(calibrator, "a", follows_choice=True, gen_length=None)
-    assert decided.options.policy == decided.assignment.policy == decided.about.policy == "osdt"
-    [warning] = caplog.records
-    assert f"Policy {policy!r} does not go with every request" in warning.getMessage()
 
 
 def test_a_task_tuned_to_blocks_of_many_lengths_is_not_watched():
