@@ -1,6 +1,5 @@
 """What the calibrator decides about a request's profile, and what it reports; without an engine."""
 
-import logging
 from collections import Counter
 from dataclasses import replace
 
