@@ -1,5 +1,6 @@
 """What the calibrator decides about a request's profile, and what it reports; without an engine."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
 
