@@ -19,7 +19,7 @@ from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import Grids
 from vllm_osdt.policies import Step
-from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, Verification
+from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, Verification, places
 from vllm_osdt.worker.drafting import read_states, verify_and_draft
 from vllm_osdt.worker.logprobs import LogprobStore
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, LogitModifying, StepLogits
@@ -77,9 +77,8 @@ class CanvasSampler:
             states.host.block_length.size, states.device, is_normalized=mode.endswith("logprobs")
         )
         self._confidence, self._unmask, *_ = implementations(states.device)
-        self._nothing: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._places: dict[int, torch.Tensor] = {}
-        self._numbers: dict[tuple[int, int], Numbers] = {}
+        self._no_reading = torch.zeros(1, 1, 1, device=states.device)
+        self._no_memory = torch.zeros(1, 1, 0, device=states.device)
         self._no_rejected = torch.zeros(states.host.block_length.size, dtype=torch.int32, device=states.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
@@ -287,7 +286,7 @@ class CanvasSampler:
         steps: list[tuple[AdjustedRows, Step, Numbers]] = []
         for adjusted, reading in zip_longest(batch.adjusted, readings):
             requests = adjusted.requests
-            numbers = self._numbers_of(requests)
+            numbers = Numbers.of(requests.take(states.policy_numbers))
             step = self._step(batch, adjusted, numbers, found, parameter, reading)
             adjusted.policy.adjust(step)
             if step.score is not found.score:
@@ -304,7 +303,8 @@ class CanvasSampler:
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(found.token, allowed, rules)
         # Positions without logits are as good as none.
-        changed = Proposals(self._all_places(allowed.numel()), found.token.view(-1), allowed.view(-1))
+        every = torch.arange(allowed.numel(), device=states.device)
+        changed = Proposals(every, found.token.view(-1), allowed.view(-1))
         canvas, _, result = self._unmask_and_confirm(batch, changed, rules, proposals)
         for adjusted, step, numbers in steps:
             policy, requests = adjusted.policy, adjusted.requests
@@ -317,24 +317,6 @@ class CanvasSampler:
             if step.verification is not None:
                 self._write_drafted(batch.blocks.canvas_index[requests.rows], requests.slots, step)
         return canvas, found.confidence, result, drafted
-
-    def _all_places(self, number: int) -> torch.Tensor:
-        """int64 ``[number]``, 0 and up: the positions of proposals that are a grid."""
-        known = self._places.get(number)
-        if known is None:
-            known = self._places[number] = torch.arange(number, device=self.states.device)
-        return known
-
-    def _numbers_of(self, requests: PolicyRequests) -> Numbers:
-        """The numbers of some requests; parts of the table itself are made once, since they stay where they are."""
-        first, table = requests.first_slot, self.states.policy_numbers
-        key = first, requests.slots.shape[0]
-        known = self._numbers.get(key) if first >= 0 else None
-        if known is None:
-            known = Numbers.of(requests.take(table))
-            if first >= 0:
-                self._numbers[key] = known
-        return known
 
     @staticmethod
     def _own(grid: torch.Tensor, requests: PolicyRequests) -> torch.Tensor:
@@ -378,7 +360,7 @@ class CanvasSampler:
         states, blocks, width = self.states, batch.blocks, batch.blocks.canvas_index.shape[1]
         found = grids(proposals, states.masked, blocks.slots, width)
         num_output_positions = blocks.num_output_positions.clone()
-        place = self._all_places(width)
+        place = places(width, states.device)
         for cutter, requests in batch.cut:
             slots, rows = requests.slots, requests.rows
             numbers = states.policy_numbers.index_select(0, slots)
@@ -419,11 +401,12 @@ class CanvasSampler:
                 one.index_select(0, requests.rows) for one in own
             )
         policy = of.policy if isinstance(of, AdjustedRows) else None
-        memory, no_reading = self._nothing_of(num_requests, width)
-        if policy is not None and policy.memory_size:
+        if policy is None or not policy.memory_size:
+            memory = self._no_memory.expand(num_requests, width, 0)
+        else:
             memory = requests.take(states.policy_memory[:, :width, : policy.memory_size])
         if reading is None:
-            reading = no_reading
+            reading = self._no_reading.expand(num_requests, width, MAX_READINGS)
         elif batch.cut:  # what was read behind the cut is of no position now
             reading = reading * is_open.unsqueeze(-1)
         verification = None
@@ -450,13 +433,3 @@ class CanvasSampler:
             tensors={} if policy is None else states.policy_tensors.get(policy.name, {}),
             verification=verification,
         )
-
-    def _nothing_of(self, num_requests: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``Step.memory`` and ``Step.reading`` of a policy without either."""
-        known = self._nothing.get((num_requests, width))
-        if known is None:
-            device = self.states.device
-            memory = torch.zeros(num_requests, width, 0, device=device)
-            known = memory, torch.zeros(1, 1, 1, device=device).expand(num_requests, width, MAX_READINGS)
-            self._nothing[num_requests, width] = known
-        return known
