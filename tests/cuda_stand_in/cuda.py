@@ -34,6 +34,7 @@ from typing import Any
 
 # Read when torch, Triton and vLLM are imported.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # it needs a torch that compiles; vLLM reads it once in a process
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")

@@ -175,9 +175,8 @@ def test_an_answer_in_shorter_blocks_is_as_in_a_plain_loop(block_causal):
     assert got.num_steps[True]
 
 
-def test_a_model_that_vllm_compiles_decodes_as_a_plain_loop(checkpoint, start_llm, monkeypatch):
+def test_a_model_that_vllm_compiles_decodes_as_a_plain_loop(checkpoint, start_llm):
     """Its last layer computes all rows, and steps are graphs as well; the stand-in runs what torch would compile."""
-    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")  # needs a torch that compiles
     network, prompts = ReferenceDream.load(checkpoint), [[5, 6, 7, 8], [11, 30, 12]]
     sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 128, "max_model_len": 64}
     llm = start_llm(checkpoint, compilation_config={"mode": 3, **GRAPHS}, **sizes)
