@@ -4,14 +4,19 @@ Runs the engine in this process on any LLaDA checkpoint and reports, for each nu
 time of ``LLMEngine.step()`` and of the model in it (forward and logits); the difference is the overhead. A second table
 says where the rest of a step goes, by phase: medians in milliseconds. ``--clock thread`` counts the processor's time of
 this thread in place of the wall's, which other work on the machine hardly touches; set ``OMP_NUM_THREADS=1`` for it.
+``--profile`` samples the stack in steps of their own, and says what share of the time beside the model each function
+has, with what it calls.
 
     python benchmarks/bench_step_overhead.py --model CHECKPOINT --running 1 8 32
 """
 
 import argparse
 import os
+import signal
 import time
+from collections import Counter
 from collections.abc import Callable
+from types import FrameType
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -22,6 +27,9 @@ import torch
 from common import environment, percentiles, write_lines
 from vllm import LLM, SamplingParams
 
+SAMPLE_S = 1e-3  # of the processor's time, between two looks at the stack
+MIN_SHARE = 0.02  # of a function that the profile names
+MODEL = ("forward", "compute_logits")  # functions of ``vllm_osdt.models``
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
@@ -75,6 +83,47 @@ class Phases:
         return taken
 
 
+class Profile:
+    """Looks at the stack of this process every ``SAMPLE_S``; functions by the looks that found them in a step."""
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        self.num_model = self.num_looks = 0
+
+    def __enter__(self) -> "Profile":
+        signal.signal(signal.SIGPROF, self.look)
+        signal.setitimer(signal.ITIMER_PROF, SAMPLE_S, SAMPLE_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def look(self, _: int, frame: FrameType | None) -> None:
+        """Count the functions on the stack, up to the engine's step."""
+        names = []
+        while frame is not None:
+            module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname
+            if module == "vllm.v1.engine.llm_engine" and function == "LLMEngine.step":
+                self.num_looks += 1
+                if any(name.startswith("vllm_osdt.models.") and name.endswith(MODEL) for name in names):
+                    self.num_model += 1
+                else:
+                    self.found.update(set(names))
+                return
+            if module != __name__:
+                names.append(f"{module}.{function}")
+            frame = frame.f_back
+
+    def table(self, running: int) -> str:
+        """The functions with the largest shares."""
+        beside = self.num_looks - self.num_model
+        lines = [f"\n{running} running: {self.num_looks} looks at a step, {beside} of them beside the model"]
+        lines += [
+            f"{count / beside:>7.1%} {name}" for name, count in self.found.most_common() if count >= MIN_SHARE * beside
+        ]
+        return "\n".join(lines)
+
+
 def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) -> list[dict[str, float]]:
     """Step ``running`` equal requests to their end; times in ms, by phase, of the steps in which all of them ran."""
     engine = llm.llm_engine
@@ -111,6 +160,7 @@ def main() -> None:
     parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="the wall's, or the processor's of a thread")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="times that requests run to be sampled")
     parser.add_argument("--json", default=None, help="append JSON lines to this file")
     args = parser.parse_args()
     if args.model is None:
@@ -157,6 +207,11 @@ def main() -> None:
     print(f"{'phase':20}" + "".join(f"{running:>9}" for running in tables))
     for name in next(iter(tables.values())):
         print(f"{name:20}" + "".join(f"{table[name]:>9.3f}" for table in tables.values()))
+    for running in args.running if args.profile else ():
+        with Profile() as profile:
+            for _ in range(args.profile):
+                measure(llm, phases, running, args)
+        print(profile.table(running))
     if args.json:
         write_lines(args.json, lines)
 

@@ -16,7 +16,7 @@ from vllm_osdt.options.family import validate_for_family
 from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.worker.drafting import States, accept, draft, read_states
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import DraftRows
+from vllm_osdt.worker.step.batch import DraftRows
 
 MASK = None  # of a position in the plain states below
 TOKENS = (5, 6, 7)

@@ -11,7 +11,9 @@ from vllm_osdt.models.traits import Traits
 from vllm_osdt.policies.base import Branch
 from vllm_osdt.worker.branch_pages import branch_tables, copy_pages, plan_pages
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import plan_step, split_queries_by_block, split_queries_of_branches, step_rows
+from vllm_osdt.worker.step.layout import plan_step
+from vllm_osdt.worker.step.queries import split_queries_by_block, split_queries_of_branches
+from vllm_osdt.worker.step.rows import step_rows
 
 PAGE = 4
 

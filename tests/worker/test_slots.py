@@ -14,7 +14,8 @@ from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES
 from vllm_osdt.worker.slots import ADJUSTING, CanvasStates
-from vllm_osdt.worker.step_plan import plan_step, step_rows
+from vllm_osdt.worker.step.layout import plan_step
+from vllm_osdt.worker.step.rows import step_rows
 
 LENGTH, PROMPT = 4, [5, 6, 7]
 

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.block_table import BlockTables
 
 from vllm_osdt.messages import BranchPages
-from vllm_osdt.worker.step_plan import StepRows
+from vllm_osdt.worker.step.rows import StepRows
 
 
 def plan_pages(

@@ -15,7 +15,7 @@ import torch
 from csrc_triton import Blocks, Proposals, UnmaskResult
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import DraftRows
+from vllm_osdt.worker.step.batch import DraftRows
 
 
 class States(NamedTuple):

@@ -20,7 +20,9 @@ from vllm_osdt.options.operator import server_options
 from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin, canvas_step_of
 from vllm_osdt.worker.recorder import Decision
-from vllm_osdt.worker.step_plan import CanvasInputBatch, DenoisePlan, Queries
+from vllm_osdt.worker.step.batch import CanvasInputBatch
+from vllm_osdt.worker.step.plan import DenoisePlan
+from vllm_osdt.worker.step.queries import Queries
 
 logger = init_logger("vllm.vllm_osdt.worker.gpu_worker")
 

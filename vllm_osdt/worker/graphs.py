@@ -29,7 +29,9 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from csrc_triton import Proposals
 from vllm_osdt.worker.head import Head
 from vllm_osdt.worker.sampler import Decision
-from vllm_osdt.worker.step_plan import Queries, denoise_batch, idle_plan
+from vllm_osdt.worker.step.batch import denoise_batch
+from vllm_osdt.worker.step.plan import idle_plan
+from vllm_osdt.worker.step.queries import Queries
 from vllm_osdt.worker.transfer import StagedBuffer, align
 
 if TYPE_CHECKING:

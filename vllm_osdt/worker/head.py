@@ -16,7 +16,7 @@ from vllm_osdt.errors import OSDTError
 
 if TYPE_CHECKING:
     from vllm_osdt.worker.sampler import CanvasSampler
-    from vllm_osdt.worker.step_plan import DenoiseBatch
+    from vllm_osdt.worker.step.batch import DenoiseBatch
 
 PLAIN_WEIGHTS = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
 

@@ -28,21 +28,17 @@ from vllm_osdt.worker.head import Head, choose_head
 from vllm_osdt.worker.model_state import CanvasModelState
 from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.sampler import CanvasSampler
-from vllm_osdt.worker.step_plan import (
+from vllm_osdt.worker.step.batch import CanvasInputBatch, denoise_batch
+from vllm_osdt.worker.step.layout import StepPlan, plan_step
+from vllm_osdt.worker.step.plan import DenoisePlan, plan_denoise
+from vllm_osdt.worker.step.queries import (
     BlockQueries,
-    CanvasInputBatch,
-    DenoisePlan,
     Queries,
-    StepPlan,
-    StepRows,
-    denoise_batch,
-    plan_denoise,
-    plan_step,
     split_queries_at_canvas,
     split_queries_by_block,
     split_queries_of_branches,
-    step_rows,
 )
+from vllm_osdt.worker.step.rows import StepRows, step_rows
 from vllm_osdt.worker.transfer import send
 from vllm_osdt.worker.warmup import warm_up
 from vllm_osdt.worker.weights import WatchedRunnerMixin, WatchedWorkerMixin
@@ -156,7 +152,8 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
                 states.write_draft(slot, *canvas_step.drafts[req_id])
         pages = [canvas_step.branches.get(req_id) for req_id in batch_req_state.req_ids] if canvas_step.branches else []
         branches = [() if one is None else one.branches for one in pages]
-        num_rows -= [sum(branch.num_rows for branch in own) for own in branches] if branches else 0
+        if branches:
+            num_rows -= [sum(branch.num_rows for branch in own) for own in branches]
         start = num_computed.astype(np.int64)
         span = np.zeros((num_reqs if canvas_step.verified else 0, 2), dtype=np.int64)
         for index, req_id in enumerate(batch_req_state.req_ids if canvas_step.verified else ()):
@@ -186,9 +183,6 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             self._num_logits = np.diff(plan.cu_num_logits)
             self._num_logits[0] += not plan.logit_rows.size
             self._further = rows.request[num_reqs:], rows.num_rows[num_reqs:]
-        logits_indices = logit_rows
-        if is_narrowed and graph is None:  # a graph has read them already
-            logits_indices = torch.arange(len(logit_rows), device=self.device)
         num_tokens_padded = sent["positions"].shape[0]
         num_reqs_padded = num_reqs if graph is None else sent["seq_lens"].shape[0]
         if graph is None:
@@ -224,7 +218,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             input_ids=buffers.input_ids[:num_tokens_padded],
             positions=sent["positions"],
             is_padding=is_padding,
-            logits_indices=logits_indices,
+            logits_indices=logit_rows,
             cu_num_logits=sent["cu_num_logits"],
             cu_num_logits_np=plan.cu_num_logits,
             has_structured_output_reqs=False,
@@ -302,7 +296,9 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         self, hidden_states: torch.Tensor, input_batch: CanvasInputBatch
     ) -> tuple[Decision, torch.Tensor | None]:
         """What a step decides, and whether a second one behind it was of use (see ``CanvasSampler.finish``)."""
-        return self._decide_by_rows(hidden_states[input_batch.logits_indices], input_batch), None
+        if input_batch.logit_rows is None:
+            hidden_states = hidden_states[input_batch.logits_indices]
+        return self._decide_by_rows(hidden_states, input_batch), None
 
     def _decide_by_rows(self, hidden_states: torch.Tensor, input_batch: CanvasInputBatch) -> Decision:
         """What a step decides.

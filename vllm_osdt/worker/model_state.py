@@ -22,7 +22,7 @@ from vllm_osdt.options.operator import server_options
 from vllm_osdt.worker.recorder import StepRecorder
 from vllm_osdt.worker.sampler import CanvasSampler
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import Queries
+from vllm_osdt.worker.step.queries import Queries
 
 
 class CanvasModelState(ModelState):

@@ -8,7 +8,7 @@ from csrc_triton import Proposals, implementations
 from vllm_osdt.policies import MODIFIERS
 from vllm_osdt.policies.modifier import ModifiedRows
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import DenoiseBatch, ModifiedRequests
+from vllm_osdt.worker.step.batch import DenoiseBatch, ModifiedRequests
 
 CHUNK_ELEMENTS = 1 << 23  # logits that are changed at once: 32 MiB of fp32
 

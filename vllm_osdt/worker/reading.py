@@ -14,7 +14,7 @@ from vllm_osdt.policies.base import MAX_READINGS
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, StepLogits
 from vllm_osdt.worker.shaping import LogitShaping
 from vllm_osdt.worker.slots import NUMBERS, CanvasStates
-from vllm_osdt.worker.step_plan import AdjustedRows, DenoiseBatch, ReadRows
+from vllm_osdt.worker.step.batch import AdjustedRows, DenoiseBatch, ReadRows
 
 # Hidden states [S, hidden_size] in place of some of a step's M rows, and int64 [S], which: logits [S, vocabulary].
 ComputeLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -17,7 +17,7 @@ from csrc_triton.cpu import compiled
 from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.messages import STEP_REPORT, HeldWeights, RecordedStep, Span, StepReport
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import DenoiseBatch
+from vllm_osdt.worker.step.batch import DenoiseBatch
 
 
 class _Seen(NamedTuple):

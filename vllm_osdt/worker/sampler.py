@@ -27,7 +27,7 @@ from vllm_osdt.worker.reading import ComputeLogits, PolicyReader
 from vllm_osdt.worker.recorder import Decision, StepRecorder, grids_to_record
 from vllm_osdt.worker.shaping import LogitShaping
 from vllm_osdt.worker.slots import NUMBERS, CanvasStates
-from vllm_osdt.worker.step_plan import AdjustedRows, CutRows, DenoiseBatch, PolicyRequests
+from vllm_osdt.worker.step.batch import AdjustedRows, CutRows, DenoiseBatch, PolicyRequests
 
 Readings = Sequence[torch.Tensor | None]  # of each policy that adjusts a step
 

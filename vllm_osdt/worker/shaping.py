@@ -22,7 +22,7 @@ from csrc_triton import implementations
 from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.modifying import CHUNK_ELEMENTS, StepLogits
 from vllm_osdt.worker.slots import CanvasStates
-from vllm_osdt.worker.step_plan import LogitRows
+from vllm_osdt.worker.step.batch import LogitRows
 
 NUM_TEMPORARIES = 10  # copies of them, and counts by token of prompt and output, in 4 bytes each
 

@@ -1,21 +1,17 @@
 """How a step is laid out, and the random keys that make sampling independent of the batch."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.worker.slots import CanvasStates, _seed
-from vllm_osdt.worker.step_plan import (
-    TOP_K,
-    StepRows,
-    noise_keys,
-    plan_step,
-    split_queries_at_canvas,
-    split_queries_by_block,
-    step_rows,
-)
+from vllm_osdt.worker.step.layout import TOP_K, plan_step
+from vllm_osdt.worker.step.plan import noise_keys, plan_denoise
+from vllm_osdt.worker.step.queries import split_queries_at_canvas, split_queries_by_block
+from vllm_osdt.worker.step.rows import StepRows, step_rows
 
 MASK64 = (1 << 64) - 1
 
@@ -101,6 +97,48 @@ def test_a_step_runs_the_scheduled_rows_and_reads_the_masked_ones():
     assert plan.min_unmask.tolist() == [2, 0]
     assert plan.end_token_ids[:, :3].tolist() == [[-1, 42, -1], [-1, 40, -1]]
     assert plan.num_output_positions.tolist() == [4, 2]
+
+
+def plan_of_two_requests(**wants):
+    """Of a step of both, with entries of the first one's columns."""
+    states = states_of_two_requests()
+    for name, value in wants.items():
+        getattr(states.host, name)[2] = value
+    slots, none = np.array([2, 0]), np.array([False, False])
+    rows = step_rows(states, slots, np.array([5, 0]), np.array([4, 5]), np.array([4, 2], dtype=np.int32), none)
+    return states, rows, plan_step(states, rows)
+
+
+def test_a_plain_step_is_planned_as_any_other_without_looking_for_wishes():
+    states, rows, plan = plan_of_two_requests()
+    assert plan.is_plain
+    quick, full = (plan_denoise(states, rows, plan._replace(is_plain=plain)) for plain in (True, False))
+    for name, one, other in zip(quick._fields, quick, full, strict=True):
+        if name == "arrays":
+            assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+        else:
+            assert np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other, name
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("temperature", 0.5),
+        ("is_shaped", True),
+        ("modifies", 1),
+        ("adjusts", 1),
+        ("cuts", 1),
+        ("by_entropy", True),
+        ("max_drafts", 2),
+        ("draft_threshold", 0.5),
+        ("edit_threshold", 0.5),
+        ("num_logprobs", 0),
+        ("reads_logits", True),
+        ("is_recorded", True),
+    ],
+)
+def test_a_step_with_a_request_that_wants_more_is_not_plain(column, value):
+    assert not plan_of_two_requests(**{column: value})[2].is_plain
 
 
 def test_a_step_of_no_request_is_empty():
