@@ -18,7 +18,7 @@ WITHOUT_LOGITS = tl.constexpr(NO_CONFIDENCE)
 
 
 # Numbers that change from step to step must not compile the kernel anew.
-@triton.jit(do_not_specialize=["num_proposals", "num_probes", "block_length"])
+@triton.jit(do_not_specialize=["num_proposals", "num_probes", "block_length", "canvas_index_stride"])
 def _unmask_kernel(
     cells_ptr,
     masked_ptr,

@@ -14,13 +14,18 @@ BACKENDS = ("TRITON_ATTN", "FLEX_ATTENTION")
 POLICIES = ("static_threshold", "fixed_steps", "factor", "joint_bound", "entropy_bound", "bacd")
 
 
-def recorded_on_cpu(name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What a CPU engine decoded with a bundled model, and with which sampling parameters."""
+def recorded_on_cpu(name: str, options: str = "options") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What a CPU engine decoded with a bundled model, and with which sampling parameters.
+
+    Args:
+        name: Of the model.
+        options: ``options`` of a static threshold, or ``calibrated_options``, of a task that the last case calibrates.
+    """
     import tests.cuda_stand_in
 
     recorded = json.loads((Path(tests.cuda_stand_in.__file__).parent / "cpu_tokens.json").read_text())
-    params = {"temperature": 0.0, "max_tokens": recorded["max_tokens"], "extra_args": recorded["options"]}
-    return recorded["models"][name][: SIZES.num_cases], params
+    params = {"temperature": 0.0, "max_tokens": recorded["max_tokens"], "extra_args": recorded[options]}
+    return recorded["models"][name], params
 
 
 def check_bundled(stage: str) -> None:
@@ -29,42 +34,54 @@ def check_bundled(stage: str) -> None:
 
     from vllm_osdt.demo import CALIBRATION_SEED, run_policy
     from vllm_osdt.engine.statistics import num_forwards
-    from vllm_osdt.mini import model_path
-    from vllm_osdt.mini.tasks import TASKS, generate
-    from vllm_osdt.options import DecodingOptions
+    from vllm_osdt.mini import gen_length_of, model_path, tasks_of
+    from vllm_osdt.mini.tasks import generate
+    from vllm_osdt.options import DEFAULTS
 
     name = stage.split(":")[1]
-    config = {"osdt": {"profile_dir": "", **({"statistic": "q1"} if IS_STAND_IN else {})}}
+    shot = {"statistic": "q1", "num_calibration_requests": 1} if IS_STAND_IN else {}
+    config = {"osdt": {"profile_dir": "", **shot}}
+    num_calibrating = int(shot.get("num_calibration_requests", DEFAULTS["num_calibration_requests"]))
     llm = start_engine(stage, model_path(name), dtype="float32", max_model_len=512, additional_config=config)
     with part(stage, "tokens as on a CPU") as found:
         cases, params = recorded_on_cpu(name)
+        cases = cases[: SIZES.num_cases]
         outputs = llm.generate([case["prompt"] for case in cases], SamplingParams(**params), use_tqdm=False)
         differ = [i for i, case in enumerate(cases) if list(outputs[i].outputs[0].token_ids) != case["tokens"]]
         found |= {"num_cases": len(cases), "differ": differ}
         assert not differ
-    if IS_STAND_IN:
-        return
-    for task in list(TASKS)[: SIZES.num_tasks]:
+    with part(stage, "tokens and forwards of OSDT as on a CPU") as found:
+        cases, params = recorded_on_cpu(name, "calibrated_options")
+        prompts, asked = [case["prompt"] for case in cases], SamplingParams(**params)
+        llm.generate(prompts[-1:], asked, use_tqdm=False)
+        completions = [output.outputs[0] for output in llm.generate(prompts, asked, use_tqdm=False)]
+        said = [{"tokens": list(one.token_ids), "nfe": num_forwards(one)} for one in completions]
+        differ = [i for i, case in enumerate(cases) if said[i] != case["calibrated"]]
+        found |= {"num_cases": len(cases), "differ": differ}
+        assert not differ
+    length = gen_length_of(name)
+    for task in list(tasks_of(name))[: SIZES.num_tasks]:
         with part(stage, "task", task=task) as found:
             problems = generate(task, "held_out", SIZES.num_problems, 0)
-            calibrating = generate(task, "held_out", DecodingOptions().num_calibration_requests, CALIBRATION_SEED)
-            run_policy(llm, task, "OSDT", calibrating, None)
+            calibrating = generate(task, "held_out", num_calibrating, CALIBRATION_SEED)
+            run_policy(llm, task, "OSDT", calibrating, length, None)
             for policy in ("static 0.9", "OSDT"):
-                row = run_policy(llm, task, policy, problems, None)
+                row = run_policy(llm, task, policy, problems, length, None)
                 found[policy] = {
                     "accuracy": row.accuracy,
                     "nfe": round(row.nfe, 2),
                     "tokens_per_s": round(row.tokens_per_second),
                 }
     with part(stage, "a sample depends on its seed alone"):
-        params = SamplingParams(temperature=0.8, seed=3, max_tokens=64, ignore_eos=True)
-        outputs = llm.generate([PROMPT], params, use_tqdm=False) + llm.generate([PROMPT] * 16, params, use_tqdm=False)
+        params = SamplingParams(temperature=0.8, seed=3, max_tokens=SIZES.max_tokens, ignore_eos=True)
+        many = [PROMPT] * SIZES.num_samples
+        outputs = llm.generate([PROMPT], params, use_tqdm=False) + llm.generate(many, params, use_tqdm=False)
         assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
     for cache in ("none", "prefix", "dual") if name == "llada-mini" else (None,):
         for policy in POLICIES:
             with part(stage, "policy", policy=policy, cache_mode=cache) as found:
                 extra = {"osdt_policy": policy, **({"osdt_cache_mode": cache} if cache else {})}
-                params = SamplingParams(temperature=0.0, max_tokens=64, extra_args=extra)
+                params = SamplingParams(temperature=0.0, max_tokens=SIZES.max_tokens, extra_args=extra)
                 completion = llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0]
                 found["nfe"] = num_forwards(completion)
 
@@ -79,6 +96,7 @@ def check_defaults(stage: str) -> None:
     llm = start_engine(stage, model_path(name))
     with part(stage, "a batch") as found:
         cases, params = recorded_on_cpu(name)
+        cases = cases[: SIZES.num_cases]
         outputs = llm.generate([case["prompt"] for case in cases], SamplingParams(**params), use_tqdm=False)
         same = [list(outputs[i].outputs[0].token_ids) == case["tokens"] for i, case in enumerate(cases)]
         found["same_as_float32_on_cpu"] = sum(same) / len(same)

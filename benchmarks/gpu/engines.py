@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.gpu.lines import gib, part
 from benchmarks.gpu.sizes import IS_STAND_IN, SIZES
 
+MEMORY_SHARE = 0.05  # of the card, more than an engine of a small model takes
 ENGINES: list[Any] = []  # an engine that goes takes the process groups of all engines of its process along
 
 
@@ -32,6 +33,7 @@ def start_engine(stage: str, model: str | Path, *, label: str | None = None, **a
     defaults: dict[str, Any] = {"disable_log_stats": True, "max_num_seqs": SIZES.max_num_seqs}
     if "load_format" not in arguments:  # some engines run beside each other: a memory profile would count the others'
         defaults["kv_cache_memory_bytes"] = 2**28 if IS_STAND_IN else 2**30
+        defaults["gpu_memory_utilization"] = MEMORY_SHARE  # which has to be free when an engine starts
     if SIZES.capture_sizes and not arguments.get("enforce_eager"):
         defaults["compilation_config"] = {"cudagraph_capture_sizes": list(SIZES.capture_sizes)}
     if arguments.get("dtype") == "float32":  # Triton multiplies float32 in TF32 else, and confidences are 1e-3 off

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu.decisions import recorded_on_cpu
@@ -41,7 +42,7 @@ def _of_shape(stage: str, name: str) -> Iterator[tuple[str, Any]]:
     llm = start_shape(stage, name)
     runner = runner_of(llm)
     yield "graphs", llm
-    runner._runs_ahead = False
+    runner._options = replace(runner._options, run_ahead=False)
     yield "no run-ahead", llm
     runner.replays_graphs = False
     yield "no graphs", llm
@@ -52,6 +53,7 @@ def _recorded_requests(name: str) -> tuple[list[Any], list[Any]]:
     from vllm import SamplingParams
 
     cases, params = recorded_on_cpu(name)
+    cases = cases[: SIZES.num_cases]
     options = (params["extra_args"], {"osdt_policy": "fixed_steps", "osdt_steps_per_block": 8})
     asked = [SamplingParams(**{**params, "ignore_eos": True, "extra_args": one}) for one in options for _ in cases]
     return [case["prompt"] for case in cases] * len(options), asked

@@ -102,7 +102,8 @@ def check_libraries(stage: str) -> None:
         buffer = UvaBuffer(8, torch.int32)
         buffer.np[3] = 77
         assert buffer.uva().tolist()[3] == 77
-    for version in (3, 4) if has_flash_attention_4() else (3,):
+    versions: tuple[int, ...] = (3, 4) if has_flash_attention_4() else (3,)
+    for version in () if IS_STAND_IN else versions:  # its kernels need a card
         with part(stage, "FlashAttention without a mask, largest error", version=version) as found:
             from vllm.vllm_flash_attn import flash_attn_varlen_func
 

@@ -16,6 +16,7 @@ class Sizes:
         lm_head_rows: Rows at which it is compared with written logits.
         num_cases: Of a recorded family; None: all.
         num_problems, num_tasks: Of a bundled model.
+        num_samples: Equal requests that are sampled in one batch.
         requests: At a time, of a large shape.
         tokens_per_forward: Of a large shape; the first is what is measured first.
         prompt_length: In tokens, of a large shape.
@@ -33,6 +34,7 @@ class Sizes:
     num_cases: int | None = None
     num_problems: int = 64
     num_tasks: int | None = None
+    num_samples: int = 16
     requests: tuple[int, ...] = (1, 8, 32, 128)
     tokens_per_forward: tuple[int, ...] = (4, 16, 1)
     prompt_length: int = 128
@@ -51,6 +53,7 @@ TINY = Sizes(
     num_cases=1,
     num_problems=2,
     num_tasks=1,
+    num_samples=2,
     requests=(1, 2),
     tokens_per_forward=(8,),
     prompt_length=16,

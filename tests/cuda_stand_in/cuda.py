@@ -59,6 +59,7 @@ class Ledger:
         to_device: Copies from the host to the device, by the line of ours or vLLM's that asks for them.
         to_host: Copies from the device to the host, likewise.
         waits: What makes the host wait for the device, but for events, likewise.
+        event_waits: Waits for events, likewise.
         launches: Launches of Triton kernels by specialization: what Triton would compile apart.
         allocations: New memory on the device, by line.
     """
@@ -66,6 +67,7 @@ class Ledger:
     to_device: Counter[str] = field(default_factory=Counter)
     to_host: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
+    event_waits: Counter[str] = field(default_factory=Counter)
     launches: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     allocations: Counter[str] = field(default_factory=Counter)
 
@@ -146,7 +148,7 @@ class _Memory(TorchFunctionMode):
         if special := getattr(self, "_" + name.strip("_"), None):
             return special(func, args, kwargs, any_on_device)
         if any_on_device and name in _READS:
-            LEDGER.waits[_caller(name)] += 1
+            _wait(name)
         if any_on_device and name in ("numpy", "__array__"):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if any_on_device and name not in _COPIES:
@@ -253,9 +255,9 @@ class _Memory(TorchFunctionMode):
         for part in _tensors(index):
             if not is_on_device(part) and part.dim():
                 LEDGER.to_device[_caller("index")] += 1
-                LEDGER.waits[_caller("index of the host's")] += 1
+                _wait("index of the host's")
             elif part.dtype == torch.bool and part.dim():
-                LEDGER.waits[_caller("index of booleans")] += 1
+                _wait("index of booleans")
 
     def _tensor(self, func: Any, args: tuple, kwargs: dict[str, Any], any_on_device: bool) -> torch.Tensor:
         """From values of Python's: pageable memory, whose copy the host waits for."""
@@ -266,13 +268,25 @@ class _Memory(TorchFunctionMode):
         result = func(*args, **kwargs)
         if asks_cuda:
             LEDGER.to_device[_caller("tensor")] += 1
-            LEDGER.waits[_caller("tensor of Python values")] += 1
+            _wait("tensor of Python values")
         return _mark(result, DEVICE) if asks_cuda else _mark(result, PINNED) if is_pinned else result
 
     def _as_tensor(self, func: Any, args: tuple, kwargs: dict[str, Any], any_on_device: bool) -> torch.Tensor:
         device = kwargs.pop("device", None)
         result = func(*args, **kwargs)
         return result if device is None else self._moved(result, CUDA if _is_cuda(device) else CPU, False)
+
+
+def _refuse_in_capture(what: str) -> None:
+    """What no graph may hold."""
+    if graphs.is_capturing():
+        raise RuntimeError(f"while a graph is captured: {what}, at {_caller('asked')}")
+
+
+def _wait(what: str) -> None:
+    """Enter a wait of the host's into the ledger; a capture allows none."""
+    _refuse_in_capture(f"the host waits ({what})")
+    LEDGER.waits[_caller(what)] += 1
 
 
 def _count(target: torch.Tensor, source: torch.Tensor, is_async: bool) -> None:
@@ -283,7 +297,9 @@ def _count(target: torch.Tensor, source: torch.Tensor, is_async: bool) -> None:
     if of and not to:
         LEDGER.to_host[_caller("copy")] += 1
     if to != of and not (is_async and place_of(source if to else target) == PINNED):
-        LEDGER.waits[_caller("copy")] += 1
+        _wait("copy")
+    elif to != of:
+        _refuse_in_capture("a copy to or from the host, whose memory a replay would read again")
 
 
 def _mapped(tensor: torch.Tensor) -> torch.Tensor:
@@ -304,7 +320,7 @@ class _Stream:
         pass
 
     def synchronize(self) -> None:
-        LEDGER.waits[_caller("stream.synchronize")] += 1
+        _wait("stream.synchronize")
 
     def query(self) -> bool:
         return True
@@ -335,7 +351,7 @@ class _Event:
         pass
 
     def synchronize(self) -> None:
-        pass
+        LEDGER.event_waits[_caller("event.synchronize")] += 1
 
     def wait(self, stream: Any = None) -> None:
         pass
@@ -360,7 +376,7 @@ def _answers(**values: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _synchronize(*args: Any) -> None:
-    LEDGER.waits[_caller("synchronize")] += 1
+    _wait("synchronize")
 
 
 def _install_driver() -> None:

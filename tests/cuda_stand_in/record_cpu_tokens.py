@@ -6,12 +6,26 @@ python -m tests.cuda_stand_in.record_cpu_tokens
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 MODELS = ("llada-mini", "sdar-mini")
 OPTIONS = {"osdt_policy": "static_threshold", "osdt_threshold": 0.9}
+# The last prompt calibrates, as in the paper; then all have its thresholds.
+CALIBRATED = {
+    "osdt_policy": "osdt",
+    "osdt_task": "recorded",
+    "osdt_statistic": "q1",
+    "osdt_num_calibration_requests": 1,
+}
 NUM_PROBLEMS, MAX_TOKENS, SEED = 2, 32, 7
+
+
+def said(output: Any) -> dict[str, Any]:
+    """What is recorded of a request."""
+    completion = output.outputs[0]
+    return {"tokens": list(completion.token_ids), "nfe": sum(completion.spec_decode_metrics.histogram)}
 
 
 def main() -> None:
@@ -22,20 +36,22 @@ def main() -> None:
     from vllm_osdt.mini.tasks import TASKS, generate
 
     prompts = [problem.prompt for task in TASKS for problem in generate(task, "held_out", NUM_PROBLEMS, SEED)]
-    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, extra_args=OPTIONS)
+    static, calibrated = (
+        SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, extra_args=options) for options in (OPTIONS, CALIBRATED)
+    )
     engines, recorded = [], {}
     for model in MODELS:
-        engines.append(LLM(model_path(model), dtype="float32", max_model_len=256, kv_cache_memory_bytes=2**28))
-        outputs = engines[-1].generate(prompts, params, use_tqdm=False)
+        settings = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 2**28}
+        engines.append(LLM(model_path(model), **settings, additional_config={"osdt": {"profile_dir": ""}}))
+        outputs = engines[-1].generate(prompts, static, use_tqdm=False)
+        engines[-1].generate(prompts[-1:], calibrated, use_tqdm=False)
+        of_task = engines[-1].generate(prompts, calibrated, use_tqdm=False)
         recorded[model] = [
-            {
-                "prompt": prompt,
-                "tokens": list(output.outputs[0].token_ids),
-                "nfe": sum(output.outputs[0].spec_decode_metrics.histogram),
-            }
-            for prompt, output in zip(prompts, outputs, strict=True)
+            {"prompt": prompt, **said(output), "calibrated": said(other)}
+            for prompt, output, other in zip(prompts, outputs, of_task, strict=True)
         ]
-    text = json.dumps({"max_tokens": MAX_TOKENS, "options": OPTIONS, "models": recorded}, indent=1)
+    found = {"max_tokens": MAX_TOKENS, "options": OPTIONS, "calibrated_options": CALIBRATED, "models": recorded}
+    text = json.dumps(found, indent=1)
     Path(__file__).with_name("cpu_tokens.json").write_text(text + "\n")
 
 

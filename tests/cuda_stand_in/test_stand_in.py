@@ -35,6 +35,33 @@ def test_operands_of_both_sides_are_refused():
     torch.zeros(3, device="cuda") * torch.tensor(2.0)  # a number
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda on_device: on_device[0].item(),
+        lambda on_device: on_device.tolist(),
+        lambda on_device: on_device.cpu(),
+        lambda on_device: on_device.nonzero(),
+        lambda on_device: on_device[on_device > 0],
+        lambda on_device: on_device.copy_(torch.zeros(3)),
+        lambda on_device: on_device.copy_(torch.zeros(3).pin_memory(), non_blocking=True),
+        lambda on_device: torch.tensor([1.0], device="cuda"),
+        lambda on_device: torch.cuda.synchronize(),
+    ],
+)
+def test_a_capture_allows_neither_waits_nor_copies_to_or_from_the_host(ask):
+    on_device = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="while a graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ask(on_device)
+
+
+def test_waits_for_events_are_counted_by_themselves():
+    event = torch.cuda.Event()
+    event.record()
+    event.synchronize()
+    assert LEDGER.event_waits.total() == 1 and counts() == (0, 0, 0)
+
+
 def test_a_copy_shares_no_memory():
     host = torch.zeros(3)
     device = host.to("cuda")

@@ -282,7 +282,12 @@ def test_attention_that_has_no_room_for_blocks_is_refused(checkpoint: str, block
     with pytest.raises(ValueError, match=f"attention backend {backend} holds as many requests as max_num_seqs"):
         configure(block_causal, attention_config={"backend": backend})
     (Path(checkpoint) / "config.json").write_text(json.dumps(CONFIG))
-    assert configure(checkpoint, attention_config={"backend": backend}).attention_config.backend.name == backend
+    asked = {"attention_config": {"backend": backend}}
+    if backend == "FLASHINFER":
+        with pytest.raises(ValueError, match="attention backend FLASHINFER is passed over by vLLM itself"):
+            configure(checkpoint, **asked)
+    else:
+        assert configure(checkpoint, **asked).attention_config.backend.name == backend
 
 
 @pytest.mark.parametrize(("cache_dtype", "expected"), [("auto", None), ("bfloat16", None), ("fp8", "TRITON_ATTN")])

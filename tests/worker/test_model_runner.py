@@ -29,7 +29,12 @@ class Runner(CanvasRunnerMixin, Stock):
 def test_attention_without_room_for_blocks_stops_the_engine_at_start(backend):
     with pytest.raises(OSDTError, match=f"attention backend {backend} holds as many requests"):
         Runner(backend, is_block_causal=True).initialize_kv_cache()
-    Runner(backend, is_block_causal=False).initialize_kv_cache()
+
+
+def test_attention_whose_kernels_without_a_mask_have_faults_stops_the_engine_at_start():
+    with pytest.raises(OSDTError, match="attention backend FLASHINFER is passed over by vLLM itself"):
+        Runner("FLASHINFER", is_block_causal=False).initialize_kv_cache()
+    Runner("FLEX_ATTENTION", is_block_causal=False).initialize_kv_cache()
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])

@@ -77,6 +77,8 @@ def _set_up_full_attention(vllm_config: "VllmConfig", options: ServerOptions) ->
             "fused_commit is false, but this model's finished blocks have no keys and values of their own to write; "
             "leave it out."
         )
+    if vllm_config.attention_config.backend is not None:
+        check_attention(vllm_config.attention_config.backend.name, is_block_causal=False)
     reason = "this model's refresh computes prompt and canvas together"
     _refuse_if_asked("enable_chunked_prefill", True, reason)
     if vllm_config.scheduler_config.enable_chunked_prefill:
@@ -177,7 +179,7 @@ def _choose_attention(attention: "AttentionConfig", cache_dtype: str, *, mixes_c
     (The runner looks at what has been chosen in the end.)
     """
     if attention.backend is not None:
-        check_attention(attention.backend.name)
+        check_attention(attention.backend.name, is_block_causal=True)
     elif current_platform.is_cuda() and (mixes_causal or cache_dtype not in UNQUANTIZED_CACHE):
         attention.backend = AttentionBackendEnum.TRITON_ATTN  # where FLASH_ATTN cannot, FLASHINFER would be next
 

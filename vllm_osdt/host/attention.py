@@ -1,4 +1,4 @@
-"""Which of vLLM's attention backends can take a block-causal model's blocks, and which a step that is a CUDA graph."""
+"""Which of vLLM's attention backends can take a canvas, and which a step that is a CUDA graph."""
 
 from collections.abc import Iterable
 
@@ -13,15 +13,22 @@ BACKENDS_WITH_MIXED_QUERIES = ("CPU_ATTN", "TRITON_ATTN")
 UNQUANTIZED_CACHE = ("auto", "bfloat16", "float16", "float32")
 
 
-def check_attention(name: str) -> None:
-    """Refuse an attention backend that keeps page tables in buffers of ``max_num_seqs`` requests.
+def check_attention(name: str, *, is_block_causal: bool) -> None:
+    """Refuse an attention backend that cannot take a canvas.
 
-    It has no room for a block-causal model's blocks, each of which is a request to it.
+    One that keeps page tables in buffers of ``max_num_seqs`` requests has no room for a block-causal model's blocks,
+    each of which is a request to it. FlashInfer's kernels without a causal mask are those that vLLM itself passes over
+    (``platforms/cuda.py``), and no recorded decision has been decoded with them.
 
     Raises:
         OSDTError: It is one of those.
     """
-    if name in BACKENDS_WITH_BUFFERS:
+    if name == "FLASHINFER" and not is_block_causal:
+        raise OSDTError(
+            "attention backend FLASHINFER is passed over by vLLM itself where positions see what is behind them, since "
+            "its kernels for that have faults; choose FLASH_ATTN or TRITON_ATTN with --attention-backend, or none."
+        )
+    if is_block_causal and name in BACKENDS_WITH_BUFFERS:
         raise OSDTError(
             f"attention backend {name} holds as many requests as max_num_seqs says, but to attention every block of "
             "this model's rows is one; choose FLASH_ATTN or TRITON_ATTN with --attention-backend."

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from csrc_triton import implementations
 from vllm_osdt.host.attention import BACKENDS_WITH_BUFFERS, check_attention, check_causal_attention
 from vllm_osdt.messages import CANVAS_STEP, CanvasStep
 from vllm_osdt.options.operator import server_options
@@ -40,7 +41,7 @@ from vllm_osdt.worker.step.queries import (
 )
 from vllm_osdt.worker.step.rows import StepRows, step_rows
 from vllm_osdt.worker.transfer import send
-from vllm_osdt.worker.warmup import warm_up
+from vllm_osdt.worker.warmup import warm_up, warm_up_lengths
 from vllm_osdt.worker.weights import WatchedRunnerMixin, WatchedWorkerMixin
 
 
@@ -78,12 +79,11 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         self.head = choose_head(self.model, self.sampler, is_fused=server_options(self.vllm_config).fused_lm_head)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does, unless it has chosen attention that cannot take a block-causal model's blocks."""
+        """As vLLM does, unless it has chosen attention that cannot take a canvas."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         states = self.model_state.canvas_states
         for name in {group.backend.get_name() for group in chain.from_iterable(self.attn_groups)}:
-            if states.is_block_causal:
-                check_attention(name)
+            check_attention(name, is_block_causal=states.is_block_causal)
             if states.commits_causally:
                 check_causal_attention(name)
             if name in BACKENDS_WITH_BUFFERS:
@@ -348,6 +348,8 @@ class CanvasWorkerMixin(WatchedWorkerMixin):
         runner = self.model_runner
         runner.replays_graphs = False  # capturing them has warmed up theirs
         warm_up(self.vllm_config, runner.kv_cache_config, self.execute_model, self.sample_tokens)  # type: ignore[attr-defined]
+        if runner.device.type != "cpu":
+            warm_up_lengths(runner.model_state.canvas_states, implementations(runner.device).unmask)
         runner.replays_graphs = True
         return times
 

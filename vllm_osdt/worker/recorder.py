@@ -18,6 +18,7 @@ from csrc_triton.types import NO_CONFIDENCE
 from vllm_osdt.messages import STEP_REPORT, HeldWeights, RecordedStep, Span, StepReport
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step.batch import DenoiseBatch
+from vllm_osdt.worker.transfer import wait_for
 
 
 class _Seen(NamedTuple):
@@ -122,7 +123,7 @@ class StepRecorder:
 
         def finish() -> StepReport:
             if self._copied is not None:
-                self._copied.synchronize()  # long done: the output has come
+                wait_for(self._copied)  # long done: the output has come
             if seen.mean_confidence is not None:
                 means = seen.mean_confidence.numpy()
                 for row in np.flatnonzero(wanted).tolist():

@@ -24,7 +24,7 @@ from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.policies import MODIFIERS, POLICIES
 from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.base import MAX_BRANCHES, MAX_CARRY, MAX_CONSTANTS, MAX_STATE, Cutter, Policy
-from vllm_osdt.worker.transfer import to_device
+from vllm_osdt.worker.transfer import to_device, wait_for
 
 Carry = torch.Tensor | float
 NUMBERS = (MAX_CONSTANTS, MAX_STATE, MAX_CARRY)  # columns of CanvasStates.policy_numbers: constants, state, carry
@@ -385,7 +385,7 @@ class CanvasStates:
         """
         if self._copy_pending is not None:
             assert self._copied is not None
-            self._copied.synchronize()  # long done: the engine has read the output of that step
+            wait_for(self._copied)  # long done: the engine has read the output of that step
             slots_of_copy, width = self._copy_pending, self._copy_width
             self.host.masked[slots_of_copy, :width] = self._masked_host[: slots_of_copy.size, :width].numpy()
             if self._limit_pending:

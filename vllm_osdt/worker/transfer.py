@@ -52,6 +52,12 @@ def _part(buffer: torch.Tensor, offset: int, like: np.ndarray) -> torch.Tensor:
     return buffer[offset : offset + like.nbytes].view(torch.from_numpy(like).dtype).view(like.shape)
 
 
+def wait_for(event: torch.cuda.Event) -> None:
+    """Wait for what a step before has recorded; as a rule it has happened, and asking whether it has is no wait."""
+    if not event.query():
+        event.synchronize()
+
+
 class StagedBuffer:
     """A buffer of bytes on a GPU that keeps its address, and pinned ones on the host that are copied to it in turn.
 
@@ -71,7 +77,7 @@ class StagedBuffer:
     def begin(self) -> np.ndarray:
         """The bytes to write, uint8 ``[num_bytes]``; waits until the copy before the last one is done."""
         self._turn = 1 - self._turn
-        self._copied[self._turn].synchronize()
+        wait_for(self._copied[self._turn])
         return self._staged[self._turn].numpy()
 
     def send(self, num_bytes: int) -> None:

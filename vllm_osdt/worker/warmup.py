@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.request import Request
 
-from vllm_osdt.geometry import DecodeShape, canvas_of
+from csrc_triton import Blocks, Proposals, Rules
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape, canvas_of
 from vllm_osdt.messages import CANVAS_STEP, Assignment, CanvasStep, RequestSpec
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.options.operator import default_decoding_options
@@ -20,6 +22,8 @@ from vllm_osdt.policies import POLICIES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_osdt.worker.slots import CanvasStates
 
 # Of requests whose logits are changed, in every way that has compiled code.
 _SHAPED: dict[str, Any] = {
@@ -78,6 +82,33 @@ def warm_up(
             end = SchedulerOutput.make_empty()
             end.finished_req_ids = set(output.num_scheduled_tokens)
             execute_model(end)
+
+
+def warm_up_lengths(states: "CanvasStates", unmask: Callable[[Blocks, Proposals, Rules], Any]) -> None:
+    """Decide an idle block of every length for which the kernel is compiled apart: requests choose theirs.
+
+    Args:
+        states: Tables, of which nothing changes.
+        unmask: The kernel of the tables' device.
+    """
+    device, num_ends = states.device, states.host.end_token_ids.shape[1]
+
+    def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape or (1,), dtype=dtype, device=device)
+
+    length = 1
+    while length <= MAX_BLOCK_LENGTH:
+        blocks = Blocks(
+            cells=states.cells,
+            masked=states.masked,
+            slots=zeros(torch.int64) + states.idle_row,
+            canvas_index=zeros(torch.int64, 1, length) + states.padding_cell,
+            end_token_ids=zeros(torch.int64, 1, num_ends) - 1,
+            num_output_positions=zeros(torch.int32),
+        )
+        proposals = Proposals(zeros(torch.int64) + length, zeros(torch.int64), zeros(torch.float32))
+        unmask(blocks, proposals, Rules(zeros(torch.int8), zeros(torch.float32), zeros(torch.int32)))
+        length *= 2
 
 
 def _num_rows(options: DecodingOptions) -> int:
