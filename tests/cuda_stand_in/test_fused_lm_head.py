@@ -78,6 +78,27 @@ def test_a_greedy_request_decodes_as_on_a_cpu(engines, prompts, cpu_tokens, mini
         assert tokens(generate(llm, prompts, asked)) == [one["tokens"] for one in cpu_tokens["models"][mini]]
 
 
+def test_steps_of_more_rows_than_the_operator_says_write_logits(start_llm, cpu_tokens):
+    LEDGER.clear()
+    llm = start_llm(
+        model_path("llada-mini"),
+        dtype="auto",
+        tokenizer=model_path("llada-mini"),
+        max_num_seqs=6,
+        additional_config={"osdt": {**FUSED["osdt"], "fused_lm_head_max_rows": 32}},
+    )
+    launches = set(LEDGER.launches)
+    recorded = cpu_tokens["models"]["llada-mini"]
+    prompts, asked = prompts_of(llm, recorded), params(max_tokens=cpu_tokens["max_tokens"], threshold=0.9)
+    for batch in (prompts[:1], prompts):
+        LEDGER.clear()
+        found = tokens(generate(llm, batch, asked))
+        assert found == [one["tokens"] for one in recorded[: len(batch)]]
+        names = {launch[0] for launch in LEDGER.launches}
+        assert "_confidence_kernel" in names or len(batch) == 1
+        assert not [launch for launch in LEDGER.launches if launch not in launches]
+
+
 def test_recorded_decisions_are_taken_in_float32(start_llm):
     family, golden = FAMILIES["sdar_random"], load_golden("sdar_random")
     cases = short_cases(golden.cases, family.kind)

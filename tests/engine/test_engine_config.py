@@ -376,6 +376,11 @@ def test_a_filter_must_fit_the_served_blocks(checkpoint: str, tmp_path: Path) ->
 FUSED = {"osdt": {"fused_lm_head": True}}
 
 
+def test_rows_of_a_fused_lm_head_that_is_not_there_are_refused(checkpoint: str) -> None:
+    with pytest.raises(OSDTError, match="fused_lm_head_max_rows is set, but fused_lm_head is not"):
+        configure(checkpoint, additional_config={"osdt": {"fused_lm_head_max_rows": 8}})
+
+
 def test_the_fused_lm_head_is_refused_on_a_cpu(checkpoint: str) -> None:
     with pytest.raises(OSDTError, match=r"fused_lm_head is true, but it is a kernel for GPUs: .*leave it out"):
         configure(checkpoint, additional_config=FUSED)

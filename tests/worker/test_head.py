@@ -120,6 +120,22 @@ def test_written_logits_are_the_default():
     assert read == [([[1.0, 1.0]], "batch")]
 
 
+def test_a_step_of_more_rows_than_the_operator_says_writes_logits():
+    read = []
+    sampler = SimpleNamespace(states=SAMPLER.states, propose=lambda logits, batch: read.append(logits.shape))
+    model = model_of(Shard(make_weight()))
+    model.compute_logits = lambda hidden: hidden
+    head = choose_head(model, sampler, is_fused=True, max_rows=2)
+    for num_rows in (1, 2):
+        assert head.propose(torch.zeros(4, HIDDEN_SIZE), make_batch(num_rows, "greedy")).token.shape == (num_rows,)
+    assert not read and not head.writes_logits
+    head.propose(torch.zeros(4, HIDDEN_SIZE), make_batch(3, "greedy"))
+    assert read == [(3, HIDDEN_SIZE)]
+    fused, logits = head.ways  # what a warm-up takes, whatever its number of rows
+    assert fused.propose(torch.zeros(4, HIDDEN_SIZE), make_batch(3, "greedy")).token.shape == (3,)
+    assert isinstance(logits, LogitHead) and logits.ways == (logits,)
+
+
 def changed(**attributes) -> Shard:
     shard = Shard(make_weight())
     for name, value in attributes.items():

@@ -437,6 +437,12 @@ REFUSALS = (
         "{c.model_config.dtype}; leave one of them out.",
     ),
     Refusal(
+        lambda config: (
+            server_options(config).fused_lm_head_max_rows is not None and not server_options(config).fused_lm_head
+        ),
+        "fused_lm_head_max_rows is set, but fused_lm_head is not, whose steps it limits; set both, or leave it out.",
+    ),
+    Refusal(
         lambda config: _asks_to_run_ahead(config) and current_platform.is_cpu(),
         "run_ahead is true, but a CPU has no CUDA graphs, whose steps are launched ahead; leave it out.",
     ),

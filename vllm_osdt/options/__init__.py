@@ -291,6 +291,16 @@ class ServerOptions:
         "their gathering; its speed is not measured yet. For unquantized output weights without a bias, and no "
         "adapters; refused elsewhere.",
     )
+    fused_lm_head_max_rows: int | None = option(
+        None,
+        count() | None,
+        "Of `fused_lm_head`: steps that read more rows of logits than that write them. `benchmarks/bench_kernels.py "
+        "--op lm_head_confidence` measures up to how many rows the kernel is as fast. In 16 bits a token may then "
+        "depend on how many requests share its step, as two sums of a logit may differ in their last bit.",
+        expected="a number of rows, or none for all steps",
+        default_text="all steps",
+        unit="rows",
+    )
 
 
 OF_MODIFIERS = {name: one for modifier in MODIFIERS for name, one in declarations(modifier.Options).items()}

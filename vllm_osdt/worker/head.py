@@ -4,6 +4,7 @@ The kernel takes the place of vLLM's ``LogitsProcessor`` and its matrix product,
 that product and nothing else.
 """
 
+from copy import copy
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,9 +27,14 @@ class Head(Protocol):
 
     Attributes:
         writes_logits: Whether its proposals are read off logits.
+        ways: The heads that one step or another takes in its place; what warms up takes each.
     """
 
     writes_logits: bool
+
+    @property
+    def ways(self) -> "tuple[Head, ...]":
+        """See the class."""
 
     def propose(self, hidden_states: torch.Tensor, batch: "DenoiseBatch") -> Proposals:
         """What the model proposes where logits are read.
@@ -51,6 +57,11 @@ class LogitHead:
         self._model = model
         self._sampler = sampler
 
+    @property
+    def ways(self) -> tuple[Head, ...]:
+        """See ``Head``."""
+        return (self,)
+
     def propose(self, hidden_states: torch.Tensor, batch: "DenoiseBatch") -> Proposals:
         """See ``Head``."""
         return self._sampler.propose(self._model.compute_logits(hidden_states), batch)
@@ -71,7 +82,8 @@ class FusedHead:
         vocabulary: Token ids of the model.
         mask_token_id: Never proposed.
         device: Of both.
-        logits: What a step takes whose requests change logits or ask for them.
+        logits: What a step takes whose requests change logits or ask for them, or that reads many rows.
+        max_rows: Rows from which on it is not used; None: any number.
     """
 
     writes_logits = False
@@ -83,6 +95,7 @@ class FusedHead:
         mask_token_id: int,
         device: torch.device,
         logits: LogitHead,
+        max_rows: int | None = None,
     ) -> None:
         ops = implementations(device)
         self._lm_head_partials, self._combine_partials = ops.lm_head_partials, ops.combine_partials
@@ -91,9 +104,21 @@ class FusedHead:
         self._vocabulary = vocabulary
         self._mask_token_id = mask_token_id
         self._logits = logits
+        self._max_rows = max_rows
+
+    @property
+    def ways(self) -> tuple[Head, ...]:
+        """See ``Head``."""
+        if self._max_rows is None:
+            return (self,)
+        unlimited = copy(self)
+        unlimited._max_rows = None
+        return unlimited, self._logits
 
     def propose(self, hidden_states: torch.Tensor, batch: "DenoiseBatch") -> Proposals:
         """See ``Head``."""
+        if self._max_rows is not None and batch.position.shape[0] > self._max_rows:
+            return self._logits.propose(hidden_states[: batch.position.shape[0]], batch)
         found = self._find(
             hidden_states[: batch.position.shape[0]], batch.temperature, batch.noise_key, batch.by_entropy
         )
@@ -127,13 +152,14 @@ class FusedHead:
         return self._combine_partials(partials, excluded_token_id=self._mask_token_id, by_entropy=by_entropy)
 
 
-def choose_head(model: Any, sampler: "CanvasSampler", *, is_fused: bool) -> Head:
+def choose_head(model: Any, sampler: "CanvasSampler", *, is_fused: bool, max_rows: int | None = None) -> Head:
     """The head of a model.
 
     Args:
         model: vLLM's, with its weights.
         sampler: The worker's.
         is_fused: The operator's ``fused_lm_head``; what can be told before weights are loaded was refused there.
+        max_rows: The operator's ``fused_lm_head_max_rows``.
 
     Raises:
         OSDTError: The operator asks for the kernel, and the model's logits are more than a matrix product.
@@ -146,7 +172,7 @@ def choose_head(model: Any, sampler: "CanvasSampler", *, is_fused: bool) -> Head
     if reason is not None:
         raise OSDTError(f"fused_lm_head is true, but {reason}, which its kernel does not do; leave it out.")
     states = sampler.states
-    return FusedHead(lm_head, processor.org_vocab_size, states.mask_token_id, states.device, logits)
+    return FusedHead(lm_head, processor.org_vocab_size, states.mask_token_id, states.device, logits, max_rows)
 
 
 def _more_than_a_product(lm_head: Any, processor: Any) -> str | None:

@@ -76,7 +76,10 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, and choose what makes proposals of hidden states."""
         super().load_model(*args, **kwargs)
-        self.head = choose_head(self.model, self.sampler, is_fused=server_options(self.vllm_config).fused_lm_head)
+        operator = server_options(self.vllm_config)
+        self.head = choose_head(
+            self.model, self.sampler, is_fused=operator.fused_lm_head, max_rows=operator.fused_lm_head_max_rows
+        )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does, unless it has chosen attention that cannot take a canvas."""
@@ -347,7 +350,11 @@ class CanvasWorkerMixin(WatchedWorkerMixin):
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         runner = self.model_runner
         runner.replays_graphs = False  # capturing them has warmed up theirs
-        warm_up(self.vllm_config, runner.kv_cache_config, self.execute_model, self.sample_tokens)  # type: ignore[attr-defined]
+        head = runner.head
+        for way in head.ways:
+            runner.head = way
+            warm_up(self.vllm_config, runner.kv_cache_config, self.execute_model, self.sample_tokens)  # type: ignore[attr-defined]
+        runner.head = head
         if runner.device.type != "cpu":
             warm_up_lengths(runner.model_state.canvas_states, implementations(runner.device).unmask)
         runner.replays_graphs = True
