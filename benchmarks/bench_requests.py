@@ -59,12 +59,13 @@ def main() -> None:
 
     from vllm import LLM
 
-    lines = []
+    lines, engines = [], []  # engines of a process share vLLM's process groups: the first one must live
     print("model, requests, extra: processor's time over that of plain requests; forwards of both")
     for name in args.model:
         source = find_source(name)
         osdt = {"osdt": {"profile_dir": ""}}
         llm = LLM(source.path, dtype="float32", max_num_seqs=max(CONCURRENCY), additional_config=osdt)
+        engines.append(llm)
         encode = llm.get_tokenizer().encode
         draws = [draw(max(CONCURRENCY), 7) for draw in source.tasks.values()]
         prompts = [encode(one.prompt) for problems in zip(*draws, strict=True) for one in problems]

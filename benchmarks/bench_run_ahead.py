@@ -103,12 +103,14 @@ def main() -> None:
 
     from vllm import LLM
 
-    lines = []
+    engines = []  # engines of a process share vLLM's process groups: the first one must live
     print("model, task, setting, requests: pairs, wasted, rows")
     for name in args.model:
         source = find_source(name)
         osdt = {"osdt": {"profile_dir": "", "early": False}}
         llm = LLM(source.path, dtype="float32", max_num_seqs=max(CONCURRENCY), additional_config=osdt)
+        engines.append(llm)
+        lines = []
         encode = llm.get_tokenizer().encode
         for task, draw in source.tasks.items():
             problems = [encode(one.prompt) for one in draw(args.problems + NUM_CALIBRATING, 7)]
@@ -129,8 +131,8 @@ def main() -> None:
                     print(f"{source.label}, {task}, {setting}, {number}: {shares}", flush=True)
                     line = {"bench": "run_ahead", "model": source.label, "task": task, "setting": setting}
                     lines.append({**line, "concurrency": number, **figures, **environment()})
-    if args.json:
-        write_lines(args.json, lines)
+        if args.json:
+            write_lines(args.json, lines)
 
 
 def send(llm: Any, prompts: list[list[int]], params: Any, number: int) -> None:
