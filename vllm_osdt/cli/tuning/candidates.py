@@ -38,7 +38,7 @@ FURTHER: dict[str, tuple[Setting, ...]] = {
         for high, low in ((0.95, 0.8), (0.9, 0.7), (0.85, 0.6), (0.85, 0.4), (0.7, 0.4), (0.5, 0.3))
     ),
     "ete": tuple({"explore_below": number} for number in (1, 2, 3, 4, 6, 8)),
-    "multi_block": tuple({"max_entropy": value} for value in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)),
+    "multi_block": tuple({"part_length": 4, "max_entropy": value} for value in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)),
     "confidence_adaptive": tuple(
         {"threshold": value, "max_unmask": number}
         for value, number in ((0.95, 4), (0.9, 4), (0.8, 4), (0.8, 8), (0.7, 8), (0.6, 16), (0.5, 32))
