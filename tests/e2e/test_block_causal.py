@@ -91,6 +91,15 @@ def test_drafts_are_verified_as_by_a_plain_loop(llm, network):
     assert_idle(llm)
 
 
+def test_drafts_that_must_be_equal_have_the_tokens_of_the_static_threshold(llm, jobs):
+    prompts, options = [job.prompt for job in jobs[:16]], {"threshold": 0.3, "block_length": 8}
+    static = generate(llm, prompts, sampling(24, policy="static_threshold", **options))
+    own = {"policy": "freedave", "freedave_base": "threshold", "freedave_accept": "equal", "freedave_drafts": 5}
+    got = generate(llm, prompts, sampling(24, **own, **options))
+    assert tokens(got) == tokens(static) and sum(map(nfe, got)) < sum(map(nfe, static))
+    assert_idle(llm)
+
+
 def test_verified_samples_depend_on_the_seed_alone(llm, network, jobs):
     """Alone, beside others, and after preemptions; log probabilities are those of the verification."""
     prompts = [job.prompt for job in jobs[:6]]
