@@ -216,22 +216,27 @@ def test_an_engine_has_the_tokens_of_fixed_steps_in_as_many_forwards_as_the_plai
 
 
 @pytest.mark.e2e
-def test_over_a_threshold_an_engine_takes_the_path_of_the_plain_loop(random_llm, golden_random):
+@pytest.mark.parametrize("accept", ["subset", "equal"])
+def test_over_a_threshold_an_engine_takes_the_path_of_the_plain_loop(random_llm, golden_random, accept):
     network, canvas = ReferenceLLaDA.load(golden_random.folder), {"gen_length": 32, "block_length": 16}
     prompts, rule = [case["prompt_token_ids"] for case in golden_random.cases[:16]], static_threshold(0.4)
     options = {"threshold": 0.4, "cache_mode": "dual", **canvas}
-    over = {"policy": "freedave", "freedave_base": "threshold", **options}
+    over = {"policy": "freedave", "freedave_base": "threshold", "freedave_accept": accept, **options}
     got = generate(random_llm, prompts, sampling(32, freedave_drafts=5, **over))
     plain = [
-        freedave(network, prompt, 32, 16, 5, lambda s, m: rule(0, s, m), [1] * 16, is_subset=True) for prompt in prompts
+        freedave(network, prompt, 32, 16, 5, lambda s, m: rule(0, s, m), [1] * 16, is_subset=accept == "subset")
+        for prompt in prompts
     ]
     clear = [i for i, one in enumerate(plain) if one[2] > 1e-6]
     assert rule.margin > 1e-7 and len(clear) >= 12
     assert [(list(got[i].token_ids), nfe(got[i])) for i in clear] == [plain[i][:2] for i in clear]
     static = generate(random_llm, prompts, sampling(32, policy="static_threshold", **options))
+    assert sum(map(nfe, got)) < sum(map(nfe, static))
+    if accept == "equal":
+        assert [list(got[i].token_ids) for i in clear] == [list(static[i].token_ids) for i in clear]
+        return
     alone = generate(random_llm, prompts, sampling(32, freedave_drafts=1, **over))
     assert tokens(alone) == tokens(static) and list(map(nfe, alone)) == list(map(nfe, static))
-    assert sum(map(nfe, got)) < sum(map(nfe, static))
 
 
 @pytest.mark.e2e
@@ -335,6 +340,8 @@ def test_a_threshold_means_nothing_where_a_step_unmasks_a_number_of_positions():
     values, base = {"osdt_policy": "freedave", "osdt_threshold": 0.5}, DecodingOptions()
     with pytest.raises(InvalidOptionError, match="which means nothing beside"):
         parse_options(values, base=base, prefix="osdt_")
+    with pytest.raises(InvalidOptionError, match="says nothing without osdt_freedave_base = 'threshold'"):
+        parse_options({"osdt_policy": "freedave", "osdt_freedave_accept": "equal"}, base=base, prefix="osdt_")
     values["osdt_freedave_base"] = "threshold"
     assert parse_options(values, base=base, prefix="osdt_").threshold == 0.5
 

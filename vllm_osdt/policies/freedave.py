@@ -13,6 +13,10 @@ would have come to, so its own target counts (``worker.drafting``). NFE counts a
   two states that follow each other in the chain, a step of ``static_threshold`` from the first decides all that the
   second has and the first has not, with the same tokens. The path, and therefore tokens, may be others than those of
   ``static_threshold``. With one draft they are the same.
+- ``threshold`` and ``freedave_accept`` ``equal``: a draft is right where it is the target. The authors' code for
+  block-causal models has this test, their code for the others the one above. Tokens are those of ``static_threshold``
+  at temperature 0 and without ``steps``. A draft counts as one denoising step for each draft before it, and a larger
+  one may be the target of a single step. So noise, and what ``steps`` ask for, may be those of another step.
 
 ``freedave_drafts`` is the authors' number of drafts, 8 in their scripts. Their first draft is the certain one, here the
 block itself. The base decoders are ours: where the authors' code takes one position a step, or, above a threshold, one
@@ -51,6 +55,13 @@ class FreeDaveOptions(StaticThresholdOptions):
         "Of `freedave`: the decoder whose steps are drafted. `steps`: `fixed_steps`, with the same tokens. "
         "`threshold`: `static_threshold`, where a draft need only be a part of what a step decides (FreeDave++).",
     )
+    freedave_accept: str = option(
+        "subset",
+        Literal["subset", "equal"],
+        "Of `freedave`: whether a draft need only be a part of what a step decides, or all of it. `equal`: greedy "
+        "tokens are those of `static_threshold`.",
+        needs="freedave_base=threshold",
+    )
 
 
 class FreeDave(Policy):
@@ -74,7 +85,8 @@ class FreeDave(Policy):
         sizes = np.ones(shape.block_length, dtype=np.int32)
         if options.steps is not None:
             sizes = np.maximum(sizes, positions_per_step(options.steps, shape))
-        drafts = Drafts(options.freedave_drafts, sizes, is_subset=options.freedave_base == "threshold")
+        is_subset = options.freedave_base == "threshold" and options.freedave_accept == "subset"
+        drafts = Drafts(options.freedave_drafts, sizes, is_subset=is_subset)
         return replace(self._base(options).schedule(options, shape), drafts=drafts)
 
     def branches(self, options: FreeDaveOptions, step: BlockStep) -> list[Branch]:
@@ -82,7 +94,7 @@ class FreeDave(Policy):
         return [Branch(step.start, step.num_rows)] * (options.freedave_drafts - 1)
 
     def needs_branches(self, options: FreeDaveOptions) -> bool:
-        """Where a draft need not be the base decoder's own state, tokens depend on what is drafted."""
+        """Where a draft need not be the base decoder's state of its own step, tokens depend on what is drafted."""
         return options.freedave_base == "threshold"
 
     def _base(self, options: FreeDaveOptions) -> Policy:
