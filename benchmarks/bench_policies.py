@@ -53,6 +53,8 @@ AUTHORS: dict[str, Mapping[str, Any]] = {
     "multi_block": {"part_length": 4, "multi_block_rule": "release", "enter_share": 0.1},
     "s2d2": {"threshold": 0.85},
 }
+# What makes a policy's threshold count, where its default does without one.
+OF_THRESHOLDS: dict[str, Mapping[str, Any]] = {"freedave": {"freedave_base": "threshold"}}
 REPORTED = ("task", "name", "options", "seconds", "notes")
 HEADER = (
     f"{'':<44}{'right':>8} {'95 %':>9}{'p':>7}{'NFE':>7}{'vs 0.9':>8}{'tok/fw':>8}{'tok/s':>8}{'ms/fw':>8}{'bytes':>8}"
@@ -175,7 +177,7 @@ def measure_task(
         best = found_setting(tried, base, args.margin)
         settings: list[tuple[str, Mapping[str, Any]]] = [(f"{policy}, defaults", AUTHORS.get(policy, {}))]
         if args.calibrated and policy in policies_of("calibrated"):
-            settings = [(f"{policy}, calibrated", {"calibrated": True})]
+            settings = [(f"{policy}, calibrated", {"calibrated": True, **OF_THRESHOLDS.get(policy, {})})]
         if best:
             settings.append((f"{policy}, {words(best)}", best))
         for name, setting in settings:

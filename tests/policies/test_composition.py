@@ -77,7 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
     "less": ({"policy": "less", "js_threshold": 0.1, "persistence": 1}, lambda: PlainLESS(1, 0.1, 1), "confidence"),
     "stable": ({"policy": "stable"}, lambda: PlainStable(1, 1), "confidence"),
 }
-IN_THEIR_MODULES = {"local_leap", "prophet", "sched"}  # have tests of their own with a profile
+IN_THEIR_MODULES = {"freedave", "local_leap", "prophet", "sched"}  # have tests of their own with a profile
 
 
 def test_every_policy_that_takes_a_profiles_thresholds_is_tested():

@@ -2,18 +2,22 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from csrc_triton.types import Blocks
+from csrc_triton.types import Blocks, Rule
 from tests.e2e.engine import assert_idle, canvas_states, drive, generate, nfe, sampling, scheduler, submit, tokens
-from tests.reference.decode import best_first, decode, fixed_steps, static_threshold
+from tests.reference.decode import best_first, calibrate, decode, fixed_steps, osdt, static_threshold
 from tests.reference.llada import ReferenceLLaDA
+from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.options.family import validate_for_family
 from vllm_osdt.options.parsing import parse_options
+from vllm_osdt.policies import POLICIES
 from vllm_osdt.worker.drafting import States, accept, draft, read_states
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step.batch import DraftRows
@@ -149,17 +153,17 @@ def cut_margin(masked, number):
     return masked[ranking[number - 1]] - masked[ranking[number]] if 0 < number < len(ranking) else float("inf")
 
 
-def freedave(network, prompt, gen_length, length, number, base, sizes, *, is_subset=False):
+def freedave(network, prompt, gen_length, length, number, rule, sizes, *, is_subset=False):
     """The authors' loop with ``dual``.
 
     Args:
-        base: ``base(step, masked)``: what a step unmasks.
+        rule: ``rule(block, step, masked)``: what a step of the base decoder unmasks.
 
     Returns:
         Tokens, forward passes, and the smallest margin by which a position was chosen.
     """
     ids, num_forwards, margin = list(prompt), 0, float("inf")
-    for first in range(len(prompt), len(prompt) + gen_length, length):
+    for index, first in enumerate(range(len(prompt), len(prompt) + gen_length, length)):
         whole = torch.tensor(ids + [network.mask_token_id] * (len(prompt) + gen_length - len(ids)))
         logits, kept = network.forward(whole)
         block = PlainBlock(network, ids, first, first + length, kept)
@@ -167,7 +171,7 @@ def freedave(network, prompt, gen_length, length, number, base, sizes, *, is_sub
         num_forwards += 1
         proposal, masked = predict(network, logits[first : first + length], state)
         while True:
-            certain = filled(state, proposal, base(step, masked))
+            certain = filled(state, proposal, rule(index, step, masked))
             if None not in certain:
                 break
             step += 1
@@ -181,7 +185,7 @@ def freedave(network, prompt, gen_length, length, number, base, sizes, *, is_sub
                 drafts.append(filled(certain, proposal, ranking[:total]))
             num_forwards += 1
             seen = [predict(network, block.logits(one), one) for one in drafts]
-            targets = [filled(one, seen[k][0], base(step + k, seen[k][1])) for k, one in enumerate(drafts)]
+            targets = [filled(one, seen[k][0], rule(index, step + k, seen[k][1])) for k, one in enumerate(drafts)]
             margin = min([margin, *(cut_margin(m, sizes[min(step + k, length - 1)]) for k, (_, m) in enumerate(seen))])
             last = chain_by_hand(drafts, targets, is_subset=is_subset)[-1]
             state, step, (proposal, masked) = drafts[last], step + last, seen[last]
@@ -204,7 +208,7 @@ def test_an_engine_has_the_tokens_of_fixed_steps_in_as_many_forwards_as_the_plai
     rule = fixed_steps(steps, 16)
     shares = [16 // steps + (i < 16 % steps) for i in range(steps)] + [1] * (16 - steps)
     base = [decode(network, prompt, rule, cache_mode="dual", **canvas) for prompt in prompts]
-    plain = [freedave(network, prompt, 32, 16, number, lambda s, m: rule(0, s, m), shares) for prompt in prompts]
+    plain = [freedave(network, prompt, 32, 16, number, rule, shares) for prompt in prompts]
     clear = [i for i, one in enumerate(base) if min(one.proposal_margin, plain[i][2]) > 1e-6]
     assert len(clear) >= 12
     assert [plain[i][0] for i in clear] == [base[i].tokens for i in clear]
@@ -223,10 +227,7 @@ def test_over_a_threshold_an_engine_takes_the_path_of_the_plain_loop(random_llm,
     options = {"threshold": 0.4, "cache_mode": "dual", **canvas}
     over = {"policy": "freedave", "freedave_base": "threshold", "freedave_accept": accept, **options}
     got = generate(random_llm, prompts, sampling(32, freedave_drafts=5, **over))
-    plain = [
-        freedave(network, prompt, 32, 16, 5, lambda s, m: rule(0, s, m), [1] * 16, is_subset=accept == "subset")
-        for prompt in prompts
-    ]
+    plain = [freedave(network, prompt, 32, 16, 5, rule, [1] * 16, is_subset=accept == "subset") for prompt in prompts]
     clear = [i for i, one in enumerate(plain) if one[2] > 1e-6]
     assert rule.margin > 1e-7 and len(clear) >= 12
     assert [(list(got[i].token_ids), nfe(got[i])) for i in clear] == [plain[i][:2] for i in clear]
@@ -237,6 +238,43 @@ def test_over_a_threshold_an_engine_takes_the_path_of_the_plain_loop(random_llm,
         return
     alone = generate(random_llm, prompts, sampling(32, freedave_drafts=1, **over))
     assert tokens(alone) == tokens(static) and list(map(nfe, alone)) == list(map(nfe, static))
+
+
+def test_each_state_has_the_profiles_threshold_of_its_block_and_step():
+    asked = {"policy": "freedave", "calibrated": True, "freedave_base": "threshold", "task": "t", "statistic": "q1"}
+    values = np.array([[0.5, 0.6], [0.7, 0.8]])
+    thresholds = Thresholds(values, np.zeros((2, 2), dtype=np.int8))
+    options = parse_options({**asked, "granularity": "step_block"}, base=DecodingOptions())
+    found = POLICIES["freedave"].schedule(options, DecodeShape(2, 2), thresholds)
+    np.testing.assert_allclose(found.parameters, values, rtol=1e-6)
+    assert found.drafts.number == 8 and found.rule == Rule.THRESHOLD
+    values = {"osdt_policy": "freedave", "osdt_calibrated": True, "osdt_task": "t"}
+    with pytest.raises(InvalidOptionError, match="osdt_calibrated is True, which means nothing beside the other"):
+        parse_options(values, base=DecodingOptions(), prefix="osdt_")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("accept", ["subset", "equal"])
+def test_over_a_profiles_thresholds_an_engine_takes_the_path_of_the_plain_loop(tasks_llm, tasks_twin, prompts, accept):
+    canvas = {"gen_length": 32, "block_length": 16, "cache_mode": "dual"}
+    first = decode(tasks_twin, prompts[0], static_threshold(0.9), **canvas)
+    rule = osdt(calibrate(first.record, "block", "q1", False), 1.0, 0.1)
+    profile = {"task": f"drafted {accept}", "statistic": "q1", "threshold_cap": 1.0, "slack": 0.1}
+    options = {**profile, "num_calibration_requests": 1, **canvas}
+    over = {"policy": "freedave", "freedave_base": "threshold", "calibrated": True, "freedave_accept": accept}
+    params = sampling(32, **over, **options)
+    [calibrating] = generate(tasks_llm, prompts[:1], params)
+    assert list(calibrating.token_ids) == first.tokens and nfe(calibrating) == first.nfe  # the static threshold alone
+    got = generate(tasks_llm, prompts, params)
+    subset = accept == "subset"
+    plain = [freedave(tasks_twin, prompt, 32, 16, 8, rule, [1] * 16, is_subset=subset) for prompt in prompts]
+    clear = [i for i, one in enumerate(plain) if one[2] > 1e-6]
+    assert len(clear) >= 12
+    assert [(list(got[i].token_ids), nfe(got[i])) for i in clear] == [plain[i][:2] for i in clear]
+    base = generate(tasks_llm, prompts, sampling(32, policy="osdt", **options))
+    assert sum(map(nfe, got)) < sum(map(nfe, base))
+    if accept == "equal":
+        assert tokens(got) == tokens(base)
 
 
 @pytest.mark.e2e

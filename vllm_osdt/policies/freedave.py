@@ -18,6 +18,9 @@ would have come to, so its own target counts (``worker.drafting``). NFE counts a
   at temperature 0 and without ``steps``. A draft counts as one denoising step for each draft before it, and a larger
   one may be the target of a single step. So noise, and what ``steps`` ask for, may be those of another step.
 
+Ours: with ``calibrated`` the threshold of the base decoder is that of OSDT, in the block and step of each state. With
+thresholds by block, ``equal`` has the tokens of ``osdt``.
+
 ``freedave_drafts`` is the authors' number of drafts, 8 in their scripts. Their first draft is the certain one, here the
 block itself. The base decoders are ours: where the authors' code takes one position a step, or, above a threshold, one
 where none passes, ``steps`` says how many.
@@ -37,11 +40,12 @@ from vllm_osdt.declaration import count, option
 from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
 from vllm_osdt.policies.base import MAX_BRANCHES, BlockStep, Branch, Drafts, Policy, Schedule
 from vllm_osdt.policies.fixed_steps import FixedSteps, positions_per_step
+from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import StaticThreshold, StaticThresholdOptions
 
 
 @dataclass(frozen=True)
-class FreeDaveOptions(StaticThresholdOptions):
+class FreeDaveOptions(StaticThresholdOptions, CalibratedOptions):
     """The base decoder, and how much is drafted."""
 
     freedave_drafts: int = option(
@@ -64,17 +68,21 @@ class FreeDaveOptions(StaticThresholdOptions):
     )
 
 
-class FreeDave(Policy):
-    """The steps of ``fixed_steps`` or ``static_threshold``, several in one forward pass."""
+class FreeDave(CalibratedPolicy):
+    """The steps of ``fixed_steps``, ``static_threshold`` or ``osdt``, several in one forward pass."""
 
     name = "freedave"
     Options = FreeDaveOptions
     has_branches = True
-    with_profile = "its base decoders are `fixed_steps` and the static threshold, whose tokens it promises"
+    with_profile = "`threshold` of its base decoder, with `freedave_base` = `threshold`"
 
     def without_use(self, options: FreeDaveOptions) -> frozenset[str]:
-        """A threshold, where the base decoder takes a number of positions a step."""
-        return frozenset(["threshold"] if options.freedave_base == "steps" else [])
+        """Thresholds, where the base decoder takes a number of positions a step."""
+        return frozenset(["threshold", "calibrated"] if options.freedave_base == "steps" else [])
+
+    def calibrates(self, options: FreeDaveOptions) -> bool:
+        """If the request says so, and its base decoder has a threshold."""
+        return options.calibrated and options.freedave_base == "threshold"
 
     def resolve(self, options: FreeDaveOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """As the base decoder does."""
@@ -87,7 +95,11 @@ class FreeDave(Policy):
             sizes = np.maximum(sizes, positions_per_step(options.steps, shape))
         is_subset = options.freedave_base == "threshold" and options.freedave_accept == "subset"
         drafts = Drafts(options.freedave_drafts, sizes, is_subset=is_subset)
-        return replace(self._base(options).schedule(options, shape), drafts=drafts)
+        schedule = replace(self._base(options).schedule(options, shape), drafts=drafts)
+        if self.calibrates(options):
+            own = calibrated_schedule(options, shape, thresholds)
+            schedule = replace(schedule, parameters=own.parameters, fallback=own.fallback)
+        return schedule
 
     def branches(self, options: FreeDaveOptions, step: BlockStep) -> list[Branch]:
         """As many as are drafted, with the rows of the block."""
