@@ -29,7 +29,7 @@ from vllm import LLM, SamplingParams
 
 SAMPLE_S = 1e-3  # of the processor's time, between two looks at the stack
 MIN_SHARE = 0.02  # of a function that the profile names
-MODEL = ("forward", "compute_logits")  # functions of ``vllm_osdt.models``
+MODELS, MODEL = ("vllm_osdt.models.", "vllm.model_executor.models."), (".forward", ".compute_logits")
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
@@ -105,7 +105,7 @@ class Profile:
             module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname
             if module == "vllm.v1.engine.llm_engine" and function == "LLMEngine.step":
                 self.num_looks += 1
-                if any(name.startswith("vllm_osdt.models.") and name.endswith(MODEL) for name in names):
+                if any(name.startswith(MODELS) and name.endswith(MODEL) for name in names):
                     self.num_model += 1
                 else:
                     self.found.update(set(names))
