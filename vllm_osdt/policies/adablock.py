@@ -2,8 +2,10 @@
 
 Source: AdaBlock-dLLM (arXiv 2509.26432). When a block is entered, of the positions in a window whose proposal is a
 delimiter, such as a line's end, the most confident one counts: if its confidence reaches a threshold, the block ends
-behind it, else it has the usual length. The authors' window is a quarter of the canvas; here it is ``block_length``.
-Works beside every policy, for models whose positions see the whole canvas.
+behind it, else it has the usual length. The authors' window is a quarter of the canvas, or what is left of it; here it
+is ``block_length``. With that a quarter of ``gen_length``, and ``adablock_length`` their usual length, this is their
+rule, up to a canvas of 512 tokens, since a block has at most 128. Works beside every policy, for models whose positions
+see the whole canvas.
 """
 
 import math
@@ -33,7 +35,9 @@ class AdaBlockOptions:
         False,
         Flag,
         "AdaBlock (arXiv 2509.26432): a block ends behind the delimiter among its proposals that the model is surest "
-        "of. `block_length` is then the longest block, in which it looks for one.",
+        "of. `block_length` is then the longest block, and the window in which it looks for one. The authors' window "
+        "is a quarter of the canvas: `block_length` 64 with `gen_length` 256, and `adablock_length` 32. Blocks have at "
+        "most 128 tokens, so that their window is out of reach with `gen_length` above 512.",
     )
     adablock_threshold: float = option(
         0.3,
