@@ -18,12 +18,13 @@ from pydantic import Field
 from csrc_triton.types import ENTROPY_SCALE
 from vllm_osdt.declaration import Flag, count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.policies.base import MAX_CONSTANTS, Step
+from vllm_osdt.policies.base import Step
 
 if TYPE_CHECKING:
     import torch
 
-MAX_DELIMITERS = MAX_CONSTANTS - 3
+MAX_NUMBERS = 32  # that it is given with each request
+MAX_DELIMITERS = MAX_NUMBERS - 3
 LINE_END = "\n"
 
 
@@ -54,7 +55,7 @@ class AdaBlockOptions:
     adablock_delimiters: Sequence[int] | None = option(
         None,
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_DELIMITERS)] | None,
-        "Of `adablock`: token ids of delimiters.",
+        "Of `adablock`: token ids of delimiters. The authors have 24 for Dream.",
         expected=f"1 to {MAX_DELIMITERS} token ids",
         default_text="the tokenizer's line end",
     )
