@@ -43,9 +43,9 @@ REFUSALS = {
         "Send one of them.",
     ),
     "needs-option": Refusal(
-        "options of `osdt_credit`, of `osdt_calibrated`, of `osdt_answer_block_length`, of an early exit's form, "
-        "of a base decoder, of a router",
-        "The option that they belong to is not sent.",
+        "options of `osdt_credit`, of `osdt_calibrated`, of `osdt_answer_block_length`, of an early exit's form or "
+        "progress, of a base decoder, of a router, of a ranking",
+        "The option that they belong to is not sent, or another one leaves them nothing to say.",
         "Send it too, or leave them out.",
     ),
     "modifier-policy": Refusal(
@@ -64,8 +64,9 @@ REFUSALS = {
     ),
     "calibrated-entropy": Refusal(
         "`osdt_calibrated`",
-        "`confidence_adaptive` with `osdt_adaptive_entropy`: a profile's thresholds are confidences.",
-        "Send `osdt_adaptive_entropy` = null, or leave it out.",
+        "`confidence_adaptive` with `osdt_adaptive_entropy`, or `dimple` with `osdt_threshold_on_rank`: a profile's "
+        "thresholds are confidences.",
+        "Send `osdt_adaptive_entropy` = null or `osdt_threshold_on_rank` = false, or leave it out.",
     ),
     "policy-does-not-use": Refusal(
         OPTION, "The request's policy does not read it.", "Leave it out, or send a policy that the message names."
@@ -113,7 +114,9 @@ REFUSALS = {
         "`osdt_gen_length`", "The model is block-causal.", "Leave it out and send `max_tokens`."
     ),
     "suffix-window-block-causal": Refusal(
-        "`osdt_suffix_window`", "The model is block-causal: no block sees a later one.", "Leave it out."
+        "`osdt_suffix_window`, `osdt_ratio_window`",
+        "The model is block-causal: no block sees a later one.",
+        "Leave it out.",
     ),
     "gen-length-blocks": Refusal(
         "`osdt_gen_length`", "No multiple of `osdt_block_length`.", "Send the multiple that the message names."

@@ -20,10 +20,11 @@ from vllm_osdt.options import DecodingOptions
 from vllm_osdt.options.family import validate_for_family
 from vllm_osdt.options.parsing import parse_options
 from vllm_osdt.policies import POLICIES, PositionLogits, Schedule
-from vllm_osdt.policies.adablock import ADABLOCK
+from vllm_osdt.policies.adablock import ADABLOCK, MAX_DELIMITERS, MAX_NUMBERS
 from vllm_osdt.policies.cad_llm import vocabulary_of
 
 DELIMITERS = (14, 9)
+MANY_DELIMITERS = (14, 9, *range(20, 42))
 LENGTH = 48
 
 
@@ -191,19 +192,23 @@ def test_what_the_size_of_the_vocabulary_depends_on():
     assert {35, 168, 1000} & set(expected) == {168, 1000} and len(set(expected)) > 12
 
 
+@pytest.mark.parametrize(("delimiters", "vocabulary"), [((3, 5), 8), (tuple(range(4, 4 + MAX_DELIMITERS)), 90)])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_block_ends_behind_its_surest_delimiter(seed):
+def test_a_block_ends_behind_its_surest_delimiter(seed, delimiters, vocabulary):
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(4, 21, generator=generator).masked_fill(torch.rand(4, 21, generator=generator) < 0.2, -2.0)
     score[3] *= 0.1
-    token = torch.randint(0, 8, (4, 21), generator=generator)
-    options = DecodingOptions(adablock=True, adablock_delimiters=[3, 5], adablock_length=9, adablock_threshold=0.5)
-    schedule = Schedule(0, torch.zeros(1, 21).numpy(), constants=ADABLOCK.constants(options))
-    got = ADABLOCK.cut(make_step(score, schedule, 4)._replace(token=token)).tolist()
+    token = torch.randint(0, vocabulary, (4, 21), generator=generator)
+    own = {"adablock_delimiters": list(delimiters), "adablock_length": 9, "adablock_threshold": 0.5}
+    constants = torch.zeros(4, MAX_NUMBERS)
+    given = ADABLOCK.constants(DecodingOptions(adablock=True, **own))
+    constants[:, : len(given)] = torch.tensor(given)
+    step = make_step(score, Schedule(0, torch.zeros(1, 21).numpy()), 4)
+    got = ADABLOCK.cut(step._replace(token=token, constants=constants)).tolist()
     for row in range(4):
         confidence = {k: c for k, c in enumerate(score[row].tolist()) if c >= 0}
         proposals = dict(enumerate(token[row].tolist()))
-        assert got[row] == PlainAdaBlock(0.9, 0.5, 9, (3, 5)).cut(proposals, confidence)
+        assert got[row] == PlainAdaBlock(0.9, 0.5, 9, delimiters).cut(proposals, confidence)
 
 
 def plain(network, prompts, make_rule, **canvas):
@@ -217,7 +222,11 @@ def plain(network, prompts, make_rule, **canvas):
 
 CASES = {
     "adablock-dual": ("dual", PlainAdaBlock, {"policy": "static_threshold", "adablock": True}),
-    "adablock-prefix": ("prefix", PlainAdaBlock, {"policy": "static_threshold", "adablock": True}),
+    "adablock-prefix": (
+        "prefix",
+        lambda: PlainAdaBlock(delimiters=MANY_DELIMITERS),
+        {"policy": "static_threshold", "adablock": True, "adablock_delimiters": list(MANY_DELIMITERS)},
+    ),
     "cad_llm-dual": ("dual", lambda: PlainCadLLM(16), {"policy": "cad_llm", "cad_first_block": 12}),
     "cad_llm-none": (
         "none",
@@ -239,7 +248,7 @@ def test_an_engine_decodes_as_the_plain_loops_in_one_batch_and_after_preemption(
     requests, expected = [], []
     for cache_mode, make_rule, options in CASES.values():
         if "adablock" in options:
-            options = {**options, "adablock_delimiters": list(DELIMITERS), "adablock_length": 8}
+            options = {"adablock_delimiters": list(DELIMITERS), "adablock_length": 8, **options}
         canvas = {"gen_length": LENGTH, "block_length": 16, "cache_mode": cache_mode}
         found, clear = plain(network, prompts, make_rule, **canvas)
         requests += [(prompts[i], sampling(LENGTH, **options, **canvas)) for i in clear]
@@ -274,7 +283,7 @@ def test_an_engine_decodes_as_the_plain_loops_in_one_batch_and_after_preemption(
         ),
         (
             {"osdt_adablock": True, "osdt_adablock_delimiters": []},
-            "adablock_delimiters is \\[\\]; expected 1 to 5 token",
+            "adablock_delimiters is \\[\\]; expected 1 to 29 token",
         ),
     ],
 )

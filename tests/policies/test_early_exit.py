@@ -29,14 +29,16 @@ class PlainExit:
         passes: What passes before an exit, where that is no schedule.
         num_blocks: Of the canvas, where an exit is for all of it.
         is_last_one: Whether progress is 1 in the last step, and not behind it.
+        counts_itself: Whether the step in which it is asked for counts in it.
         patience, min_progress, max_change: As of SchED.
         length: Of a block.
     """
 
-    def __init__(self, tau, steps=None, passes=None, num_blocks=None, *, is_last_one, patience=0, min_progress=0.0,
-                 max_change=1.0, length=16):  # fmt: skip
+    def __init__(self, tau, steps=None, passes=None, num_blocks=None, *, is_last_one, counts_itself=False, patience=0,
+                 min_progress=0.0, max_change=1.0, length=16):  # fmt: skip
         self.tau, self.steps, self.passes, self.num_blocks = tau, steps, passes, num_blocks
         self.is_last_one, self.length, self.patience = is_last_one, length, patience
+        self.counts_itself = counts_itself
         self.min_progress, self.max_change = min_progress, max_change
         self.total, self.before, self.calm, self.is_over, self.margin, self.num_exits = 0, {}, 0, False, math.inf, 0
 
@@ -55,7 +57,7 @@ class PlainExit:
         if self.num_blocks is not None:
             index, number = block * self.steps + step, self.num_blocks * self.steps
         if not self.is_last_one:
-            return index / number
+            return (index + self.counts_itself) / number
         return index / (number - 1) if number > 1 else 1.0
 
     def __call__(self, block, step, masked):
@@ -157,6 +159,17 @@ def test_prophet_fills_as_published(seed):
     assert 1 < min(num_steps) < 6
 
 
+def test_prophet_counts_the_step_itself_as_the_release_does():
+    numbers = {"prophet_early": 8.0, "prophet_middle": 2.5, "prophet_late": 2.0}
+    found = {}
+    for progress, counts_itself in (("done", False), ("release", True)):
+        options = DecodingOptions(policy="prophet", prophet_progress=progress, **BLOCK, **numbers)
+        tau = prophet_tau(8.0, 2.5, 2.0)
+        rule = lambda tau=tau, own=counts_itself: PlainExit(tau, 6, is_last_one=False, counts_itself=own, length=12)  # noqa: E731
+        found[progress] = [one for seed in range(4) for one in run(options, rule, seed)[0]]
+    assert all(map(int.__le__, found["release"], found["done"])) and found["release"] != found["done"]
+
+
 @pytest.mark.parametrize("form", ["linear", "cosine", "exponential"])
 @pytest.mark.parametrize(("patience", "min_progress", "max_change"), [(0, 0.0, 1.0), (1, 0.0, 0.5), (0, 0.5, 0.3)])
 def test_sched_fills_as_published(form, patience, min_progress, max_change):
@@ -202,6 +215,10 @@ def test_positions_of_one_token_say_nothing_of_the_others():
         ({"policy": "sched", "commit_threshold": 0.9, "calibrated": True, "task": "a"}, "send one of them"),
         ({"policy": "prophet", "calibrated": True}, "names no task"),
         ({"policy": "prophet", "sched_high": 9.0}, "which policy 'prophet' does not use"),
+        (
+            {"policy": "prophet", "prophet_progress": "release", "commit_threshold": 0.9},
+            "which means nothing beside the other options of policy 'prophet'",
+        ),
     ],
 )
 def test_what_says_nothing_is_refused(values, words):
@@ -224,8 +241,8 @@ def cases():
     tau = prophet_tau(5.0, 4.0, 3.0)
     yield {"policy": "prophet", "steps_per_block": 8, **prophet}, lambda: PlainExit(tau, 8, is_last_one=False)
     yield (
-        {"policy": "prophet", "steps_per_block": 8, "exit_scope": "answer", **prophet},
-        lambda: PlainExit(tau, 8, num_blocks=3, is_last_one=False),
+        {"policy": "prophet", "steps_per_block": 8, "exit_scope": "answer", "prophet_progress": "release", **prophet},
+        lambda: PlainExit(tau, 8, num_blocks=3, is_last_one=False, counts_itself=True),
     )
     gates = {"patience": 1, "min_progress": 0.05, "max_change": 0.4}
     options = {f"sched_{name}": value for name, value in ({"high": 4.0, "low": 1.0} | gates).items()}

@@ -45,9 +45,9 @@ def written(folder, weights):
 class PlainFilter:
     """The published rule: what the network is surer of than the threshold, else the most confident position."""
 
-    def __init__(self, weights, threshold):
+    def __init__(self, weights, threshold, with_best=False):
         self.layers = [weights[name].double().tolist() for name in NAMES]
-        self.threshold, self.margin = threshold, math.inf
+        self.threshold, self.margin, self.with_best = threshold, math.inf, with_best
 
     def __call__(self, block, step, masked):
         first, first_bias, second, second_bias = self.layers
@@ -64,11 +64,15 @@ class PlainFilter:
                 self.margin = min(self.margin, abs(share - self.threshold))
                 if share > self.threshold:
                     passing.append(i)
-        return passing or best_first(masked)[:1]
+        ranking = best_first(masked)
+        if self.with_best and len(ranking) > 1 and not set(ranking[:2]) <= set(passing):
+            self.margin = min(self.margin, masked[ranking[0]] - masked[ranking[1]])
+        return sorted({*passing, ranking[0]}) if self.with_best else passing or ranking[:1]
 
 
+@pytest.mark.parametrize("with_best", [False, True])
 @pytest.mark.parametrize("width", [6, 9, 12])  # of the batch's longest block; the filter's is 9
-def test_proposals_pass_that_the_network_takes_for_final(width):
+def test_proposals_pass_that_the_network_takes_for_final(width, with_best):
     weights = weights_of(9, 5)
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -76,13 +80,14 @@ def test_proposals_pass_that_the_network_takes_for_final(width):
         score[torch.rand(4, width, generator=generator) < 0.4] = NO_CONFIDENCE
         score[:, 1] = 0.5
         score[:, 9:] = NO_CONFIDENCE  # its own blocks are no longer
-        opts = DecodingOptions(policy="learned_filter", filter_threshold=0.6, block_length=9, gen_length=9)
+        asked = {"filter_threshold": 0.6, "filter_best": with_best, "block_length": 9, "gen_length": 9}
+        opts = DecodingOptions(policy="learned_filter", **asked)
         step = make_step(score.clone(), schedule_of("learned_filter", opts), 4)._replace(tensors=weights)
         FILTER.adjust(step)
         got = chosen(step)
         for row in range(4):
             masked = {i: c for i, c in enumerate(score[row].tolist()) if c != NO_CONFIDENCE}
-            assert got[row] == set(PlainFilter(weights, 0.6)(0, 0, masked))
+            assert got[row] == set(PlainFilter(weights, 0.6, with_best)(0, 0, masked))
         alone = make_step(score[:1].clone(), schedule_of("learned_filter", opts), 1)._replace(tensors=weights)
         FILTER.adjust(alone)
         assert torch.equal(alone.score[0], step.score[0])
@@ -193,12 +198,15 @@ def test_an_engine_decodes_as_the_plain_loop(tasks_llm, golden_tasks, weights):
     network = ReferenceLLaDA.load(golden_tasks.folder)
     prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:12]]
     canvas = {"gen_length": 32, "block_length": 16, "cache_mode": "dual"}
-    expected = [decode(network, prompt, PlainFilter(weights, 0.8), **canvas) for prompt in prompts]
+    rules = [PlainFilter(weights, 0.8, with_best=i % 2 == 1) for i in range(len(prompts))]
+    expected = [decode(network, prompt, rule, **canvas) for prompt, rule in zip(prompts, rules, strict=True)]
     clear = [i for i, one in enumerate(expected) if min(one.rule_margin, one.proposal_margin) > 1e-5]
     assert len(clear) >= 8
-    params = sampling(32, policy="learned_filter", filter_threshold=0.8, **canvas)
+    own = {"policy": "learned_filter", "filter_threshold": 0.8, **canvas}
+    params = [sampling(32, filter_best=rule.with_best, **own) for rule in rules]
     longer = sampling(32, policy="static_threshold", threshold=0.7, block_length=32, gen_length=32)
-    got = generate(tasks_llm, [prompt for prompt in prompts for _ in range(2)], [params, longer] * len(prompts))[::2]
+    beside = [one for own in params for one in (own, longer)]
+    got = generate(tasks_llm, [prompt for prompt in prompts for _ in range(2)], beside)[::2]
     assert [list(got[i].token_ids) for i in clear] == [expected[i].tokens for i in clear]
     assert [nfe(got[i]) for i in clear] == [expected[i].nfe for i in clear]
     assert sum(map(nfe, got)) < 25 * len(got)

@@ -15,6 +15,7 @@ from csrc_triton.types import NO_CONFIDENCE
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
 from tests.policies.adjusted import chosen, make_step, next_step
 from tests.policies.test_policies import unmask_blocks
+from tests.policies.test_stability import read
 from tests.reference.decode import best_first, decode
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.errors import InvalidOptionError
@@ -81,14 +82,14 @@ class EntropyThreshold(Plain):
 
 
 class Dimple(Plain):
-    def __init__(self, tau, steps, ranked_by="probability"):
+    def __init__(self, tau, steps, ranked_by="probability", on_rank=False):
         super().__init__()
-        self.tau, self.steps, self.ranked_by = tau, steps, ranked_by
+        self.tau, self.steps, self.ranked_by, self.on_rank = tau, steps, ranked_by, on_rank
 
     def choose(self, step, masked):
         if step == 0:
             self.total = len(masked)
-        passing = [i for i, c in masked.items() if c > self.tau]
+        passing = [i for i, c in (self.ranks(masked) if self.on_rank else masked).items() if c > self.tau]
         if step + 1 >= self.steps:
             return list(masked)
         if passing:
@@ -127,14 +128,16 @@ class Hierarchical(Plain):
 
 
 class Streaming(Plain):
-    def __init__(self, tau, relaxation):
+    def __init__(self, tau, relaxation, window=None):
         super().__init__()
-        self.tau, self.relaxation = tau, relaxation
+        self.tau, self.relaxation, self.window = tau, relaxation, window
 
     def choose(self, step, masked):
         if step == 0:
             self.total = len(masked)
-        tau = self.tau * (1 - self.relaxation * (1 - len(masked) / self.total))
+        suffix = 0 if self.window is None else min(self.left - len(masked), self.window + 1)
+        ratio = (len(masked) + suffix) / (self.total + suffix)
+        tau = self.tau * (1 - self.relaxation * (1 - ratio))
         return [i for i, c in masked.items() if c >= tau] or best_first(masked)[:1]
 
 
@@ -196,6 +199,10 @@ CASES: dict[str, tuple[dict, Callable[[], Plain]]] = {
         lambda: Hierarchical(0.85, 0.5),
     ),
     "streaming": ({"policy": "streaming", "threshold": 0.95, "relaxation": 0.7}, lambda: Streaming(0.95, 0.7)),
+    "streaming window": (
+        {"policy": "streaming", "threshold": 0.9, "relaxation": 0.7, "ratio_window": 4},
+        lambda: Streaming(0.9, 0.7, window=4),
+    ),
     "nemotron": ({"policy": "nemotron_bound", "threshold": 0.95, "bound_min": 0.3}, lambda: Nemotron(0.95, 0.3)),
     "nemotron factor": ({"policy": "nemotron_bound", "bound_factor": 1.3}, lambda: Nemotron(0.9, factor=1.3)),
     "product": ({"policy": "nemotron_bound", "bound_form": "product", "threshold": 0.4}, lambda: Product(0.4)),
@@ -211,6 +218,10 @@ READING = {
     "dimple entropy": (
         {"policy": "dimple", "threshold": 0.97, "steps_per_block": 5, "fallback_rank": "entropy"},
         lambda: Dimple(0.97, 5, "entropy"),
+    ),
+    "dimple on margin": (
+        {"policy": "dimple", "threshold": 0.8, "fallback_rank": "margin", "threshold_on_rank": True},
+        lambda: Dimple(0.8, WIDTH, "margin", on_rank=True),
     ),
 }
 
@@ -310,6 +321,42 @@ def test_a_token_that_ends_the_output_waits_until_half_of_the_canvas_is_decided(
     assert early_ends([END] * 4, score, left=32) == {2}  # where there is nothing else
 
 
+@pytest.mark.parametrize("ranked_by", ["margin", "entropy"])
+def test_what_ranks_passes_the_threshold_where_dimple_is_asked_for_that(ranked_by):
+    generator = torch.Generator().manual_seed(0)
+    asked = {"fallback_rank": ranked_by, "threshold_on_rank": True, "steps": 9, "block_length": 12, "gen_length": 12}
+    options, policy = DecodingOptions(policy="dimple", threshold=0.6, **asked), POLICIES["dimple"]
+    schedule = policy.schedule(options, DecodeShape(1, 12))
+    rules, masked = [Dimple(0.6, 9, ranked_by, on_rank=True) for _ in range(4)], torch.ones(4, 12, dtype=torch.bool)
+    step, passed = make_step(torch.zeros(4, 12), schedule, 4), 0
+    for number in range(9):
+        logits = 3 * torch.randn(4, 12, 6, generator=generator)
+        score = logits.softmax(dim=-1).amax(dim=-1).masked_fill(~masked, NO_CONFIDENCE)
+        step = next_step(step, score, step_index=torch.full((4,), number), parameter=torch.full((4,), 0.6))
+        policy.adjust(read(policy, step, logits, *torch.zeros(2, 4, 12, 6)))
+        for row, (rule, got) in enumerate(zip(rules, chosen(step), strict=True)):
+            left = {i: score[row, i].item() for i in range(12) if masked[row, i]}
+            if left:
+                rule.see(number, {i: logits[row, i] for i in left}, {}, left, len(left))
+                assert got == set(rule(0, number, left)), (number, row)
+                passed += any(one > 0.6 for one in rule.ranks(left).values())
+                masked[row, list(got)] = False
+    assert not masked.any() and (passed > 4) == (ranked_by == "margin")
+
+
+def test_masks_behind_the_block_count_in_how_full_it_is():
+    options = DecodingOptions(policy="streaming", threshold=0.8, relaxation=0.5, ratio_window=4)
+    schedule = POLICIES["streaming"].schedule(options, DecodeShape(3, 8))
+    step = make_step(torch.rand(4, 8), schedule, 4)._replace(num_left=torch.tensor([24, 12, 9, 8]))
+    POLICIES["streaming"].adjust(step)
+    assert step.parameter.tolist() == pytest.approx([0.8] * 4)  # a block of masks is empty, whatever is behind it
+    half = torch.cat([torch.rand(4, 4), torch.full((4, 4), NO_CONFIDENCE)], dim=1)
+    step = next_step(step, half, parameter=torch.full((4,), 0.8))
+    POLICIES["streaming"].adjust(step)
+    # 16, 4, 1 and no masks behind the block, of which 5 at most count
+    assert step.parameter.tolist() == pytest.approx([0.8 * (1 - 0.5 * 4 / (8 + behind)) for behind in (5, 4, 1, 0)])
+
+
 def test_options_that_contradict_each_other_are_refused():
     def parse(**values):
         return parse_options({f"osdt_{name}": value for name, value in values.items()}, base=base, prefix="osdt_")
@@ -319,10 +366,16 @@ def test_options_that_contradict_each_other_are_refused():
         parse(policy="nemotron_bound", bound_form="product", bound_factor=3.0)
     with pytest.raises(InvalidOptionError, match="send one of them"):
         parse(policy="confidence_adaptive", adaptive_entropy=0.3, threshold=0.5)
+    with pytest.raises(InvalidOptionError, match="threshold_on_rank is True, which means nothing beside the other"):
+        parse(policy="dimple", threshold_on_rank=True)
+    with pytest.raises(InvalidOptionError, match="calibrated and threshold_on_rank are true"):
+        parse(policy="dimple", threshold_on_rank=True, fallback_rank="margin", calibrated=True, task="a")
     with pytest.raises(InvalidOptionError, match=r"policy is 'dimple', whose schedule is one of whole blocks"):
         validate_for_family(parse(policy="dimple"), Traits(32, 1, sub_block_length=8))
     with pytest.raises(InvalidOptionError, match="adablock cuts blocks"):
         validate_for_family(parse(policy="dimple", adablock=True), Traits(32, 1))
+    with pytest.raises(InvalidOptionError, match="ratio_window is 32, but no block of this model sees a later one"):
+        validate_for_family(DecodingOptions(policy="streaming", ratio_window=32, cache_mode="block"), Traits(32, 1))
     base = DecodingOptions(policy="confidence_adaptive", adaptive_entropy=0.3)
     assert parse(threshold=0.5).adaptive_entropy is None  # the request's own form
     assert parse(max_unmask=3).adaptive_entropy == 0.3

@@ -43,13 +43,15 @@ def _validate_canvas(options: DecodingOptions, traits: Traits) -> None:
             parameter="gen_length",
             value=options.gen_length,
         )
-    if options.suffix_window is not None and options.is_block_causal:
-        raise InvalidOptionError(
-            f"suffix_window is {options.suffix_window}, but no block of this model sees a later one: leave it out.",
-            refusal="suffix-window-block-causal",
-            parameter="suffix_window",
-            value=options.suffix_window,
-        )
+    for name in ("suffix_window", "ratio_window"):
+        value = getattr(options, name)
+        if value is not None and options.is_block_causal:
+            raise InvalidOptionError(
+                f"{name} is {value}, but no block of this model sees a later one: leave it out.",
+                refusal="suffix-window-block-causal",
+                parameter=name,
+                value=value,
+            )
     if options.is_block_causal or options.cache_mode == "none":
         for name in ("refresh_interval", "refresh_confidence"):
             value = getattr(options, name)

@@ -2,8 +2,10 @@
 
 Source: AdaBlock-dLLM (arXiv 2509.26432). When a block is entered, of the positions in a window whose proposal is a
 delimiter, such as a line's end, the most confident one counts: if its confidence reaches a threshold, the block ends
-behind it, else it has the usual length. The authors' window is a quarter of the canvas; here it is ``block_length``.
-Works beside every policy, for models whose positions see the whole canvas.
+behind it, else it has the usual length. The authors' window is a quarter of the canvas, or what is left of it; here it
+is ``block_length``. With that a quarter of ``gen_length``, and ``adablock_length`` their usual length, this is their
+rule, up to a canvas of 512 tokens, since a block has at most 128. Works beside every policy, for models whose positions
+see the whole canvas.
 """
 
 import math
@@ -16,12 +18,13 @@ from pydantic import Field
 from csrc_triton.types import ENTROPY_SCALE
 from vllm_osdt.declaration import Flag, count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.policies.base import MAX_CONSTANTS, Step
+from vllm_osdt.policies.base import Step
 
 if TYPE_CHECKING:
     import torch
 
-MAX_DELIMITERS = MAX_CONSTANTS - 3
+MAX_NUMBERS = 32  # that it is given with each request
+MAX_DELIMITERS = MAX_NUMBERS - 3
 LINE_END = "\n"
 
 
@@ -33,7 +36,9 @@ class AdaBlockOptions:
         False,
         Flag,
         "AdaBlock (arXiv 2509.26432): a block ends behind the delimiter among its proposals that the model is surest "
-        "of. `block_length` is then the longest block, in which it looks for one.",
+        "of. `block_length` is then the longest block, and the window in which it looks for one. The authors' window "
+        "is a quarter of the canvas: `block_length` 64 with `gen_length` 256, and `adablock_length` 32. Blocks have at "
+        "most 128 tokens, so that their window is out of reach with `gen_length` above 512.",
     )
     adablock_threshold: float = option(
         0.3,
@@ -50,7 +55,7 @@ class AdaBlockOptions:
     adablock_delimiters: Sequence[int] | None = option(
         None,
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_DELIMITERS)] | None,
-        "Of `adablock`: token ids of delimiters.",
+        "Of `adablock`: token ids of delimiters. The authors have 24 for Dream.",
         expected=f"1 to {MAX_DELIMITERS} token ids",
         default_text="the tokenizer's line end",
     )

@@ -307,7 +307,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
-    with_profile: ClassVar[str] = "it has no option that a calibrated threshold could take the place of"
+    with_profile: ClassVar[str] = "it has no way to take a profile's threshold in the place of one of its own"
     ranks_by_entropy: ClassVar[bool] = False
     adjusts: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False

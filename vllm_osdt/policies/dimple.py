@@ -13,11 +13,11 @@ beforehand, are a template here: the option ``infill`` of a request.
 Deviations:
 - The authors have no blocks. Here a block has a schedule of its own, as with ``fixed_steps``; a canvas of one block is
   their case.
-- The threshold is always one of the probability, as in the paper. In the authors' code it is compared with what ranks:
-  a margin, or a negative entropy, which never reaches it.
+- The threshold is one of the probability, as in the paper. In the authors' code it is compared with what ranks: a
+  margin, or a negative entropy, which never reaches it. That is ``threshold_on_rank``.
 - Margin and entropy are those of the tokens that may be proposed, so without the mask token.
 - Equality passes the threshold, as the option says.
-- With ``calibrated`` the threshold is that of OSDT.
+- With ``calibrated`` the threshold is that of OSDT, one of the probability.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from csrc_triton.types import ENTROPY_SCALE
 from vllm_osdt.calibration.thresholds import Thresholds
-from vllm_osdt.declaration import option
+from vllm_osdt.declaration import Flag, option
+from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import Canvas, CanvasRequest, DecodeShape
 from vllm_osdt.policies.base import PositionLogits, Schedule, Step, best
 from vllm_osdt.policies.fixed_steps import StepsOptions, resolve_steps
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 RANKS = ("probability", "margin", "entropy")
-MARGIN = RANKS.index("margin")
+PROBABILITY, MARGIN = RANKS.index("probability"), RANKS.index("margin")
 EPS_PARTS = 1000  # the schedule ends at the time 1 / EPS_PARTS
 
 
@@ -50,6 +51,12 @@ class DimpleOptions(ThresholdOptions, StepsOptions, CalibratedOptions):
         "Of `dimple`: what ranks positions in a step in which none passes `threshold`. `margin`, between the two "
         "largest probabilities, and `entropy` read the logits.",
     )
+    threshold_on_rank: bool = option(
+        False,
+        Flag,
+        "Of `dimple`: what ranks positions must pass `threshold`, in place of the probability, as in the authors' "
+        "code: the margin; or the negative entropy, which never does, so that the schedule alone unmasks.",
+    )
 
 
 class Dimple(CalibratedPolicy):
@@ -61,6 +68,21 @@ class Dimple(CalibratedPolicy):
     adjusts = True
     reads_logits = True
     needs_whole_blocks = True
+
+    def without_use(self, options: DimpleOptions) -> frozenset[str]:
+        """Probabilities pass the threshold either way, where they rank."""
+        return frozenset(["threshold_on_rank"] if options.fallback_rank == "probability" else [])
+
+    def check(self, options: Any) -> None:
+        """What ranks has no calibrated threshold."""
+        if options.policy == self.name and options.calibrated and options.threshold_on_rank:
+            raise InvalidOptionError(
+                "calibrated and threshold_on_rank are true, but a profile's thresholds are confidences, not margins "
+                "or entropies: send threshold_on_rank = false, or leave calibrated out.",
+                refusal="calibrated-entropy",
+                parameter="calibrated",
+                value=True,
+            )
 
     def needs_logits(self, options: DimpleOptions) -> bool:
         """Margins and entropies are read off them."""
@@ -74,7 +96,9 @@ class Dimple(CalibratedPolicy):
         """See the class; ``adjust`` decides alone."""
         assert options.steps is not None
         steps_per_block = options.steps // shape.num_blocks
-        constants = (steps_per_block, RANKS.index(options.fallback_rank), shape.decides_first_alone)
+        ranked_by = RANKS.index(options.fallback_rank)
+        passes_by = ranked_by if options.threshold_on_rank else PROBABILITY
+        constants = (steps_per_block, ranked_by, shape.decides_first_alone, passes_by)
         schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
         return replace(schedule, constants=constants)
 
@@ -92,15 +116,17 @@ class Dimple(CalibratedPolicy):
         """Choose; ``step.state`` has the masks with which the block began."""
         import torch
 
-        num_steps, ranked_by, is_first_alone = step.constants[:, :3].unbind(dim=1)
+        num_steps, ranked_by, is_first_alone, passes_by = step.constants[:, :4].unbind(dim=1)
         left = step.is_open.sum(dim=1)
         total = step.state[:, 0]
         # Its first position may have had a step alone.
         total.copy_(torch.where(total > 0, total, left + is_first_alone))
         number = _number(left, total.long().clamp(min=1), num_steps.long(), step.step_index)
-        rank = torch.where((ranked_by == 0).unsqueeze(-1), step.confidence, step.reading[..., 0])
+        rank = torch.where((ranked_by == PROBABILITY).unsqueeze(-1), step.confidence, step.reading[..., 0])
         rank = rank.masked_fill(~step.is_open, -2.0)
-        passes = (step.confidence >= step.parameter.unsqueeze(-1)) & step.is_open
+        passing = torch.where((passes_by == MARGIN).unsqueeze(-1), rank, step.confidence)
+        can_pass = (passes_by <= MARGIN).unsqueeze(-1)  # a negative entropy never does
+        passes = (passing >= step.parameter.unsqueeze(-1)) & step.is_open & can_pass
         is_last = (step.step_index + 1 >= num_steps).unsqueeze(-1)
         chosen = torch.where(passes.any(dim=1, keepdim=True), passes, best(rank, number))
         step.choose(chosen | is_last, rank)

@@ -83,10 +83,11 @@ class EarlyExit(CalibratedPolicy):
         """
 
     @abstractmethod
-    def progress(self, index: "torch.Tensor", last: "torch.Tensor") -> "torch.Tensor":
+    def progress(self, step: Step, index: "torch.Tensor", last: "torch.Tensor") -> "torch.Tensor":
         """Progress where the number of steps is known, float32 ``[R]``.
 
         Args:
+            step: Of which ``constants`` are the subclass's.
             index: float32 ``[R]``, of the step, from 0.
             last: float32 ``[R]``, of the last one.
         """
@@ -138,7 +139,7 @@ class EarlyExit(CalibratedPolicy):
         # In float64 the sum does not depend on how it is taken, and so not on the longest block of the batch.
         gap = (step.reading[:, :, 0].double().sum(dim=1) / number.clamp(min=1)).float()
         left = torch.where(per_block > 0, step.num_left / step.num_positions, num_open / step.state[:, 0].clamp(min=1))
-        known = self.progress(step.block_index * per_block + step.step_index, last)
+        known = self.progress(step, step.block_index * per_block + step.step_index, last)
         progress = torch.where(last == ADAPTIVE, 1.0 - left, known).clamp(0.0, 1.0)
         exits = self.is_sure(step, gap.masked_fill(number == 0, -torch.inf), progress)
         fills = exits | (step.carry[:, 0] > 0)

@@ -3,13 +3,14 @@
 Source: Learning to Parallel (arXiv 2509.25188), section 4, and the authors' code (ims-kdks/learning-to-parallel): a
 network of two layers with as many hidden units as a block has positions, 2112 weights for 32, maps the confidences of
 the block to a logit of each position; masked positions with sigmoid(logit) > ``filter_threshold`` are unmasked, the
-most confident one where there are none. 0.96 is the threshold of the authors' evaluation script.
+most confident one where there are none. 0.96 is the threshold of the authors' evaluation script. Besides, their code
+unmasks the most confident position in every step, whether others pass or not: ``filter_best``. (It takes as many as its
+schedule has in a step, which is one unless a request asks for fewer steps than tokens.)
 
 Deviations: the authors' network sees the probability of the best token at positions that are decided, too. Here these
 have no logits and count as 1, as do all positions without a confidence: those of the prompt, behind the end of the
-canvas, and outside the active sub-block. The authors' code unmasks the most confident position in every step. The
-network is trained on the record of a calibration (``vllm-osdt train-filter``) instead of decodings that the final
-tokens steer.
+canvas, and outside the active sub-block. The network is trained on the record of a calibration (``vllm-osdt
+train-filter``) instead of decodings that the final tokens steer.
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
-from vllm_osdt.declaration import number, option
+from vllm_osdt.declaration import Flag, number, option
 from vllm_osdt.errors import InvalidOptionError, OSDTError
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
-from vllm_osdt.policies.base import Policy, Schedule, Step, constant
+from vllm_osdt.policies.base import Policy, Schedule, Step, best, constant
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,12 @@ class LearnedFilterOptions:
         number(gt=0, lt=1),
         "Of `learned_filter`: a proposal passes when the operator's `filter_file` gives it a higher probability of "
         "being final.",
+    )
+    filter_best: bool = option(
+        False,
+        Flag,
+        "Of `learned_filter`: the most confident position passes in every step, as in the authors' code. `false`: "
+        "where no other does.",
     )
 
 
@@ -82,7 +89,7 @@ class LearnedFilter(Policy):
         self, options: LearnedFilterOptions, shape: DecodeShape, thresholds: Thresholds | None = None
     ) -> Schedule:
         """See the class; ``adjust`` chooses."""
-        return constant(shape, Rule.THRESHOLD, 1.0, (options.filter_threshold,))
+        return constant(shape, Rule.THRESHOLD, 1.0, (options.filter_threshold, float(options.filter_best)))
 
     def adjust(self, step: Step) -> None:
         """Choose what the network takes for final."""
@@ -94,7 +101,7 @@ class LearnedFilter(Policy):
         is_final = apply_filter(step.tensors, confidence).sigmoid() > step.constants[:, :1]
         if length < width:
             is_final = _joined(is_final, is_final.new_zeros(is_final.shape[0], width - length))
-        step.choose(is_final[:, :width])
+        step.choose(is_final[:, :width] | best(step.confidence, step.constants[:, 1]))
 
 
 def _joined(left: "torch.Tensor", right: "torch.Tensor") -> "torch.Tensor":

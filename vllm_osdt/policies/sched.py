@@ -80,7 +80,7 @@ class Sched(EarlyExit):
         gates = options.sched_patience, options.sched_min_progress, options.sched_max_change
         return options.sched_high, options.sched_low, rate, *gates
 
-    def progress(self, index: "torch.Tensor", last: "torch.Tensor") -> "torch.Tensor":
+    def progress(self, step: Step, index: "torch.Tensor", last: "torch.Tensor") -> "torch.Tensor":
         """0 in the first step and 1 in the last; 1 in the only one."""
         return (index / last.clamp(min=1)).masked_fill(last <= 0, 1.0)
 

@@ -4,20 +4,27 @@ Source: Streaming-dLLM (arXiv 2601.17917). With r the masked share of the block,
 threshold x (1 - ``relaxation`` x (1 - r)), and equality passes; at least the most confident position. The paper has
 0.9 and 0.6, and finds that more relaxation costs quality; the authors' code has 0.3 (xiaoshideta/Streaming-dLLM).
 
-Deviations: in the authors' code r is the masked share of the block and of the window behind it, and 1 in a block's
-first step. Here it is the share of the most masks that the block, or a sub-block of it, has had. Ours: with
-``calibrated`` the threshold that falls is that of OSDT. The paper's pruning of the suffix is the option
-``suffix_window``, which goes with every policy.
+In the authors' code r is the masked share of the block and of the window behind it, as far as masks take part in a
+step: W positions behind the block, and the last one of the canvas. So it is 1 in a block's first step. That is
+``ratio_window`` W; their default is 32.
+
+Deviations: r is a share of the most masks that the block, or a sub-block of it, has had, with the window's. In the
+authors' code for Dream with its dual cache, the masks of the window are none, though its positions count; that is not
+here. Ours: with ``calibrated`` the threshold that falls is that of OSDT. The paper's pruning of the suffix is the
+option ``suffix_window``, which goes with every policy.
 """
 
 from dataclasses import dataclass, replace
 
 from vllm_osdt.calibration.thresholds import Thresholds
-from vllm_osdt.declaration import number, option
+from vllm_osdt.declaration import count, number, option
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.policies.base import Schedule, Step
 from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 from vllm_osdt.policies.static_threshold import ThresholdOptions
+
+MAX_WINDOW = 2**17  # positions
+NO_WINDOW = -1.0  # in the place of its length, where there is none
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,13 @@ class StreamingOptions(ThresholdOptions, CalibratedOptions):
         0.6,
         number(ge=0, le=1),
         "Of `streaming`: share of `threshold` that is taken off it as the block fills.",
+    )
+    ratio_window: int | None = option(
+        None,
+        count(0, MAX_WINDOW) | None,
+        "Of `streaming`: masks behind the block that count with its own in how full it is: so many, and the last one "
+        "of the canvas, as in the authors' code, which has 32. The threshold then falls less. `null`: none.",
+        unit="positions",
     )
 
 
@@ -41,7 +55,8 @@ class Streaming(CalibratedPolicy):
 
     def schedule(self, options: StreamingOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` lowers the parameter."""
-        constants = (options.relaxation, shape.decides_first_alone)
+        window = NO_WINDOW if options.ratio_window is None else options.ratio_window
+        constants = (options.relaxation, shape.decides_first_alone, window)
         schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
         return replace(schedule, constants=constants)
 
@@ -49,8 +64,9 @@ class Streaming(CalibratedPolicy):
         """Lower the threshold; ``step.state`` has the most masks that were left."""
         import torch  # late: options are read without it
 
-        relaxation, is_first_alone = step.constants[:, :2].unbind(dim=1)
+        relaxation, is_first_alone, window = step.constants[:, :3].unbind(dim=1)
         left, most = step.is_open.sum(dim=1), step.state[:, 0]
         # A block's first position may have had a step alone.
         most.copy_(torch.where(most > 0, most.maximum(left), left + is_first_alone))
-        step.parameter.mul_(1.0 - relaxation * (1.0 - left / most.clamp(min=1)))
+        behind = torch.minimum(window + 1.0, (step.num_left - left).to(window.dtype))
+        step.parameter.mul_(1.0 - relaxation * (1.0 - (left + behind) / (most + behind).clamp(min=1)))

@@ -19,6 +19,7 @@ from csrc_triton.draft import confirm
 from csrc_triton.edit import edit
 from csrc_triton.types import Grids
 from vllm_osdt.policies import Step
+from vllm_osdt.policies.adablock import ADABLOCK
 from vllm_osdt.policies.base import MAX_CONSTANTS, MAX_READINGS, Verification, places
 from vllm_osdt.worker.drafting import read_states, verify_and_draft
 from vllm_osdt.worker.logprobs import LogprobStore
@@ -363,10 +364,12 @@ class CanvasSampler:
         place = places(width, states.device)
         for cutter, requests in batch.cut:
             slots, rows = requests.slots, requests.rows
-            numbers = states.policy_numbers.index_select(0, slots)
-            numbers[:, :MAX_CONSTANTS] = states.cut_constants.index_select(0, slots)
+            constants = states.cut_constants.index_select(0, slots)
+            if cutter is not ADABLOCK:
+                constants = constants[:, :MAX_CONSTANTS]
+            numbers = Numbers.of(states.policy_numbers.index_select(0, slots))._replace(constants=constants)
             own = CutRows(cutter, requests)
-            step = self._step(batch, own, Numbers.of(numbers), found, batch.rules.parameter)
+            step = self._step(batch, own, numbers, found, batch.rules.parameter)
             length = cutter.cut(step).clamp(1, width).to(torch.int32)
             states.block_limit[slots] = length
             states.masked[slots, :width] &= place < length[:, None]

@@ -22,7 +22,7 @@ from vllm_osdt.messages import OPEN_HOLE, Assignment, RequestSpec, Switch
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.policies import MODIFIERS, POLICIES
-from vllm_osdt.policies.adablock import ADABLOCK
+from vllm_osdt.policies.adablock import ADABLOCK, MAX_NUMBERS
 from vllm_osdt.policies.base import MAX_BRANCHES, MAX_CARRY, MAX_CONSTANTS, MAX_STATE, Cutter, Policy
 from vllm_osdt.worker.transfer import to_device, wait_for
 
@@ -146,7 +146,7 @@ class CanvasStates:
         # Of preempted requests: first position of their block, and both of the above.
         self._kept_carry: dict[str, tuple[int, Carry, Carry]] = {}
         self._thinking: set[str] = set()  # ids of the requests that may yet begin an answer, which takes over nothing
-        self.cut_constants = torch.zeros(max_num_reqs, MAX_CONSTANTS, device=device)
+        self.cut_constants = torch.zeros(max_num_reqs, MAX_NUMBERS, device=device)
         self.block_limit = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)  # as HostTables.block_limit
         self.policy_memory = torch.zeros(
             max_num_reqs, MAX_BLOCK_LENGTH, 0, device=device
@@ -315,9 +315,9 @@ class CanvasStates:
             if found:
                 self.policy_tensors[name] = found
 
-    def _constants(self, values: Sequence[float]) -> torch.Tensor:
-        """Numbers of a request, float32 ``[8]``."""
-        constants = np.zeros(MAX_CONSTANTS, dtype=np.float32)
+    def _constants(self, values: Sequence[float], length: int = MAX_CONSTANTS) -> torch.Tensor:
+        """Numbers of a request, float32 ``[length]``, 0 behind them."""
+        constants = np.zeros(length, dtype=np.float32)
         constants[: len(values)] = values
         return to_device(constants, self.device)
 
@@ -332,7 +332,7 @@ class CanvasStates:
             constants = assignment.schedule.constants
             if cutter is ADABLOCK:
                 constants = ADABLOCK.constants(options, by_entropy=assignment.by_entropy)
-            self.cut_constants[slot] = self._constants(constants)
+            self.cut_constants[slot] = self._constants(constants, MAX_NUMBERS)
 
     def _clear_draft(self, slot: int, threshold: float) -> None:
         """A request with drafts takes the slot; nothing is drafted yet."""
