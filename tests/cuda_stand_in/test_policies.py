@@ -140,13 +140,17 @@ def test_accepted_drafts_are_read_back_as_denoising_steps(llm):
 
 
 def test_drafts_are_verified_by_branches_as_by_a_plain_loop(block_causal):
-    """Spans come to the engine core in the report of their step, and nothing waits for them."""
+    """Spans come to the engine core in the report of their step, and nothing waits for them; one router is a bandit."""
     llm, prompts = block_causal.llm, [[5, 6, 7, 8], [40, 41, 9, 70, 33]]
     settings, view = Settings(threshold=0.2, cost=0.8), SDARView(block_causal.network, 8)
-    expected = [decode_s2d2(view, prompt, settings, max_tokens=10) for prompt in prompts]
+    expected = [
+        decode_s2d2(view, prompts[0], settings, max_tokens=10),
+        decode_s2d2(view, prompts[1], Settings(threshold=0.2, router="bandit"), max_tokens=24),
+    ]
     assert min(min(one.proposal_margin, one.rule_margin) for one in expected) > MIN_MARGIN
     own = {"policy": "s2d2", "block_length": 8, "threshold": 0.2, "verify_cost": 0.8}
-    got = watched(llm, prompts, sampling(10, **own))
+    bandit = sampling(24, policy="s2d2", block_length=8, threshold=0.2, verify_router="bandit")
+    got = watched(llm, prompts, [sampling(10, **own), bandit])
     assert tokens(got.completions) == [one.tokens for one in expected]
     assert [nfe(one) for one in got.completions] == [one.nfe for one in expected]
     assert got.num_steps[True] and got.num_steps[False]

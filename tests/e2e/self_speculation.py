@@ -16,6 +16,7 @@ SETTINGS = (
     {"router": "hysteresis", "on": 1.4, "off": 0.2, "cost": 0.7, "threshold": 0.15},
     {"router": "hysteresis", "cost_per": "confident_position", "threshold": 0.1, "on": 1.0, "off": 0.5},
     {"router": "span", "max_span": 3, "threshold": 0.15},
+    {"router": "bandit", "threshold": 0.15},
 )
 
 

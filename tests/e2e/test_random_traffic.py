@@ -137,6 +137,7 @@ def with_verification(index, params):
             {"router": "span", "min_span": rng.randrange(1, 4)},
             {"cost": rng.choice([0.5, 1.0, 1.5]), "max_span": rng.randrange(2, 9)},
             {"router": "hysteresis", "on": 1.3, "off": 0.2, "cost_per": "confident_position"},
+            {"router": "bandit", "exploration": 0.5},
         ]
     )
     params.extra_args |= {f"osdt_verify_{name}": value for name, value in options.items()}

@@ -92,7 +92,7 @@ def test_a_router_asks_for_what_the_definition_says(settings, width):
         places = masked[row].nonzero().ravel().tolist()
         run = [place for place in places if place - places[0] == places.index(place)]
         confident = [place for place in places if logits[row, place].softmax(-1).max() >= plain.threshold]
-        wants = router.asks([logits[row, place] for place in run], len(confident))
+        wants = router.asks([logits[row, place] for place in run], len(confident), WIDTH, WIDTH - len(places))
         if outcome.router_margin < 1e-4:
             continue
         num_compared, num_asked = num_compared + 1, num_asked + wants
@@ -101,6 +101,45 @@ def test_a_router_asks_for_what_the_definition_says(settings, width):
             assert bool(step.carry[row, 0]) == router.is_on
         assert step.memory[row, places, 0].tolist() == logits[row, places].argmax(dim=-1).tolist()
     assert num_compared > 30 and 0 < num_asked < num_compared
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.3, 1.0])
+def test_the_bandit_verifies_as_ucb_over_each_requests_own_rewards_does(exploration):
+    [bandit], rng, count = S2D2.variants, random.Random(4), 12
+    generator, own = torch.Generator().manual_seed(4), schedule(router="bandit", exploration=exploration)
+    assert own.variant == 1 and schedule(router="score").variant == 0
+    outcomes = [Outcome() for _ in range(count)]
+    routers = [Router(Settings(router="bandit", exploration=exploration), outcome) for outcome in outcomes]
+    kept, num_asked, num_compared = None, 0, 0
+    for _ in range(80):
+        scale = torch.rand(count, 1, 1, generator=generator) ** 3 * 6
+        logits = torch.randn(count, WIDTH + 2, VOCABULARY, generator=generator) * scale
+        masked = torch.rand(count, WIDTH + 2, generator=generator) < torch.rand(count, 1, generator=generator) + 0.2
+        masked[:, WIDTH:], masked[:, 4] = False, True
+        step = start(logits, masked, own)
+        if kept is not None:
+            step.carry.copy_(kept)
+        bandit.adjust(step)
+        asked, unmasked = step.verification.asked.clone(), torch.zeros_like(masked)
+        num_decided = [rng.randrange(1, int(number) + 1) for number in masked.sum(dim=1)]
+        for row, router in enumerate(routers):
+            places = masked[row].nonzero().ravel().tolist()
+            run = [place for place in places if place - places[0] == places.index(place)]
+            wants = router.asks([logits[row, place] for place in run], 0, WIDTH, WIDTH - len(places))
+            if outcomes[row].router_margin > 1e-6:
+                num_asked, num_compared = num_asked + wants, num_compared + 1
+                assert asked[row].tolist() == ([run[0], len(run)] if wants else [0, 0])
+            router.hears(num_decided[row])
+            unmasked[row, places[: num_decided[row]]] = True
+        waits = asked[:, 1] > 0
+        bandit.observe(step, unmasked & ~waits[:, None])
+        later = step._replace(verification=Verification(asked, torch.zeros_like(asked), step.verification.min_unmask))
+        bandit.adjust(later)
+        assert not later.verification.asked[waits].any()
+        bandit.observe(later, unmasked & waits[:, None])
+        kept = later.carry
+    assert num_compared > 900 and 0.1 < num_asked / num_compared < 0.9
+    assert kept[:, :16].sum(dim=1).tolist() == [80] * count
 
 
 def test_a_verification_takes_what_agrees_and_the_first_that_does_not_and_the_threshold_adds_what_is_missing():
@@ -218,6 +257,8 @@ def test_what_a_verification_cannot_stand_beside_is_refused(values, traits, word
         ({"verify_min_span": 5, "verify_max_span": 4}, "verify_max_span is 4; it must be at least verify_min_span 5"),
         ({"verify_on": 2.0}, "says nothing without osdt_verify_router = 'hysteresis'"),
         ({"verify_router": "span", "verify_cost": 2.0}, "verify_cost is 2.0, which means nothing beside"),
+        ({"verify_router": "bandit", "verify_min_span": 2}, "verify_min_span is 2, which means nothing beside"),
+        ({"verify_exploration": 0.5}, "says nothing without osdt_verify_router = 'bandit'"),
         ({"credit": True}, "credit is true, but policy 's2d2' compares"),
         ({"policy": "static_threshold", "verify_cost": 2.0}, "does not use"),
     ],

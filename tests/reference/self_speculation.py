@@ -119,6 +119,7 @@ class Settings:
     score: float = 0.0
     on: float = 1.0
     off: float = -5.0
+    exploration: float = 1.0
 
 
 @dataclass
@@ -140,6 +141,8 @@ class Router:
 
     def __init__(self, settings: Settings, outcome: Outcome) -> None:
         self.settings, self.outcome, self.is_on = settings, outcome, False
+        self.rewards: dict[tuple[bool, tuple[bool, ...]], list[float]] = {}  # of the bandit, by choice and context
+        self.choice: tuple[bool, tuple[bool, ...]] = (False, ())
 
     def likely(self, logits: torch.Tensor) -> float:
         """How likely a verification is to take a proposal."""
@@ -151,11 +154,13 @@ class Router:
         entropy = -torch.special.xlogy(share, share).sum().item()
         return math.exp(-entropy / math.log(len(share)))
 
-    def asks(self, span: list[torch.Tensor], num_confident: int) -> bool:
-        """Of a draft, given the logits of its first run of masked positions."""
+    def asks(self, span: list[torch.Tensor], num_confident: int, part: int, num_decided: int) -> bool:
+        """Of a draft, given the logits of its first run of masked positions; of ``part`` that are drafted together."""
         settings = self.settings
         if settings.router == "span":
             return len(span) >= settings.min_span
+        if settings.router == "bandit":
+            return self._bandit(span, part, num_decided)
         expected, so_far = 0.0, 1.0
         for logits in span:
             so_far *= self.likely(logits)
@@ -167,6 +172,27 @@ class Router:
         self.outcome.router_margin = min(self.outcome.router_margin, abs(score - bound))
         self.is_on = score >= bound
         return self.is_on and len(span) >= settings.min_span
+
+    def _bandit(self, span: list[torch.Tensor], part: int, num_decided: int) -> bool:
+        """UCB over the rewards in the draft's context."""
+        shares = [logits.double().softmax(dim=-1) for logits in span]
+        entropy = sum(-torch.special.xlogy(share, share).sum().item() for share in shares) / math.log(len(span[0]))
+        self.outcome.router_margin = min(self.outcome.router_margin, abs(entropy / len(span) - 0.5))
+        length = (len(span) - 1) / (part - 1) if part > 1 else 0.0
+        context = length >= 0.5, num_decided / part >= 0.5, entropy / len(span) >= 0.5
+        now, values = 1 + sum(map(len, self.rewards.values())), []
+        for choice in (False, True):
+            rewards = self.rewards.get((choice, context), [])
+            bonus = self.settings.exploration * math.sqrt(math.log(now) / len(rewards)) if rewards else math.inf
+            values.append((sum(rewards) / len(rewards) if rewards else 0.0) + bonus)
+        if math.isfinite(values[0]) and math.isfinite(values[1]) and values[0] != values[1]:
+            self.outcome.router_margin = min(self.outcome.router_margin, abs(values[0] - values[1]))
+        self.choice = (values[1] >= values[0], context)
+        return self.choice[0]
+
+    def hears(self, num_decided: int) -> None:
+        """What came of the last draft."""
+        self.rewards.setdefault(self.choice, []).append(num_decided / (2 if self.choice[0] else 1))
 
 
 def decode_s2d2(
@@ -244,8 +270,8 @@ def _step(
         for place, c in confidence.items()
         if c > settings.threshold or (not settings.is_strict and c == settings.threshold)
     ]
-    num_taken = 0
-    if router.asks([lines[place] for place in span], len(confident)):
+    num_taken, num_before = 0, sum(token is not None for token in canvas[last - part : last])
+    if router.asks([lines[place] for place in span], len(confident), part, num_before):
         result.nfe += 1
         verified = span[: settings.max_span]
         for place in verified:
@@ -268,6 +294,7 @@ def _step(
             chosen = ranking[:missing]
         for place in chosen:
             canvas[place] = token[place]
+    router.hears(sum(token is not None for token in canvas[last - part : last]) - num_before)
 
 
 def _ready(canvas: list[int | None], begin: int, end: int, end_token_ids: tuple[int, ...]) -> list[int] | None:

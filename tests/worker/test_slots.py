@@ -102,7 +102,7 @@ def test_a_slot_holds_prompt_and_masks_and_is_empty_when_it_is_free():
 
 def test_a_policy_that_the_profile_has_chosen_adjusts_the_steps():
     states = make_states()
-    for slot, (chosen, place) in enumerate(((None, 0), ("bacd", 1 + ADJUSTING.index("bacd")), ("factor", 0))):
+    for slot, (chosen, place) in enumerate(((None, 0), ("bacd", 1 + ADJUSTING.index(POLICIES["bacd"])), ("factor", 0))):
         fill(states, slot, str(slot), chosen=chosen)
         assert states.host.adjusts[slot] == place
 

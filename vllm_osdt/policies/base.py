@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_CONSTANTS = 8  # numbers that a policy is given with each request
 MAX_STATE = 4  # numbers that a policy may keep for each request's active block
-MAX_CARRY = 10  # numbers that it may keep for each request
+MAX_CARRY = 32  # numbers that it may keep for each request
 MAX_READINGS = 4  # numbers that a policy may read off the logits of each position
 MAX_BRANCHES = 33  # states of a block that one step computes, the block itself among them
 
@@ -95,6 +95,7 @@ class Schedule:
             (``calibration.thresholds.Fallback``); None where nothing was calibrated.
         constants: At most 8 numbers that ``Policy.adjust`` reads.
         drafts: Of a policy that verifies drafts; None for no branches of that kind.
+        variant: Who adjusts the steps: 0 for the policy itself, else a place in ``Policy.variants``, from 1.
     """
 
     rule: Rule
@@ -103,6 +104,7 @@ class Schedule:
     fallback: np.ndarray | None = None
     constants: Sequence[float] = ()
     drafts: Drafts | None = None
+    variant: int = 0
 
 
 class PositionLogits(NamedTuple):
@@ -124,7 +126,7 @@ class PositionLogits(NamedTuple):
         reading: float32 ``[S, 4]``, zero; what is written there comes to ``Step.reading``.
         step_index: int64 ``[S]``, denoising steps that the block has seen before this one.
         earlier: Like ``before``, of the steps before that one, the latest first; ``num_steps_before`` - 1 of them.
-        carry: float32 ``[S, 10]``, ``Step.carry`` of the row's request before the step.
+        carry: float32 ``[S, 32]``, ``Step.carry`` of the row's request before the step.
         temperature: float32 ``[S]``; None where every row's is 0.
         noise_key: int64 ``[S]``, a random key of the position and the step; None likewise.
         is_verified: bool ``[S]``, of a policy with ``verifies``: the logits are those of a verification. ``before`` has
@@ -181,7 +183,7 @@ class Step(NamedTuple):
         memory: float32 ``[R, W, memory_size]``, zero when a block is entered. May be overwritten, and is kept until the
             next block.
         reading: float32 ``[R, W, 4]``, what :meth:`Policy.read` wrote; 0 elsewhere.
-        carry: float32 ``[R, 10]``, zero when the request starts. May be overwritten, and is kept; a preempted request
+        carry: float32 ``[R, 32]``, zero when the request starts. May be overwritten, and is kept; a preempted request
             resumes with what it was when its block was entered.
         block_index: int64 ``[R]``, of the active block, from 0.
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
@@ -409,6 +411,14 @@ class Policy(ABC):
     def cut(self, step: Step) -> "torch.Tensor":
         """See :class:`Cutter`; for a policy with ``cuts_blocks``."""
         raise NotImplementedError
+
+    @property
+    def variants(self) -> "tuple[Policy, ...]":
+        """Policies that adjust the steps of some of its requests in its place (``Schedule.variant``).
+
+        They have its name and its attributes. Requests of one take no operations of another.
+        """
+        return ()
 
     @property
     def observes(self) -> bool:

@@ -221,7 +221,7 @@ def vocabulary_of(carry: "torch.Tensor") -> "torch.Tensor":
     """V of requests, see the module.
 
     Args:
-        carry: float32 ``[S, 10]``.
+        carry: float32 ``[S, 32]``.
 
     Returns:
         int64 ``[S]``, 35 to 1000.

@@ -14,10 +14,19 @@ apart, else 0. The score passes a threshold, or, with hysteresis, switches verif
 The authors' settings: SDAR blocks of 4, score 0, cost 1, or of 16, always; threshold 0.85. Fast-dLLM v2: hysteresis on
 at 1 and off below -5, cost 1 for each confident position, or runs of at least 8; threshold 0.9.
 
+The last router is a contextual bandit (``contextual_bandit_ucb`` of the code), whose numbers are the request's own. A
+draft belongs to one of eight contexts: whether its run is in the longer half of lengths, whether half of the block or
+sub-block is decided, and whether the mean of H / log V over the run is at least a half. The reward of a draft is the
+number of positions that are decided, or half of it where it is verified, by two forwards. In draft t, the choice with
+the larger m + beta sqrt(log t / n) is made, of n rewards with mean m that it had in the context; verification among
+equals; and one without rewards first.
+
 Deviations: at temperature 0 a proposal is taken where it is the likeliest token of p, the limit of the rule; the
 authors' code draws with the probabilities of temperature 1 there. Distributions leave the mask token out. Hysteresis
-switches on at its threshold, as in the paper; the code wants more. The contextual bandit is left out, and so are keys
-and values of causal passes in place of those of whole blocks (the code's ``cache_ver`` and ``draft_ver``).
+switches on at its threshold, as in the paper; the code wants more. The bandit has the code's default of two bins each.
+Of a prompt's last, incomplete block it counts the prompt's tokens as decided, as the code for Fast-dLLM v2 does; the
+code for SDAR does not. Left out are keys and values of causal passes in place of those of whole blocks (the code's
+``cache_ver`` and ``draft_ver``).
 """
 
 import math
@@ -36,9 +45,12 @@ if TYPE_CHECKING:
     import torch
 
 MIN_SPAN, MAX_SPAN, MARGIN, COST, COST_OF_POSITION, ON, OFF = range(7)  # constants
+EXPLORATION, PART = COST, COST_OF_POSITION  # of the bandit, in their place: beta, and positions drafted together
 TOKEN, CONFIDENCE = range(2)  # memory: what was drafted
 DOUBT, AGREES = range(2)  # readings: -log a; whether a verified proposal is taken
 IS_ON = 0  # carry: hysteresis
+NUM_CONTEXTS = 8  # carry of the bandit: number of rewards by choice and context, 1 for verifications; then their sums
+CONTEXT = 0  # state of the bandit: of the last draft
 NO_MARGIN = -1.0  # constant MARGIN where entropies say how sure a proposal is
 NO_BOUND = 1e9  # of scores
 HOPELESS = 1e3  # doubt of a proposal that is not expected to be taken
@@ -51,10 +63,11 @@ TAKES, REDRAWS = 0x243F6A8885A308D3, 0x13198A2E03707344  # keys of the two draws
 class S2D2Options(StaticThresholdOptions):
     """When drafts are verified."""
 
-    verify_router: Literal["score", "hysteresis", "span"] = option(
+    verify_router: Literal["score", "hysteresis", "span", "bandit"] = option(
         "score",
-        Literal["score", "hysteresis", "span"],
-        "Of `s2d2`: what says whether a draft is verified. `span`: its length alone; always, with `verify_min_span` 1.",
+        Literal["score", "hysteresis", "span", "bandit"],
+        "Of `s2d2`: what says whether a draft is verified. `span`: its length alone; always, with `verify_min_span` 1. "
+        "`bandit`: what has decided more positions per forward in drafts of this request like it.",
     )
     verify_min_span: int = option(
         1,
@@ -111,6 +124,13 @@ class S2D2Options(StaticThresholdOptions):
         unit="tokens",
         needs="verify_router=hysteresis",
     )
+    verify_exploration: float = option(
+        1.0,
+        number(ge=0),
+        "Of `s2d2`: how much what was chosen seldom is preferred, in positions per forward.",
+        unit="tokens",
+        needs="verify_router=bandit",
+    )
 
 
 class S2D2(Policy):
@@ -124,10 +144,16 @@ class S2D2(Policy):
     verifies = True
     memory_size = 2
 
+    @property
+    def variants(self) -> tuple[Policy, ...]:
+        """The bandit."""
+        return (BANDIT,)
+
     def without_use(self, options: S2D2Options) -> frozenset[str]:
-        """Estimates and costs, where the router looks at the length of a draft alone."""
+        """Estimates and costs, where the router looks at lengths or rewards; and a least length for the bandit."""
         estimates = ("verify_estimator", "verify_margin", "verify_cost", "verify_cost_per")
-        return frozenset(estimates if options.verify_router == "span" else [])
+        unused = {"span": estimates, "bandit": (*estimates, "verify_min_span")}
+        return frozenset(unused.get(options.verify_router, ()))
 
     def check(self, options: S2D2Options) -> None:
         """Refuse bounds that contradict each other."""
@@ -154,6 +180,11 @@ class S2D2(Policy):
 
     def schedule(self, options: S2D2Options, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """That of the static threshold."""
+        base = BASE.schedule(options, shape, thresholds)
+        if options.verify_router == "bandit":
+            part = shape.sub_block_length or shape.block_length
+            own = (1, options.verify_max_span, NO_MARGIN, options.verify_exploration, part)
+            return replace(base, constants=own, variant=1)
         bounds = {
             "span": (-NO_BOUND, -NO_BOUND),
             "score": (options.verify_score, options.verify_score),
@@ -163,7 +194,7 @@ class S2D2(Policy):
         costs = (0.0, options.verify_cost) if per_position else (options.verify_cost, 0.0)
         margin = options.verify_margin if options.verify_estimator == "margin" else NO_MARGIN
         constants = (options.verify_min_span, options.verify_max_span, margin, *costs, *bounds[options.verify_router])
-        return replace(BASE.schedule(options, shape, thresholds), constants=constants)
+        return replace(base, constants=constants)
 
     def read(self, rows: PositionLogits) -> None:
         """Of a draft, how sure its proposals are; of a verification, which of them are taken, and what else is."""
@@ -210,19 +241,43 @@ class S2D2(Policy):
         first = place.where(step.is_open, width).amin(dim=1, keepdim=True)
         is_behind = ((place >= first) & ~step.is_open).cumsum(dim=1) > 0
         is_run = step.is_open & ~is_behind
-        doubt = (step.reading[..., DOUBT].double() * UNITS).long().masked_fill(~is_run, 0).cumsum(dim=1)
-        expected = ((doubt.double() / -UNITS).exp() * UNITS).long().masked_fill(~is_run, 0).sum(dim=1).double() / UNITS
-        num_confident = (step.is_open & (step.confidence >= step.parameter.unsqueeze(1))).sum(dim=1)
-        score = expected - constants[:, COST] - constants[:, COST_OF_POSITION] * num_confident
-        passes = score >= torch.where(step.carry[:, IS_ON] > 0, constants[:, OFF], constants[:, ON])
+        doubt = (step.reading[..., DOUBT].double() * UNITS).long().masked_fill(~is_run, 0)
         length = is_run.sum(dim=1)
         drafts = ~is_verified.squeeze(1)
+        passes = self._passes(step, is_run, doubt, length, drafts)
         asks = drafts & passes & (length >= constants[:, MIN_SPAN]) & (length > 0)
-        step.carry[:, IS_ON] = torch.where(drafts, passes.float(), step.carry[:, IS_ON])
         span = torch.stack([first.squeeze(1), length.minimum(constants[:, MAX_SPAN].long())], dim=1)
         verification.asked.copy_(span.masked_fill(~asks.unsqueeze(1), 0))
         kept = torch.stack([step.token.float(), step.confidence], dim=2)
         step.memory.copy_(torch.where(drafts[:, None, None], kept, step.memory))
+
+    def _passes(
+        self,
+        step: Step,
+        is_run: "torch.Tensor",
+        doubt: "torch.Tensor",
+        length: "torch.Tensor",
+        drafts: "torch.Tensor",
+    ) -> "torch.Tensor":
+        """Whether the router wants a draft verified, bool ``[R]``; what it keeps is written.
+
+        Args:
+            step: The step.
+            is_run: bool ``[R, W]``, the first run of masked positions.
+            doubt: int64 ``[R, W]``, that of the run's proposals, in units; 0 elsewhere.
+            length: int64 ``[R]``, of the run.
+            drafts: bool ``[R]``, requests whose step is none of verification.
+        """
+        import torch
+
+        constants = step.constants
+        doubt = doubt.cumsum(dim=1)
+        expected = ((doubt.double() / -UNITS).exp() * UNITS).long().masked_fill(~is_run, 0).sum(dim=1).double() / UNITS
+        num_confident = (step.is_open & (step.confidence >= step.parameter.unsqueeze(1))).sum(dim=1)
+        score = expected - constants[:, COST] - constants[:, COST_OF_POSITION] * num_confident
+        passes = score >= torch.where(step.carry[:, IS_ON] > 0, constants[:, OFF], constants[:, ON])
+        step.carry[:, IS_ON] = torch.where(drafts, passes.float(), step.carry[:, IS_ON])
+        return passes
 
     def _decide(self, step: Step, is_verified: "torch.Tensor") -> None:
         """Choose what a verification takes; where that is too little, the threshold adds to it from the draft."""
@@ -241,6 +296,49 @@ class S2D2(Policy):
         step.parameter.masked_fill_(is_verified.squeeze(1) & is_enough, CHOSEN)
         drafted = step.memory[..., TOKEN].to(step.token.dtype)
         step.token.copy_(torch.where(is_verified & step.is_open & ~taken, drafted, step.token))
+
+
+class Bandit(S2D2):
+    """The same with a bandit for a router."""
+
+    def _passes(
+        self,
+        step: Step,
+        is_run: "torch.Tensor",
+        doubt: "torch.Tensor",
+        length: "torch.Tensor",
+        drafts: "torch.Tensor",
+    ) -> "torch.Tensor":
+        """As that of :class:`S2D2`."""
+        import torch
+
+        part = step.constants[:, PART].long()
+        is_long = (2 * (length - 1) >= part - 1) & (part > 1)
+        is_late = 2 * (part - step.is_open.sum(dim=1)) >= part
+        is_unsure = 2 * doubt.sum(dim=1) >= length * int(UNITS)
+        context = 4 * is_long.long() + 2 * is_late.long() + is_unsure.long()
+        step.state[:, CONTEXT] = torch.where(drafts, context.float(), step.state[:, CONTEXT])
+        numbers, sums = step.carry.double().view(-1, 2, 2, NUM_CONTEXTS).unbind(dim=1)  # [R, choices, contexts]
+        own = context[:, None, None].expand(-1, 2, 1)
+        number, total = numbers.gather(2, own).squeeze(2), sums.gather(2, own).squeeze(2)
+        log_t = ((numbers.sum(dim=(1, 2)) + 1.0).log() * UNITS).floor().unsqueeze(1) / UNITS
+        value = total / number + step.constants[:, EXPLORATION].double().unsqueeze(1) * (log_t / number).sqrt()
+        value = torch.where(number > 0, value, torch.inf)
+        return value[:, 1] >= value[:, 0]
+
+    def observe(self, step: Step, unmasked: "torch.Tensor") -> None:
+        """Reward what was chosen; a draft that awaits its verification has decided nothing."""
+        assert step.verification is not None
+        number = unmasked.sum(dim=1, keepdim=True)
+        is_verified = step.verification.span[:, 1:] > 0
+        place = NUM_CONTEXTS * is_verified.long() + step.state[:, CONTEXT].long().unsqueeze(1)
+        reward = number.float() / (1.0 + is_verified.float())  # a verification takes another forward
+        numbers, sums = step.carry.split(2 * NUM_CONTEXTS, dim=1)
+        numbers.scatter_add_(1, place, (number > 0).float())
+        sums.scatter_add_(1, place, reward)
+
+
+BANDIT = Bandit()  # of ``S2D2.variants``
 
 
 def _sample(p: "torch.Tensor", q: "torch.Tensor", drafted: "torch.Tensor", noise_key: "torch.Tensor") -> "torch.Tensor":

@@ -32,7 +32,8 @@ MAX_END_TOKENS = 8  # of a request that its blocks are searched for, besides one
 RUN_AHEAD_SHARE = 0.75  # of a step's blocks that should go on, for another step to be launched behind it
 # index + 1 in HostTables.cuts
 CUTTERS: tuple[Cutter, ...] = (ADABLOCK, *(policy for policy in POLICIES.values() if policy.cuts_blocks))
-ADJUSTING = tuple(name for name, policy in POLICIES.items() if policy.adjusts)  # index + 1 in HostTables.adjusts
+# index + 1 in HostTables.adjusts
+ADJUSTING = tuple(one for policy in POLICIES.values() if policy.adjusts for one in (policy, *policy.variants))
 
 
 def _seed(req_id: str, seed: int | None) -> int:
@@ -280,15 +281,16 @@ class CanvasStates:
         host.filters_confidence[slot] = options.filtered_confidence
         if host.is_recorded[slot] or assignment.is_watched or options.refresh_confidence > 0:
             self.observed.add(new.req_id)
-        policy = assignment.policy or options.policy
-        host.adjusts[slot] = ADJUSTING.index(policy) + 1 if policy in ADJUSTING else 0
+        policy = POLICIES[assignment.policy or options.policy]
+        adjusting = (policy, *policy.variants)[schedule.variant]
+        host.adjusts[slot] = ADJUSTING.index(adjusting) + 1 if adjusting in ADJUSTING else 0
         host.is_dual[slot] = options.cache_mode == "dual"
-        self._set_cutter(slot, options, POLICIES[policy], assignment)
+        self._set_cutter(slot, options, policy, assignment)
         host.by_entropy[slot], host.reads_logits[slot] = assignment.by_entropy, assignment.reads_logits
         if host.adjusts[slot]:
             self.constants[slot] = self._constants(schedule.constants)
             self.policy_carry[slot] = self._carry_of(new.req_id, num_prefill)
-            self.policy_memory = _with_room(self.policy_memory, POLICIES[policy].memory_size)
+            self.policy_memory = _with_room(self.policy_memory, policy.memory_size)
         host.modifies[slot] = 0
         for number, modifier in enumerate(MODIFIERS):
             if modifier.is_on(options):

@@ -6,7 +6,7 @@ import numpy as np
 
 from csrc_triton.cpu import compiled
 from csrc_triton.types import ENTROPY_SCALE
-from vllm_osdt.policies import MODIFIERS, POLICIES, Policy
+from vllm_osdt.policies import MODIFIERS, Policy
 from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.slots import ADJUSTING, CUTTERS, CanvasStates, HostTables
 from vllm_osdt.worker.step.layout import StepPlan
@@ -249,7 +249,7 @@ def _adjusting(
         if own.shape[1]:
             arrays[f"adjusted_{len(policies)}"] = own
             first_slots.append(first_of_consecutive(own[1].tolist()))
-            policies.append(POLICIES[ADJUSTING[number - 1]])
+            policies.append(ADJUSTING[number - 1])
     return policies, first_slots, arrays
 
 
