@@ -215,6 +215,12 @@ else:
     DecodingOptions = _compose()
 
 
+def _as_load_bounds(value: dict[str, int]) -> tuple[int, int]:
+    if value.keys() != {"low", "high"} or not 1 <= value["low"] < value["high"]:
+        raise ValueError("no bounds")
+    return value["low"], value["high"]
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """What the operator alone decides: ``additional_config={"osdt": {...}}`` and ``--osdt-config``, no request."""
@@ -290,6 +296,15 @@ class ServerOptions:
         "written but for requests that change or ask for them. Saves traffic of memory, and with tensor parallelism "
         "their gathering; its speed is not measured yet. For unquantized output weights without a bias, and no "
         "adapters; refused elsewhere.",
+    )
+    load_aware: tuple[int, int] | None = option(
+        None,
+        Annotated[dict[str, int], AfterValidator(_as_load_bounds)] | None,
+        "How drafts of `freedave` over `steps` follow the load: all of them while a step has at most `low` rows of its "
+        "own, none from `high` rows on, fewer and fewer between. The tokens are the same either way. `null`: as many "
+        "as a step has room for.",
+        unit="rows",
+        expected='{"low": ROWS, "high": ROWS} with 1 <= low < high, such as {"low": 32, "high": 256}, or null',
     )
 
 
