@@ -123,7 +123,7 @@ class Bench:
         operator: The operator's options.
     """
 
-    def __init__(self, args: argparse.Namespace, model: str, gen_length: int, **operator: str | None) -> None:
+    def __init__(self, args: argparse.Namespace, model: str, gen_length: int, **operator: Any) -> None:
         from vllm import LLM
 
         self.args = args

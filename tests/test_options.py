@@ -477,10 +477,15 @@ def test_options_of_the_operator_are_not_for_requests():
         ("max_auto_tasks", 1),
         ("max_profiles", 1),
         ("profile_dir", None),
+        ("load_aware", None),
     ],
 )
 def test_values_of_the_operator_at_the_edge_are_taken(name, value):
     assert getattr(parse_server_options({name: value}), name) == value
+
+
+def test_bounds_of_the_load_are_read_from_a_mapping():
+    assert parse_server_options({"load_aware": {"high": 2, "low": 1}}).load_aware == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -503,6 +508,13 @@ def test_values_of_the_operator_at_the_edge_are_taken(name, value):
         ({"audit_agreement": 1}, r"audit_agreement is 1; expected a number in \(0, 1\)"),
         ({"max_auto_tasks": 0}, "max_auto_tasks is 0"),
         ({"max_auto_tasks": None}, "max_auto_tasks is None"),
+        ({"load_aware": 5}, r'load_aware is 5; expected {"low": ROWS, "high": ROWS} with 1 <= low < high'),
+        ({"load_aware": {"low": 8}}, r"load_aware is {'low': 8}"),
+        ({"load_aware": {"low": 8, "high": 8}}, r"load_aware is {'low': 8, 'high': 8}"),
+        ({"load_aware": {"low": 0, "high": 8}}, r"load_aware is {'low': 0, 'high': 8}"),
+        ({"load_aware": {"low": 1.0, "high": 8}}, r"load_aware is {'low': 1.0, 'high': 8}"),
+        ({"load_aware": {"low": True, "high": 8}}, r"load_aware is {'low': True, 'high': 8}"),
+        ({"load_aware": {"low": 1, "high": 8, "top": 9}}, r"load_aware is .*'top': 9}"),
     ],
 )
 def test_bad_values_of_the_operator_are_refused(values, words):

@@ -17,6 +17,7 @@ class Sizes:
         num_cases: Of a recorded family; None: all.
         num_problems, num_tasks: Of a bundled model.
         num_samples: Equal requests that are sampled in one batch.
+        num_policies: Of those that are tried with every cache mode.
         requests: At a time, of a large shape.
         tokens_per_forward: Of a large shape; the first is what is measured first.
         prompt_length: In tokens, of a large shape.
@@ -35,6 +36,7 @@ class Sizes:
     num_problems: int = 64
     num_tasks: int | None = None
     num_samples: int = 16
+    num_policies: int | None = None
     requests: tuple[int, ...] = (1, 8, 32, 128)
     tokens_per_forward: tuple[int, ...] = (4, 16, 1)
     prompt_length: int = 128
@@ -54,6 +56,7 @@ TINY = Sizes(
     num_problems=2,
     num_tasks=1,
     num_samples=2,
+    num_policies=1,
     requests=(1, 2),
     tokens_per_forward=(8,),
     prompt_length=16,

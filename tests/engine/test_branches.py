@@ -1,9 +1,11 @@
 """Who gets the rows and pages of further branches."""
 
+from fractions import Fraction
+
 import pytest
 from vllm.v1.core.block_pool import BlockPool
 
-from vllm_osdt.engine.branches import Brancher, BranchPool, share_rows, step_of
+from vllm_osdt.engine.branches import Brancher, BranchPool, rows_under_load, share_rows, step_of
 from vllm_osdt.engine.canvas_plan import Rows
 from vllm_osdt.messages import BranchPages
 from vllm_osdt.options import DecodingOptions
@@ -99,6 +101,27 @@ def test_spare_rows_and_pages_go_to_every_request_in_turn(pool):
     assert pool.release_spare()
     found = share_rows({"a": (branch,) * 9, "b": (branch,) * 9}, pool, 1000, 3)  # 10 pages, of which 3 are others'
     assert {name: len(branches) for name, branches in found.items()} == {"a": 4, "b": 3}
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (1, 300), (16, 17), (16, 128), (16, 40), (64, 65), (100, 250)])
+@pytest.mark.parametrize("wanted", [0, 1, 3, 7, 32])
+def test_rows_of_spare_branches_fall_in_a_line_from_the_low_bound_to_none_at_the_high_one(low, high, wanted):
+    """``wanted``: of each of the step's own rows."""
+    rows = [rows_under_load((low, high), own, wanted * own) for own in range(1, 301)]
+    assert rows[:low] == [wanted * own for own in range(1, low + 1)]
+    assert set(rows[high - 1 :]) <= {0}
+    for own in range(low, min(high, 300) + 1):
+        line = Fraction(wanted * low) * Fraction(high - own, high - low)
+        assert line - 1 < rows[own - 1] <= line
+    assert all(before >= after for before, after in zip(rows[low - 1 :], rows[low:], strict=False))
+    shares = [Fraction(number, own) for own, number in enumerate(rows, start=1)]
+    assert shares[low - 1 :] == sorted(shares[low - 1 :], reverse=True)
+
+
+def test_steps_between_the_bounds_have_as_many_rows_where_the_bounds_are_as_far_apart_as_the_drafts():
+    bounds = 16, 128  # eight states of a block
+    assert {own + rows_under_load(bounds, own, 7 * own) for own in range(16, 129)} == {128}
+    assert rows_under_load(bounds, 40 + 60, 7 * 40) < rows_under_load(bounds, 40, 7 * 40)  # a prompt counts, too
 
 
 @pytest.mark.parametrize(

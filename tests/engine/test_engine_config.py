@@ -354,6 +354,21 @@ def test_running_ahead_is_refused_where_no_step_is_a_graph(checkpoint: str, monk
         engine_config.CanvasModelConfig.verify_and_update_config(config)
 
 
+def test_bounds_of_the_load_lie_among_the_rows_of_steps(checkpoint: str) -> None:
+    def load(low: int, high: int) -> dict:
+        return {
+            "additional_config": {"osdt": {"load_aware": {"low": low, "high": high}}},
+            "max_num_batched_tokens": 300,
+        }
+
+    assert server_options(configure(checkpoint, **load(299, 400))).load_aware == (299, 400)
+    with pytest.raises(OSDTError, match=r"load_aware has low 300, but no step has more .* 300, .* Lower it"):
+        configure(checkpoint, **load(300, 400))
+    assert configure(checkpoint, **load(1, 33))
+    with pytest.raises(OSDTError, match=r"load_aware has high 32, .* block_length 32 rows, .* Raise it above 32"):
+        configure(checkpoint, **load(1, 32))
+
+
 def test_a_filter_must_fit_the_served_blocks(checkpoint: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file

@@ -358,6 +358,62 @@ def test_nothing_is_taken_for_drafts_where_attention_cannot_compute_them(tasks_l
     assert not asked
 
 
+@pytest.fixture(scope="module")
+def load_aware_llm(golden_random, start_llm):
+    """Drafts give way from 16 rows of a step on, and are gone at 64."""
+    own = {"profile_dir": "", "load_aware": {"low": 16, "high": 64}}
+    return start_llm(golden_random.folder, max_num_seqs=32, max_model_len=512, additional_config={"osdt": own})
+
+
+@pytest.fixture
+def counted(load_aware_llm, monkeypatch):
+    """Rows of each step so far on that engine: without drafts, of drafts, and how many requests denoise a block."""
+    sched, steps = scheduler(load_aware_llm), []
+    add = sched._add_spare_branches
+
+    def counting(req_ids):
+        add(req_ids)
+        rows = [sched._rows[req_id] for req_id in req_ids]
+        own, further = sum(one.num_rows for one in rows), sum(one.num_all_rows - one.num_rows for one in rows)
+        steps.append((own, further, sum(one.num_rows == 16 for one in rows)))
+
+    monkeypatch.setattr(sched, "_add_spare_branches", counting)
+    return steps
+
+
+@pytest.mark.e2e
+def test_drafts_give_way_to_load_and_tokens_stay(load_aware_llm, random_llm, golden_random, counted):
+    prompts = [case["prompt_token_ids"] for case in golden_random.cases[:8]]
+    params = sampling(32, policy="freedave", freedave_drafts=4, block_length=16, cache_mode="dual")
+    plain = generate(random_llm, prompts, sampling(32, policy="fixed_steps", block_length=16, cache_mode="dual"))
+    drafted = generate(random_llm, prompts, params)
+    forwards = {}
+    for number in (1, 2, 3, 8):
+        counted.clear()
+        got = generate(load_aware_llm, prompts[:number], params)
+        assert tokens(got) == tokens(plain[:number]) == tokens(drafted[:number])
+        forwards[number] = sum(map(nfe, got)) / number
+        of_blocks = [(own, further) for own, further, denoising in counted if own == 16 * denoising == 16 * number]
+        assert set(of_blocks) == {(16 * number, 16 * max(4 - number, 0))}  # 64 rows a step, where they may be had
+        assert all(own + further <= 64 for own, further, _ in counted if own < 64)
+        assert all(not further for own, further, _ in counted if own >= 64)
+    assert list(map(nfe, generate(load_aware_llm, prompts[:1], params))) == list(map(nfe, drafted[:1]))
+    assert forwards[1] < forwards[2] < forwards[3] < forwards[8] == sum(map(nfe, plain)) / 8
+    assert_idle(load_aware_llm)
+
+
+@pytest.mark.e2e
+def test_drafts_that_tokens_depend_on_do_not_give_way(load_aware_llm, random_llm, golden_random, counted):
+    prompts = [case["prompt_token_ids"] for case in golden_random.cases[:8]]
+    over = {"freedave_base": "threshold", "threshold": 0.4, "freedave_drafts": 5}
+    params = sampling(32, policy="freedave", block_length=16, cache_mode="dual", **over)
+    expected, got = (generate(llm, prompts, params) for llm in (random_llm, load_aware_llm))
+    assert tokens(got) == tokens(expected) and list(map(nfe, got)) == list(map(nfe, expected))
+    assert sum(further for own, further, _ in counted if own >= 64) > 0
+    params = sampling(32, policy="freedave", block_length=16, cache_mode="dual", **{**over, "freedave_drafts": 2})
+    assert tokens(generate(random_llm, prompts, params)) != tokens(expected)  # why
+
+
 @pytest.mark.parametrize(
     ("name", "value", "traits"),
     [

@@ -189,6 +189,27 @@ def share_rows(
     return found
 
 
+def rows_under_load(bounds: tuple[int, int], num_rows: int, num_wanted: int) -> int:
+    """Rows that spare branches may have in a step, at most.
+
+    Where each row of a step's own wants w of them, there are w * ``low`` at the low bound. From there they fall in a
+    line to none at the high one. So all steps between have ``high`` rows where ``high`` is (w + 1) * ``low``.
+
+    Rows are counted, not requests, since they are what a step costs: a prompt or a refresh leaves drafts less room,
+    too. The idea is SmartSpec's (arXiv 2406.14066), the rule is ours.
+
+    Args:
+        bounds: Low and high, of the operator: own rows of a step up to which spare branches are as many as wanted, and
+            from which on there are none.
+        num_rows: The step's own rows: without spare branches; at least 1.
+        num_wanted: Rows of the spare branches that its requests want.
+    """
+    low, high = bounds
+    if num_rows <= low:
+        return num_wanted
+    return max(num_wanted * low * (high - num_rows), 0) // (num_rows * (high - low))
+
+
 def step_of(rows: Rows, num_tokens: int, active_length: int, num_before: int) -> BlockStep:
     """What a policy is told of a planned step.
 

@@ -59,6 +59,29 @@ def _check_gen_length(vllm_config: "VllmConfig", defaults: DecodingOptions) -> N
     vllm_config.model_config.override_generation_config.setdefault("max_new_tokens", None)
 
 
+def _check_load_bounds(vllm_config: "VllmConfig", defaults: DecodingOptions, options: ServerOptions) -> None:
+    """Bounds of the load must lie among the rows that steps have.
+
+    Raises:
+        OSDTError: No step of an engine would have fewer drafts, or no request of the served block length any.
+    """
+    if options.load_aware is None:
+        return
+    low, high = options.load_aware
+    scheduler = vllm_config.scheduler_config
+    max_rows = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    if low >= max_rows:
+        raise OSDTError(
+            f"load_aware has low {low}, but no step has more rows than max_num_batched_tokens {max_rows}, so that no "
+            "draft would ever give way. Lower it, or leave load_aware out."
+        )
+    if high <= defaults.block_length:
+        raise OSDTError(
+            f"load_aware has high {high}, but a step of one request has block_length {defaults.block_length} rows, so "
+            f"that none would have drafts. Raise it above {defaults.block_length}, or leave load_aware out."
+        )
+
+
 def _refuse_if_asked(name: str, value: bool, reason: str) -> None:
     """Refuse an engine argument that the operator has set and these models cannot honor.
 
@@ -494,6 +517,7 @@ class CanvasModelConfig(VerifyAndUpdateConfig):
         options = server_options(vllm_config)  # refuses a bad value before anything is loaded
         for policy in POLICIES.values():
             policy.check_operator(defaults, options)
+        _check_load_bounds(vllm_config, defaults, options)
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=defaults.block_length)
         scheduler.scheduler_cls = SCHEDULER_CLS
         switched_off = []

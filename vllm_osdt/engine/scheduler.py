@@ -23,7 +23,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_osdt.calibration.store import open_store
 from vllm_osdt.engine.audit import Auditor
-from vllm_osdt.engine.branches import Brancher, BranchPool, share_rows, step_of
+from vllm_osdt.engine.branches import Brancher, BranchPool, rows_under_load, share_rows, step_of
 from vllm_osdt.engine.calibrator import Calibrator
 from vllm_osdt.engine.canvas_plan import CanvasPlan, Rows, make_plan
 from vllm_osdt.engine.engine_config import describe_engine
@@ -94,6 +94,7 @@ class CanvasScheduler(Scheduler):
         self._tracer = Tracer(self.max_num_running_reqs)
         self._ended_thinking: dict[str, int] = {}  # in this step, by id: how many of its new tokens are given
         self._is_fused = options.fused_commit
+        self._load_aware = options.load_aware
         model = self.vllm_config.model_config
         self._traits: Traits = model.hf_config.traits
         self._grammars = Grammars(self.structured_output_manager, model.get_vocab_size(), self._traits.mask_token_id)
@@ -364,7 +365,10 @@ class CanvasScheduler(Scheduler):
         return self._pool.branches_that_fit(self._branchers[request.request_id], step, max_rows)
 
     def _add_spare_branches(self, req_ids: Container[str]) -> None:
-        """Give rows and pages that are left to branches which tokens do not depend on."""
+        """Give rows and pages that are left, and that the load allows, to branches which tokens do not depend on."""
+        num_rows = self.max_num_scheduled_tokens - self._room
+        if self._load_aware is not None and num_rows >= self._load_aware[1]:
+            return
         wanted = {}
         for req_id in (one for one, brancher in self._branchers.items() if not brancher.needs_all and one in req_ids):
             request = self.requests[req_id]
@@ -373,6 +377,9 @@ class CanvasScheduler(Scheduler):
         if not wanted:
             return
         room = min(self._room, self._branch_room)
+        if self._load_aware is not None:
+            num_wanted = sum(branch.num_rows for branches in wanted.values() for branch in branches)
+            room = min(room, rows_under_load(self._load_aware, num_rows, num_wanted))
         for req_id, branches in share_rows(wanted, self._pool, room, len(self.running)).items():
             self._rows[req_id] = self._rows[req_id]._replace(branches=branches)
             self._has_branch |= bool(branches)

@@ -215,6 +215,12 @@ else:
     DecodingOptions = _compose()
 
 
+def _as_load_bounds(value: dict[str, int]) -> tuple[int, int]:
+    if value.keys() != {"low", "high"} or not 1 <= value["low"] < value["high"]:
+        raise ValueError("no bounds")
+    return value["low"], value["high"]
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """What the operator alone decides: ``additional_config={"osdt": {...}}`` and ``--osdt-config``, no request."""
@@ -300,6 +306,15 @@ class ServerOptions:
         expected="a number of rows, or none for all steps",
         default_text="all steps",
         unit="rows",
+    )
+    load_aware: tuple[int, int] | None = option(
+        None,
+        Annotated[dict[str, int], AfterValidator(_as_load_bounds)] | None,
+        "How drafts of `freedave` over `steps` follow the load: all of them while a step has at most `low` rows of its "
+        "own, none from `high` rows on, fewer and fewer between. The tokens are the same either way. `null`: as many "
+        "as a step has room for.",
+        unit="rows",
+        expected='{"low": ROWS, "high": ROWS} with 1 <= low < high, such as {"low": 32, "high": 256}, or null',
     )
 
 
