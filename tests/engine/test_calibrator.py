@@ -143,7 +143,8 @@ def test_without_early_thresholds_all_requests_record_until_the_round_ends(optio
 @pytest.mark.parametrize("policy", policies_of("calibrated"))
 def test_a_calibrated_policy_calibrates_with_the_static_threshold_and_shares_the_tasks_profile(policy):
     calibrator = make_calibrator()
-    options = {"policy": policy, "calibrated": True} | ({"steps": 2 * LENGTH} if policy == "dimple" else {})
+    own = {"dimple": {"steps": 2 * LENGTH}, "freedave": {"freedave_base": "threshold"}}
+    options = {"policy": policy, "calibrated": True, **own.get(policy, {})}
     first = start(calibrator, "a", **options)
     assert first.recorder is not None and first.assignment.policy == "osdt"
     assert np.array_equal(first.assignment.schedule.parameters, static(first))
@@ -154,7 +155,8 @@ def test_a_calibrated_policy_calibrates_with_the_static_threshold_and_shares_the
     with_profile, plain = start(calibrator, "c", **options), start(calibrator, "d")
     assert with_profile.assignment.policy == policy and with_profile.profile is plain.profile is not None
     assert np.array_equal(with_profile.assignment.schedule.parameters, plain.assignment.schedule.parameters)
-    assert with_profile.assignment.schedule.constants and with_profile.about.policy == policy
+    schedule = with_profile.assignment.schedule
+    assert (schedule.constants or schedule.drafts) and with_profile.about.policy == policy
     other = start(calibrator, "e", credit=True)  # whose confidences are others
     assert other.recorder is not None and other.key != plain.key
     assert calibrator.subject("c").allowed is None  # it unmasks more than the thresholds allow

@@ -302,9 +302,9 @@ class ServerOptions:
         count() | None,
         "Of `fused_lm_head`: steps that read more rows of logits than that write them. `benchmarks/bench_kernels.py "
         "--op lm_head_confidence` measures up to how many rows the kernel is as fast. In 16 bits a token may then "
-        "depend on how many requests share its step, as two sums of a logit may differ in their last bit.",
-        expected="a number of rows, or none for all steps",
-        default_text="all steps",
+        "depend on how many requests share its step, as two sums of a logit may differ in their last bit. `null`: all "
+        "steps have the kernel.",
+        expected="a number of rows, or null for all steps",
         unit="rows",
     )
     load_aware: tuple[int, int] | None = option(
