@@ -83,11 +83,13 @@ class EntropyThreshold(Plain):
 class Dimple(Plain):
     def __init__(self, tau, steps, ranked_by="probability"):
         super().__init__()
-        self.tau, self.steps, self.ranked_by = tau, steps, ranked_by
+        self.tau, self.steps, self.ranked_by, self.total = tau, steps, ranked_by, 0
+
+    def begin_block(self, first=0):
+        self.total = 0
 
     def choose(self, step, masked):
-        if step == 0:
-            self.total = len(masked)
+        self.total = self.total or len(masked) + (step > 0)  # a step before this one had the first position alone
         passing = [i for i, c in masked.items() if c > self.tau]
         if step + 1 >= self.steps:
             return list(masked)
@@ -129,11 +131,14 @@ class Hierarchical(Plain):
 class Streaming(Plain):
     def __init__(self, tau, relaxation):
         super().__init__()
-        self.tau, self.relaxation = tau, relaxation
+        self.tau, self.relaxation, self.total = tau, relaxation, 0
+
+    def begin_block(self, first=0):
+        self.total = 0
 
     def choose(self, step, masked):
-        if step == 0:
-            self.total = len(masked)
+        # A step before a block's first one had its first position alone.
+        self.total = max(self.total, len(masked)) if self.total else len(masked) + (step > 0)
         tau = self.tau * (1 - self.relaxation * (1 - len(masked) / self.total))
         return [i for i, c in masked.items() if c >= tau] or best_first(masked)[:1]
 
