@@ -86,6 +86,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/e2e/test_dream.py",
         "tests/e2e/test_fast_dllm_v2.py",
         "tests/e2e/test_random_traffic.py",
+        "tests/e2e/test_random_options.py",
         "tests/e2e/test_lora.py",
     ),
     (

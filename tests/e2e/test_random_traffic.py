@@ -3,11 +3,13 @@
 import random
 
 import pytest
+from safetensors.torch import save_file
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 import vllm_osdt
 from tests.conftest import Golden, save_text_tokenizer
 from tests.e2e.engine import assert_idle, generate, sampling, scheduler
+from tests.policies.test_learned_filter import weights_of
 from tests.reference.block_causal_checkpoints import make_fast_dllm_v2_checkpoint, make_sdar_checkpoint
 from tests.reference.llada import make_checkpoint
 
@@ -21,13 +23,20 @@ GRAMMARS = [
     {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}},
     {"grammar": 'root ::= "a" root "b" | "ab"'},
 ]
+FILTERED = 8  # length of the blocks that the operator's filter is for
 # Policies that look at more than a table, with options that matter for random weights.
 FURTHER = [
     {"policy": "local_leap", "anchor_threshold": 0.5, "relaxed_threshold": 0.1},
     {"policy": "bacd", "min_threshold": 0.1, "max_threshold": 0.6},
     {"policy": "ete", "threshold": 0.4, "explore_rank": 0.5},
     {"policy": "multi_block", "part_length": 4, "max_entropy": 2.0},
+    {"policy": "multi_block", "part_length": 4, "max_entropy": 2.0, "multi_block_rule": "release"},
     {"policy": "confidence_adaptive", "threshold": 0.2, "max_unmask": 3},
+    {"policy": "confidence_adaptive", "adaptive_entropy": 2.0, "max_unmask": 3},
+    {"policy": "entropy_threshold", "max_entropy": 2.0},
+    {"policy": "nemotron_bound", "threshold": 0.5, "bound_min": 0.1},
+    {"policy": "nemotron_bound", "threshold": 0.1, "bound_form": "product"},
+    {"policy": "learned_filter", "filter_threshold": 0.4, "block_length": FILTERED},
     {"policy": "hierarchical", "run_threshold": 0.1},
     {"policy": "streaming", "threshold": 0.5},
     {"policy": "wedlm", "adjusted_entropy": 2.0},
@@ -36,10 +45,17 @@ FURTHER = [
     {"policy": "klass", "kl_confidence": 0.1, "kl_threshold": 0.5, "kl_steps": 1},
     {"policy": "less", "less_confidence": 0.1, "js_threshold": 0.5, "persistence": 1},
     {"policy": "ccd"},
+    {"policy": "ccd", "ccd_window": 3},
+    {"policy": "ccd", "ccd_rule": "release"},
     {"policy": "stable", "stable_confidence": 0.1},
+]
+WHOLE = [  # of whole blocks
+    {"policy": "dimple", "threshold": 0.4},
+    {"policy": "dimple", "threshold": 0.6, "fallback_rank": "margin"},
 ]
 CUTTING = [
     {"policy": "cad_llm", "cad_first_block": 4, "cad_min_block": 2, "cad_threshold": 0.5, "cad_min_threshold": 0.1},
+    {"policy": "cad_llm", "cad_first_block": 4, "cad_threshold": 0.8, "cad_min_threshold": 0.2, "cad_vocabulary": True},
     {"policy": "static_threshold", "adablock": True, "adablock_threshold": 0.05, "adablock_delimiters": [5, 9, 20, 41]},
 ]
 # Little room, so that requests wait and are preempted: (checkpoint, engine, where pages are scarce).
@@ -56,8 +72,10 @@ def random_request(rng, family, beginnings, profile):
     options, own = {"block_length": block_length}, {}
     options["policy"] = rng.choice(["static_threshold", "factor", "joint_bound", "entropy_bound", "fixed_steps"])
     if rng.random() < 0.6:
-        options |= rng.choice(FURTHER + (CUTTING if family == "LLaDA" else []))
-        if options["policy"] not in ("klass", "ccd", "less") and rng.random() < 0.3:
+        whole = [] if family == "Fast-dLLM v2" else WHOLE
+        options |= rng.choice(FURTHER + whole + (CUTTING if family == "LLaDA" else []))
+        block_length = options["block_length"]
+        if options["policy"] not in ("klass", "ccd") and rng.random() < 0.3:
             options["credit"] = True
     elif options["policy"] == "static_threshold":
         options["threshold"] = rng.choice([0.1, 0.4, 0.9])
@@ -69,6 +87,7 @@ def random_request(rng, family, beginnings, profile):
         options["entropy"] = rng.choice([0.3, 4.0, 30.0])
     if family == "LLaDA":
         options["cache_mode"] = rng.choice(["none", "prefix", "dual"])
+        options["suffix_window"] = rng.choice([None, None, 0, 1])
     if family == "Fast-dLLM v2":
         options["sub_block_length"] = rng.choice([2, 4, 8] if block_length % 8 == 0 else [2, 4])
         options["sub_block_cache"] = rng.random() < 0.5
@@ -88,6 +107,7 @@ def random_request(rng, family, beginnings, profile):
     if rng.random() < 0.15 and "stop_token_ids" not in own:
         params.max_tokens, params.min_tokens, params.logprobs = None, 0, None
         params.extra_args["osdt_infill"] = random_template(rng, family)
+        params.extra_args.pop("osdt_suffix_window", None)  # a hole sees all that follows it
         params.ignore_eos = rng.random() < 0.3
         params.logit_bias = {0: 5.0}  # its end token
     elif not is_drafted and rng.random() < 0.3:
@@ -95,13 +115,13 @@ def random_request(rng, family, beginnings, profile):
         params.ignore_eos, params.allowed_token_ids = False, None
     elif profile is not None and rng.random() < 0.2:
         params.extra_args = {"osdt_task": "pinned", "osdt_profile": profile, **PROFILE}
-    elif not is_drafted:
+    elif not is_drafted and options["policy"] != "learned_filter":  # whose blocks have one length
         params.extra_args |= random_switch(rng, family, options, params)
     return prompt, params
 
 
 # Options that go with branches and verifications alike.
-KEPT = ("block_length", "cache_mode", "sub_block_length", "return_trace", "infill")
+KEPT = ("block_length", "cache_mode", "suffix_window", "sub_block_length", "return_trace", "infill")
 KEPT += ("answer_block_length", "think_end_token", "check_prompt")
 
 
@@ -196,7 +216,9 @@ def random_template(rng, family):
 def test_a_request_has_the_tokens_it_has_alone(tmp_path, start_llm, family):
     make, arguments = FAMILIES[family]
     engine = {"max_num_seqs": 16, "max_model_len": 160, "num_gpu_blocks_override": 20, **arguments}
-    config = {"osdt": {"profile_dir": str(tmp_path / "profiles")}}
+    save_file(weights_of(FILTERED, 6), tmp_path / "filter.safetensors")
+    config = {"osdt": {"profile_dir": str(tmp_path / "profiles"), "block_length": FILTERED}}
+    config["osdt"]["filter_file"] = str(tmp_path / "filter.safetensors")
     folder = make(tmp_path / "model", seed=1)
     save_text_tokenizer(Golden(folder, []), tmp_path / "tokenizer")
     grammars = {"backend": "xgrammar", "disable_any_whitespace": True}

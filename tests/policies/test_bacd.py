@@ -22,9 +22,10 @@ class PlainBACD:
     def __init__(self, low=0.6, high=0.9):
         self.low, self.high, self.committed, self.margin = low, high, [], float("inf")
 
+    def begin_block(self, first=0):
+        self.committed = []
+
     def __call__(self, block, step, masked):
-        if step == 0:
-            self.committed = []
         level = sum(self.committed) / len(self.committed) if self.committed else max(masked.values())
         tau = min(max(level, self.low), self.high)
         self.margin = min([self.margin, *(abs(c - tau) for c in masked.values() if c != level)])

@@ -15,7 +15,7 @@ from tests.policies.test_policies import known, schedule_of
 from tests.policies.test_selection import Adaptive, Dimple, Hierarchical, Nemotron, Product, Streaming
 from tests.policies.test_several_at_once import PlainETE
 from tests.policies.test_stability import PlainKLASS, PlainLESS, PlainStable, assert_equal_but_for_near_ties, read, walk
-from tests.reference.decode import calibrate, decode, osdt, static_threshold
+from tests.reference.decode import calibrate, decode, enter, osdt, static_threshold
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.options import DecodingOptions, policies_of
 from vllm_osdt.options.parsing import parse_options
@@ -37,6 +37,9 @@ class Composed:
     def margin(self) -> float:
         """How near it was to another choice."""
         return self.rule.margin
+
+    def begin_block(self, first=0):
+        enter(self.rule)
 
     def see(self, step, rows, proposals, masked, left):
         return self.rule.see(step, rows, proposals, masked, left) if hasattr(self.rule, "see") else {}

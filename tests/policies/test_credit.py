@@ -25,16 +25,17 @@ class WithCredit:
 
     def __init__(self, rule: ThresholdRule, alpha=0.7, gamma=0.2, beta=0.8):
         self.rule, self.alpha, self.gamma, self.beta = rule, alpha, gamma, beta
-        self.credit, self.seen, self.closest, self.num_changed = {}, -1, math.inf, 0
+        self.credit, self.closest, self.num_changed = {}, math.inf, 0
 
     @property
     def margin(self):
         return min(self.rule.margin, self.closest)
 
+    def begin_block(self, first=0):
+        self.credit = {}
+
     def see(self, step, rows, proposal, masked, left):
-        if step <= self.seen:  # another block
-            self.credit = {}
-        self.seen, found = step, {}
+        found = {}
         for place, logits in rows.items():
             credit = self.credit.setdefault(place, torch.zeros(logits.shape[0], dtype=torch.float64))
             credit *= self.beta

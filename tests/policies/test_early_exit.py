@@ -32,15 +32,21 @@ class PlainExit:
         counts_itself: Whether the step in which it is asked for counts in it.
         patience, min_progress, max_change: As of SchED.
         length: Of a block.
+        shares: Positions of each step, where those are not ``fixed_steps`` of a block.
+        num_positions: Of the canvas, where that is not whole blocks.
     """
 
     def __init__(self, tau, steps=None, passes=None, num_blocks=None, *, is_last_one, counts_itself=False, patience=0,
-                 min_progress=0.0, max_change=1.0, length=16):  # fmt: skip
+                 min_progress=0.0, max_change=1.0, length=16, shares=None, num_positions=None):  # fmt: skip
+        self.shares, self.num_positions = shares, num_positions
         self.tau, self.steps, self.passes, self.num_blocks = tau, steps, passes, num_blocks
         self.is_last_one, self.length, self.patience = is_last_one, length, patience
         self.counts_itself = counts_itself
         self.min_progress, self.max_change = min_progress, max_change
         self.total, self.before, self.calm, self.is_over, self.margin, self.num_exits = 0, {}, 0, False, math.inf, 0
+
+    def begin_block(self, first=0):
+        self.total, self.before, self.calm = 0, {}, 0
 
     def see(self, step, rows, proposal, masked, left):
         self.left = left
@@ -51,8 +57,8 @@ class PlainExit:
     def progress(self, block, step, masked):
         if self.steps is None:
             if self.num_blocks is not None:
-                return 1 - self.left / (self.num_blocks * self.total)
-            return 1 - len(masked) / self.total
+                return 1 - self.left / (self.num_positions or self.num_blocks * self.total)
+            return max(0.0, 1 - len(masked) / self.total)  # a sub-block may have more masks than the first one
         index, number = step, self.steps
         if self.num_blocks is not None:
             index, number = block * self.steps + step, self.num_blocks * self.steps
@@ -61,8 +67,7 @@ class PlainExit:
         return index / (number - 1) if number > 1 else 1.0
 
     def __call__(self, block, step, masked):
-        if step == 0:
-            self.total, self.before, self.calm = len(masked), {}, 0
+        self.total = self.total or len(masked) + (step > 0)  # a step before this one had the first position alone
         progress = self.progress(block, step, masked)
         gap, tau = sum(self.gaps[i] for i in masked) / len(masked), self.tau(progress)
         changed = sum(self.before.get(i) != self.best[i] for i in masked) / len(masked)
@@ -81,6 +86,8 @@ class PlainExit:
             self.margin = min(self.margin, self.passes.margin)
             return chosen
         chosen, ranking = fixed_steps(self.steps, self.length)(block, step, masked), best_first(masked)
+        if self.shares is not None:
+            chosen = ranking[: max([1, *self.shares[step : step + 1]])]
         if len(chosen) < len(ranking):
             # Of confidences near 1, whose rounding errors are smaller than others'.
             distance = masked[ranking[len(chosen) - 1]] - masked[ranking[len(chosen)]]

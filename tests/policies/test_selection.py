@@ -84,11 +84,13 @@ class EntropyThreshold(Plain):
 class Dimple(Plain):
     def __init__(self, tau, steps, ranked_by="probability", on_rank=False):
         super().__init__()
-        self.tau, self.steps, self.ranked_by, self.on_rank = tau, steps, ranked_by, on_rank
+        self.tau, self.steps, self.ranked_by, self.on_rank, self.total = tau, steps, ranked_by, on_rank, 0
+
+    def begin_block(self, first=0):
+        self.total = 0
 
     def choose(self, step, masked):
-        if step == 0:
-            self.total = len(masked)
+        self.total = self.total or len(masked) + (step > 0)  # a step before this one had the first position alone
         passing = [i for i, c in (self.ranks(masked) if self.on_rank else masked).items() if c > self.tau]
         if step + 1 >= self.steps:
             return list(masked)
@@ -130,11 +132,14 @@ class Hierarchical(Plain):
 class Streaming(Plain):
     def __init__(self, tau, relaxation, window=None):
         super().__init__()
-        self.tau, self.relaxation, self.window = tau, relaxation, window
+        self.tau, self.relaxation, self.window, self.total = tau, relaxation, window, 0
+
+    def begin_block(self, first=0):
+        self.total = 0
 
     def choose(self, step, masked):
-        if step == 0:
-            self.total = len(masked)
+        # A step before a block's first one had its first position alone.
+        self.total = max(self.total, len(masked)) if self.total else len(masked) + (step > 0)
         suffix = 0 if self.window is None else min(self.left - len(masked), self.window + 1)
         ratio = (len(masked) + suffix) / (self.total + suffix)
         tau = self.tau * (1 - self.relaxation * (1 - ratio))

@@ -25,20 +25,19 @@ class Plain:
     """A rule that looks at the distributions of a block's steps; ``margin`` is how near it was to another choice."""
 
     def __init__(self, quota=1):
-        self.quota, self.margin, self.steps = quota, math.inf, []
+        self.quota, self.margin = quota, math.inf
+        self.begin_block()
 
     def see(self, step, rows, proposals, masked, left):
         """Keep the distribution of every masked position, by token; tokens that are ruled out have none."""
-        if step == 0:
-            self.steps = []
-            self.enter()
         self.proposals = dict(proposals)
         shares = torch.stack(list(rows.values())).double().softmax(dim=-1)
         self.steps.append(dict(zip(rows, shares, strict=True)))
         return self.look(masked) or {}
 
-    def enter(self):
+    def begin_block(self, first=0):
         """A block begins."""
+        self.steps = []
 
     def look(self, masked):
         """What the step changes of proposals and confidences."""
@@ -128,7 +127,8 @@ class PlainStable(Plain):
         super().__init__()
         self.length, self.confidence = steps, confidence
 
-    def enter(self):
+    def begin_block(self, first=0):
+        super().begin_block()
         self.history = []
 
     def look(self, masked):
@@ -151,7 +151,8 @@ class PlainCCD(Plain):
         super().__init__(quota)
         self.window, self.positions, self.dynamic = window, positions, dynamic
 
-    def enter(self):
+    def begin_block(self, first=0):
+        super().begin_block()
         self.noted = []
 
     def look(self, masked):
@@ -168,7 +169,7 @@ class PlainCCD(Plain):
 
     def __call__(self, block, step, masked):
         self.noted.append(
-            self.top({i: shares.max().item() for i, shares in self.steps[-1].items()}, max(self.positions, self.quota))
+            self.top({i: self.steps[-1][i].max().item() for i in masked}, max(self.positions, self.quota))
         )
         now = self.noted[-1]
         agreeing = []
@@ -189,11 +190,12 @@ class PlainRelease(Plain):
         super().__init__(quota)
         self.dynamic = dynamic
 
-    def enter(self):
+    def begin_block(self, first=0):
+        super().begin_block()
         self.size, self.next, self.num_masked = 1, [], 0
 
     def __call__(self, block, step, masked):
-        quota, rank = self.quota, {i: certainty(shares) for i, shares in self.steps[-1].items()}
+        quota, rank = self.quota, {i: certainty(self.steps[-1][i]) for i in masked}
         self.num_masked = max(self.num_masked, len(rank))
         if step >= 4:
             self.size = 1 if len(rank) <= 0.1 * self.num_masked else self.size

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.reference.decode import Decoded, Draft, Rule, Shape, sureness
+from tests.reference.decode import Decoded, Draft, Rule, Shape, enter, look, sureness
 from tests.reference.rope import rotate
 
 MAX_POST_STEPS = 16  # of LLaDA2.1's editing
@@ -228,7 +228,9 @@ def decode_block_causal(
             if start <= len(prompt) + place < end:
                 canvas[len(prompt) + place], decided[len(prompt) + place] = token, True
         needed = min(end, len(prompt) + max_tokens)
+        num_behind = _canvas_end(len(prompt), max_tokens, block_length) - end
         result.record.append([])
+        enter(rule, start)
         num_post_steps = 0
         for step in range(block_length + MAX_POST_STEPS):
             logits = model.forward(canvas, block_length)
@@ -239,7 +241,7 @@ def decode_block_causal(
                 before = [token for token, known in zip(canvas.tolist(), decided, strict=True) if known]
                 logits = torch.stack([shape(row, before, place - len(prompt)) for place, row in enumerate(logits)])
             top = logits.topk(2, dim=-1)
-            masked, edits = {}, []
+            masked, edits, found = {}, [], {}
             for position in range(start, end):
                 token = int(top.indices[position, 0])
                 confidence = sureness(rule, probability[position], token)
@@ -248,20 +250,22 @@ def decode_block_causal(
                 margin = (top.values[position, 0] - top.values[position, 1]).item()
                 result.proposal_margin = min(result.proposal_margin, margin)
                 if not decided[position]:
-                    masked[position] = confidence
+                    masked[position], found[position] = confidence, token
                 elif token != canvas[position]:
                     result.edit_margin = min(result.edit_margin, abs(confidence - edit_threshold))
                     if confidence > edit_threshold:
                         edits.append(position)
             num_post_steps += not masked
+            if masked:
+                rows, written = ({place: one[place] for place in masked} for one in (logits, own))
+                look(rule, step, rows, written, found, masked, num_behind + len(masked))
             chosen = rule(block - first_block, step, masked) if masked else []
             if draft is not None:
-                found = {position: int(top.indices[position, 0]) for position in masked}
                 chosen = list({*chosen, *draft.confirmed(rule, -len(prompt), found, masked)})
             if masked:
                 result.record[-1].append([(c, position in chosen) for position, c in masked.items()])
             for position in chosen + edits:
-                canvas[position], decided[position] = top.indices[position, 0], True
+                canvas[position], decided[position] = found.get(position, int(top.indices[position, 0])), True
                 chosen_from[position] = own[position]
                 steps[position] = step, result.nfe, masked.get(position, 0.0)
             result.num_edits += len(edits)
@@ -368,7 +372,9 @@ def decode_fast_dllm_v2(
         canvas = torch.tensor(ids + [model.mask_token_id] * (end - start))
         decided = [True] * start + [False] * (end - start)
         needed = min(end, len(prompt) + max_tokens)
+        num_behind = _canvas_end(len(prompt), max_tokens, block_length) - end
         result.record.append([])
+        enter(rule, start)
         stale: torch.Tensor | None = None
         step = 0
         ready = None
@@ -387,7 +393,7 @@ def decode_fast_dllm_v2(
                 proposals = {p: logits[p - 1 if p > base else p] for p in range(sub, last) if not decided[p]}
                 chosen = None
             result.nfe += 1
-            masked, tokens = {}, {}
+            masked, tokens, written = {}, {}, {place: line.clone() for place, line in proposals.items()}
             for position, line in proposals.items():
                 probability = line.double().softmax(dim=-1)
                 line[model.mask_token_id] = -torch.inf
@@ -396,6 +402,7 @@ def decode_fast_dllm_v2(
                 masked[position] = sureness(rule, probability, tokens[position])
                 result.proposal_margin = min(result.proposal_margin, (top.values[0] - top.values[1]).item())
             if chosen is None:
+                look(rule, step, proposals, written, tokens, masked, num_behind + decided.count(False))
                 chosen = rule(block - first_block, step, masked)
             if draft is not None:
                 chosen = list({*chosen, *draft.confirmed(rule, -len(prompt), tokens, masked)})
@@ -408,6 +415,11 @@ def decode_fast_dllm_v2(
     result.tokens = ids[len(prompt) :]
     result.rule_margin = min(getattr(rule, "margin", float("inf")), draft.margin if draft else float("inf"))
     return result
+
+
+def _canvas_end(prompt_length: int, max_tokens: int, block_length: int) -> int:
+    """The position behind the last block of a request."""
+    return -(-(prompt_length + max_tokens) // block_length) * block_length
 
 
 def _beside_stale_block(

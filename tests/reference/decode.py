@@ -155,6 +155,44 @@ class Draft:
         return found
 
 
+def enter(rule: Rule, first: int = 0) -> None:
+    """Tell a rule that a block begins.
+
+    Args:
+        rule: Of the request; one that keeps something of a block has a method ``begin_block``.
+        first: What it will call the block's first undecided position.
+    """
+    if hasattr(rule, "begin_block"):
+        rule.begin_block(first)
+
+
+def look(
+    rule: Rule,
+    step: int,
+    rows: dict[int, torch.Tensor],
+    written: dict[int, torch.Tensor],
+    proposals: dict[int, int],
+    masked: dict[int, float],
+    left: int,
+) -> None:
+    """Let a rule see what a step knows of its masked positions; one that wants to has a method ``see``.
+
+    Args:
+        rule: Of the request.
+        step: In the block.
+        rows: Logits of each, -inf for what may not be proposed.
+        written: The same as the model wrote them.
+        proposals, masked: Token and confidence of each; changed in place where the rule has others.
+        left: Undecided positions of the canvas.
+    """
+    if not hasattr(rule, "see"):
+        return
+    if hasattr(rule, "written"):
+        rule.written = written
+    for place, (token, confidence) in (rule.see(step, rows, dict(proposals), dict(masked), left) or {}).items():
+        proposals[place], masked[place] = token, confidence
+
+
 def fixed_steps(steps_per_block: int, block_length: int) -> Rule:
     """LLaDA's quota: equal shares, the first steps one more where they do not come out even."""
 
@@ -266,6 +304,7 @@ def decode(
         length, is_cut = last - first, not hasattr(rule, "cut")
         num_needed = min(length, wanted - done)
         result.record.append([])
+        enter(rule)
         ready, step = None, -1
         while ready is None:
             step += 1
@@ -316,12 +355,15 @@ def decode(
                     masked[offset] = sureness(rule, probability[offset], int(proposal[offset]))
                     margin = (top[offset, 0] - top[offset, 1]).item()
                     result.proposal_margin = min(result.proposal_margin, margin)
-            if hasattr(rule, "see"):
-                rows = {offset: logits[offset] for offset in masked}
-                left = sum(not one for one in decided[:there])
-                seen_by = rule.see(step, rows, {offset: int(proposal[offset]) for offset in masked}, masked, left)
-                for offset, (token, confidence) in seen_by.items():
-                    proposal[offset], masked[offset] = token, confidence
+            if masked and not is_alone:  # a position that is decided alone is decided whatever the rule
+                rows, written = ({offset: one[offset] for offset in masked} for one in (logits, own))
+                found, left = (
+                    {offset: int(proposal[offset]) for offset in masked},
+                    sum(not one for one in decided[:there]),
+                )
+                look(rule, step, rows, written, found, masked, left)
+                for offset, token in found.items():
+                    proposal[offset] = token
             if not is_cut and not is_alone:
                 length, is_cut = max(1, min(length, rule.cut(dict(enumerate(proposal)), masked))), True
                 if not is_refresh and cache_mode == "dual":  # what was computed behind the block stays

@@ -98,7 +98,7 @@ class Dimple(CalibratedPolicy):
         steps_per_block = options.steps // shape.num_blocks
         ranked_by = RANKS.index(options.fallback_rank)
         passes_by = ranked_by if options.threshold_on_rank else PROBABILITY
-        constants = (steps_per_block, ranked_by, shape.decides_first_alone, passes_by)
+        constants = (steps_per_block, ranked_by, passes_by)
         schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
         return replace(schedule, constants=constants)
 
@@ -116,11 +116,11 @@ class Dimple(CalibratedPolicy):
         """Choose; ``step.state`` has the masks with which the block began."""
         import torch
 
-        num_steps, ranked_by, is_first_alone, passes_by = step.constants[:, :4].unbind(dim=1)
+        num_steps, ranked_by, passes_by = step.constants[:, :3].unbind(dim=1)
         left = step.is_open.sum(dim=1)
         total = step.state[:, 0]
-        # Its first position may have had a step alone.
-        total.copy_(torch.where(total > 0, total, left + is_first_alone))
+        # A step before the block's first one here had its first position alone.
+        total.copy_(torch.where(total > 0, total, left + (step.step_index > 0)))
         number = _number(left, total.long().clamp(min=1), num_steps.long(), step.step_index)
         rank = torch.where((ranked_by == PROBABILITY).unsqueeze(-1), step.confidence, step.reading[..., 0])
         rank = rank.masked_fill(~step.is_open, -2.0)

@@ -60,7 +60,7 @@ class EarlyExit(CalibratedPolicy):
     """Fills all positions of a step once the mean gap of its logits is large enough; subclasses say when that is.
 
     Constants: the index of the last denoising step, or ``ADAPTIVE``; steps of a block, 0 where each block counts by
-    itself; up to 6 of the subclass. State: masked positions at the block's first step. Carry: 1 behind an exit that is
+    itself; up to 6 of the subclass. State: masked positions when the block was entered. Carry: 1 behind an exit that is
     for the whole answer.
     """
 
@@ -134,7 +134,8 @@ class EarlyExit(CalibratedPolicy):
 
         last, per_block = step.constants[:, 0], step.constants[:, 1]
         num_open = step.is_open.sum(dim=1)
-        step.state[:, 0] = torch.where(step.state[:, 0] > 0, step.state[:, 0], num_open)
+        # A step before the block's first one here had its first position alone.
+        step.state[:, 0] = torch.where(step.state[:, 0] > 0, step.state[:, 0], num_open + (step.step_index > 0))
         number = step.reading[:, :, 1].sum(dim=1)
         # In float64 the sum does not depend on how it is taken, and so not on the longest block of the batch.
         gap = (step.reading[:, :, 0].double().sum(dim=1) / number.clamp(min=1)).float()

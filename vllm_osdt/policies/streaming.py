@@ -56,17 +56,16 @@ class Streaming(CalibratedPolicy):
     def schedule(self, options: StreamingOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` lowers the parameter."""
         window = NO_WINDOW if options.ratio_window is None else options.ratio_window
-        constants = (options.relaxation, shape.decides_first_alone, window)
         schedule = calibrated_schedule(options, shape, thresholds if options.calibrated else None)
-        return replace(schedule, constants=constants)
+        return replace(schedule, constants=(options.relaxation, window))
 
     def adjust(self, step: Step) -> None:
         """Lower the threshold; ``step.state`` has the most masks that were left."""
         import torch  # late: options are read without it
 
-        relaxation, is_first_alone, window = step.constants[:, :3].unbind(dim=1)
+        relaxation, window = step.constants[:, :2].unbind(dim=1)
         left, most = step.is_open.sum(dim=1), step.state[:, 0]
-        # A block's first position may have had a step alone.
-        most.copy_(torch.where(most > 0, most.maximum(left), left + is_first_alone))
+        # A step before the block's first one here had its first position alone.
+        most.copy_(torch.where(most > 0, most.maximum(left), left + (step.step_index > 0)))
         behind = torch.minimum(window + 1.0, (step.num_left - left).to(window.dtype))
         step.parameter.mul_(1.0 - relaxation * (1.0 - (left + behind) / (most + behind).clamp(min=1)))
