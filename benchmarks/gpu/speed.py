@@ -55,11 +55,16 @@ def _loads(block_length: int) -> list[Load]:
             if not is_staggered or number > 1:
                 yield Load(number, tokens, block_length, is_staggered)
 
-    first, *others = (number for number in SIZES.tokens_per_forward if number <= block_length)
+    first, *others = _tokens_per_forward(block_length)
     loads = [*with_tokens(first, False), *with_tokens(first, True)]
     for tokens in others:
         loads += [*with_tokens(tokens, False), *with_tokens(tokens, True)]
     return loads
+
+
+def _tokens_per_forward(block_length: int) -> list[int]:
+    """Those of ``SIZES`` that a block has room for, or all of the block."""
+    return [number for number in SIZES.tokens_per_forward if number <= block_length] or [block_length]
 
 
 def _measure(
@@ -81,7 +86,8 @@ def _first_full_batch(llm: Any) -> dict[str, Any]:
     step_ms: list[float] = []
     length = runner_of(llm).decode_query_len
     with calls.find_compilations() as compiled:
-        Load(max(SIZES.requests), SIZES.tokens_per_forward[0], length, max_tokens=length).run(llm, step_ms.append)
+        load = Load(max(SIZES.requests), _tokens_per_forward(length)[0], length, max_tokens=length)
+        load.run(llm, step_ms.append)
     return {"step_ms": spread(step_ms), "slowest_ms": round(max(step_ms), 1), "compiled": sorted(set(compiled))}
 
 

@@ -13,6 +13,7 @@ from tests.policies.adjusted import NO_CONFIDENCE, chosen, make_step
 from tests.policies.test_policies import schedule_of
 from tests.reference.self_speculation import Outcome, Router, Settings
 from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.mini import gen_length_of, model_path, tasks_of
 from vllm_osdt.mini.tasks import check
 from vllm_osdt.mini.tasks import generate as draw_problems
@@ -103,10 +104,13 @@ def test_a_router_asks_for_what_the_definition_says(settings, width):
     assert num_compared > 30 and 0 < num_asked < num_compared
 
 
-@pytest.mark.parametrize("exploration", [0.0, 0.3, 1.0])
-def test_the_bandit_verifies_as_ucb_over_each_requests_own_rewards_does(exploration):
+@pytest.mark.parametrize(("exploration", "has_sub_blocks"), [(0.0, True), (0.3, False), (1.0, True), (1.0, False)])
+def test_the_bandit_verifies_as_ucb_over_each_requests_own_rewards_does(exploration, has_sub_blocks):
     [bandit], rng, count = S2D2.variants, random.Random(4), 12
     generator, own = torch.Generator().manual_seed(4), schedule(router="bandit", exploration=exploration)
+    if has_sub_blocks:
+        shape = DecodeShape(2, 2 * WIDTH, sub_block_length=WIDTH)
+        own = S2D2.schedule(DecodingOptions(verify_router="bandit", verify_exploration=exploration), shape)
     assert own.variant == 1 and schedule(router="score").variant == 0
     outcomes = [Outcome() for _ in range(count)]
     routers = [Router(Settings(router="bandit", exploration=exploration), outcome) for outcome in outcomes]
@@ -119,13 +123,16 @@ def test_the_bandit_verifies_as_ucb_over_each_requests_own_rewards_does(explorat
         step = start(logits, masked, own)
         if kept is not None:
             step.carry.copy_(kept)
+        at_first = torch.randint(0, 3, (count,), generator=generator) + masked.sum(dim=1)
+        step.state[:, 1] = at_first
         bandit.adjust(step)
         asked, unmasked = step.verification.asked.clone(), torch.zeros_like(masked)
         num_decided = [rng.randrange(1, int(number) + 1) for number in masked.sum(dim=1)]
         for row, router in enumerate(routers):
             places = masked[row].nonzero().ravel().tolist()
             run = [place for place in places if place - places[0] == places.index(place)]
-            wants = router.asks([logits[row, place] for place in run], 0, WIDTH, WIDTH - len(places))
+            before = WIDTH if has_sub_blocks else int(at_first[row])
+            wants = router.asks([logits[row, place] for place in run], 0, WIDTH, before - len(places))
             if outcomes[row].router_margin > 1e-6:
                 num_asked, num_compared = num_asked + wants, num_compared + 1
                 assert asked[row].tolist() == ([run[0], len(run)] if wants else [0, 0])

@@ -220,7 +220,7 @@ def decode_s2d2(
         begin = len(ids)
         start, end = view.block(begin, len(prompt))
         canvas: list[int | None] = [*ids, *[None] * (end - begin)]
-        ready = None
+        ready, first = None, 0
         seeded = view.first(ids, start)
         if seeded is not None:
             seeded[view.mask_token_id] = -torch.inf
@@ -228,7 +228,10 @@ def decode_s2d2(
             result.nfe += 1
             ready = _ready(canvas, begin, min(end, len(prompt) + max_tokens), end_token_ids)
         while ready is None:
-            _step(view, canvas, start, begin, sub_block_length or end - start, settings, router, result)
+            first = first or canvas.index(None)
+            counted = first if sub_block_length is None else start
+            part = sub_block_length or end - start
+            _step(view, canvas, start, begin, part, settings, router, result, counted)
             ready = _ready(canvas, begin, min(end, len(prompt) + max_tokens), end_token_ids)
         ids += ready
     result.tokens = ids[len(prompt) :]
@@ -245,8 +248,9 @@ def _step(
     settings: Settings,
     router: Router,
     result: Outcome,
+    counted: int,
 ) -> None:
-    """One draft, and its verification."""
+    """One draft, and its verification; the bandit counts what is decided from ``counted`` on."""
     first = canvas.index(None)
     last = start + ((first - start) // part + 1) * part
     logits = view.draft([view.mask_token_id if token is None else token for token in canvas], begin)
@@ -270,7 +274,8 @@ def _step(
         for place, c in confidence.items()
         if c > settings.threshold or (not settings.is_strict and c == settings.threshold)
     ]
-    num_taken, num_before = 0, sum(token is not None for token in canvas[last - part : last])
+    counts = range(max(counted, last - part), last)
+    num_taken, num_before = 0, sum(canvas[place] is not None for place in counts)
     if router.asks([lines[place] for place in span], len(confident), part, num_before):
         result.nfe += 1
         verified = span[: settings.max_span]
@@ -294,7 +299,7 @@ def _step(
             chosen = ranking[:missing]
         for place in chosen:
             canvas[place] = token[place]
-    router.hears(sum(token is not None for token in canvas[last - part : last]) - num_before)
+    router.hears(sum(canvas[place] is not None for place in counts) - num_before)
 
 
 def _ready(canvas: list[int | None], begin: int, end: int, end_token_ids: tuple[int, ...]) -> list[int] | None:

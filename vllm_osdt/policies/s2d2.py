@@ -16,17 +16,17 @@ at 1 and off below -5, cost 1 for each confident position, or runs of at least 8
 
 The last router is a contextual bandit (``contextual_bandit_ucb`` of the code), whose numbers are the request's own. A
 draft belongs to one of eight contexts: whether its run is in the longer half of lengths, whether half of the block or
-sub-block is decided, and whether the mean of H / log V over the run is at least a half. The reward of a draft is the
-number of positions that are decided, or half of it where it is verified, by two forwards. In draft t, the choice with
-the larger m + beta sqrt(log t / n) is made, of n rewards with mean m that it had in the context; verification among
-equals; and one without rewards first.
+sub-block is decided, and whether the mean of H / log V over the run is at least a half. As in the code, what a block
+had before its first draft, such as the end of a prompt, does not count as decided; in a sub-block it does. The reward
+of a draft is the number of positions that are decided, or half of it where two forwards verify it. Of two choices with
+n rewards of mean m in the context of draft t, the one with the larger m + beta sqrt(log t / n) is made; of equal ones
+verification; and one without rewards before any other.
 
 Deviations: at temperature 0 a proposal is taken where it is the likeliest token of p, the limit of the rule; the
 authors' code draws with the probabilities of temperature 1 there. Distributions leave the mask token out. Hysteresis
 switches on at its threshold, as in the paper; the code wants more. The bandit has the code's default of two bins each.
-Of a prompt's last, incomplete block it counts the prompt's tokens as decided, as the code for Fast-dLLM v2 does; the
-code for SDAR does not. Left out are keys and values of causal passes in place of those of whole blocks (the code's
-``cache_ver`` and ``draft_ver``).
+Left out are keys and values of causal passes in place of those of whole blocks (the code's ``cache_ver`` and
+``draft_ver``).
 """
 
 import math
@@ -45,12 +45,13 @@ if TYPE_CHECKING:
     import torch
 
 MIN_SPAN, MAX_SPAN, MARGIN, COST, COST_OF_POSITION, ON, OFF = range(7)  # constants
-EXPLORATION, PART = COST, COST_OF_POSITION  # of the bandit, in their place: beta, and positions drafted together
+# Of the bandit, in their place: beta, positions that are drafted together, and whether these are a sub-block.
+EXPLORATION, PART, IS_SUB_BLOCK = COST, COST_OF_POSITION, ON
 TOKEN, CONFIDENCE = range(2)  # memory: what was drafted
 DOUBT, AGREES = range(2)  # readings: -log a; whether a verified proposal is taken
 IS_ON = 0  # carry: hysteresis
 NUM_CONTEXTS = 8  # carry of the bandit: number of rewards by choice and context, 1 for verifications; then their sums
-CONTEXT = 0  # state of the bandit: of the last draft
+CONTEXT, OPEN_AT_FIRST = range(2)  # state of the bandit: of the last draft; masked positions of the block's first one
 NO_MARGIN = -1.0  # constant MARGIN where entropies say how sure a proposal is
 NO_BOUND = 1e9  # of scores
 HOPELESS = 1e3  # doubt of a proposal that is not expected to be taken
@@ -182,8 +183,8 @@ class S2D2(Policy):
         """That of the static threshold."""
         base = BASE.schedule(options, shape, thresholds)
         if options.verify_router == "bandit":
-            part = shape.sub_block_length or shape.block_length
-            own = (1, options.verify_max_span, NO_MARGIN, options.verify_exploration, part)
+            part, is_sub_block = shape.sub_block_length or shape.block_length, shape.sub_block_length is not None
+            own = (1, options.verify_max_span, NO_MARGIN, options.verify_exploration, part, is_sub_block)
             return replace(base, constants=own, variant=1)
         bounds = {
             "span": (-NO_BOUND, -NO_BOUND),
@@ -312,9 +313,12 @@ class Bandit(S2D2):
         """As that of :class:`S2D2`."""
         import torch
 
-        part = step.constants[:, PART].long()
+        part, num_open = step.constants[:, PART].long(), step.is_open.sum(dim=1)
+        at_first = step.state[:, OPEN_AT_FIRST]
+        at_first.copy_(torch.where(at_first == 0, num_open.float(), at_first))
+        num_decided = torch.where(step.constants[:, IS_SUB_BLOCK] > 0, part, at_first.long()) - num_open
         is_long = (2 * (length - 1) >= part - 1) & (part > 1)
-        is_late = 2 * (part - step.is_open.sum(dim=1)) >= part
+        is_late = 2 * num_decided >= part
         is_unsure = 2 * doubt.sum(dim=1) >= length * int(UNITS)
         context = 4 * is_long.long() + 2 * is_late.long() + is_unsure.long()
         step.state[:, CONTEXT] = torch.where(drafts, context.float(), step.state[:, CONTEXT])
