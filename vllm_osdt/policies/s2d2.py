@@ -138,6 +138,7 @@ class S2D2(Policy):
     """The static threshold, and verifications of what it would leave masked."""
 
     name = "s2d2"
+    with_profile = "its threshold decides only where nothing is verified"
     Options = S2D2Options
     adjusts = True
     reads_logits = True
