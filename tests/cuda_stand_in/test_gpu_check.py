@@ -10,16 +10,19 @@ import pytest
 from tests.conftest import REPOSITORY
 
 
-def run(out, *stages, options=("--budget", "10000", "--only")):
+def run(out, *stages, options=("--budget", "10000", "--only"), **variables):
     """Exit status and lines of some stages in tiny sizes."""
     command = [sys.executable, "tools/gpu_check.py", "--stand-in", *options, *stages]
-    environment = {**os.environ, "OUT": str(out)}
+    environment = {**os.environ, "OUT": str(out), **variables}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     return done.returncode, [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
 
 
 def test_its_stages_run_through(tmp_path):
-    stages = ("environment", "kernels", "lm-head", "defaults:llada-mini", "shape:llada-8b", "recorded:llada_random")
+    stages = (
+        "environment", "libraries", "kernels", "lm-head", "defaults:llada-mini", "shape:llada-8b", "graphs:llada-8b",
+        "recorded:llada_random", "shape:sdar-4b",
+    )  # fmt: skip
     status, lines = run(tmp_path, *stages)
     assert status == 0, [line for line in lines if not line["ok"]]
     assert [line["stage"] for line in lines if line["what"] == "ended"] == [*stages]
@@ -31,6 +34,8 @@ def test_its_stages_run_through(tmp_path):
     [start] = [line for line in of_shape if line["what"] == "start"]
     assert start["num_graphs"] > 0
     loads = {(line["what"], line["requests"]): line for line in of_shape if "num_replays" in line}
+    engines = {line["what"]: line for line in lines if line["stage"] == "graphs:llada-8b" and "ahead" in line}
+    assert engines["graphs"]["ahead"] and not engines["no run-ahead"]["ahead"]
     burst = loads["burst", 1]
     assert burst["num_replays"] == burst["num_forwards"] > burst["num_steps"]
     assert loads["staggered", 2]["num_forwards"] > loads["burst", 2]["num_forwards"]
@@ -49,10 +54,10 @@ def test_graphs_and_run_ahead_change_no_token(tmp_path):
 
 
 def test_a_part_that_fails_is_recorded_and_the_next_stage_begins(tmp_path):
-    status, lines = run(tmp_path, "libraries", "environment")  # FlashAttention's own kernels need a GPU
+    status, lines = run(tmp_path, "kernel-tests", "environment", PYTEST_ADDOPTS="--no-such-option")
     assert status == 1
     failed = [line for line in lines if not line["ok"]]
-    assert {line["stage"] for line in failed} == {"libraries"}
+    assert {line["stage"] for line in failed} == {"kernel-tests"}
     assert all("error" in line for line in failed if line["what"] != "ended")
     assert "Traceback" in (tmp_path / "tracebacks.txt").read_text()
     assert any(line["stage"] == "environment" and line["ok"] for line in lines)
