@@ -3,9 +3,9 @@
 ``OSDT_TEST_SEEDS=8`` draws more of them.
 """
 
+import itertools
 import os
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,21 +170,17 @@ def random_requests(network: Any, kind: str, weights: Any, num_seeds: int) -> li
     return [ask(network, kind, name, f"{name} {seed}", weights) for seed in range(num_seeds) for name in names]
 
 
-def assert_as_decoded(requests: list[Asked], completions: list[Any], mask_token_id: int, least: float = 0.6) -> None:
-    """Tokens and forwards of all requests that do not hang on rounding; no mask token, and progress, of all."""
+def assert_as_decoded(requests: list[Asked], completions: list[Any], mask_token_id: int) -> None:
+    """Tokens and forwards, but for some requests that hang on rounding; no mask token, and progress, of all."""
+    others = []
     for one, got in zip(requests, completions, strict=True):
-        assert mask_token_id not in got.token_ids and len(got.token_ids) > 0, (one.policy, one.params)
-    pairs = [(one, got) for one, got in zip(requests, completions, strict=True) if one.is_clear]
-    wrong = [(one.policy, one.params.extra_args) for one, got in pairs if list(got.token_ids) != one.decoded.tokens]
+        assert mask_token_id not in got.token_ids and len(got.token_ids) > 0, one.params
+        has_forwards = nfe(got) == one.decoded.nfe or (one.policy == "freedave" and nfe(got) < one.decoded.nfe)
+        if list(got.token_ids) != one.decoded.tokens or not has_forwards:
+            others.append((one, nfe(got)))
+    wrong = [(one.params.extra_args, number, one.decoded.nfe) for one, number in others if one.is_clear]
     assert not wrong, wrong
-    slow = [
-        (one.policy, nfe(got), one.decoded.nfe, one.params.extra_args)
-        for one, got in pairs
-        if nfe(got) > one.decoded.nfe or (nfe(got) < one.decoded.nfe and one.policy != "freedave")
-    ]
-    assert not slow, slow
-    clear = Counter(one.policy for one, _ in pairs)
-    assert len(pairs) >= least * len(requests) and len(clear) >= least * len({one.policy for one in requests}), clear
+    assert len(others) <= 0.1 * len(requests), [one.policy for one, _ in others]
 
 
 def engine_with_filter(start_llm: Any, folder: Any, model: Any, length: int) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -260,23 +256,20 @@ def test_every_option_of_every_policy_is_drawn():
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("model", "load", "kind", "tasks"),
-    [
-        ("llada-mini", ReferenceLLaDA.load, "canvas", TASKS),
-        ("sdar-mini", ReferenceSDAR.load, "blocks", TASKS),
-    ],
+    ("model", "load", "kind", "length"),
+    [("llada-mini", ReferenceLLaDA.load, "canvas", 16), ("sdar-mini", ReferenceSDAR.load, "blocks", 8)],
+    ids=["llada-mini", "sdar-mini"],
 )
-def test_every_policy_decodes_as_its_plain_loop_on_a_bundled_model(tmp_path, start_llm, model, load, kind, tasks):
+def test_every_policy_decodes_as_its_plain_loop_on_a_bundled_model(tmp_path, start_llm, model, load, kind, length):
     folder = Path(model_path(model))
     network, tokenizer = load(folder), build_tokenizer()
-    llm, weights = engine_with_filter(start_llm, tmp_path, folder, 32)
-    prompts = [tokenizer.encode(problems_of(task, "held_out", 1, 7)[0].prompt).ids for task in tasks]
+    llm, weights = engine_with_filter(start_llm, tmp_path, folder, length)
+    prompts = [tokenizer.encode(problems_of(task, "held_out", 1, 7)[0].prompt).ids for task in TASKS]
     names = [name for name in DRAWS if name not in REFUSED[kind]]
     requests = [
-        ask(network, kind, name, f"{name} {model}", weights, prompt=prompts[index % len(prompts)], block_length=32,
-            max_tokens=32)
-        for index, name in enumerate(names)
-    ]  # fmt: skip
+        ask(network, kind, name, f"{name} {model}", weights, prompt=prompt, block_length=length, max_tokens=32)
+        for name, prompt in zip(names, itertools.cycle(prompts), strict=False)
+    ]
     completions = generate(llm, [one.prompt for one in requests], [one.params for one in requests])
     assert_as_decoded(requests, completions, network.mask_token_id)
     assert_idle(llm)

@@ -300,6 +300,17 @@ def test_positions_without_a_confidence_do_not_stop_a_block(name):
     assert all(step[0] for step in found) and len(found) <= WIDTH
 
 
+@pytest.mark.parametrize(("index", "tau"), [(0, 0.8), (1, 0.8 * (1 - 0.5 * (1 - 3 / 4)))])
+def test_a_first_position_counts_as_decided_where_it_had_a_step_alone(index, tau):
+    """Not where the prompt ends in the block, which then has no such step."""
+    options = DecodingOptions(policy="streaming", threshold=0.8, relaxation=0.5, block_length=4, gen_length=4)
+    schedule = POLICIES["streaming"].schedule(options, DecodeShape(1, 4, decides_first_alone=True))
+    step = make_step(torch.tensor([[NO_CONFIDENCE, 0.5, 0.5, 0.5]]), schedule, 1)
+    step = step._replace(step_index=torch.tensor([index]))
+    POLICIES["streaming"].adjust(step)
+    assert step.parameter.item() == pytest.approx(tau, abs=1e-6)
+
+
 def early_ends(tokens, score, *, left, end_after=0.5):
     """What ``confidence_adaptive`` unmasks of proposed tokens, of a canvas of 32 with so many left."""
     options = DecodingOptions(policy="confidence_adaptive", threshold=0.5, max_unmask=2, end_after=end_after)
