@@ -222,7 +222,10 @@ def freedave(draw: Draw, place: Place) -> Drawn:
         steps, row = draw.steps(place)
         return {"freedave_drafts": drafts, "freedave_base": "steps", **steps}, Shares(row)
     tau = draw.real("threshold", 0.1, 0.6)  # the base decoder's own tokens, if nothing but the block is drafted
-    return {"freedave_drafts": 1, "freedave_base": "threshold", "threshold": tau}, above(tau, place)
+    own: Options = {"freedave_base": "threshold", "threshold": tau, "freedave_accept": draw.word("freedave_accept")}
+    if own["freedave_accept"] == "subset":
+        drafts = 1
+    return {**own, "freedave_drafts": drafts}, above(tau, place)
 
 
 def local_leap(draw: Draw, place: Place) -> Drawn:
@@ -292,7 +295,11 @@ def dimple(draw: Draw, place: Place) -> Drawn:
     tau, rank = draw.real("threshold", 0.2, 0.8), draw.word("fallback_rank")
     steps, _ = draw.steps(place)
     number = steps.get("steps_per_block", steps.get("steps", 0) // place.num_asked)
-    return {"threshold": tau, "fallback_rank": rank, **steps}, Dimple(tau, number, rank)
+    own: Options = {"threshold": tau, "fallback_rank": rank, **steps}
+    on_rank = rank != "probability" and draw.flag()
+    if on_rank:
+        own["threshold_on_rank"] = True
+    return own, Dimple(tau, number, rank, on_rank)
 
 
 def hierarchical(draw: Draw, place: Place) -> Drawn:
@@ -302,7 +309,11 @@ def hierarchical(draw: Draw, place: Place) -> Drawn:
 
 def streaming(draw: Draw, place: Place) -> Drawn:
     tau, relaxation = draw.real("threshold", 0.2, 0.9), draw.real("relaxation", 0.0, 1.0)
-    return {"threshold": tau, "relaxation": relaxation}, Streaming(tau, relaxation)
+    own: Options = {"threshold": tau, "relaxation": relaxation}
+    window = None
+    if not place.is_block_causal and draw.flag():
+        own["ratio_window"] = window = draw.whole("ratio_window", 0, 8)
+    return own, Streaming(tau, relaxation, window)
 
 
 def nemotron_bound(draw: Draw, place: Place) -> Drawn:
@@ -318,7 +329,9 @@ def wedlm(draw: Draw, place: Place) -> Drawn:
     return {"adjusted_entropy": bound, "distance_penalty": penalty}, WeDLM(bound, penalty)
 
 
-def early_exit(draw: Draw, place: Place, tau: Any, *, is_last_one: bool, **gates: Any) -> Drawn:
+def early_exit(
+    draw: Draw, place: Place, tau: Any, *, is_last_one: bool, has_progress: bool = False, **gates: Any
+) -> Drawn:
     """What ``prophet`` and ``sched`` share."""
     scope = draw.word("exit_scope")
     about = {"is_last_one": is_last_one, "num_positions": place.num_positions, **gates}
@@ -332,13 +345,16 @@ def early_exit(draw: Draw, place: Place, tau: Any, *, is_last_one: bool, **gates
         return own, PlainExit(tau, passes=AtLeast(passes, row), **about)
     options, row = draw.steps(place)
     number = options.get("steps_per_block", options.get("steps", 0) // place.num_asked)
-    return {"exit_scope": scope, **options}, PlainExit(tau, number, shares=row, **about)
+    own = {"exit_scope": scope, **options}
+    if has_progress and draw.flag():
+        own["prophet_progress"], about["counts_itself"] = "release", True
+    return own, PlainExit(tau, number, shares=row, **about)
 
 
 def prophet(draw: Draw, place: Place) -> Drawn:
     names = ("prophet_early", "prophet_middle", "prophet_late")
     gaps = [draw.real(name, 0.3, 3.0) for name in names]
-    options, rule = early_exit(draw, place, prophet_tau(*gaps), is_last_one=False)
+    options, rule = early_exit(draw, place, prophet_tau(*gaps), is_last_one=False, has_progress=True)
     return {**options, **dict(zip(names, gaps, strict=True))}, rule
 
 
@@ -391,14 +407,18 @@ def stable(draw: Draw, place: Place) -> Drawn:
 
 def learned_filter(draw: Draw, place: Place) -> Drawn:
     threshold = draw.real("filter_threshold", 0.2, 0.8)
-    return {"filter_threshold": threshold}, PlainFilter(place.weights, threshold)
+    with_best = draw.flag()
+    own: Options = {"filter_threshold": threshold, "filter_best": with_best}
+    return own, PlainFilter(place.weights, threshold, with_best)
 
 
 def s2d2(draw: Draw, place: Place) -> Drawn:
     own: Options = {"router": draw.word("verify_router"), "estimator": draw.word("verify_estimator")}
     spans = sorted([draw.whole("verify_min_span", 1, 3), draw.whole("verify_max_span", 2, 8)])
     own |= {"min_span": spans[0], "max_span": spans[1]}
-    if own["router"] == "span":
+    if own["router"] == "bandit":
+        own = {"router": "bandit", "max_span": spans[1], "exploration": draw.real("verify_exploration", 0.0, 2.0)}
+    elif own["router"] == "span":
         del own["estimator"]
     else:
         own |= {"cost": draw.real("verify_cost", 0.3, 1.5), "cost_per": draw.word("verify_cost_per")}
