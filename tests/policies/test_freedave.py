@@ -263,8 +263,11 @@ def test_over_a_profiles_thresholds_an_engine_takes_the_path_of_the_plain_loop(t
     options = {**profile, "num_calibration_requests": 1, **canvas}
     over = {"policy": "freedave", "freedave_base": "threshold", "calibrated": True, "freedave_accept": accept}
     params = sampling(32, **over, **options)
-    [calibrating] = generate(tasks_llm, prompts[:1], params)
+    submit(tasks_llm, prompts[0], params)
+    drafting: list[str] = []
+    [calibrating] = drive(tasks_llm, lambda step: drafting.extend(scheduler(tasks_llm)._branchers)).values()
     assert list(calibrating.token_ids) == first.tokens and nfe(calibrating) == first.nfe  # the static threshold alone
+    assert not drafting
     got = generate(tasks_llm, prompts, params)
     subset = accept == "subset"
     plain = [freedave(tasks_twin, prompt, 32, 16, 8, rule, [1] * 16, is_subset=subset) for prompt in prompts]

@@ -128,7 +128,7 @@ def test_a_step_of_more_rows_than_the_operator_says_writes_logits():
     head = choose_head(model, sampler, is_fused=True, max_rows=2)
     for num_rows in (1, 2):
         assert head.propose(torch.zeros(4, HIDDEN_SIZE), make_batch(num_rows, "greedy")).token.shape == (num_rows,)
-    assert not read and not head.writes_logits
+    assert not read and [head.writes_logits(number) for number in (1, 2, 3)] == [False, False, True]
     head.propose(torch.zeros(4, HIDDEN_SIZE), make_batch(3, "greedy"))
     assert read == [(3, HIDDEN_SIZE)]
     fused, logits = head.ways  # what a warm-up takes, whatever its number of rows

@@ -149,3 +149,14 @@ def test_most_blocks_of_a_step_must_go_on():
         states._seen[:] = -1
         states.host.masked[:4, :LENGTH] = np.arange(LENGTH) < np.where(slots < number, 3, 1)[:, None]
         assert states.goes_on(slots, num_active) == expected
+
+
+def test_what_a_policy_keeps_outlasts_a_preemption_before_another_step():
+    states = make_states()
+    fill(states, 0, "a", policy="cad_llm")
+    step(states, 0)
+    states._carry_at_entry[0] = 7.0  # with which its block began
+    for slot in (1, 2):  # it comes back, and loses its slot again before its block has a step
+        states.remove_request("a")
+        fill(states, slot, "a", policy="cad_llm")
+        assert states.policy_carry[slot].tolist() == [7.0] * states.policy_carry.shape[1]

@@ -42,6 +42,7 @@ from vllm_osdt.messages import (
     OPEN_HOLE,
     STEP_REPORT,
     TRACE,
+    Assignment,
     CanvasStep,
     Decides,
     HeldWeights,
@@ -180,7 +181,7 @@ class CanvasScheduler(Scheduler):
             request.canvas_about = self.calibrator.about(new.req_id)
             request.canvas_ngram = spec.options.draft_ngram if assignment.has_drafts else None
             request.canvas_drafted = -1
-            brancher = self._brancher_of(request)
+            brancher = self._brancher_of(request, assignment)
             if brancher is not None:
                 self._branchers[new.req_id] = brancher
         self._draft(step, output.num_scheduled_tokens)
@@ -341,11 +342,11 @@ class CanvasScheduler(Scheduler):
         branches = self._pool.those_that_fit(wanted, self.max_num_scheduled_tokens - rows.num_rows, max_pages)
         return rows._replace(branches=branches, verified=span._replace(length=len(branches) + 1))
 
-    def _brancher_of(self, request: Request) -> Brancher | None:
-        """What says which branches a request has; None for a policy without."""
+    def _brancher_of(self, request: Request, assignment: Assignment) -> Brancher | None:
+        """What says which branches a request has; None without, as where its policy waits for a task's thresholds."""
         options = self.calibrator.options(request.request_id)
         policy = POLICIES[options.policy]
-        if not (self._has_branches and policy.has_branches):
+        if not (self._has_branches and policy.has_branches) or assignment.schedule.drafts is None:
             return None
         return Brancher(policy, options, self._pool.pages_left_by(self._spec(request).canvas.end))
 

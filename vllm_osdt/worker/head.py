@@ -26,11 +26,11 @@ class Head(Protocol):
     """What stands between a model and the decision.
 
     Attributes:
-        writes_logits: Whether its proposals are read off logits.
         ways: The heads that one step or another takes in its place; what warms up takes each.
     """
 
-    writes_logits: bool
+    def writes_logits(self, num_rows: int) -> bool:
+        """Whether proposals of so many rows are read off logits."""
 
     @property
     def ways(self) -> "tuple[Head, ...]":
@@ -51,11 +51,13 @@ class Head(Protocol):
 class LogitHead:
     """The model writes logits, the sampler reads them."""
 
-    writes_logits = True
-
     def __init__(self, model: Any, sampler: "CanvasSampler") -> None:
         self._model = model
         self._sampler = sampler
+
+    def writes_logits(self, num_rows: int) -> bool:
+        """Always."""
+        return True
 
     @property
     def ways(self) -> tuple[Head, ...]:
@@ -86,8 +88,6 @@ class FusedHead:
         max_rows: Rows from which on it is not used; None: any number.
     """
 
-    writes_logits = False
-
     def __init__(
         self,
         lm_head: VocabParallelEmbedding,
@@ -106,6 +106,10 @@ class FusedHead:
         self._logits = logits
         self._max_rows = max_rows
 
+    def writes_logits(self, num_rows: int) -> bool:
+        """See ``Head``."""
+        return self._max_rows is not None and num_rows > self._max_rows
+
     @property
     def ways(self) -> tuple[Head, ...]:
         """See ``Head``."""
@@ -117,7 +121,7 @@ class FusedHead:
 
     def propose(self, hidden_states: torch.Tensor, batch: "DenoiseBatch") -> Proposals:
         """See ``Head``."""
-        if self._max_rows is not None and batch.position.shape[0] > self._max_rows:
+        if self.writes_logits(batch.position.shape[0]):
             return self._logits.propose(hidden_states[: batch.position.shape[0]], batch)
         found = self._find(
             hidden_states[: batch.position.shape[0]], batch.temperature, batch.noise_key, batch.by_entropy

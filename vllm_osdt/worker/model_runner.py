@@ -314,9 +314,9 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         assert batch is not None
         if batch.needs_logits:
             # Requests that want no logits have the proposals that they have without the others.
-            own = None if self.head.writes_logits else self.head.propose(hidden_states, batch)
             rows = hidden_states[: batch.position.shape[0]]
             self._num_logit_rows = rows.shape[0]
+            own = None if self.head.writes_logits(rows.shape[0]) else self.head.propose(hidden_states, batch)
             logits = self.model.compute_logits(rows)
             return self.sampler.decide_by_logits(logits, batch, own, rows, self._compute_some_logits)
         proposals = self.head.propose(hidden_states, batch)

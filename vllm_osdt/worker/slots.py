@@ -357,9 +357,11 @@ class CanvasStates:
         self.observed.discard(req_id)
         if slot is not None:
             host = self.host
-            if host.adjusts[slot] and host.block_start[slot] >= 0:
-                carry = self._carry_at_entry[slot].clone(), self.policy_carry[slot].clone()
-                self._kept_carry[req_id] = (int(host.block_start[slot]), *carry)
+            if host.adjusts[slot]:
+                at_end = self.policy_carry[slot].clone()
+                has_block = host.block_start[slot] >= 0  # else it has kept what it came back with
+                at_entry = self._carry_at_entry[slot].clone() if has_block else at_end
+                self._kept_carry[req_id] = int(host.block_start[slot]), at_entry, at_end
             host.block_length[slot] = 0
             host.canvas_start[slot] = host.canvas_end[slot] = host.max_output_end[slot] = 0
             host.is_recorded[slot] = host.is_watched[slot] = host.reports_confidence[slot] = False
