@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_osdt.errors import OSDTError
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin
@@ -58,3 +59,20 @@ def test_other_attention_is_taken(backend):
     runner = Runner(backend, is_block_causal=True)
     runner.initialize_kv_cache()
     assert runner.attn_groups[0][0].backend.get_name() == backend
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(2, "proposals"), (3, None)])
+def test_a_step_that_needs_logits_proposes_once_where_its_head_reads_them_too(num_rows, expected):
+    def decide_by_logits(logits, batch, own, rows, compute):
+        assert logits.shape[0] == rows.shape[0] == num_rows
+        return own
+
+    runner = SimpleNamespace(
+        head=SimpleNamespace(writes_logits=lambda number: number > 2, propose=lambda hidden, batch: "proposals"),
+        model=SimpleNamespace(compute_logits=lambda hidden: hidden),
+        sampler=SimpleNamespace(decide_by_logits=decide_by_logits),
+        _compute_some_logits=None,
+    )
+    position = torch.arange(num_rows)
+    batch = SimpleNamespace(denoise=SimpleNamespace(needs_logits=True, position=position))
+    assert CanvasRunnerMixin._decide_by_rows(runner, torch.zeros(5, 4), batch) == expected
