@@ -391,6 +391,12 @@ def test_a_filter_must_fit_the_served_blocks(checkpoint: str, tmp_path: Path) ->
 FUSED = {"osdt": {"fused_lm_head": True}}
 
 
+def test_drafts_by_load_are_refused_where_attention_takes_none(checkpoint: str) -> None:
+    osdt = {"osdt": {"load_aware": {"low": 32, "high": 256}}}
+    with pytest.raises(OSDTError, match="load_aware is set, but attention backend FLEX_ATTENTION takes no drafts"):
+        configure(checkpoint, additional_config=osdt, attention_config={"backend": "FLEX_ATTENTION"})
+
+
 def test_rows_of_a_fused_lm_head_that_is_not_there_are_refused(checkpoint: str) -> None:
     with pytest.raises(OSDTError, match="fused_lm_head_max_rows is set, but fused_lm_head is not"):
         configure(checkpoint, additional_config={"osdt": {"fused_lm_head_max_rows": 8}})

@@ -18,7 +18,7 @@ from vllm_osdt.calibration.fingerprint import model_name
 from vllm_osdt.calibration.store import open_store
 from vllm_osdt.errors import OSDTError
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
-from vllm_osdt.host.attention import UNQUANTIZED_CACHE, check_attention
+from vllm_osdt.host.attention import BACKENDS_WITH_BUFFERS, UNQUANTIZED_CACHE, check_attention
 from vllm_osdt.host.compat.settings import ASKED
 from vllm_osdt.options import DecodingOptions, ServerOptions
 from vllm_osdt.options.canvas import canvas_limits
@@ -63,10 +63,17 @@ def _check_load_bounds(vllm_config: "VllmConfig", defaults: DecodingOptions, opt
     """Bounds of the load must lie among the rows that steps have.
 
     Raises:
-        OSDTError: No step of an engine would have fewer drafts, or no request of the served block length any.
+        OSDTError: No step of an engine would have fewer drafts, or no request of the served block length any, or none
+            at all with this attention.
     """
     if options.load_aware is None:
         return
+    backend = vllm_config.attention_config.backend
+    if backend is not None and backend.name in BACKENDS_WITH_BUFFERS:
+        raise OSDTError(
+            f"load_aware is set, but attention backend {backend.name} takes no drafts beside a block; leave one of "
+            "them out."
+        )
     low, high = options.load_aware
     scheduler = vllm_config.scheduler_config
     max_rows = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
