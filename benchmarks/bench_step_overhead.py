@@ -5,18 +5,24 @@ time of ``LLMEngine.step()`` and of the model in it (forward and logits); the di
 says where the rest of a step goes, by phase: medians in milliseconds. ``--clock thread`` counts the processor's time of
 this thread in place of the wall's, which other work on the machine hardly touches; set ``OMP_NUM_THREADS=1`` for it.
 ``--profile`` samples the stack in steps of their own, and says what share of the time beside the model each function
-has, with what it calls.
+has, with what it calls. ``--beside-stock`` measures, in turns with ours, what a step of vLLM's own engine costs beside
+the model: it decodes one token after the other with a Llama of the same shape and random weights. vLLM's kernel for
+slots is a Triton kernel without a twin for a CPU, where it is interpreted; that time is left out.
 
     python benchmarks/bench_step_overhead.py --model CHECKPOINT --running 1 8 32
 """
 
 import argparse
+import json
 import os
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -150,6 +156,63 @@ def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) ->
     return steps[1:]  # the first step admits and allocates
 
 
+class StockEngine:
+    """vLLM's own engine with a Llama of the shape of a LLaDA checkpoint, and the clocks of its model and its slots.
+
+    Args:
+        checkpoint: Folder of the LLaDA checkpoint.
+        max_running: Most requests at a time.
+        now: Clock.
+    """
+
+    def __init__(self, checkpoint: str, max_running: int, now: Callable[[], float]) -> None:
+        config = json.loads(Path(checkpoint, "config.json").read_text())
+        llama = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": config["d_model"],
+            "intermediate_size": config["mlp_hidden_size"],
+            "num_hidden_layers": config["n_layers"],
+            "num_attention_heads": config["n_heads"],
+            "num_key_value_heads": config.get("n_kv_heads") or config["n_heads"],
+            "vocab_size": config["vocab_size"],
+            "max_position_embeddings": 1024,
+        }
+        self._folder = tempfile.TemporaryDirectory()
+        Path(self._folder.name, "config.json").write_text(json.dumps(llama))
+        self.llm = LLM(
+            model=self._folder.name,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_num_seqs=max_running,
+            max_model_len=256,
+            load_format="dummy",
+            async_scheduling=False,
+        )
+        self._now = now
+        self._clock = Clock(now)
+        runner = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        tables, model = runner.input_batch.block_table, runner.model
+        for owner, name in ((model, "forward"), (model, "compute_logits"), (tables, "compute_slot_mapping")):
+            setattr(owner, name, self._clock.wrap(getattr(owner, name)))
+
+    def measure(self, running: int, prompt_length: int, num_steps: int) -> list[float]:
+        """Milliseconds beside the model of the steps in which all of ``running`` requests decode a token."""
+        engine, rng = self.llm.llm_engine, np.random.default_rng(0)
+        params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True, detokenize=False)
+        for index in range(running):
+            prompt: Any = {"prompt_token_ids": rng.integers(2, 64, prompt_length).tolist()}
+            engine.add_request(f"stock-{running}-{index}-{time.monotonic_ns()}", prompt, params)
+        found = []
+        while engine.has_unfinished_requests():
+            self._clock.seconds, start = 0.0, self._now()
+            outputs = engine.step()
+            beside = self._now() - start - self._clock.seconds
+            if not any(output.finished for output in outputs):
+                found.append(1e3 * beside)
+        return found[1:]
+
+
 def main() -> None:
     """Parse arguments, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,6 +224,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="the wall's, or the processor's of a thread")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="times that requests run to be sampled")
+    parser.add_argument("--beside-stock", action="store_true", help="measure vLLM's own engine too")
     parser.add_argument("--json", default=None, help="append JSON lines to this file")
     args = parser.parse_args()
     if args.model is None:
@@ -172,13 +236,18 @@ def main() -> None:
         model=args.model, skip_tokenizer_init=True, dtype="float32", max_num_seqs=max(args.running), max_model_len=256
     )
     phases = Phases(llm, CLOCKS[args.clock])
+    stock = StockEngine(args.model, max(args.running), CLOCKS[args.clock]) if args.beside_stock else None
     record = environment(dtype="float32", threads=torch.get_num_threads())
     print(record)
     print(f"{'running':>8} {'step ms':>10} {'model ms':>10} {'overhead ms':>12} {'p20':>8} {'p80':>8}")
     lines, tables = [], {}
     for running in args.running:
         measure(llm, phases, running, args)
-        steps = [step for _ in range(args.repetitions) for step in measure(llm, phases, running, args)]
+        steps, of_stock = [], []
+        for _ in range(args.repetitions):
+            steps += measure(llm, phases, running, args)
+            if stock is not None:
+                of_stock += stock.measure(running, args.prompt_length, args.gen_length)
         columns = {name: np.array([step[name] for step in steps]) for name in steps[0]}
         step, model = columns["step"], columns["forward"] + columns["logits"]
         columns["rest"] = 2 * step - sum(columns.values())
@@ -204,6 +273,9 @@ def main() -> None:
                 "phases_ms": tables[running],
             }
         )
+        if stock is not None:
+            lines[-1]["stock_overhead_ms"] = float(np.median(of_stock))
+            print(f"{running:>8} vLLM's own engine, one token a step: {np.median(of_stock):.2f} ms beside the model")
     print(f"{'phase':20}" + "".join(f"{running:>9}" for running in tables))
     for name in next(iter(tables.values())):
         print(f"{name:20}" + "".join(f"{table[name]:>9.3f}" for table in tables.values()))
