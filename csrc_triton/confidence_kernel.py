@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.partials_kernel import combine_partials, finish, store_partial, summarize
+from csrc_triton.partials_kernel import combine_partials, finish, margin_between, store_partial, summarize
 from csrc_triton.types import Partial
 
 CHUNK_V = 4096  # ids; a constant, so that a row's sums do not depend on the number of rows
@@ -24,12 +24,14 @@ def _confidence_kernel(
     noise_key_ptr,
     token_ptr,  # written if a row is one chunk, else None
     confidence_ptr,
+    margin_ptr,  # likewise, if it is asked for
     partials_ptr,  # else written
     vocabulary,
     excluded_token_id,  # -1: none
     by_entropy_ptr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
     IS_ONE_CHUNK: tl.constexpr,
     CHUNK_V: tl.constexpr,
 ):
@@ -40,7 +42,7 @@ def _confidence_kernel(
     logit = tl.load(
         logits_ptr + row[:, None] * logits_stride + ids[None, :], mask=(ids < vocabulary)[None, :], other=-float("inf")
     ).to(tl.float32)
-    largest, total, weighted, best_score, best_logit, best_id = summarize(
+    largest, total, weighted, best_score, best_logit, best_id, first_logit, second_logit = summarize(
         logit,
         ids,
         excluded_token_id,
@@ -51,6 +53,7 @@ def _confidence_kernel(
         in_rows,
         HAS_TEMPERATURE,
         HAS_ENTROPY,
+        HAS_MARGIN,
     )
     if IS_ONE_CHUNK:
         by_entropy = tl.zeros_like(best_id)
@@ -61,6 +64,8 @@ def _confidence_kernel(
         )
         tl.store(token_ptr + row, token.to(tl.int64))
         tl.store(confidence_ptr + row, probability)
+        if HAS_MARGIN:
+            tl.store(margin_ptr + row, margin_between(first_logit, second_logit, total))
     else:
         store_partial(
             partials_ptr,
@@ -74,6 +79,9 @@ def _confidence_kernel(
             best_score,
             best_logit,
             best_id,
+            first_logit,
+            second_logit,
+            HAS_MARGIN,
         )
 
 
@@ -83,6 +91,7 @@ def confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.confidence``; CPU tensors work only in Triton's interpreter."""
     num_rows, vocabulary = logits.shape
@@ -101,12 +110,14 @@ def confidence(
             noise_key,
             token,
             probability,
+            margin,
             partials,
             vocabulary,
             -1 if excluded_token_id is None else excluded_token_id,
             None if by_entropy is None else by_entropy.view(torch.uint8),
             HAS_TEMPERATURE=temperature is not None,
             HAS_ENTROPY=by_entropy is not None,
+            HAS_MARGIN=margin is not None,
             IS_ONE_CHUNK=num_chunks == 1,
             CHUNK_V=min(CHUNK_V, triton.next_power_of_2(vocabulary)),
             num_warps=8,
@@ -115,4 +126,4 @@ def confidence(
     if token is not None and probability is not None:
         return token, probability
     assert partials is not None
-    return combine_partials(partials, excluded_token_id, by_entropy)
+    return combine_partials(partials, excluded_token_id, by_entropy, margin)

@@ -60,6 +60,7 @@ def confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.confidence``. NumPy's argmax is vectorized, a compiled loop for it is not."""
     num_rows, vocabulary = logits.shape
@@ -76,6 +77,8 @@ def confidence(
         chunk_np, chosen = chunk.numpy(), token_np[start:stop]
         best = chunk_np.argmax(axis=-1)  # NaN counts as the maximum
         _choose_allowed(chunk_np, best, excluded, chosen)
+        if margin is not None:
+            _find_margins(chunk_np, best, chosen, excluded, margin.numpy()[start:stop])
         if temperature is not None and noise_key is not None:
             noise = temperature[start:stop].numpy(), noise_key[start:stop].numpy()
             chosen[:] = _sample(chunk_np, chosen, *noise, excluded_token_id)
@@ -92,9 +95,10 @@ def lm_head_confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.lm_head_confidence``; writes the logits, which a CPU's memory has room for."""
-    return confidence(hidden @ weight.T, excluded_token_id, temperature, noise_key, by_entropy)
+    return confidence(hidden @ weight.T, excluded_token_id, temperature, noise_key, by_entropy, margin)
 
 
 @compiled()
@@ -109,6 +113,34 @@ def _choose_allowed(logits: np.ndarray, best: np.ndarray, excluded: int, token: 
                 if k != excluded and (line[k] > line[choice] or (np.isnan(line[k]) and not np.isnan(line[choice]))):
                     choice = k
             token[row] = choice
+
+
+@compiled()
+def _find_margins(logits: np.ndarray, best: np.ndarray, token: np.ndarray, excluded: int, margin: np.ndarray) -> None:
+    """How far the best allowed logit of every row, that of ``token``, is above the second best.
+
+    ``best`` is the argmax of all ids, where NaN counts as the maximum.
+    """
+    for row in range(logits.shape[0]):
+        line = logits[row]
+        margin[row] = np.inf
+        if np.isnan(line[best[row]]):
+            continue
+        low, high = min(token[row], excluded), max(token[row], excluded)
+        if low < 0:
+            low = high
+        second = max(_largest(line[:low]), _largest(line[low + 1 : high]), _largest(line[high + 1 :]))
+        if second > -np.inf:
+            margin[row] = line[token[row]] - second
+
+
+@compiled(fastmath={"nnan", "nsz"})
+def _largest(line: np.ndarray) -> np.float32:
+    """The largest, vectorized; -inf of none. There is no NaN."""
+    found = np.float32(-np.inf)
+    for k in range(line.size):
+        found = max(found, line[k])
+    return found
 
 
 @compiled()

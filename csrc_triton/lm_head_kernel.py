@@ -38,6 +38,7 @@ def _lm_head_kernel(
     excluded_token_id,  # -1: none
     HAS_TEMPERATURE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
     TILE_M: tl.constexpr,
     CHUNK_V: tl.constexpr,
     TILE_H: tl.constexpr,
@@ -67,7 +68,7 @@ def _lm_head_kernel(
     ids = (first_id + weight_row).to(tl.int32)
     counts = in_weight & (ids < vocabulary)
     logit = tl.where(counts[None, :], logit, -float("inf"))
-    largest, total, weighted, best_score, best_logit, best_id = summarize(
+    largest, total, weighted, best_score, best_logit, best_id, first_logit, second_logit = summarize(
         logit,
         ids,
         excluded_token_id,
@@ -78,6 +79,7 @@ def _lm_head_kernel(
         in_rows,
         HAS_TEMPERATURE,
         HAS_ENTROPY,
+        HAS_MARGIN,
     )
     store_partial(
         partials_ptr,
@@ -91,6 +93,9 @@ def _lm_head_kernel(
         best_score,
         best_logit,
         best_id,
+        first_logit,
+        second_logit,
+        HAS_MARGIN,
     )
 
 
@@ -103,6 +108,7 @@ def lm_head_partials(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    with_margin: bool = False,
 ) -> torch.Tensor:
     """See ``ops.lm_head_partials``; CPU tensors work only in Triton's interpreter."""
     (num_rows, hidden_size), num_weight_rows = hidden.shape, weight.shape[0]
@@ -127,6 +133,7 @@ def lm_head_partials(
             -1 if excluded_token_id is None else excluded_token_id,
             HAS_TEMPERATURE=temperature is not None,
             HAS_ENTROPY=by_entropy is not None,
+            HAS_MARGIN=with_margin,
             TILE_M=tile_m,
             CHUNK_V=chunk_v,
             TILE_H=tile_h,
@@ -144,7 +151,9 @@ def lm_head_confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.lm_head_confidence``; CPU tensors work only in Triton's interpreter."""
-    options = (excluded_token_id, temperature, noise_key, by_entropy)
-    return combine_partials(lm_head_partials(hidden, weight, 0, None, *options), excluded_token_id, by_entropy)
+    options = (excluded_token_id, temperature, noise_key, by_entropy, margin is not None)
+    partials = lm_head_partials(hidden, weight, 0, None, *options)
+    return combine_partials(partials, excluded_token_id, by_entropy, margin)

@@ -34,6 +34,7 @@ def confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Proposes the best token of every row and says how probable the model finds it.
 
@@ -56,6 +57,8 @@ def confidence(
         noise_key: [num_rows] int64, any value; required with ``temperature``.
         by_entropy: [num_rows] bool, rows whose confidence is 1 - H / 32, with the entropy H of the plain softmax in
             nats, whatever the proposal. None: no row's is.
+        margin: [num_rows] fp32, written: the largest logit of an allowed id less the largest of the other allowed ids,
+            without noise; +inf where no two are above -inf, or the row contains NaN. None: it is not computed.
 
     Returns:
         Token, [num_rows] int64, the lowest id among equals; its softmax probability (see ``by_entropy``), [num_rows]
@@ -76,8 +79,10 @@ def confidence(
         raise ValueError(f"logits: vocabulary is {vocabulary}, expected 1 to {MAX_VOCABULARY}")
     _check("logits", logits, logits.shape, LOGIT_DTYPES, logits.device)
     _check_row_options(logits, vocabulary, excluded_token_id, temperature, noise_key, by_entropy)
+    _check_margin(margin, logits)
 
-    return implementations(logits.device).confidence(logits, excluded_token_id, temperature, noise_key, by_entropy)
+    options = excluded_token_id, temperature, noise_key, by_entropy, margin
+    return implementations(logits.device).confidence(logits, *options)
 
 
 def lm_head_confidence(
@@ -88,6 +93,7 @@ def lm_head_confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``confidence`` of the logits ``hidden @ weight.T``, which a GPU does not write.
 
@@ -102,6 +108,7 @@ def lm_head_confidence(
         temperature: [num_rows] fp32.
         noise_key: [num_rows] int64.
         by_entropy: [num_rows] bool.
+        margin: [num_rows] fp32, written.
 
     Returns:
         Token, [num_rows] int64, and confidence, [num_rows] fp32.
@@ -114,6 +121,7 @@ def lm_head_confidence(
     """
     _check_lm_head(hidden, weight, 0, None)
     _check_row_options(hidden, weight.shape[0], excluded_token_id, temperature, noise_key, by_entropy)
+    _check_margin(margin, hidden)
     return implementations(hidden.device).lm_head_confidence(
         hidden,
         weight,
@@ -121,6 +129,7 @@ def lm_head_confidence(
         temperature=temperature,
         noise_key=noise_key,
         by_entropy=by_entropy,
+        margin=margin,
     )
 
 
@@ -134,6 +143,7 @@ def lm_head_partials(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    with_margin: bool = False,
 ) -> torch.Tensor:
     """The part of ``lm_head_confidence`` that a rank does which holds a shard of the vocabulary.
 
@@ -152,6 +162,7 @@ def lm_head_partials(
         temperature: [num_rows] fp32.
         noise_key: [num_rows] int64.
         by_entropy: [num_rows] bool.
+        with_margin: Whether ``combine_partials`` will be asked for margins.
 
     Returns:
         [num_chunks, len(Partial), num_rows] fp32, see ``Partial``. The chunks are an implementation's own.
@@ -172,11 +183,16 @@ def lm_head_partials(
         temperature=temperature,
         noise_key=noise_key,
         by_entropy=by_entropy,
+        with_margin=with_margin,
     )
 
 
 def combine_partials(
-    partials: torch.Tensor, *, excluded_token_id: int | None = None, by_entropy: torch.Tensor | None = None
+    partials: torch.Tensor,
+    *,
+    excluded_token_id: int | None = None,
+    by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token and confidence of rows whose partials are those of all ids.
 
@@ -184,6 +200,7 @@ def combine_partials(
         partials: [num_chunks, len(Partial), num_rows] fp32, contiguous, from ``lm_head_partials``; no id in two chunks.
         excluded_token_id: As the partials were made with.
         by_entropy: [num_rows] bool, likewise.
+        margin: [num_rows] fp32, written; only of partials that were made with it. See ``confidence``.
 
     Returns:
         Token, [num_rows] int64, and confidence, [num_rows] fp32; see ``confidence``.
@@ -200,8 +217,10 @@ def combine_partials(
         raise ValueError(f"partials: strides are {partials.stride()}, expected contiguous; call .contiguous()")
     if by_entropy is not None:
         _check("by_entropy", by_entropy, partials.shape[2:], (torch.bool,), partials.device)
+    if margin is not None:
+        _check("margin", margin, partials.shape[2:], (torch.float32,), partials.device)
     return implementations(partials.device).combine_partials(
-        partials, excluded_token_id=excluded_token_id, by_entropy=by_entropy
+        partials, excluded_token_id=excluded_token_id, by_entropy=by_entropy, margin=margin
     )
 
 
@@ -330,6 +349,12 @@ def _check_row_options(
         _check("noise_key", noise_key, num_rows, (torch.int64,), device)
     if by_entropy is not None:
         _check("by_entropy", by_entropy, num_rows, (torch.bool,), device)
+
+
+def _check_margin(margin: torch.Tensor | None, rows: torch.Tensor) -> None:
+    """Refuses a tensor for the margins of ``rows``, [num_rows, ...], that they do not fit."""
+    if margin is not None:
+        _check("margin", margin, rows.shape[:1], (torch.float32,), rows.device)
 
 
 def _check(

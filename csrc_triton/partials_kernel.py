@@ -37,6 +37,8 @@ WEIGHTED = tl.constexpr(int(Partial.WEIGHTED))
 BEST_SCORE = tl.constexpr(int(Partial.BEST_SCORE))
 BEST_LOGIT = tl.constexpr(int(Partial.BEST_LOGIT))
 BEST_ID = tl.constexpr(int(Partial.BEST_ID))
+FIRST_LOGIT = tl.constexpr(int(Partial.FIRST_LOGIT))
+SECOND_LOGIT = tl.constexpr(int(Partial.SECOND_LOGIT))
 Array = tl.tensor  # what the functions of noise are annotated with
 
 
@@ -62,6 +64,7 @@ def summarize(
     in_rows,  # [rows]
     HAS_TEMPERATURE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
 ):
     """The partial of each row, [rows] each; an id that does not count has the logit -inf.
 
@@ -85,6 +88,11 @@ def summarize(
         best_score = tl.max(allowed, axis=1)
         best_logit = best_score
         best_id = tl.min(tl.where(allowed == best_score[:, None], ids[None, :], NO_ID), axis=1)
+    first_logit = best_score
+    second_logit = best_score
+    if HAS_MARGIN:
+        is_other = (ids[None, :] != best_id[:, None]) & (ids != excluded_token_id)[None, :]
+        second_logit = tl.max(tl.where(is_other, logit, -float("inf")), axis=1)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row, mask=in_rows, other=0.0)
         if tl.max(temperature, axis=0) > 0:
@@ -96,7 +104,14 @@ def summarize(
             best_score = tl.max(score, axis=1)
             best_id = tl.min(tl.where(score == best_score[:, None], ids[None, :], NO_ID), axis=1)
             best_logit = tl.max(tl.where(ids[None, :] == best_id[:, None], logit, -float("inf")), axis=1)
-    return largest, total, weighted, best_score, best_logit, best_id
+    return largest, total, weighted, best_score, best_logit, best_id, first_logit, second_logit
+
+
+@triton.jit
+def margin_between(first_logit, second_logit, total):
+    """See ``margin`` of ``ops.confidence``; NaN of ``total`` says that the row contains one."""
+    has_two = (total == total) & (second_logit > -float("inf"))
+    return tl.where(has_two, first_logit - tl.where(has_two, second_logit, 0.0), float("inf"))
 
 
 @triton.jit
@@ -116,7 +131,20 @@ def finish(
 
 @triton.jit
 def store_partial(
-    partials_ptr, chunk, row, num_rows, in_rows, largest, total, weighted, best_score, best_logit, best_id
+    partials_ptr,
+    chunk,
+    row,
+    num_rows,
+    in_rows,
+    largest,
+    total,
+    weighted,
+    best_score,
+    best_logit,
+    best_id,
+    first_logit,
+    second_logit,
+    HAS_MARGIN: tl.constexpr,
 ):
     """Writes what ``summarize`` has found; ``chunk`` is int64, ``row`` [rows] int64."""
     ptr = partials_ptr + chunk * NUM_FIELDS * num_rows + row
@@ -126,6 +154,9 @@ def store_partial(
     tl.store(ptr + BEST_SCORE * num_rows, best_score, mask=in_rows)
     tl.store(ptr + BEST_LOGIT * num_rows, best_logit, mask=in_rows)
     tl.store(ptr + BEST_ID * num_rows, best_id.to(tl.float32), mask=in_rows)
+    if HAS_MARGIN:
+        tl.store(ptr + FIRST_LOGIT * num_rows, first_logit, mask=in_rows)
+        tl.store(ptr + SECOND_LOGIT * num_rows, second_logit, mask=in_rows)
 
 
 @triton.jit
@@ -133,10 +164,12 @@ def _combine_kernel(
     partials_ptr,
     token_ptr,
     confidence_ptr,
+    margin_ptr,
     num_chunks,
     excluded_token_id,  # -1: none
     by_entropy_ptr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_MARGIN: tl.constexpr,
     PADDED_CHUNKS: tl.constexpr,
 ):
     row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -168,10 +201,20 @@ def _combine_kernel(
     )
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(confidence_ptr + row, probability)
+    if HAS_MARGIN:
+        first = tl.load(ptr + FIRST_LOGIT * num_rows, mask=valid, other=-float("inf"))
+        second = tl.load(ptr + SECOND_LOGIT * num_rows, mask=valid, other=-float("inf"))
+        first_logit = tl.max(first, axis=0)
+        winner = tl.min(tl.where(valid & (first == first_logit), chunk, PADDED_CHUNKS), axis=0)
+        second_logit = tl.max(tl.where(chunk == winner, second, first), axis=0)
+        tl.store(margin_ptr + row, margin_between(first_logit, second_logit, total))
 
 
 def combine_partials(
-    partials: torch.Tensor, excluded_token_id: int | None = None, by_entropy: torch.Tensor | None = None
+    partials: torch.Tensor,
+    excluded_token_id: int | None = None,
+    by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.combine_partials``; CPU tensors work only in Triton's interpreter."""
     num_chunks, _, num_rows = partials.shape
@@ -182,10 +225,12 @@ def combine_partials(
             partials,
             token,
             probability,
+            margin,
             num_chunks,
             -1 if excluded_token_id is None else excluded_token_id,
             None if by_entropy is None else by_entropy.view(torch.uint8),
             HAS_ENTROPY=by_entropy is not None,
+            HAS_MARGIN=margin is not None,
             PADDED_CHUNKS=triton.next_power_of_2(num_chunks),
             num_warps=1 if num_chunks <= MAX_CHUNKS_OF_A_WARP else 4,
             enable_fp_fusion=False,

@@ -28,6 +28,7 @@ def confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of ``ops.confidence``; its softmax runs in fp64, so that it is the more exact side of a comparison."""
     vocabulary = logits.shape[1]
@@ -48,6 +49,9 @@ def confidence(
         exact = logits.double().softmax(dim=-1)
         entropy = -torch.special.xlogy(exact, exact).sum(dim=-1)
         chosen = torch.where(by_entropy, (1.0 - entropy / ENTROPY_SCALE).float(), chosen)
+    if margin is not None:
+        allowed = [k for k in range(vocabulary) if k != excluded_token_id]
+        margin.copy_(_margin(logits[:, allowed]))
     return token, chosen.masked_fill(hopeless, 0.0)
 
 
@@ -59,6 +63,7 @@ def lm_head_confidence(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of ``ops.lm_head_confidence``: writes the logits."""
     return confidence(
@@ -67,6 +72,7 @@ def lm_head_confidence(
         temperature=temperature,
         noise_key=noise_key,
         by_entropy=by_entropy,
+        margin=margin,
     )
 
 
@@ -80,8 +86,12 @@ def lm_head_partials(
     temperature: torch.Tensor | None = None,
     noise_key: torch.Tensor | None = None,
     by_entropy: torch.Tensor | None = None,
+    with_margin: bool = False,
 ) -> torch.Tensor:
-    """The twin of ``ops.lm_head_partials``: the whole weight is one chunk, and every row has its entropy's sum."""
+    """The twin of ``ops.lm_head_partials``: the whole weight is one chunk, and every row has its entropy's sum.
+
+    Every row has what its margin is made of, too.
+    """
     logit = _logits(hidden, weight).float()  # [num_rows, num_weight_rows]
     ids = first_id + torch.arange(weight.shape[0], device=weight.device)
     if vocabulary is not None:
@@ -98,6 +108,8 @@ def lm_head_partials(
     best_score = score.amax(dim=-1)
     index = torch.arange(ids.shape[0], device=ids.device)
     index = index.where(score == best_score.unsqueeze(-1), ids.shape[0] - 1).amin(dim=-1)
+    allowed = logit if excluded_token_id is None else logit.masked_fill(ids == excluded_token_id, -torch.inf)
+    first, second = _two_largest(allowed)
     fields = {
         Partial.LARGEST: largest,
         Partial.TOTAL: exact.exp().sum(dim=-1),
@@ -105,15 +117,21 @@ def lm_head_partials(
         Partial.BEST_SCORE: best_score,
         Partial.BEST_LOGIT: logit.gather(-1, index.unsqueeze(-1)).squeeze(-1),
         Partial.BEST_ID: ids[index],
+        Partial.FIRST_LOGIT: first,
+        Partial.SECOND_LOGIT: second,
     }
     return torch.stack([fields[field].float() for field in Partial]).unsqueeze(0)
 
 
 def combine_partials(
-    partials: torch.Tensor, *, excluded_token_id: int | None = None, by_entropy: torch.Tensor | None = None
+    partials: torch.Tensor,
+    *,
+    excluded_token_id: int | None = None,
+    by_entropy: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of ``ops.combine_partials``."""
-    chunk_largest, chunk_total, chunk_weighted, score, logit, ids = partials.double().unbind(dim=1)
+    chunk_largest, chunk_total, chunk_weighted, score, logit, ids = partials[:, :6].double().unbind(dim=1)
     largest = chunk_largest.amax(dim=0)  # [num_rows]
     x = chunk_largest - largest.masked_fill(largest == -torch.inf, 0.0)
     total = (chunk_total * x.exp()).sum(dim=0)
@@ -127,7 +145,24 @@ def combine_partials(
         entropy = total.log() - (x.exp() * (chunk_weighted + x * chunk_total)).sum(dim=0) / total
         value = torch.where(by_entropy, (1.0 - entropy / ENTROPY_SCALE).clamp_max(1.0), value)
     token = token.masked_fill(hopeless, 1.0 if excluded_token_id == 0 else 0.0).long()
+    if margin is not None:
+        two_of_each = partials[:, [Partial.FIRST_LOGIT, Partial.SECOND_LOGIT]].flatten(0, 1).T
+        margin.copy_(_margin(two_of_each).masked_fill(total.isnan(), torch.inf))
     return token, value.float().masked_fill(hopeless, 0.0)
+
+
+def _two_largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_rows] each; -inf of logits that are not there."""
+    padded = torch.nn.functional.pad(logits, (0, 2), value=-torch.inf)
+    first, second = padded.topk(2, dim=-1).values.unbind(dim=-1)
+    return first, second
+
+
+def _margin(logits: torch.Tensor) -> torch.Tensor:
+    """The difference of the two largest of each row [num_rows, any]; see ``ops.confidence``."""
+    first, second = _two_largest(logits)
+    has_two = (second > -torch.inf) & ~logits.isnan().any(dim=-1)
+    return torch.where(has_two, first - second, torch.inf)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,10 @@ class Partial(IntEnum):
     """The logit of that id."""
     BEST_ID = 5
     """That id, the lowest among equals; fp32 holds integers to 2**24."""
+    FIRST_LOGIT = 6
+    """The largest logit of an allowed id, -inf if there is none; anything where no margin is asked for."""
+    SECOND_LOGIT = 7
+    """The largest of the other allowed ids, likewise."""
 
 
 class Blocks(NamedTuple):

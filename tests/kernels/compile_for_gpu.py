@@ -21,7 +21,9 @@ TYPES = {
     **dict.fromkeys(["noise_key_ptr", "token_ptr", "slots_ptr", "canvas_index_ptr", "position_ptr"], "*i64"),
     **dict.fromkeys(["end_token_ids_ptr"], "*i64"),
     **dict.fromkeys(["cells_ptr", "num_output_positions_ptr", "min_unmask_ptr", "canvas_ptr", "counts_ptr"], "*i32"),
-    **dict.fromkeys(["temperature_ptr", "confidence_ptr", "parameter_ptr", "grid_ptr", "partials_ptr"], "*fp32"),
+    **dict.fromkeys(
+        ["temperature_ptr", "confidence_ptr", "margin_ptr", "parameter_ptr", "grid_ptr", "partials_ptr"], "*fp32"
+    ),
     **dict.fromkeys(["by_entropy_ptr", "masked_ptr"], "*u8"),
     "rule_ptr": "*i8",
 }  # numbers are i32
@@ -64,8 +66,9 @@ def cases(*axes: list) -> list[tuple]:
     return every if TEST_ALL else covering(every)
 
 
-def row_options(has_temperature: bool, has_entropy: bool) -> dict[str, object]:
+def row_options(has_temperature: bool, has_entropy: bool, has_margin: bool) -> dict[str, object]:
     constants: dict[str, object] = {"HAS_TEMPERATURE": has_temperature, "HAS_ENTROPY": has_entropy}
+    constants["HAS_MARGIN"] = has_margin
     if not has_temperature:
         constants |= {"temperature_ptr": None, "noise_key_ptr": None}
     if not has_entropy:
@@ -76,23 +79,29 @@ def row_options(has_temperature: bool, has_entropy: bool) -> dict[str, object]:
 def main() -> None:
     unfused = {"enable_fp_fusion": False}
     orders: list[tuple[str, str]] = []
-    for dtype, has_temperature, has_entropy, is_one_chunk in cases(DTYPES, FLAGS, FLAGS, FLAGS):
-        constants = row_options(has_temperature, has_entropy)
+    for dtype, has_temperature, has_entropy, has_margin, is_one_chunk in cases(DTYPES, FLAGS, FLAGS, FLAGS, FLAGS):
+        constants = row_options(has_temperature, has_entropy, has_margin)
         constants |= {"IS_ONE_CHUNK": is_one_chunk, "CHUNK_V": confidence_kernel.CHUNK_V}
         constants |= dict.fromkeys(["partials_ptr"] if is_one_chunk else ["token_ptr", "confidence_ptr"])
+        if not (has_margin and is_one_chunk):
+            constants["margin_ptr"] = None
         options = unfused | {"num_warps": 8}
         compiled = compile_kernel(confidence_kernel._confidence_kernel, constants, options, logits_ptr=dtype)
         orders.append((dtype, order_of_the_sum(compiled)))
     assert_one_order(orders)
     orders.clear()
-    for has_entropy, num_chunks in cases(FLAGS, [32, 512]):
-        constants = row_options(False, has_entropy)
-        constants = {name: constants[name] for name in constants if "entropy" in name.lower()}
+    for has_entropy, has_margin, num_chunks in cases(FLAGS, FLAGS, [32, 512]):
+        constants = row_options(False, has_entropy, has_margin)
+        constants = {name: constants[name] for name in constants if "temperature" not in name.lower()}
+        constants.pop("noise_key_ptr", None)
+        if not has_margin:
+            constants["margin_ptr"] = None
         compile_kernel(partials_kernel._combine_kernel, constants | {"PADDED_CHUNKS": num_chunks}, unfused)
-    few = [("*fp32", True, False), ("*bf16", True, True), ("*bf16", False, False)]  # each takes seconds
-    for dtype, has_temperature, has_entropy in itertools.product(DTYPES, FLAGS, FLAGS) if TEST_ALL else few:
+    few = [("*fp32", True, False, True), ("*bf16", True, True, True), ("*bf16", False, False, False)]  # seconds each
+    every = itertools.product(DTYPES, FLAGS, FLAGS, FLAGS)
+    for dtype, has_temperature, has_entropy, has_margin in every if TEST_ALL else few:
         tile_m, chunk_v, tile_h, num_warps, num_stages = lm_head_kernel.TILES[4 if dtype == "*fp32" else 2]
-        constants = row_options(has_temperature, has_entropy)
+        constants = row_options(has_temperature, has_entropy, has_margin)
         constants |= {"TILE_M": tile_m, "CHUNK_V": chunk_v, "TILE_H": tile_h}
         options = unfused | {"num_warps": num_warps, "num_stages": num_stages}
         types = {"hidden_ptr": dtype, "weight_ptr": dtype}

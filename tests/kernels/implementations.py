@@ -33,6 +33,8 @@ def _run(implementation: str, op: str, module: str, *tensors: torch.Tensor, **op
     if HAS_GPU:
         on_gpu = {name: _to_gpu(value) for name, value in options.items()}
         found = getattr(csrc_triton, op)(*map(_to_gpu, tensors), **on_gpu)
+        if "margin" in options:
+            options["margin"].copy_(on_gpu["margin"])
         return found.cpu() if isinstance(found, torch.Tensor) else tuple(each.cpu() for each in found)
     return getattr(_interpreted(module), op)(*tensors, **options)
 

@@ -35,8 +35,11 @@ def noise(*temperatures: float) -> dict[str, torch.Tensor]:
 
 def assert_equals_reference(implementation: str, logits: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
     before = logits.clone()
+    expected_margin = options["margin"].clone() if "margin" in options else None
     token, probability = run_confidence(implementation, logits, **options)
-    expected_token, expected_probability = reference.confidence(logits, **options)
+    expected_token, expected_probability = reference.confidence(logits, **options | {"margin": expected_margin})
+    if expected_margin is not None:
+        assert torch.equal(options["margin"], expected_margin)
     assert torch.equal(logits.nan_to_num(nan=99.0), before.nan_to_num(nan=99.0)), "logits were modified"
     assert (token.dtype, probability.dtype) == (torch.int64, torch.float32)
     assert torch.equal(token, expected_token)
@@ -48,7 +51,7 @@ def assert_equals_reference(implementation: str, logits: torch.Tensor, **options
     vocabulary=[2, 7, 1023, 1025],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
     excluded=["none", "first", "last"],
-    rows=["greedy", "sampled", "entropy", "sampled, entropy"],
+    rows=["greedy", "sampled", "entropy", "sampled, entropy", "margin", "sampled, entropy, margin"],
 )
 def test_matches_the_reference(implementation, vocabulary, dtype, excluded, rows):
     options = {"excluded_token_id": {"none": None, "first": 0, "last": vocabulary - 1}[excluded]}
@@ -56,14 +59,37 @@ def test_matches_the_reference(implementation, vocabulary, dtype, excluded, rows
         options |= noise(0.0, 1e-3, 0.5, 1.0, 20.0)
     if "entropy" in rows:
         options["by_entropy"] = torch.tensor([True, False, True, False, True])
+    if "margin" in rows:
+        options["margin"] = torch.full((5,), -1.0)
     assert_equals_reference(implementation, random_logits(5, vocabulary, dtype), **options)
 
 
 @per_implementation_and(dtype=[torch.float32, torch.bfloat16])
 def test_matches_the_reference_at_a_real_vocabulary(implementation, dtype):
     assert_equals_reference(
-        implementation, random_logits(3, 126464, dtype), excluded_token_id=126336, **noise(0.0, 0.7, 3.0)
+        implementation,
+        random_logits(3, 126464, dtype),
+        excluded_token_id=126336,
+        margin=torch.zeros(3),
+        **noise(0.0, 0.7, 3.0),
     )
+
+
+@per_implementation_and(vocabulary=[2, 9, CHUNK_V + 3], excluded=[None, 0, 1])
+def test_margin_where_two_tokens_are_not_to_be_had(implementation, vocabulary, excluded):
+    logits = torch.full((6, vocabulary), -torch.inf)
+    last = vocabulary - 1
+    logits[1, last] = 2.0  # one, or none where it is excluded
+    logits[2, [0, last]] = torch.tensor([5.0, 4.5])
+    logits[3, [1, last]] = torch.tensor([-3.0, -3.0])
+    logits[4] = 7.0  # equals, in two chunks too
+    logits[5, :] = 1.0
+    logits[5, last] = torch.nan
+    margin = torch.full((6,), -1.0)
+    assert_equals_reference(implementation, logits, excluded_token_id=excluded, margin=margin)
+    if vocabulary > 2:
+        expected = [math.inf, math.inf, 0.5 if excluded != 0 else math.inf, 0.0 if excluded != 1 else math.inf, 0.0]
+        assert margin.tolist() == [*expected, math.inf]
 
 
 @per_implementation
@@ -239,7 +265,8 @@ def test_a_row_that_asks_for_nothing_gets_what_it_gets_without_options(implement
     logits[2, 9] = -torch.inf
     plain = run_confidence(implementation, logits, excluded_token_id=3)
     sampled, by_entropy = noise(0.0, 1.0, 0.0, 0.0), torch.tensor([False, True, False, True])
-    for options in (sampled, {"by_entropy": by_entropy}, sampled | {"by_entropy": by_entropy}):
+    every = sampled | {"by_entropy": by_entropy}
+    for options in (sampled, {"by_entropy": by_entropy}, every, every | {"margin": torch.zeros(4)}):
         general = run_confidence(implementation, logits, excluded_token_id=3, **options)
         for one, other in zip(plain, general, strict=True):
             assert torch.equal(one[[0, 2]], other[[0, 2]])
@@ -305,6 +332,8 @@ def test_excluded_id_is_never_proposed_and_rows_are_independent(implementation):
         (torch.zeros(3, 4), {"temperature": torch.ones(3)}, ValueError, "noise_key is None"),
         (torch.zeros(3, 4), {"noise_key": torch.ones(3).long()}, ValueError, "temperature is None"),
         (torch.zeros(3, 4), noise(1.0, 1.0), ValueError, r"temperature: shape is \(2,\), expected \(3,\)"),
+        (torch.zeros(3, 4), {"margin": torch.ones(2)}, ValueError, r"margin: shape is \(2,\), expected \(3,\)"),
+        (torch.zeros(1, 4), {"margin": torch.ones(1).half()}, TypeError, "margin: dtype is torch.float16"),
         (torch.zeros(1, 4), {**noise(1.0), "noise_key": torch.ones(1)}, TypeError, "noise_key: dtype is torch.float32"),
     ],
 )

@@ -41,6 +41,8 @@ def options_of(num_rows: int, rows: str, excluded_token_id: int | None = None) -
         options["noise_key"] = torch.arange(num_rows) * 2**31 - 5
     if "entropy" in rows:
         options["by_entropy"] = torch.tensor([True, False]).repeat(num_rows)[:num_rows]
+    if "margin" in rows:
+        options["margin"] = torch.full((num_rows,), -1.0)
     return options
 
 
@@ -49,8 +51,11 @@ def only(options: dict, row: int) -> dict:
 
 
 def assert_equals_reference(implementation: str, hidden: torch.Tensor, weight: torch.Tensor, **options) -> None:
+    expected_margin = options["margin"].clone() if "margin" in options else None
     token, probability = run_lm_head_confidence(implementation, hidden, weight, **options)
-    expected_token, expected = reference.lm_head_confidence(hidden, weight, **options)
+    expected_token, expected = reference.lm_head_confidence(hidden, weight, **options | {"margin": expected_margin})
+    if expected_margin is not None:
+        assert torch.equal(options["margin"], expected_margin)
     assert (token.dtype, probability.dtype) == (torch.int64, torch.float32)
     assert torch.equal(token, expected_token)
     torch.testing.assert_close(probability, expected, rtol=PROBABILITY_RTOL, atol=1e-30)
@@ -60,7 +65,7 @@ def assert_equals_reference(implementation: str, hidden: torch.Tensor, weight: t
     vocabulary=[2, 7, KERNEL_CHUNK_V + 1, 1025],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
     excluded=["none", "first", "last"],
-    rows=["greedy", "sampled", "entropy", "sampled, entropy"],
+    rows=["greedy", "sampled", "entropy", "sampled, entropy", "margin", "sampled, entropy, margin"],
 )
 def test_matches_the_reference(implementation, vocabulary, dtype, excluded, rows):
     excluded_token_id = {"none": None, "first": 0, "last": vocabulary - 1}[excluded]
@@ -195,29 +200,41 @@ def shard(weight: torch.Tensor, num_shards: int, size: int) -> list[torch.Tensor
 @per_implementation_and(
     num_shards=[2, 4],
     dtype=[torch.float32, torch.bfloat16],
-    rows=["greedy", "sampled", "sampled, entropy"],
+    rows=["greedy", "sampled", "sampled, entropy", "margin"],
     excluded_token_id=[None, 130, 599],
 )
 def test_shards_give_what_the_whole_weight_gives(implementation, num_shards, dtype, rows, excluded_token_id):
     vocabulary, size = 601, {2: 304, 4: 200}[num_shards]  # four shards: the last has one id
     hidden, weight = exact_operands(5, vocabulary, dtype, hidden_size=6)  # so that no id's share is too small to see
     options = options_of(5, rows, excluded_token_id)
+    margin = options.pop("margin", None)
     parts = [
-        run_lm_head_partials(implementation, hidden, piece, first_id=rank * size, vocabulary=vocabulary, **options)
+        run_lm_head_partials(
+            implementation,
+            hidden,
+            piece,
+            first_id=rank * size,
+            vocabulary=vocabulary,
+            with_margin=margin is not None,
+            **options,
+        )
         for rank, piece in enumerate(shard(weight, num_shards, size))
     ]
     assert len({part.shape for part in parts}) == 1 and parts[0].shape[1:] == (len(Partial), 5)
     by_entropy = options.get("by_entropy")
-    combined = {
-        order: run_combine_partials(
+    combined, margins = {}, {}
+    for order in (1, -1):
+        margins[order] = {} if margin is None else {"margin": margin.clone()}
+        combined[order] = run_combine_partials(
             implementation,
             torch.cat(parts[::order]),
             excluded_token_id=excluded_token_id,
             by_entropy=by_entropy,
+            **margins[order],
         )
-        for order in (1, -1)
-    }
-    token, probability = run_lm_head_confidence(implementation, hidden, weight, **options)
+    whole = {} if margin is None else {"margin": margin}
+    token, probability = run_lm_head_confidence(implementation, hidden, weight, **options, **whole)
+    assert all(torch.equal(got["margin"], whole["margin"]) for got in margins.values() if got)
     for got in combined.values():
         assert torch.equal(got[0], token)
         torch.testing.assert_close(got[1], probability, rtol=PROBABILITY_RTOL, atol=0)
@@ -309,11 +326,11 @@ def test_bad_arguments_are_refused_by_name(change, error, message):
 @pytest.mark.parametrize(
     ("partials", "error", "message"),
     [
-        (torch.zeros(6, 3), ValueError, r"partials: shape is \(6, 3\)"),
-        (torch.zeros(0, 6, 3), ValueError, r"partials: shape is \(0, 6, 3\), expected \[at least 1, 6"),
-        (torch.zeros(2, 5, 3), ValueError, r"partials: shape is \(2, 5, 3\)"),
-        (torch.zeros(2, 6, 3).half(), TypeError, "partials: dtype is torch.float16"),
-        (torch.zeros(6, 2, 3).transpose(0, 1), ValueError, "partials: strides are"),
+        (torch.zeros(8, 3), ValueError, r"partials: shape is \(8, 3\)"),
+        (torch.zeros(0, 8, 3), ValueError, r"partials: shape is \(0, 8, 3\), expected \[at least 1, 8"),
+        (torch.zeros(2, 6, 3), ValueError, r"partials: shape is \(2, 6, 3\)"),
+        (torch.zeros(2, 8, 3).half(), TypeError, "partials: dtype is torch.float16"),
+        (torch.zeros(8, 2, 3).transpose(0, 1), ValueError, "partials: strides are"),
     ],
 )
 def test_bad_partials_are_refused_by_name(partials, error, message):
