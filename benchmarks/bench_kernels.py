@@ -83,7 +83,7 @@ def floor_of(device: str, num_bytes: int, num_operations: int = 0) -> dict:
 def bench_confidence(device: str, sizes: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[dict]:
     for num_rows, vocabulary in sizes:
         for dtype in dtypes:
-            for case in ("greedy", "sampled", "entropy"):
+            for case in ("greedy", "sampled", "entropy", "margin"):
                 sampled = case == "sampled"
                 torch.manual_seed(0)
                 logits = (3 * torch.randn(num_rows, vocabulary, device=device)).to(dtype)
@@ -96,13 +96,18 @@ def bench_confidence(device: str, sizes: list[tuple[int, int]], dtypes: list[tor
                 if case == "entropy":
                     options["by_entropy"] = torch.ones(num_rows, dtype=torch.bool, device=device)
                     row_options = ["by_entropy"]
+                if case == "margin":
+                    options["margin"] = torch.empty(num_rows, device=device)
+                    row_options = ["margin"]
                 token, probability = csrc_triton.confidence(logits, **options)
                 checked = min(num_rows, max(1, MAX_TWIN_ELEMENTS // vocabulary))
-                some = options | {name: options[name][:checked] for name in row_options}
+                some = options | {name: options[name][:checked].clone() for name in row_options}
                 expected_token, expected = reference.confidence(logits[:checked], **some)
                 same = token[:checked] == expected_token
                 # logarithms differ in the last bit between devices, so a sampled near-tie may fall the other way
                 assert same.float().mean().item() >= (0.99 if sampled else 1.0), "tokens differ from the twin's"
+                if case == "margin":
+                    assert torch.equal(options["margin"][:checked], some["margin"]), "margins differ from the twin's"
                 torch.testing.assert_close(probability[:checked][same], expected[same], rtol=PROBABILITY_RTOL, atol=0)
                 record: dict = {"op": "confidence", "shape": f"M {num_rows}, V {vocabulary}", "dtype": str(dtype)[6:]}
                 record["case"] = case

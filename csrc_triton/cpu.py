@@ -33,6 +33,9 @@ C0, C1, C2, C3, C4, C5, C6, C7 = (np.float32(math.log(2) ** k / math.factorial(k
 HALF, ONE = np.float32(0.5), np.float32(1)
 SMALLEST_EXPONENT = np.float32(-126)
 MANTISSA_BITS, EXPONENT_BIAS = np.int32(23), np.int32(127)
+# The bits of an fp32 are an integer of the same order once those besides the sign are flipped where it is set.
+SIGN_SHIFT, ALL_BUT_SIGN = np.int32(31), np.int32(0x7FFFFFFF)
+LOWEST_KEY = np.float32(-np.inf).view(np.int32) ^ ALL_BUT_SIGN
 SCALE, SMALLEST_DIFFERENCE = np.float32(ENTROPY_SCALE), np.float32(-87)
 WITHOUT_LOGITS, IS_CHOSEN = np.float32(NO_CONFIDENCE), np.float32(CHOSEN)
 THRESHOLD, TOP_K = int(Rule.THRESHOLD), int(Rule.TOP_K)
@@ -134,13 +137,13 @@ def _find_margins(logits: np.ndarray, best: np.ndarray, token: np.ndarray, exclu
             margin[row] = line[token[row]] - second
 
 
-@compiled(fastmath={"nnan", "nsz"})
+@compiled()
 def _largest(line: np.ndarray) -> np.float32:
-    """The largest, vectorized; -inf of none. There is no NaN."""
-    found = np.float32(-np.inf)
-    for k in range(line.size):
-        found = max(found, line[k])
-    return found
+    """The largest fp32, -inf of none; there is no NaN. A loop over integers of the same order is vectorized."""
+    bits, found = line.view(np.int32), LOWEST_KEY
+    for k in range(bits.size):
+        found = max(found, bits[k] ^ ((bits[k] >> SIGN_SHIFT) & ALL_BUT_SIGN))
+    return np.int32(found ^ ((found >> SIGN_SHIFT) & ALL_BUT_SIGN)).view(np.float32)
 
 
 @compiled()

@@ -22,18 +22,20 @@ def check_kernels(stage: str) -> None:
         # In float16 nothing else is compiled but how logits are read: once is enough.
         in_half = (torch.float16,) if vocabulary == SIZES.vocabularies[0] else ()
         for dtype in (torch.float32, torch.bfloat16, *in_half):
-            for case in ("greedy", "sampled", "entropy", "sampled, entropy"):
+            for case in ("greedy", "sampled", "entropy", "sampled, entropy", "margin", "sampled, entropy, margin"):
                 what = {"vocabulary": vocabulary, "dtype": str(dtype)[6:], "case": case}
                 with part(stage, "confidence", **what) as found:
-                    for num_rows in SIZES.rows if case == "greedy" else SIZES.rows[1:2]:
+                    for num_rows in SIZES.rows if case in ("greedy", "margin") else SIZES.rows[1:2]:
                         logits, options = _logits(num_rows, vocabulary, dtype, case)
                         start = time.perf_counter()
                         token, probability = csrc_triton.confidence(logits, **options)
                         torch.cuda.synchronize()
                         found.setdefault("first_call_s", round(time.perf_counter() - start, 2))
                         head = slice(min(num_rows, 32))  # the twin keeps fp64 copies of the logits
-                        few = {name: v[head] if torch.is_tensor(v) else v for name, v in options.items()}
+                        few = {name: v[head].clone() if torch.is_tensor(v) else v for name, v in options.items()}
                         expected, expected_probability = reference.confidence(logits[head], **few)
+                        if "margin" in few:
+                            assert torch.equal(options["margin"][head], few["margin"]), "margins differ from the twin's"
                         same = token[head] == expected
                         # Logarithms differ in the last bit: a sampled near-tie may fall the other way.
                         share = same.float().mean().item()
@@ -84,6 +86,8 @@ def _logits(num_rows: int, vocabulary: int, dtype: Any, case: str) -> tuple[Any,
         options["noise_key"] = torch.arange(num_rows, device="cuda")
     if "entropy" in case:
         options["by_entropy"] = torch.ones(num_rows, dtype=torch.bool, device="cuda")
+    if "margin" in case:
+        options["margin"] = torch.empty(num_rows, device="cuda")
     return logits, options
 
 

@@ -16,7 +16,7 @@ def test_every_rule_and_case_is_there():
     cases = [record["case"] for record in bench_kernels.bench_unmask("cpu", [(7, 4)])]
     assert cases == [*(rule.name.lower() for rule in Rule), "mixed"]
     cases = [record["case"] for record in bench_kernels.bench_confidence("cpu", [(3, 40)], [torch.float32])]
-    assert cases == ["greedy", "sampled", "entropy"]
+    assert cases == ["greedy", "sampled", "entropy", "margin"]
     cases = [record["case"] for record in bench_kernels.bench_lm_head("cpu", [3], 40, 16)]
     assert cases == ["greedy", "sampled"]
 
