@@ -55,6 +55,9 @@ LINES = [
         shard_us=101.0, combine_us=4.0,
     ),
     line("lm-head", "crossover", case="greedy", up_to_rows=256),
+    line("compiled:sdar-8b", "plain", requests=8, ms_per_forward=9.5),
+    line("compiled:sdar-8b", "compiled", requests=8, ms_per_forward=9.25),
+    line("compiled:sdar-8b", "plain", requests=32, ms_per_forward=11.5),
     {"stage": "libraries", "what": "norm", "gpu": CARD, "ok": False, "error": "AssertionError"},
     {"stage": "libraries", "what": "ended", "gpu": None, "ok": False, "status": 1, "seconds": 9.0},
 ]  # fmt: skip
@@ -92,6 +95,7 @@ def test_the_page_has_every_figure_and_its_plot(report):
     assert "| llada-8b | 15.0 | 48.0 | 2.5 | 4.5 | 70.0 | 40 | 0.75 | 12.5 |" in page
     assert "| llada-mini | bfloat16 | graphs | 1.5 | 9 | 0 | 100.0% |" in page
     assert "| greedy | 32 | 400.0 | 420.0 | 390.0 | 101.0 | 4.0 |" in page and "greedy: up to 256 rows" in page
+    assert "| sdar-8b | 8 | 9.5 | 9.25 |" in page and "| sdar-8b | 32 | 11.5 | - |" in page
     assert "| `libraries` | 0 | norm, 1 | 9.0 |" in page
     [picture] = assets.iterdir()
     assert f"(assets/{picture.name})" in page and picture.read_bytes().startswith(b"\x89PNG")

@@ -70,6 +70,7 @@ STAGES = {
     "shape:llada2-mini": Stage(speed.check_shape, 300),
     "shape:dream-7b": Stage(speed.check_shape, 240),
     "shape:sdar-4b": Stage(speed.check_shape, 240),
+    "compiled:sdar-8b": Stage(speed.check_compiled, 300),
     "kernel-tests": Stage(kernels.check_kernel_tests, 200, is_beside=True),
 }
 assert {f"shape:{name}" for name in SHAPES} < STAGES.keys()

@@ -142,6 +142,17 @@ def graphs(lines: list[Line]) -> str:
     return table(head, rows) if rows else ""
 
 
+def compiled(lines: list[Line]) -> str:
+    """An engine that has vLLM compile the model beside one that does not."""
+    found = of(lines, "compiled:", "plain", "compiled")
+    rows = []
+    for stage, number in dict.fromkeys((one["stage"], one["requests"]) for one in found):
+        by_engine = {one["what"]: one for one in found if (one["stage"], one["requests"]) == (stage, number)}
+        ms = [by_engine.get(what, {}).get("ms_per_forward") for what in ("plain", "compiled")]
+        rows.append((stage.split(":")[1], number, *ms))
+    return table(("Shape", "Requests", "ms per forward", "Compiled"), rows) if rows else ""
+
+
 def lm_head(lines: list[Line]) -> str:
     """The fused op against written logits, by number of rows."""
     measured = [line for line in of(lines, "lm-head", "lm_head_confidence") if line["us"] is not None]
@@ -193,6 +204,7 @@ TABLES = {
     "What a step calls": calls,
     "Memory": memory,
     "Tokens with and without graphs and run-ahead": graphs,
+    "With `torch.compile`": compiled,
     "The output weight of LLaDA-8B": lm_head,
     "All stages": stages,
 }

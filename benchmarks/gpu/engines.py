@@ -35,7 +35,8 @@ def start_engine(stage: str, model: str | Path, *, label: str | None = None, **a
         defaults["kv_cache_memory_bytes"] = 2**28 if IS_STAND_IN else 2**30
         defaults["gpu_memory_utilization"] = MEMORY_SHARE  # which has to be free when an engine starts
     if SIZES.capture_sizes and not arguments.get("enforce_eager"):
-        defaults["compilation_config"] = {"cudagraph_capture_sizes": list(SIZES.capture_sizes)}
+        sizes = {"cudagraph_capture_sizes": list(SIZES.capture_sizes)}
+        defaults["compilation_config"] = sizes | arguments.pop("compilation_config", {})
     if arguments.get("dtype") == "float32":  # Triton multiplies float32 in TF32 else, and confidences are 1e-3 off
         os.environ["TRITON_F32_DEFAULT"] = "ieee"
     about = {"model": Path(model).name} | ({"engine": label} if label else {})

@@ -45,8 +45,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def start_shape(stage: str, name: str) -> Any:
-    """An engine of a large shape with random weights in bfloat16."""
+def start_shape(stage: str, name: str, *, memory_share: float = 0.85, **arguments: Any) -> Any:
+    """An engine of a large shape with random weights in bfloat16.
+
+    Args:
+        stage: Of its line.
+        name: Of the shape.
+        memory_share: Of the card's memory.
+        arguments: As of ``start_engine``.
+    """
     config = SHAPES[name] | {key: value for key, value in SIZES.shape if key in SHAPES[name]}
     folder = OUT / f"config-{name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +61,7 @@ def start_shape(stage: str, name: str) -> Any:
     return start_engine(
         stage, folder, dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, max_model_len=1024,
         max_num_seqs=max(SIZES.requests), max_num_batched_tokens=2048 if IS_STAND_IN else 16384,
-        gpu_memory_utilization=0.85,
+        gpu_memory_utilization=memory_share, **arguments,
     )  # fmt: skip
 
 

@@ -47,6 +47,22 @@ def check_shape(stage: str) -> None:
         _check_memory(llm, found)
 
 
+def check_compiled(stage: str) -> None:
+    """Whether it pays to have vLLM compile a large model: bursts on both engines, in turns."""
+    name = stage.split(":")[1]
+    found_rates = rates()
+    how = {"mode": 3} | ({"backend": "eager"} if IS_STAND_IN else {})  # CompilationMode.VLLM_COMPILE
+    engines = {
+        "plain": start_shape(stage, name, label="plain", memory_share=0.42),
+        "compiled": start_shape(stage, name, label="compiled", memory_share=0.84, compilation_config=how),
+    }
+    clocks = {what: Clock().watch(llm) for what, llm in engines.items()}
+    for load in _loads(runner_of(engines["plain"]).decode_query_len)[: len(SIZES.requests)]:
+        for what, llm in engines.items():
+            weights = Weights.of(runner_of(llm).model, llm.llm_engine.vllm_config.model_config.hf_config)
+            _measure(stage, llm, load, clocks[what], weights, found_rates, what)
+
+
 def _loads(block_length: int) -> list[Load]:
     """Bursts of the first number of tokens, then arrivals one after another, then the other numbers of tokens."""
 
