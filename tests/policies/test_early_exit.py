@@ -41,7 +41,7 @@ class PlainExit:
         self.shares, self.num_positions = shares, num_positions
         self.tau, self.steps, self.passes, self.num_blocks = tau, steps, passes, num_blocks
         self.is_last_one, self.length, self.patience = is_last_one, length, patience
-        self.counts_itself = counts_itself
+        self.counts_itself, self.num_alone = counts_itself, 0
         self.min_progress, self.max_change = min_progress, max_change
         self.total, self.before, self.calm, self.is_over, self.margin, self.num_exits = 0, {}, 0, False, math.inf, 0
 
@@ -67,7 +67,7 @@ class PlainExit:
         return index / (number - 1) if number > 1 else 1.0
 
     def __call__(self, block, step, masked):
-        self.total = self.total or len(masked) + (step > 0)  # a step before this one had the first position alone
+        self.total = self.total or len(masked) + self.num_alone
         progress = self.progress(block, step, masked)
         gap, tau = sum(self.gaps[i] for i in masked) / len(masked), self.tau(progress)
         changed = sum(self.before.get(i) != self.best[i] for i in masked) / len(masked)

@@ -134,8 +134,7 @@ class EarlyExit(CalibratedPolicy):
 
         last, per_block = step.constants[:, 0], step.constants[:, 1]
         num_open = step.is_open.sum(dim=1)
-        # A step before the block's first one here had its first position alone.
-        step.state[:, 0] = torch.where(step.state[:, 0] > 0, step.state[:, 0], num_open + (step.step_index > 0))
+        step.state[:, 0] = step.num_at_entry(step.state[:, 0])
         number = step.reading[:, :, 1].sum(dim=1)
         # In float64 the sum does not depend on how it is taken, and so not on the longest block of the batch.
         gap = (step.reading[:, :, 0].double().sum(dim=1) / number.clamp(min=1)).float()
