@@ -102,6 +102,16 @@ class RequestSpec:
         return RequestSpec(options, canvas)
 
 
+def answer_start(template: Sequence[int]) -> int | None:
+    """Where the last hole behind given text begins in the output; None where no text has a hole behind it.
+
+    Args:
+        template: See ``RequestSpec.pinned``.
+    """
+    begins = (place for place in range(1, len(template)) if template[place] < 0 <= template[place - 1])
+    return max(begins, default=None)
+
+
 class Decides(IntEnum):
     """What a step of a request decides."""
 

@@ -326,6 +326,11 @@ REFUSALS = {
         "Beside a template or a suffix; beside a template; beside open holes.",
         "Leave one of them out.",
     ),
+    "region-text": Refusal(
+        "`osdt_prophet_region`",
+        "No given text has a hole behind it.",
+        "Send `osdt_infill` with text before a hole, or leave it out.",
+    ),
     "draft-value": Refusal(
         "`osdt_draft`, `prediction`", "It is neither text nor token ids of the model.", "Send what the message names."
     ),

@@ -39,6 +39,7 @@ def make_step(score: torch.Tensor, schedule: Schedule, rows: int, *, memory_size
         torch.full((rows,), width),
         torch.full((rows, 1), -1),
         torch.zeros(rows, dtype=torch.int64),
+        torch.zeros(rows, dtype=torch.int64),
     )
 
 

@@ -24,7 +24,7 @@ from vllm_osdt.engine.canvas_plan import decides_first_alone
 from vllm_osdt.engine.statistics import About, EngineStatistics
 from vllm_osdt.errors import OSDTError
 from vllm_osdt.geometry import CanvasRequest, DecodeShape
-from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
+from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport, answer_start
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, ServerOptions
 from vllm_osdt.options.family import validate_for_family
@@ -146,6 +146,7 @@ class Calibrator:
             options.sub_block_length,
             decides_first_alone(spec, self._traits),
             self._traits.is_threshold_strict,
+            None if spec.pinned is None else answer_start(spec.pinned),
         )
         key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
         profile, recorder, is_early = None, None, False

@@ -191,6 +191,7 @@ class Step(NamedTuple):
         end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none. One that ends thinking is none.
         num_alone: int64 ``[R]``, positions of the block that a step before the policy's first one decided: with shifted
             logits 1, the first one, where the request does not give it; else 0.
+        output_index: int64 ``[R]``, of the first column: its place in the request's output.
         tensors: What :meth:`Policy.tensors` has read for the engine, by name.
         verification: Of a policy with ``verifies``; None for others.
     """
@@ -211,6 +212,7 @@ class Step(NamedTuple):
     num_positions: "torch.Tensor"
     end_token_ids: "torch.Tensor"
     num_alone: "torch.Tensor"
+    output_index: "torch.Tensor"
     tensors: "Mapping[str, torch.Tensor]" = MappingProxyType({})
     verification: "Verification | None" = None
 
