@@ -231,6 +231,8 @@ class RecordedStep(NamedTuple):
         tokens: int32 ``[C, W]``, the block after the step.
         ahead: int32 ``[C, W]``: how many denoising steps behind ``step`` decided a position, where verified drafts
             stand for some; None for 0 everywhere.
+        offset: int64 ``[C]``, place of the block's first position among the ``block_length`` positions that have its
+            index, where blocks have many lengths; None for 0 everywhere.
     """
 
     req_ids: list[str]
@@ -242,6 +244,7 @@ class RecordedStep(NamedTuple):
     after: np.ndarray
     tokens: np.ndarray
     ahead: np.ndarray | None = None
+    offset: np.ndarray | None = None
 
 
 class HeldWeights(NamedTuple):
