@@ -50,13 +50,12 @@ class TableDecoder:
             ProfileStore(self.folder, MODEL, "mini").write(recorded(key, 1, num_requests=len(prompts)))
         policy = options["policy"]
         values = [options[name] for name in options if name in ("threshold", "factor", "margin", "relaxed_threshold")]
-        place = next(
-            (i for i, one in enumerate(candidates_of(policy, NUM_CALIBRATING)) if one.items() <= options.items()), None
-        )
+        candidates = candidates_of("freedave_osdt" if options.get("calibrated") else policy, NUM_CALIBRATING)
+        place = next((i for i, one in enumerate(candidates) if one.items() <= options.items()), None)
         nfe = 10 if place is None else 9 - place
         lost = self.lost.get((policy, values[0] if values else None), ())
         texts = ["wrong" if int(prompt.split()[1]) in lost else f"so {prompt}" for prompt in prompts]
-        profile = "0" * 16 if policy == "osdt" else None
+        profile = "0" * 16 if policy == "osdt" or options.get("calibrated") else None
         return [Decoded(text, 20, nfe, profile) for text in texts]
 
     def flush(self):
@@ -132,6 +131,23 @@ def test_a_policy_that_calibrates_is_tested_on_other_prompts_than_it_calibrated_
     assert "18 prompts beside those that calibrate" in next(row.reason for row in rows if row.policy == "osdt")
 
 
+def test_a_profile_may_carry_freedave_over_its_own_thresholds(tune, tmp_path):
+    tuning, rows, decoder = tune(plan(("freedave", "freedave_osdt")), lost={("freedave", 0.9): range(60)})
+    statuses = {row.setting: row.status for row in rows if row.policy == "freedave"}
+    assert len(statuses) == 7 + len(candidates_of("freedave_osdt", NUM_CALIBRATING))
+    assert [one for name, one in statuses.items() if "calibrated" in name] == ["accepted"] * 5
+    assert statuses["freedave_base=threshold threshold=0.9"] == "given up"
+    [(options, _), *_] = [one for one in decoder.asked if one[0].get("calibrated")]
+    assert options["policy"] == "freedave" and options["task"].startswith("tuning-")
+    assert {row.prompts for row in rows if "calibrated" in row.setting} == {len(PROMPTS) - NUM_CALIBRATING}
+    row, profile = tuning.write(rows, tmp_path / "profiles")
+    stored = ProfileStore(tmp_path / "profiles", MODEL).load(profile.key)
+    assert row.policy == stored.choice.policy == "freedave" and stored.choice.options["calibrated"] is True
+    followed = with_choice(DecodingOptions(task="quiz", block_length=8, gen_length=8), stored.choice)
+    assert followed.calibrates and (followed.policy, followed.freedave_base) == ("freedave", "threshold")
+    assert (followed.risk, followed.margin) == (stored.choice.options["risk"], stored.choice.options["margin"])
+
+
 def test_whether_a_server_follows_the_choice_is_asked(tmp_path):
     asked = plan()
     decoder = HoldingDecoder(tmp_path)
@@ -201,10 +217,11 @@ def test_the_report_says_what_is_promised_for_which_requests_with_what_confidenc
 @pytest.mark.parametrize("policy", CANDIDATES)
 def test_candidates_are_options_of_their_policy(policy):
     base = DecodingOptions(task="quiz", block_length=8, gen_length=8)
+    name = policy.removesuffix("_osdt")  # of freedave over the task's thresholds
     for setting in candidates_of(policy, 32):
-        assert setting["policy"] == policy
+        assert setting["policy"] == name
         options = check_operator_values(setting)
-        assert options.policy == policy and base.policy == "osdt"
+        assert options.policy == name and base.policy == "osdt"
     assert all(len(candidates_of(policy, 32)) == len(set(map(str, candidates_of(policy, 32)))) for policy in POLICIES
                if policy in CANDIDATES)  # fmt: skip
     assert len(candidates_of("osdt", 9)) == 3 and REFERENCE["threshold"] == base.threshold

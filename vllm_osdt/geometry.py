@@ -137,6 +137,8 @@ class DecodeShape:
         sub_block_length: Positions of a block that are denoised together, from left to right; None for all of them.
         decides_first_alone: Whether a block's first step decides its first position alone (shifted logits).
         is_strict: Whether a confidence that equals a static threshold does not pass.
+        answer_start: Index in the output of the first position behind the last given text that a hole follows; None
+            without such text.
     """
 
     num_blocks: int
@@ -144,6 +146,7 @@ class DecodeShape:
     sub_block_length: int | None = None
     decides_first_alone: bool = False
     is_strict: bool = False
+    answer_start: int | None = None
 
 
 class CanvasRequest(NamedTuple):

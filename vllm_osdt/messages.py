@@ -102,6 +102,16 @@ class RequestSpec:
         return RequestSpec(options, canvas)
 
 
+def answer_start(template: Sequence[int]) -> int | None:
+    """Where the last hole behind given text begins in the output; None where no text has a hole behind it.
+
+    Args:
+        template: See ``RequestSpec.pinned``.
+    """
+    begins = (place for place in range(1, len(template)) if template[place] < 0 <= template[place - 1])
+    return max(begins, default=None)
+
+
 class Decides(IntEnum):
     """What a step of a request decides."""
 
@@ -221,6 +231,8 @@ class RecordedStep(NamedTuple):
         tokens: int32 ``[C, W]``, the block after the step.
         ahead: int32 ``[C, W]``: how many denoising steps behind ``step`` decided a position, where verified drafts
             stand for some; None for 0 everywhere.
+        offset: int64 ``[C]``, place of the block's first position among the ``block_length`` positions that have its
+            index, where blocks have many lengths; None for 0 everywhere.
     """
 
     req_ids: list[str]
@@ -232,6 +244,7 @@ class RecordedStep(NamedTuple):
     after: np.ndarray
     tokens: np.ndarray
     ahead: np.ndarray | None = None
+    offset: np.ndarray | None = None
 
 
 class HeldWeights(NamedTuple):

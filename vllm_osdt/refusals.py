@@ -88,11 +88,6 @@ REFUSALS = {
     "adablock-vocabulary": Refusal(
         "`osdt_adablock_delimiters`", "One is no token id of the model.", "Send ids below the vocabulary's size."
     ),
-    "adablock-task": Refusal(
-        "`osdt_adablock`",
-        "With a task whose calibrated thresholds the policy takes.",
-        "Send `osdt_adablock` = false, or no task.",
-    ),
     "adablock-policy": Refusal(
         "`osdt_adablock`", "The policy says itself how long blocks are (`cad_llm`).", "Leave it out."
     ),
@@ -239,7 +234,8 @@ REFUSALS = {
     ),
     "pin-made-with": Refusal(
         "`osdt_profile`",
-        "It was made with another `osdt_block_length`, `osdt_cache_mode`, `osdt_threshold` or `osdt_credit`.",
+        "It was made with another `osdt_block_length`, `osdt_cache_mode`, `osdt_threshold`, `osdt_adablock` or "
+        "`osdt_credit`.",
         "Send the values that the message names.",
     ),
     "neither-parameter-nor-option": Refusal(
@@ -325,6 +321,11 @@ REFUSALS = {
         "`min_tokens`",
         "Beside a template or a suffix; beside a template; beside open holes.",
         "Leave one of them out.",
+    ),
+    "region-text": Refusal(
+        "`osdt_prophet_region`",
+        "No given text has a hole behind it.",
+        "Send `osdt_infill` with text before a hole, or leave it out.",
     ),
     "draft-value": Refusal(
         "`osdt_draft`, `prediction`", "It is neither text nor token ids of the model.", "Send what the message names."

@@ -13,19 +13,22 @@ KEY = ProfileKey("gsm", 4, "dual", 0.9)
 NAN = float("nan")
 
 
-def one_recording(block_length=4, num_blocks=2, seed=0):
+def one_recording(block_length=4, num_blocks=2, seed=0, num_positions=None):
     """One request: fewer positions are masked from step to step, unused steps are empty, some proposals were wrong."""
     rng = np.random.default_rng(seed)
-    shape = (num_blocks, block_length, block_length)
+    num_positions = num_positions or block_length
+    shape = (num_blocks, block_length, num_positions)
     recording = Recording(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), np.zeros(shape, bool))
     for block in range(num_blocks):
-        masked = np.ones(block_length, bool)
+        masked = np.ones(num_positions, bool)
         for step in range(block_length):
             if not masked.any():
                 break
             recording.confidence[block, step, masked] = rng.random(masked.sum(), dtype=np.float32)
-            recording.committed[block, step] = masked & (rng.random(block_length) < 0.7)
-            recording.wrong[block, step] = masked & ~recording.committed[block, step] & (rng.random(block_length) < 0.5)
+            recording.committed[block, step] = masked & (rng.random(num_positions) < 0.7)
+            recording.wrong[block, step] = (
+                masked & ~recording.committed[block, step] & (rng.random(num_positions) < 0.5)
+            )
             masked &= ~recording.committed[block, step]
     return recording
 
@@ -35,7 +38,8 @@ def recorded(key=KEY, seed=0, num_blocks=2, num_requests=1):
     rng = np.random.default_rng(seed)
     blocks = [num_blocks, *rng.integers(1, num_blocks + 1, num_requests - 1)]
     return CalibrationProfile(
-        key, stack([one_recording(key.block_length, n, 1000 * seed + i) for i, n in enumerate(blocks)])
+        key,
+        stack([one_recording(key.block_length, n, 1000 * seed + i, key.num_positions) for i, n in enumerate(blocks)]),
     )
 
 

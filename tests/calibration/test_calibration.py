@@ -169,6 +169,22 @@ def test_a_block_that_starts_again_overwrites_its_record_and_no_other():
     assert wrong[0].tolist() == [[False, True], [False, False]]
 
 
+def test_blocks_that_begin_in_the_same_place_are_recorded_side_by_side():
+    """One of 2 positions and one of 3, which ends behind the place; the second begins again."""
+    recorder = Recorder(1, 3, 6)
+    two, none, token = np.array([True, True, False]), np.array([False] * 3), np.array([5, 6, 99])
+    recorder.add(0, 0, np.array([0.6, 0.3, 0.0]), np.array([5, 9, 0]), two, np.array([False, True, False]), token)
+    recorder.add(0, 1, np.array([0.0, 0.4, 0.0]), token, np.array([False, True, False]), none, token)
+    for value in (0.1, 0.7):
+        later = np.array([7, 8, 9])
+        recorder.add(0, 0, np.full(3, value), later, ~none, none, later, offset=2)
+    confidence, committed, wrong = recorder.recording()
+    first, second = [0.6, 0.3, 0.7, 0.7, 0.7, NAN], [NAN, 0.4, NAN, NAN, NAN, NAN]
+    assert confidence[0] == pytest.approx(np.array([first, second, [NAN] * 6]), nan_ok=True)
+    assert committed[0, :2].tolist() == [[True, False, True, True, True, False], [False, True] + [False] * 4]
+    assert np.argwhere(wrong[0]).tolist() == [[0, 1]]
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_wrong_are_masked_positions_whose_proposal_was_not_the_token_put_there(data):

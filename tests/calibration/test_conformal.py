@@ -13,6 +13,7 @@ from tests.calibration.records import KEY, NAN, recorded
 from tests.calibration.test_calibration import as_lists, records
 from tests.reference import decode as reference
 from vllm_osdt.calibration.profile import CalibrationProfile, Setting, stack
+from vllm_osdt.calibration.recording import Recording
 from vllm_osdt.calibration.thresholds import GROUP_LENGTH, Fallback, calibrate, conformal, num_requests_needed
 from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.options import DecodingOptions
@@ -48,6 +49,16 @@ def test_a_new_request_exceeds_the_threshold_at_most_as_often_as_the_risk(risk, 
     assert exceeds <= risk + CHANCE
     if not is_discrete:  # and is not bought by a threshold that nothing exceeds
         assert exceeds >= risk - 1 / (num_requests + 1) - CHANCE
+
+
+def test_the_length_of_a_block_says_which_share_a_threshold_not_the_length_of_a_record():
+    half = replace(KEY, block_length=GROUP_LENGTH // 2, cache="dual:adablock0.3,8,14")
+    assert half.num_positions == GROUP_LENGTH
+    rng = np.random.default_rng(1)
+    confidence = rng.random((9, 4, 1, half.num_positions), dtype=np.float32)
+    wrong = rng.random(confidence.shape) < 0.1
+    got = CalibrationProfile(half, Recording(confidence, ~wrong, wrong)).thresholds(Setting(risk=0.1)).values
+    assert got[0] == got[1] == np.where(wrong, confidence, 0)[:, :2].max() and got[2] == got[3] != got[0]
 
 
 def test_a_request_without_a_wrong_proposal_has_the_lowest_score():

@@ -28,6 +28,14 @@ def test_the_stored_form_loses_nothing(seed, block_length, num_blocks, num_reque
     assert same(from_stored("gsm", to_stored(profile)), profile)
 
 
+def test_a_record_of_blocks_of_many_lengths_comes_back(store):
+    """It has twice the positions."""
+    profile = recorded(replace(KEY, cache="dual:adablock0.3,8,14"), num_requests=3)
+    assert profile.record.confidence.shape[3] == 2 * KEY.block_length
+    store.save(profile)
+    assert same(store.load(profile.key), profile) and store.load(KEY) is None
+
+
 def test_what_was_saved_comes_back(store):
     profile = recorded(num_requests=3)
     assert store.load(KEY) is None

@@ -13,6 +13,8 @@ from vllm.exceptions import VLLMValidationError
 import vllm_osdt
 from tests.e2e.engine import assert_idle, generate, nfe, sampling, tokens
 from tests.e2e.jobs import MIN_MARGIN
+from tests.policies.test_early_exit import PlainExit, prophet_tau, sched_tau
+from tests.policies.test_selection import Dimple, Streaming
 from tests.reference.block_causal import ReferenceSDAR, decode_block_causal
 from tests.reference.decode import Decoded, Shape, ThresholdRule, decode
 from tests.reference.dream import ReferenceDream
@@ -30,7 +32,11 @@ def sdar_llm(golden_sdar, start_llm):
 
 
 def rule() -> ThresholdRule:
-    return ThresholdRule(lambda block, step: THRESHOLD, strict=False)
+    return above(THRESHOLD)
+
+
+def above(threshold: float) -> ThresholdRule:
+    return ThresholdRule(lambda block, step: threshold, strict=False)
 
 
 def end_of(llm: Any) -> int:
@@ -136,6 +142,45 @@ def test_templates_are_filled_as_by_the_plain_loop_where_logits_are_shifted(gold
     prompts = [case["prompt_token_ids"][:40] for case in golden_dream.cases[:24]]
     ways = [{"cache_mode": mode} for mode in ("none", "prefix", "dual")]
     assert_filled(llm, jobs_of(prompts, golden_dream.config["vocab_size"] - 2, fill, ways))
+
+
+@pytest.mark.parametrize(
+    ("options", "make_rule"),
+    [
+        ({"policy": "streaming", "threshold": 0.7, "relaxation": 0.9}, lambda: Streaming(0.7, 0.9)),
+        ({"policy": "dimple", "threshold": 0.9, "steps_per_block": 4}, lambda: Dimple(0.9, 4)),
+        (
+            {"policy": "prophet", "commit_threshold": 0.9, "prophet_late": 1.0},
+            lambda: PlainExit(prophet_tau(late=1.0), passes=above(0.9), is_last_one=False, length=BLOCK),
+        ),
+        (
+            {"policy": "sched", "commit_threshold": 0.9, "sched_high": 3.0, "sched_low": 0.5},
+            lambda: PlainExit(sched_tau("cosine", 3.0, 0.5), passes=above(0.9), is_last_one=True, length=BLOCK),
+        ),
+    ],
+    ids=["streaming", "dimple", "prophet", "sched"],
+)
+def test_a_given_first_position_is_not_counted_as_decided(golden_dream, start_llm, options, make_rule):
+    """Rules that read how much of a block is decided; its first step decides nothing here."""
+    network = ReferenceDream.load(golden_dream.folder)
+    llm = start_llm(golden_dream.folder, max_num_seqs=32, max_model_len=512)
+    rng, asks, expected = random.Random(3), [], []
+    for case in golden_dream.cases[:16]:
+        template = [HOLE] * 3 * BLOCK
+        for place in (0, BLOCK, 2 * BLOCK, rng.randrange(len(template))):
+            template[place] = rng.randrange(3, golden_dream.config["vocab_size"] - 2)
+        prompt, canvas = case["prompt_token_ids"][:40], {"gen_length": len(template), "block_length": BLOCK}
+        shape, pinned = without_ends(llm), pins_of(template)
+        done = decode(network, prompt, make_rule(), pinned=pinned, shape=shape, cache_mode="dual", **canvas)
+        if min(done.proposal_margin, done.rule_margin) > MIN_MARGIN:
+            params = sampling(None, **options, block_length=BLOCK, cache_mode="dual")
+            params.extra_args["osdt_infill"] = parts_of(template)
+            asks.append((prompt, params))
+            expected.append((done.tokens, done.nfe))
+    assert len(asks) >= 8
+    got = generate(llm, [prompt for prompt, _ in asks], [params for _, params in asks])
+    assert [(list(one.token_ids), nfe(one)) for one in got] == expected
+    assert_idle(llm)
 
 
 def test_every_hole_of_a_model_with_sub_blocks_is_filled_by_the_model(golden_fast_dllm_v2, start_llm):

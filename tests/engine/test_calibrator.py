@@ -376,7 +376,7 @@ def test_whatever_tune_may_choose_decodes_a_request_or_is_passed_over(policy):
         decided = start(choosing(choice), "a", follows_choice=True)
         # No operator has named a file, and the model is not block-causal.
         is_usable = policy not in ("learned_filter", "s2d2")
-        assert decided.options.policy == (policy if is_usable else "osdt")
+        assert decided.options.policy == (candidate["policy"] if is_usable else "osdt")
         assert decided.assignment.policy == decided.options.policy
 
 

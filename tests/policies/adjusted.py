@@ -38,6 +38,8 @@ def make_step(score: torch.Tensor, schedule: Schedule, rows: int, *, memory_size
         (score != NO_CONFIDENCE).sum(dim=1),
         torch.full((rows,), width),
         torch.full((rows, 1), -1),
+        torch.zeros(rows, dtype=torch.int64),
+        torch.zeros(rows, dtype=torch.int64),
     )
 
 

@@ -3,15 +3,20 @@
 import itertools
 import math
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
 from tests.policies.adjusted import make_step, next_step
+from tests.policies.test_composition import Composed
 from tests.policies.test_policies import schedule_of
-from tests.reference.decode import best_first, decode, static_threshold
+from tests.policies.test_selection import Streaming
+from tests.reference.decode import best_first, calibrate, decode, enter, osdt, static_threshold
 from tests.reference.llada import ReferenceLLaDA
+from vllm_osdt.calibration.profile import CACHE_KEY, ProfileKey
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.frontend.admission import with_delimiters
 from vllm_osdt.models.configs.llada import LLaDAConfig
@@ -29,11 +34,11 @@ LENGTH = 48
 
 
 class PlainAdaBlock:
-    """A static threshold whose blocks end behind a delimiter, as published."""
+    """A static threshold, or another rule, whose blocks end behind a delimiter, as published."""
 
-    def __init__(self, tau=0.9, delimiter_tau=0.3, usual=8, delimiters=DELIMITERS):
+    def __init__(self, tau=0.9, delimiter_tau=0.3, usual=8, delimiters=DELIMITERS, rule=None):
         self.rule, self.delimiter_tau, self.usual, self.delimiters = (
-            static_threshold(tau),
+            rule or static_threshold(tau),
             delimiter_tau,
             usual,
             delimiters,
@@ -43,6 +48,12 @@ class PlainAdaBlock:
     @property
     def margin(self):
         return min(self.rule.margin, self.cut_margin)
+
+    def begin_block(self, first=0):
+        enter(self.rule)
+
+    def see(self, *seen):
+        return self.rule.see(*seen) if hasattr(self.rule, "see") else {}
 
     def __call__(self, block, step, masked):
         return self.rule(block, step, masked)
@@ -269,12 +280,63 @@ def test_an_engine_decodes_as_the_plain_loops_in_one_batch_and_after_preemption(
     }
 
 
+def by_place(decoded, lengths, block_length):
+    """What a decoding recorded, by the place of ``block_length`` positions in which a block begins, and step."""
+    places, start = [], 0
+    for steps, length in zip(decoded.record, lengths, strict=True):
+        places += [[] for _ in range(start // block_length + 1 - len(places))]
+        own = places[start // block_length]
+        own += [[] for _ in range(len(steps) - len(own))]
+        for step, samples in enumerate(steps):
+            own[step] += samples
+        start += length
+    return places
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("policy", ["osdt", "streaming"])
+def test_a_tasks_thresholds_go_with_blocks_of_many_lengths(tasks_llm, tasks_twin, golden_tasks, policy):
+    prompts = [case["prompt_token_ids"] for case in golden_tasks.cases[:14]]
+    canvas = {"gen_length": LENGTH, "block_length": 16, "cache_mode": "dual"}
+    calibrating = PlainAdaBlock()
+    first = decode(tasks_twin, prompts[0], calibrating, **canvas)
+    assert len(first.record) > len(by_place(first, calibrating.lengths, 16)) == 3
+    table = calibrate(by_place(first, calibrating.lengths, 16), "step_block", "q2", False)
+    found = []
+    for prompt in prompts:
+        rule = osdt(table, 0.95, 0.1)
+        if policy == "streaming":
+            rule = Composed(Streaming(0.9, 0.6), rule.cutoff)
+        found.append(decode(tasks_twin, prompt, PlainAdaBlock(rule=rule), **canvas))
+    clear = [i for i, one in enumerate(found) if min(one.rule_margin, one.proposal_margin) > 1e-5]
+    assert len(clear) >= 8
+    one_shot = {"num_calibration_requests": 1, "statistic": "q2", "granularity": "step_block"}
+    own = {"adablock": True, "adablock_length": 8, "adablock_delimiters": list(DELIMITERS), "policy": policy}
+    own |= {"threshold_cap": 0.95, "slack": 0.1} | ({} if policy == "osdt" else {"calibrated": True})
+    params = sampling(LENGTH, task=f"cut-{policy}", **one_shot, **own, **canvas)
+    [recorded] = generate(tasks_llm, prompts[:1], params)
+    assert (list(recorded.token_ids), nfe(recorded)) == (first.tokens, first.nfe)  # the static threshold alone
+    got = generate(tasks_llm, [prompts[i] for i in clear], params)
+    assert [(list(one.token_ids), nfe(one)) for one in got] == [(found[i].tokens, found[i].nfe) for i in clear]
+    assert any(found[i].nfe != decode(tasks_twin, prompts[i], PlainAdaBlock(), **canvas).nfe for i in clear[:4])
+
+
+def test_profiles_tell_how_blocks_are_cut():
+    usual = DecodingOptions(block_length=16, adablock_delimiters=[14], task="a")
+    ways = [{}, {"adablock_length": 8}, {"adablock_threshold": 0.5}, {"adablock_delimiters": [14, 126081]}]
+    keys = [replace(usual, adablock=True, **own).cache_key for own in ways]
+    assert len({usual.cache_key, *keys}) == 5 and all(re.fullmatch(CACHE_KEY, key) for key in keys)
+    assert replace(usual, adablock=True, adablock_length=64).cache_key == keys[0] == "dual:adablock0.3,16,14"
+    widths = [ProfileKey("a", 16, one, 0.9).num_positions for one in (usual.cache_key, f"{keys[0]}:credit0.7,0.2,0.8")]
+    assert widths == [16, 32]
+    assert validate_for_family(replace(usual, adablock=True), LLaDAConfig().traits).calibrates
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"osdt_adablock_threshold": 0.5}, "osdt_adablock_threshold is 0.5, but osdt_adablock is false"),
         ({"osdt_adablock": True, "osdt_policy": "cad_llm"}, "policy 'cad_llm' says itself how long blocks are"),
-        ({"osdt_adablock": True, "osdt_task": "quiz"}, "the thresholds of task 'quiz' are for blocks of one length"),
         ({"osdt_policy": "cad_llm", "osdt_cad_steps": 30}, "says nothing without osdt_cad_ramp = 'block'"),
         ({"osdt_adablock": True, "osdt_refresh_interval": 2}, "adablock is true and refresh_interval 2"),
         (

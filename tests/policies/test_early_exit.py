@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
 from tests.policies.adjusted import make_step, next_step
 from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, calibrate, decode, fixed_steps, osdt, static_threshold
 from vllm_osdt.errors import InvalidOptionError
+from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.options.family import validate_for_family
@@ -34,14 +36,17 @@ class PlainExit:
         length: Of a block.
         shares: Positions of each step, where those are not ``fixed_steps`` of a block.
         num_positions: Of the canvas, where that is not whole blocks.
+        region: First position and number of those whose gap counts; None for all that are masked.
     """
 
     def __init__(self, tau, steps=None, passes=None, num_blocks=None, *, is_last_one, counts_itself=False, patience=0,
-                 min_progress=0.0, max_change=1.0, length=16, shares=None, num_positions=None):  # fmt: skip
+                 min_progress=0.0, max_change=1.0, length=16, shares=None, num_positions=None,
+                 region=None):  # fmt: skip
+        self.region, self.is_seen = region, False
         self.shares, self.num_positions = shares, num_positions
         self.tau, self.steps, self.passes, self.num_blocks = tau, steps, passes, num_blocks
         self.is_last_one, self.length, self.patience = is_last_one, length, patience
-        self.counts_itself = counts_itself
+        self.counts_itself, self.num_alone = counts_itself, 0
         self.min_progress, self.max_change = min_progress, max_change
         self.total, self.before, self.calm, self.is_over, self.margin, self.num_exits = 0, {}, 0, False, math.inf, 0
 
@@ -66,10 +71,21 @@ class PlainExit:
             return (index + self.counts_itself) / number
         return index / (number - 1) if number > 1 else 1.0
 
+    def gap(self, block, masked):
+        """The mean over the positions that count."""
+        watched = list(masked)
+        if self.region is not None:
+            start, number = self.region
+            watched = [i for i in masked if start <= block * self.length + i < start + number]
+            if not watched:  # decided before, or in a later block
+                return math.inf if self.is_seen else -math.inf
+            self.is_seen = True
+        return sum(self.gaps[i] for i in watched) / len(watched)
+
     def __call__(self, block, step, masked):
-        self.total = self.total or len(masked) + (step > 0)  # a step before this one had the first position alone
+        self.total = self.total or len(masked) + self.num_alone
         progress = self.progress(block, step, masked)
-        gap, tau = sum(self.gaps[i] for i in masked) / len(masked), self.tau(progress)
+        gap, tau = self.gap(block, masked), self.tau(progress)
         changed = sum(self.before.get(i) != self.best[i] for i in masked) / len(masked)
         self.before = dict(self.best)
         is_calm = progress >= self.min_progress and changed <= self.max_change
@@ -120,10 +136,12 @@ def decided(step, rule):
     return found
 
 
-def run(options, make_rule, seed, rows=3, width=12, vocabulary=7):
+def run(options, make_rule, seed, rows=3, width=12, vocabulary=7, answer_start=None):
     """Decide a block of random logits by a policy and by its twin; how many steps each request took."""
     generator, policy = torch.Generator().manual_seed(seed), POLICIES[options.policy]
     schedule = schedule_of(options.policy, options)
+    if answer_start is not None:
+        schedule = policy.schedule(options, DecodeShape(1, width, answer_start=answer_start))
     rules = [make_rule() for _ in range(rows)]
     masked = torch.ones(rows, width, dtype=torch.bool)
     masked[0, ::4] = False
@@ -177,6 +195,19 @@ def test_prophet_counts_the_step_itself_as_the_release_does():
     assert all(map(int.__le__, found["release"], found["done"])) and found["release"] != found["done"]
 
 
+@pytest.mark.parametrize("start", [0, 5, 10])
+def test_a_gap_of_the_answer_alone_is_that_of_the_positions_behind_the_text(start):
+    numbers = {"prophet_early": 5.0, "prophet_middle": 2.5, "prophet_late": 2.0}
+    options = DecodingOptions(policy="prophet", prophet_region=4, **BLOCK, **numbers)
+    everywhere = DecodingOptions(policy="prophet", **BLOCK, **numbers)
+    tau, found = prophet_tau(5.0, 2.5, 2.0), []
+    for seed in range(6):
+        rule = lambda: PlainExit(tau, 6, is_last_one=False, length=12, region=(start, 4))  # noqa: E731
+        found.append(run(options, rule, seed, answer_start=start)[0])
+    plain = lambda: PlainExit(tau, 6, is_last_one=False, length=12)  # noqa: E731
+    assert found != [run(everywhere, plain, seed)[0] for seed in range(6)]
+
+
 @pytest.mark.parametrize("form", ["linear", "cosine", "exponential"])
 @pytest.mark.parametrize(("patience", "min_progress", "max_change"), [(0, 0.0, 1.0), (1, 0.0, 0.5), (0, 0.5, 0.3)])
 def test_sched_fills_as_published(form, patience, min_progress, max_change):
@@ -217,6 +248,7 @@ def test_positions_of_one_token_say_nothing_of_the_others():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"policy": "sched", "prophet_region": 5}, "which policy 'sched' does not use"),
         ({"policy": "sched", "sched_low": 8.0}, "sched_low is 8, above sched_high 7.5; lower it"),
         ({"policy": "sched", "sched_rate": 2.0}, "which says nothing without osdt_sched_form = 'exponential'"),
         ({"policy": "sched", "commit_threshold": 0.9, "calibrated": True, "task": "a"}, "send one of them"),
@@ -290,6 +322,46 @@ def test_an_engine_decodes_as_the_plain_loop(tasks_llm, tasks_twin, golden_tasks
     assert {i: list(finished[req_id].token_ids) for req_id, i in ids.items()} == {
         i: expected[i].tokens for i in ids.values()
     }
+
+
+@pytest.mark.e2e
+def test_an_engine_watches_the_answer_behind_given_text(tasks_llm, tasks_twin, golden_tasks):
+    """The text ends in the middle of a block, at the end of one, and shortly before that."""
+    end, tau = tasks_llm.llm_engine.model_config.hf_config.eos_token_id, prophet_tau(6.0, 4.0, 2.0)
+    own = {"policy": "prophet", "prophet_region": 5, "prophet_early": 6.0, "prophet_middle": 4.0, "prophet_late": 2.0}
+    text, asked, expected, exits = [7, 8], [], [], [0, 0, 0]
+
+    def shape(row, before, index):
+        row[end] = -torch.inf
+        return row
+
+    for number, case in enumerate(golden_tasks.cases[:30]):
+        kind, start, prompt = number % 3, (22, 32, 30)[number // 3 % 3], case["prompt_token_ids"]
+        length, scope = ((48, "block"), (16, "block"), (16, "answer"))[kind]
+        canvas = {"block_length": length, "cache_mode": "none"}
+        num_blocks = 48 // length if scope == "answer" else None
+        rule = PlainExit(tau, length // 2, num_blocks=num_blocks, is_last_one=False, length=length, region=(start, 5))
+        pinned = {start - 2 + place: token for place, token in enumerate(text)}
+        done = decode(tasks_twin, prompt, rule, gen_length=48, pinned=pinned, shape=shape, **canvas)
+        exits[kind] += rule.num_exits
+        if min(done.rule_margin, done.proposal_margin) > MIN_MARGIN:
+            params = sampling(None, **own, steps_per_block=length // 2, exit_scope=scope, **canvas)
+            params.extra_args["osdt_infill"] = [start - 2, text, 48 - start]
+            asked.append((prompt, params))
+            expected.append((done.tokens, done.nfe))
+    assert len(asked) >= 12 and all(exits)
+    got = generate(tasks_llm, [prompt for prompt, _ in asked], [params for _, params in asked])
+    assert [(list(one.token_ids), nfe(one)) for one in got] == expected
+
+
+@pytest.mark.e2e
+def test_an_answer_without_text_before_it_is_not_watched(tasks_llm, golden_tasks):
+    prompt = golden_tasks.cases[0]["prompt_token_ids"]
+    for template in ({}, {"osdt_infill": [8, [7, 8]]}):
+        params = sampling(None, policy="prophet", prophet_region=5, block_length=16)
+        params.extra_args |= template
+        with pytest.raises(VLLMValidationError, match="gives no text that a hole follows"):
+            generate(tasks_llm, [prompt], [params])
 
 
 @pytest.mark.e2e

@@ -135,6 +135,9 @@ def test_the_command_writes_a_file_that_an_engine_takes(tmp_path, capsys):
     store.save(recorded(replace(KEY, task="longer", block_length=8), 2, num_requests=12))
     assert main(["train-filter", "gsm", "longer", *arguments[2:]]) == 1
     assert "the profiles are of several models or block lengths" in capsys.readouterr().err
+    store.save(recorded(replace(KEY, task="cut", cache="dual:adablock0.3,4,14"), 2, num_requests=12))
+    assert main(["train-filter", "cut", *arguments[2:]]) == 1
+    assert "a filter is for blocks of one length" in capsys.readouterr().err
 
 
 def test_a_request_needs_a_filter_of_its_block_length(tmp_path):

@@ -38,6 +38,7 @@ class Plain:
 
     def __init__(self):
         self.margin, self.proposals, self.logits, self.left = float("inf"), {}, {}, 0
+        self.num_alone = 0
 
     def see(self, step, logits, proposals, masked, left):
         self.logits, self.proposals, self.left = logits, proposals, left
@@ -90,7 +91,7 @@ class Dimple(Plain):
         self.total = 0
 
     def choose(self, step, masked):
-        self.total = self.total or len(masked) + (step > 0)  # a step before this one had the first position alone
+        self.total = self.total or len(masked) + self.num_alone
         passing = [i for i, c in (self.ranks(masked) if self.on_rank else masked).items() if c > self.tau]
         if step + 1 >= self.steps:
             return list(masked)
@@ -138,8 +139,7 @@ class Streaming(Plain):
         self.total = 0
 
     def choose(self, step, masked):
-        # A step before a block's first one had its first position alone.
-        self.total = max(self.total, len(masked)) if self.total else len(masked) + (step > 0)
+        self.total = max(self.total, len(masked)) if self.total else len(masked) + self.num_alone
         suffix = 0 if self.window is None else min(self.left - len(masked), self.window + 1)
         ratio = (len(masked) + suffix) / (self.total + suffix)
         tau = self.tau * (1 - self.relaxation * (1 - ratio))
@@ -300,13 +300,13 @@ def test_positions_without_a_confidence_do_not_stop_a_block(name):
     assert all(step[0] for step in found) and len(found) <= WIDTH
 
 
-@pytest.mark.parametrize(("index", "tau"), [(0, 0.8), (1, 0.8 * (1 - 0.5 * (1 - 3 / 4)))])
-def test_a_first_position_counts_as_decided_where_it_had_a_step_alone(index, tau):
-    """Not where the prompt ends in the block, which then has no such step."""
+@pytest.mark.parametrize(("num_alone", "tau"), [(0, 0.8), (1, 0.8 * (1 - 0.5 * (1 - 3 / 4)))])
+def test_a_first_position_counts_as_decided_where_it_had_a_step_alone(num_alone, tau):
+    """Not where the request gives it: its step then decides nothing."""
     options = DecodingOptions(policy="streaming", threshold=0.8, relaxation=0.5, block_length=4, gen_length=4)
     schedule = POLICIES["streaming"].schedule(options, DecodeShape(1, 4, decides_first_alone=True))
     step = make_step(torch.tensor([[NO_CONFIDENCE, 0.5, 0.5, 0.5]]), schedule, 1)
-    step = step._replace(step_index=torch.tensor([index]))
+    step = step._replace(step_index=torch.tensor([1]), num_alone=torch.tensor([num_alone]))
     POLICIES["streaming"].adjust(step)
     assert step.parameter.item() == pytest.approx(tau, abs=1e-6)
 

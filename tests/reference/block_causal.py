@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.reference.decode import Decoded, Draft, Rule, Shape, enter, look, sureness
+from tests.reference.decode import Decoded, Draft, Rule, Shape, decide_alone, enter, look, sureness
 from tests.reference.rope import rotate
 
 MAX_POST_STEPS = 16  # of LLaDA2.1's editing
@@ -382,6 +382,7 @@ def decode_fast_dllm_v2(
             if start == base and step == 0 and base > 0:
                 proposals = {base: model.forward(canvas[:base], block_length)[-1]}
                 chosen = [base]
+                decide_alone(rule, 1)
             else:
                 sub = next(s for s in range(base, end, sub_block_length) if not all(decided[s : s + sub_block_length]))
                 last = sub + sub_block_length

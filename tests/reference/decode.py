@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -164,6 +165,21 @@ def enter(rule: Rule, first: int = 0) -> None:
     """
     if hasattr(rule, "begin_block"):
         rule.begin_block(first)
+    decide_alone(rule, 0)
+
+
+def decide_alone(rule: Rule, number: int) -> None:
+    """Tell a rule how many positions of a block its first step decides without it, where there is such a step.
+
+    Args:
+        rule: Of the request. One that counts them has a ``num_alone``; one around another has it as ``rule``.
+        number: 1 for the first position, 0 where that is given.
+    """
+    within: Any = rule
+    while within is not None:
+        if hasattr(within, "num_alone"):
+            within.num_alone = number
+        within = getattr(within, "rule", None)
 
 
 def look(
@@ -378,6 +394,8 @@ def decode(
             result.refresh_margin = min(result.refresh_margin, abs(mean - refresh_confidence))
             is_unsure = refresh_confidence > 0 and mean < refresh_confidence and not is_refresh
             result.num_refreshes += is_refresh
+            if is_alone:
+                decide_alone(rule, len(masked))
             chosen = [0] if is_alone and masked else rule(block, step, masked) if masked else []
             if draft is not None:
                 tokens = {offset: int(proposal[offset]) for offset in masked}

@@ -18,6 +18,7 @@ from vllm_osdt.geometry import CACHE_MODES
 # How keys and values were approximated, as profiles tell it apart: cache mode, sub-blocks ("c": with their cache),
 # confidence of token editing, blocks between refreshes, confidence below which a block is refreshed again, blocks of
 # masks behind the active one that take part, what cuts blocks, and what changes logits: modifiers with their numbers.
+CUT_KEY = "adablock"  # of a key with blocks of many lengths
 CACHE_KEY = rf"({'|'.join(CACHE_MODES)})(:\d+c?)?(:e[0-9.e-]+)?(:r\d+)?(:u[0-9.e-]+)?(:w\d+)?(:[a-z]{{2,}}[0-9.,e+-]+)*"
 
 
@@ -30,6 +31,7 @@ def cache_key(
     refresh_interval: int = 1,
     refresh_confidence: float = 0.0,
     suffix_window: int | None = None,
+    cuts: str | None = None,
     modifiers: Iterable[str] = (),
 ) -> str:
     """A cache mode as profiles tell it apart (:data:`CACHE_KEY`): recorded confidences depend on all of these."""
@@ -44,7 +46,7 @@ def cache_key(
         key += f":u{refresh_confidence:g}"
     if suffix_window is not None:
         key += f":w{suffix_window}"
-    return ":".join((key, *modifiers))
+    return ":".join((key, *([] if cuts is None else [cuts]), *modifiers))
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class ProfileKey:
     block_length: int
     cache: str
     threshold: float
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that are recorded of a block; twice its length where blocks may begin anywhere in these."""
+        return self.block_length * (2 if f":{CUT_KEY}" in self.cache else 1)
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,7 @@ class CalibrationProfile:
                 setting.statistic,
                 setting.risk,
                 self.key.threshold if setting.is_early else None,
+                block_length=self.key.block_length,
             )
         return self._thresholds[setting]
 
@@ -208,7 +216,8 @@ class CalibrationProfile:
         """Mean forwards a recorded request took, and would about take with other thresholds.
 
         The estimate replays the record: a position leaves at the first step where its confidence reaches the
-        threshold, or where it left. What earlier commits would have done to other confidences is not known.
+        threshold, or where it left. What earlier commits would have done to other confidences is not known. Blocks of
+        many lengths that begin in the same place count as one.
 
         Args:
             parameters: float32 ``[blocks, steps]``, thresholds passed by equality.

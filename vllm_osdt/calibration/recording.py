@@ -31,15 +31,21 @@ class Recorder:
     """Collects the denoising steps of one request.
 
     A block that starts again (the request was preempted) overwrites its earlier record. Blocks beyond MAX_BLOCKS are
-    not recorded.
+    not recorded. Blocks of many lengths are recorded with the ``block_length`` positions in which they begin; there may
+    be several, side by side.
+
+    Args:
+        num_blocks: Of the canvas.
+        block_length: The most positions of a block, and an upper bound of its steps.
+        num_positions: Of a record (``ProfileKey.num_positions``); None for those of a block.
     """
 
-    def __init__(self, num_blocks: int, block_length: int) -> None:
-        shape = (min(num_blocks, MAX_BLOCKS), block_length, block_length)  # [block, step, position]
+    def __init__(self, num_blocks: int, block_length: int, num_positions: int | None = None) -> None:
+        shape = (min(num_blocks, MAX_BLOCKS), block_length, num_positions or block_length)  # [block, step, position]
         self.confidence = np.full(shape, np.nan, dtype=np.float32)
         self.committed = np.zeros(shape, dtype=bool)
         self.proposal = np.full(shape, -1, dtype=np.int64)
-        self.final = np.full((shape[0], 1, block_length), -1, dtype=np.int64)
+        self.final = np.full((shape[0], 1, shape[2]), -1, dtype=np.int64)
 
     def add(
         self,
@@ -50,6 +56,7 @@ class Recorder:
         before: np.ndarray,
         after: np.ndarray,
         tokens: np.ndarray,
+        offset: int = 0,
     ) -> None:
         """Record one denoising step.
 
@@ -62,20 +69,22 @@ class Recorder:
             after: bool ``[block_length]``, masked positions after it.
             tokens: int32 ``[block_length]``, the block after the step; read where a position has been unmasked, in this
                 step or before, and may have been edited since.
+            offset: Place of its first position in the record.
         """
         if block >= self.confidence.shape[0]:
             return
         if step == 0:
-            self.confidence[block] = np.nan
-            self.committed[block] = False
-            self.final[block] = -1
-        known = self.final[block, 0] >= 0
-        self.final[block, 0] = np.where(known | before & ~after, tokens, -1)
+            self.confidence[block, :, offset:] = np.nan
+            self.committed[block, :, offset:] = False
+            self.final[block, :, offset:] = -1
+        own = slice(offset, offset + before.size)
+        final = self.final[block, 0, own]
+        final[:] = np.where((final >= 0) | before & ~after, tokens, -1)
         if step >= self.confidence.shape[1]:  # a full block, which is only edited
             return
-        self.confidence[block, step] = np.where(before, confidence, np.nan)
-        self.committed[block, step] = before & ~after
-        self.proposal[block, step] = proposal
+        self.confidence[block, step, own] = np.where(before, confidence, np.nan)
+        self.committed[block, step, own] = before & ~after
+        self.proposal[block, step, own] = proposal
 
     def recording(self) -> Recording:
         """What was recorded, up to the last block that was reached."""

@@ -44,7 +44,7 @@ class StoredStep:
     that was not chosen in the end. Tokens are not kept.
     """
 
-    confidence: Annotated[list[float | None], Field(max_length=MAX_BLOCK_LENGTH)]
+    confidence: Annotated[list[float | None], Field(max_length=2 * MAX_BLOCK_LENGTH)]
     committed: list[int]
     wrong: list[int]
 
@@ -363,13 +363,14 @@ def from_stored(task: str, stored: StoredProfile) -> CalibrationProfile:
     num_steps = max(map(len, blocks), default=0)
     if num_steps > stored.block_length:
         raise UnusableFileError(f"requests: a block of {num_steps} steps, at most block_length expected")
-    shape = (len(stored.requests), num_blocks, num_steps, stored.block_length)
+    key = _key(task, stored)
+    shape = (len(stored.requests), num_blocks, num_steps, key.num_positions)
     record = Recording(np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, bool), np.zeros(shape, bool))
     for index, request in enumerate(stored.requests):
         for block, steps in enumerate(request):
             for step, found in enumerate(steps):
                 _fill_step(record, (index, block, step), found)
-    profile = CalibrationProfile(_key(task, stored), record, stored.created, stored.versions, stored.choice)
+    profile = CalibrationProfile(key, record, stored.created, stored.versions, stored.choice)
     if not record.confidence.size or np.isnan(record.confidence[:, 0]).all():
         raise UnusableFileError("requests: nothing is recorded in the first block")
     return profile
@@ -377,14 +378,14 @@ def from_stored(task: str, stored: StoredProfile) -> CalibrationProfile:
 
 def _fill_step(record: Recording, where: tuple[int, int, int], found: StoredStep) -> None:
     place = "requests." + ".".join(map(str, where))
-    block_length = record.confidence.shape[-1]
-    if len(found.confidence) != block_length:
-        raise UnusableFileError(f"{place}.confidence: {len(found.confidence)} values, expected block_length")
+    num_positions = record.confidence.shape[-1]
+    if len(found.confidence) != num_positions:
+        raise UnusableFileError(f"{place}.confidence: {len(found.confidence)} values, expected {num_positions}")
     values = np.array(found.confidence, dtype=np.float32)
     if ((values < 0) | (values > 1)).any():
         raise UnusableFileError(f"{place}.confidence: a value is not in [0, 1]")
     record.confidence[where] = values
     for name, positions in (("committed", found.committed), ("wrong", found.wrong)):
-        if any(not 0 <= position < block_length for position in positions):
+        if any(not 0 <= position < num_positions for position in positions):
             raise UnusableFileError(f"{place}.{name}: a position is not in the block")
         getattr(record, name)[where][positions] = True

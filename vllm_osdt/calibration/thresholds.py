@@ -107,6 +107,7 @@ def calibrate(
     statistic: str,
     risk: float = DEFAULT_RISK,
     static: float | None = None,
+    block_length: int | None = None,
 ) -> Thresholds:
     """Thresholds T of recorded sequences.
 
@@ -120,6 +121,7 @@ def calibrate(
         risk: Of ``conformal``, in (0, 1).
         static: The static threshold, in (0, 1], where a block that too few requests reached is to have an
             :func:`early` threshold.
+        block_length: Of the blocks that ``conformal`` groups; None for as many as there are positions.
 
     Returns:
         ``[recorded blocks, steps]``. With ``step_block``, steps beyond the last recorded one of a block repeat it,
@@ -135,7 +137,9 @@ def calibrate(
         recorded = ~np.isnan(seen)
         if not recorded.any():
             break
-        group = _group(block, confidence) if statistic == CONFORMAL else slice(block, block + 1)
+        group = (
+            _group(block, block_length or confidence.shape[3]) if statistic == CONFORMAL else slice(block, block + 1)
+        )
         near, near_wrong = confidence[:, group].astype(np.float64), None if wrong is None else wrong[:, group]
         value = _threshold(near, near_wrong, statistic, risk, static)
         row = np.full(num_steps, value, dtype=np.float32)
@@ -155,9 +159,9 @@ def calibrate(
     return Thresholds(np.stack(values), np.stack(fallbacks))
 
 
-def _group(block: int, confidence: np.ndarray) -> slice:
+def _group(block: int, block_length: int) -> slice:
     """The blocks that share a conformal threshold with one."""
-    size = max(1, GROUP_LENGTH // confidence.shape[3])
+    size = max(1, GROUP_LENGTH // block_length)
     first = block - block % size
     return slice(first, first + size)
 

@@ -53,6 +53,8 @@ def train_filter(args: argparse.Namespace) -> None:
     lengths = {one.profile.key.block_length for one in found}
     if len(lengths) > 1 or len({one.fingerprint for one in found}) > 1:
         raise CommandError(f"the profiles are of several models or block lengths ({lengths}); a filter is for one each")
+    if any(one.profile.key.num_positions > one.profile.key.block_length for one in found):
+        raise CommandError("a profile was made with adablock, and a filter is for blocks of one length; name another")
     samples = samples_of([one.profile.record for one in found])
     num_requests = np.unique(samples.request).size
     if num_requests < MIN_REQUESTS:

@@ -54,7 +54,7 @@ def regex(text: str) -> re.Pattern[str]:
 
 
 def policy_names(text: str) -> tuple[str, ...]:
-    """Names of policies with candidates, for argparse."""
+    """Names of lists of candidates, for argparse."""
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in CANDIDATES:

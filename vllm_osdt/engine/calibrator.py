@@ -24,7 +24,7 @@ from vllm_osdt.engine.canvas_plan import decides_first_alone
 from vllm_osdt.engine.statistics import About, EngineStatistics
 from vllm_osdt.errors import OSDTError
 from vllm_osdt.geometry import CanvasRequest, DecodeShape
-from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport
+from vllm_osdt.messages import Assignment, RecordedStep, RequestSpec, StepReport, answer_start
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import UNDECIDED_TASK, DecodingOptions, ServerOptions
 from vllm_osdt.options.family import validate_for_family
@@ -146,6 +146,7 @@ class Calibrator:
             options.sub_block_length,
             decides_first_alone(spec, self._traits),
             self._traits.is_threshold_strict,
+            None if spec.pinned is None else answer_start(spec.pinned),
         )
         key = ProfileKey(options.task or "", options.block_length, options.cache_key, options.threshold)
         profile, recorder, is_early = None, None, False
@@ -158,7 +159,7 @@ class Calibrator:
                 policy = POLICIES[options.policy]
             is_own = options.profile is None and options.task is not None
             if is_own and is_usual and self._calibrates(req_id, options, key, max_tokens, profile):
-                profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length)
+                profile, recorder = None, Recorder(canvas.num_blocks, canvas.block_length, key.num_positions)
             elif is_own and profile is None and _has_early_thresholds(options):
                 profile, is_early = self.registry.early(key), True
             kind = "calibrating" if recorder else "static" if profile is None else "early" if is_early else "calibrated"
@@ -181,7 +182,7 @@ class Calibrator:
         is_own_profile = profile is not None and options.profile is None and not is_early
         by_entropy = policy.looks_at_entropy(options)
         # A guard compares blocks, which others cut elsewhere.
-        can_watch = is_own_profile and not by_entropy and not policy.cuts_blocks
+        can_watch = is_own_profile and not by_entropy and not policy.cuts_blocks and not options.adablock
         is_watched = self.guard is not None and can_watch and is_usual
         if is_watched:
             assert self.guard is not None and profile is not None
@@ -302,8 +303,10 @@ class Calibrator:
             found = self._decodings.get(req_id)
             if found is not None and found.recorder is not None:
                 length = found.shape.block_length
-                grids = (values[row, :length] for values in recorded[3:8])
-                found.recorder.add(int(recorded.block[row]), int(recorded.step[row]), *grids)
+                confidence, proposal, before, after, tokens = (values[row, :length] for values in recorded[3:8])
+                offset = 0 if recorded.offset is None else int(recorded.offset[row])
+                where = int(recorded.block[row]), int(recorded.step[row])
+                found.recorder.add(*where, confidence, proposal, before, after, tokens, offset=offset)
 
     def finish_request(self, req_id: str, *, ended_well: bool) -> None:
         """A request has ended.

@@ -15,7 +15,7 @@ from vllm_osdt.calibration.store import ProfileStore, open_store
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.frontend.auto_task import AutoTasks
 from vllm_osdt.frontend.draft import Draft, check_draft, read_draft
-from vllm_osdt.frontend.infill import Encode, Reader, Template, check_company, template_canvas
+from vllm_osdt.frontend.infill import Encode, Reader, Template, check_company, check_region, template_canvas
 from vllm_osdt.frontend.parameters import barred_policies, check_policy, check_sampling_params
 from vllm_osdt.frontend.pins import Pins
 from vllm_osdt.frontend.sent import SENT, Sent, merge_options
@@ -142,6 +142,8 @@ class FrontEnd:
             self._pins.check(options)
         check_draft(draft, extra, options, asked)
         check_policy(options, draft, params, asked, sent.name_of)
+        if PREFIX + "prophet_region" in extra:
+            check_region(template, options.prophet_region)
         if template is not None:
             check_company(template, options, asked, PREFIX + "gen_length" in extra, sent.name_of)
         switch = read_switch(options, reader, params, asked, template, draft, sent.name_of)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_osdt.errors import InvalidOptionError, shown
 from vllm_osdt.geometry import Canvas, Limits, canvas_start
-from vllm_osdt.messages import HOLE, OPEN_HOLE
+from vllm_osdt.messages import HOLE, OPEN_HOLE, answer_start
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -221,6 +221,26 @@ def check_company(
                 refusal="infill-company",
                 parameter=name,
             )
+
+
+def check_region(template: Template | None, length: int | None) -> None:
+    """Refuse to watch the answer behind given text (``prophet_region``) where there is none.
+
+    Args:
+        template: Of the request; None for none.
+        length: Positions to watch; None for all.
+
+    Raises:
+        InvalidOptionError: Says so.
+    """
+    if length is not None and (template is None or answer_start(template.tokens) is None):
+        raise InvalidOptionError(
+            f"prophet_region is {length}, but the request gives no text that a hole follows; send {INFILL} with such "
+            "text, or leave prophet_region out.",
+            refusal="region-text",
+            parameter="prophet_region",
+            value=length,
+        )
 
 
 def template_canvas(template: Template, prompt_length: int, options: "DecodingOptions", limits: Limits) -> Canvas:

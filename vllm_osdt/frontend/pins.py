@@ -88,7 +88,7 @@ class Pins:
                 if ":" in f"{made_with}{value}":
                     remedy = (
                         "send the sub_block_length, sub_block_cache, edit_threshold, refresh_interval, "
-                        "refresh_confidence, suffix_window and credit that it was made with"
+                        "refresh_confidence, suffix_window, adablock and credit that it was made with"
                     )
                 raise InvalidOptionError(
                     f"profile {options.profile!r} was made with {name} {made_with!r}, but the request has {value!r}; "

@@ -19,7 +19,7 @@ from vllm_osdt.calibration.profile import cache_key
 from vllm_osdt.declaration import Declaration, Flag, count, declarations, defaults, number, option
 from vllm_osdt.geometry import BLOCK_CACHE, CACHE_MODES, CANVAS_CACHES, BlockLength
 from vllm_osdt.policies import MODIFIERS, POLICIES
-from vllm_osdt.policies.adablock import AdaBlockOptions
+from vllm_osdt.policies.adablock import ADABLOCK, AdaBlockOptions
 from vllm_osdt.policies.tccf import TCCFOptions
 
 PREFIX = "osdt_"
@@ -176,6 +176,7 @@ class CommonOptions(AdaBlockOptions, TCCFOptions):
             refresh_interval=self.refresh_interval,
             refresh_confidence=self.refresh_confidence,
             suffix_window=self.suffix_window,
+            cuts=ADABLOCK.key(self) if self.adablock else None,
             modifiers=[one.key(self) for one in MODIFIERS if one.is_on(self)],
         )
 

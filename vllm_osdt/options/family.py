@@ -107,14 +107,6 @@ def _validate_cuts(options: DecodingOptions, traits: Traits) -> None:
             parameter="adablock",
             value=True,
         )
-    if options.adablock and options.task is not None and options.calibrates:
-        raise InvalidOptionError(
-            f"adablock is true, but the thresholds of task {options.task!r} are for blocks of one length; send "
-            "adablock = false, or no task.",
-            refusal="adablock-task",
-            parameter="adablock",
-            value=True,
-        )
     if traits.is_block_causal:
         raise InvalidOptionError(
             f"{what}, but this model's blocks, which see no later ones, have one length; leave it out.",

@@ -6,6 +6,10 @@ behind it, else it has the usual length. The authors' window is a quarter of the
 is ``block_length``. With that a quarter of ``gen_length``, and ``adablock_length`` their usual length, this is their
 rule, up to a canvas of 512 tokens, since a block has at most 128. Works beside every policy, for models whose positions
 see the whole canvas.
+
+A task's thresholds go with it, from a profile that was calibrated with ``adablock`` and the same numbers. A block then
+has the index of the ``block_length`` positions in which it begins, when it is recorded and when it is decoded. Several
+blocks may begin there, which share a threshold. One does at least, since no block is longer.
 """
 
 import math
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from csrc_triton.types import ENTROPY_SCALE
+from vllm_osdt.calibration.profile import CUT_KEY
 from vllm_osdt.declaration import Flag, count, number, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.policies.base import Step
@@ -63,6 +68,11 @@ class AdaBlockOptions:
 
 class AdaBlock:
     """The cutter of requests that ask for it."""
+
+    def key(self, options: Any) -> str:
+        """What its profiles have in their key (``calibration.profile.CACHE_KEY``), on which their blocks depend."""
+        lengths = min(options.adablock_length, options.block_length), *(options.adablock_delimiters or ())
+        return f"{CUT_KEY}{options.adablock_threshold:g}," + ",".join(map(str, lengths))
 
     def constants(self, options: Any, *, by_entropy: bool = False) -> Sequence[float]:
         """What :meth:`cut` reads of a request's resolved options.

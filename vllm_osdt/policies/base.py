@@ -189,6 +189,9 @@ class Step(NamedTuple):
         num_left: int64 ``[R]``, undecided positions of the canvas, as far as it is there, before the step.
         num_positions: int64 ``[R]``, positions of the canvas, as far as it is there.
         end_token_ids: int64 ``[R, E]``, tokens that end the output, -1 for none. One that ends thinking is none.
+        num_alone: int64 ``[R]``, positions of the block that a step before the policy's first one decided: with shifted
+            logits 1, the first one, where the request does not give it; else 0.
+        output_index: int64 ``[R]``, of the first column: its place in the request's output.
         tensors: What :meth:`Policy.tensors` has read for the engine, by name.
         verification: Of a policy with ``verifies``; None for others.
     """
@@ -208,8 +211,18 @@ class Step(NamedTuple):
     num_left: "torch.Tensor"
     num_positions: "torch.Tensor"
     end_token_ids: "torch.Tensor"
+    num_alone: "torch.Tensor"
+    output_index: "torch.Tensor"
     tensors: "Mapping[str, torch.Tensor]" = MappingProxyType({})
     verification: "Verification | None" = None
+
+    def num_at_entry(self, known: "torch.Tensor") -> "torch.Tensor":
+        """Masks with which the block, or its first sub-block, began, float32 ``[R]``.
+
+        Args:
+            known: float32 ``[R]``, what an earlier step of the block found; 0 in the first one that the policy adjusts.
+        """
+        return known.where(known > 0, (self.is_open.sum(dim=1) + self.num_alone).to(known.dtype))
 
     def choose(self, chosen: "torch.Tensor", rank: "torch.Tensor | None" = None) -> None:
         """Have exactly these positions unmasked, whatever the schedule's threshold; at least the first by rank.

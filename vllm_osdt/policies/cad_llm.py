@@ -92,7 +92,7 @@ class CadLLM(Policy):
 
     name = "cad_llm"
     Options = CadLLMOptions
-    with_profile = "it cuts blocks to many lengths, and calibrated thresholds are of blocks of one length"
+    with_profile = "its threshold is a ramp between two bounds, and the lengths of its blocks follow what passes it"
     adjusts = True
     reads_logits = True
     cuts_blocks = True

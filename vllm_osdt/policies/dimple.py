@@ -119,8 +119,7 @@ class Dimple(CalibratedPolicy):
         num_steps, ranked_by, passes_by = step.constants[:, :3].unbind(dim=1)
         left = step.is_open.sum(dim=1)
         total = step.state[:, 0]
-        # A step before the block's first one here had its first position alone.
-        total.copy_(torch.where(total > 0, total, left + (step.step_index > 0)))
+        total.copy_(step.num_at_entry(total))
         number = _number(left, total.long().clamp(min=1), num_steps.long(), step.step_index)
         rank = torch.where((ranked_by == PROBABILITY).unsqueeze(-1), step.confidence, step.reading[..., 0])
         rank = rank.masked_fill(~step.is_open, -2.0)

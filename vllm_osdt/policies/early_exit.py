@@ -61,7 +61,7 @@ class EarlyExit(CalibratedPolicy):
 
     Constants: the index of the last denoising step, or ``ADAPTIVE``; steps of a block, 0 where each block counts by
     itself; up to 6 of the subclass. State: masked positions when the block was entered. Carry: 1 behind an exit that is
-    for the whole answer.
+    for the whole answer; one number of the subclass.
     """
 
     with_profile = "`commit_threshold`; an exit fills what is below it"
@@ -69,7 +69,7 @@ class EarlyExit(CalibratedPolicy):
     reads_logits = True
 
     @abstractmethod
-    def numbers(self, options: Any) -> Sequence[float]:
+    def numbers(self, options: Any, shape: DecodeShape) -> Sequence[float]:
         """At most 6 numbers that :meth:`is_sure` finds in ``step.constants`` from the third on."""
 
     @abstractmethod
@@ -77,8 +77,9 @@ class EarlyExit(CalibratedPolicy):
         """Whether a step fills everything, bool ``[R]``.
 
         Args:
-            step: Of which ``state[:, 1:]``, memory and constants are the subclass's.
-            gap: float32 ``[R]``, mean difference of the two best logits over the masked positions; -inf without any.
+            step: Of which ``state[:, 1:]``, ``carry[:, 1]``, memory and constants are the subclass's.
+            gap: float32 ``[R]``, mean difference of the two best logits over the positions that count; -inf without
+                any, inf where none is asked for.
             progress: float32 ``[R]`` in [0, 1], see :meth:`progress`.
         """
 
@@ -92,6 +93,10 @@ class EarlyExit(CalibratedPolicy):
             last: float32 ``[R]``, of the last one.
         """
 
+    def watched(self, step: Step) -> "tuple[torch.Tensor, torch.Tensor]":
+        """The positions whose gaps count, bool ``[R, W]``; and bool ``[R]``, whether no gap is asked for any more."""
+        return step.is_open, step.is_open.new_zeros(step.is_open.shape[0])
+
     def resolve(self, options: EarlyExitOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas; beside a threshold only where the request asks for steps."""
         if is_adaptive(options) and options.steps is None and options.steps_per_block is None:
@@ -103,7 +108,7 @@ class EarlyExit(CalibratedPolicy):
         shares = None if options.steps is None else positions_per_step(options.steps, shape)
         of_answer = options.exit_scope == "answer"
         if is_adaptive(options):
-            constants = (ADAPTIVE, float(of_answer), *self.numbers(options))
+            constants = (ADAPTIVE, float(of_answer), *self.numbers(options, shape))
             schedule = (
                 calibrated_schedule(options, shape, thresholds)
                 if options.commit_threshold is None
@@ -113,7 +118,7 @@ class EarlyExit(CalibratedPolicy):
         assert options.steps is not None and shares is not None
         per_block = options.steps // shape.num_blocks
         last = (options.steps if of_answer else per_block) - 1
-        constants = (float(last), float(per_block * of_answer), *self.numbers(options))
+        constants = (float(last), float(per_block * of_answer), *self.numbers(options, shape))
         table = np.tile(shares.astype(np.float32), (shape.num_blocks, 1))
         return Schedule(Rule.TOP_K, table, constants=constants)
 
@@ -134,15 +139,16 @@ class EarlyExit(CalibratedPolicy):
 
         last, per_block = step.constants[:, 0], step.constants[:, 1]
         num_open = step.is_open.sum(dim=1)
-        # A step before the block's first one here had its first position alone.
-        step.state[:, 0] = torch.where(step.state[:, 0] > 0, step.state[:, 0], num_open + (step.step_index > 0))
-        number = step.reading[:, :, 1].sum(dim=1)
+        step.state[:, 0] = step.num_at_entry(step.state[:, 0])
+        counts, is_past = self.watched(step)
+        number = (step.reading[:, :, 1] * counts).sum(dim=1)
         # In float64 the sum does not depend on how it is taken, and so not on the longest block of the batch.
-        gap = (step.reading[:, :, 0].double().sum(dim=1) / number.clamp(min=1)).float()
+        gap = ((step.reading[:, :, 0] * counts).double().sum(dim=1) / number.clamp(min=1)).float()
+        gap = gap.masked_fill(number == 0, -torch.inf).masked_fill(is_past, torch.inf)
         left = torch.where(per_block > 0, step.num_left / step.num_positions, num_open / step.state[:, 0].clamp(min=1))
         known = self.progress(step, step.block_index * per_block + step.step_index, last)
         progress = torch.where(last == ADAPTIVE, 1.0 - left, known).clamp(0.0, 1.0)
-        exits = self.is_sure(step, gap.masked_fill(number == 0, -torch.inf), progress)
+        exits = self.is_sure(step, gap, progress)
         fills = exits | (step.carry[:, 0] > 0)
         step.carry[:, 0] = (fills & (per_block > 0)).to(step.carry.dtype)
         everything = torch.where(last == ADAPTIVE, EVERY, float(MAX_BLOCK_LENGTH))

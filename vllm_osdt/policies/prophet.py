@@ -1,25 +1,30 @@
 """Prophet: everything is filled once the model is sure enough for the stage of decoding.
 
 Source: Prophet (arXiv 2508.19982; pixeli99/Prophet). With g the mean gap between the two best logits and p = step /
-total steps: all masked positions are filled when g >= 7.5 while p < 0.33, 5.0 while p < 0.67, and 2.5 behind that. The
-authors' scripts take g over five tokens behind a phrase that they put into the answer, which tells of one task; here it
-is taken over all masked positions. Step i of T, from 0, has p = i / T; with ``prophet_progress`` ``release`` it has
-(i + 1) / T, as in the authors' code. See ``early_exit`` for what else is ours.
+total steps: all masked positions are filled when g >= 7.5 while p < 0.33, 5.0 while p < 0.67, and 2.5 behind that. Step
+i of T, from 0, has p = i / T; with ``prophet_progress`` ``release`` it has (i + 1) / T, as in the authors' code.
+
+By default g is taken over all masked positions. The authors' scripts put a phrase such as "The answer is" into the
+answer, and take g over five positions behind it. That is ``prophet_region`` beside a template. Ours: only masked
+positions of the active block have a gap, and behind the region the rest is filled. See ``early_exit`` for what else is
+ours.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vllm_osdt.declaration import number, option
-from vllm_osdt.policies.base import Step
+from vllm_osdt.declaration import count, number, option
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
+from vllm_osdt.policies.base import Step, places
 from vllm_osdt.policies.early_exit import EarlyExit, EarlyExitOptions, is_adaptive
 
 if TYPE_CHECKING:
     import torch
 
 FIRST, SECOND = 0.33, 0.67  # progress at which a stage ends
-EARLY, MIDDLE, LATE, COUNTS_ITSELF = range(2, 6)  # constants
+EARLY, MIDDLE, LATE, COUNTS_ITSELF, REGION_START, REGION_LENGTH = range(2, 8)  # constants
+REGION_SEEN = 1  # column of Step.carry: a position of the region has been masked in a step
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,14 @@ class ProphetOptions(EarlyExitOptions):
     )
     prophet_middle: float = option(5.0, number(ge=0), "Of `prophet`: the same from there to 0.67.")
     prophet_late: float = option(2.5, number(ge=0), "Of `prophet`: the same from there on.")
+    prophet_region: int | None = option(
+        None,
+        count(1, MAX_BLOCK_LENGTH) | None,
+        "Of `prophet`: the gap is that of so many positions behind the last given text with a hole behind it "
+        "(`osdt_infill`), as far as they are masked. The authors' scripts have 5. Blocks before them have no early "
+        "exit, and once they are decided the rest is filled. `null`, and without such text: all masked positions.",
+        unit="positions",
+    )
     prophet_progress: str = option(
         "done",
         Literal["done", "release"],
@@ -46,10 +59,25 @@ class Prophet(EarlyExit):
     name = "prophet"
     Options = ProphetOptions
 
-    def numbers(self, options: ProphetOptions) -> Sequence[float]:
-        """See the base."""
+    def numbers(self, options: ProphetOptions, shape: DecodeShape) -> Sequence[float]:
+        """See the base; the region has length 0 where all masked positions count."""
         counts_itself = float(options.prophet_progress == "release")
-        return options.prophet_early, options.prophet_middle, options.prophet_late, counts_itself
+        gaps = options.prophet_early, options.prophet_middle, options.prophet_late
+        start, length = shape.answer_start, options.prophet_region
+        region = (0, 0) if start is None or length is None else (start, length)
+        return *gaps, counts_itself, *region
+
+    def watched(self, step: Step) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Those of the region; nothing is asked for once they have been there and none is masked."""
+        start, length = step.constants[:, REGION_START], step.constants[:, REGION_LENGTH]
+        place = step.output_index.unsqueeze(1) + places(step.score.shape[1], step.score.device)
+        behind = place - start.long().unsqueeze(1)
+        counts = step.is_open & (((behind >= 0) & (behind < length.long().unsqueeze(1))) | (length == 0).unsqueeze(1))
+        are_left = counts.any(dim=1)
+        seen = step.carry[:, REGION_SEEN]
+        is_past = (length > 0) & (seen > 0) & ~are_left
+        seen.copy_(seen.maximum((are_left & (length > 0)).to(seen.dtype)))
+        return counts, is_past
 
     def without_use(self, options: ProphetOptions) -> frozenset[str]:
         """How steps are counted, where their number is unknown."""

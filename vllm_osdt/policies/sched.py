@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vllm_osdt.declaration import count, number, option
 from vllm_osdt.errors import InvalidOptionError
-from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH, DecodeShape
 from vllm_osdt.policies.base import Step
 from vllm_osdt.policies.early_exit import EarlyExit, EarlyExitOptions
 
@@ -74,7 +74,7 @@ class Sched(EarlyExit):
                 value=options.sched_low,
             )
 
-    def numbers(self, options: SchedOptions) -> Sequence[float]:
+    def numbers(self, options: SchedOptions, shape: DecodeShape) -> Sequence[float]:
         """See the base."""
         rate = {"linear": LINEAR, "cosine": COSINE, "exponential": options.sched_rate}[options.sched_form]
         gates = options.sched_patience, options.sched_min_progress, options.sched_max_change

@@ -65,7 +65,6 @@ class Streaming(CalibratedPolicy):
 
         relaxation, window = step.constants[:, :2].unbind(dim=1)
         left, most = step.is_open.sum(dim=1), step.state[:, 0]
-        # A step before the block's first one here had its first position alone.
-        most.copy_(torch.where(most > 0, most.maximum(left), left + (step.step_index > 0)))
+        most.copy_(step.num_at_entry(most).maximum(left))
         behind = torch.minimum(window + 1.0, (step.num_left - left).to(window.dtype))
         step.parameter.mul_(1.0 - relaxation * (1.0 - (left + behind) / (most + behind).clamp(min=1)))

@@ -117,7 +117,10 @@ class StepRecorder:
             return lambda: report
         # The tables are those of the next step when the report is read.
         slots, wanted = seen.batch.slots_np, self._wanted(seen.batch)
-        block = (host.block_start[slots] - host.canvas_start[slots]) // np.maximum(host.block_length[slots], 1)
+        block, offset = np.divmod(
+            host.block_start[slots] - host.canvas_start[slots], np.maximum(host.block_length[slots], 1)
+        )
+        offset[host.cuts[slots] == 0] = 0
         reports_all, rows = host.reports_confidence[slots], seen.batch.recorded_np
         is_watched = host.is_watched[slots]
 
@@ -150,6 +153,7 @@ class StepRecorder:
                     after.astype(bool),
                     tokens,
                     ahead,
+                    offset[rows],
                 )
             return report
 

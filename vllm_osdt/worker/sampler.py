@@ -433,6 +433,8 @@ class CanvasSampler:
             num_left=requests.num_left,
             num_positions=requests.num_positions,
             end_token_ids=end_token_ids[:, 1:],  # without the one that ends thinking
+            num_alone=requests.num_alone,
+            output_index=requests.output_index,
             tensors={} if policy is None else states.policy_tensors.get(policy.name, {}),
             verification=verification,
         )

@@ -63,6 +63,7 @@ class HostTables(NamedTuple):
     block_length: np.ndarray  # int64; 0: the slot has no canvas
     block_start: np.ndarray  # int64, position of the active block; -1: none yet
     step: np.ndarray  # int64, denoising steps the active block has seen
+    num_alone: np.ndarray  # int64, positions of it that its first step decided alone, whatever the policy
     masked: np.ndarray  # bool [slots, MAX_BLOCK_LENGTH], of the active block
     rule: np.ndarray  # int8
     parameters: np.ndarray  # float32 [slots, row_length], of the rule, by block and step
@@ -186,6 +187,7 @@ class CanvasStates:
             block_length=np.zeros(max_num_reqs, dtype=np.int64),
             block_start=np.full(max_num_reqs, -1, dtype=np.int64),
             step=np.zeros(max_num_reqs, dtype=np.int64),
+            num_alone=np.zeros(max_num_reqs, dtype=np.int64),
             masked=self._masked_host.numpy() if is_host else np.zeros(tuple(self._masked_host.shape), dtype=bool),
             rule=np.zeros(max_num_reqs, dtype=np.int8),
             parameters=np.zeros((max_num_reqs, row_length), dtype=np.float32),
@@ -517,7 +519,7 @@ def _enter_blocks(
         host.step[slot] += num_active[req] > 0
         if is_new[req]:
             host.block_start[slot], host.step[slot], host.block_limit[slot] = block_start[req], 0, 0
-            host.num_drafted[slot] = 0
+            host.num_drafted[slot] = host.num_alone[slot] = 0
             size = min(host.block_length[slot], num_active[req])
             for k in range(host.masked.shape[1]):
                 host.masked[slot, k] = k < size and not host.pinned[slot, block_start[req] + k]

@@ -1,4 +1,8 @@
-"""Which settings ``vllm-osdt tune`` tries: for each policy a list from cautious to bold, fixed before it decodes."""
+"""Which settings ``vllm-osdt tune`` tries: for each policy a list from cautious to bold, fixed before it decodes.
+
+A list has the name of its policy, but for ``freedave_osdt``: ``freedave`` over the task's thresholds. It has one of its
+own, so that what a static threshold loses says nothing of them.
+"""
 
 from vllm_osdt.calibration.profile import OptionValue
 from vllm_osdt.calibration.thresholds import num_requests_needed
@@ -30,7 +34,7 @@ USUAL: dict[str, tuple[Setting, ...]] = {
         for high, low in ((0.85, 0.6), (0.8, 0.6), (0.75, 0.6), (0.7, 0.6), (0.6, 0.5), (0.5, 0.4), (0.4, 0.3))
     ),
 }
-# Those of policies that are tried when they are named.
+# Those that are tried when they are named.
 FURTHER: dict[str, tuple[Setting, ...]] = {
     "entropy_threshold": tuple({"max_entropy": value} for value in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4)),
     "cad_llm": tuple(
@@ -75,6 +79,9 @@ FURTHER: dict[str, tuple[Setting, ...]] = {
     "freedave": tuple(
         {"freedave_base": "threshold", "threshold": value} for value in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
     ),
+    "freedave_osdt": tuple(
+        {"policy": "freedave", "freedave_base": "threshold", "calibrated": True, **setting} for setting in USUAL["osdt"]
+    ),
     "s2d2": tuple(
         {"verify_cost_per": "confident_position", "threshold": value} for value in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
     ),
@@ -83,9 +90,9 @@ FURTHER: dict[str, tuple[Setting, ...]] = {
 CANDIDATES = USUAL | FURTHER
 
 
-def candidates_of(policy: str, num_calibrating: int) -> list[Setting]:
-    """The settings of a policy in their order; without those that need more calibrating requests than there are."""
-    settings = [{"policy": policy, **setting} for setting in CANDIDATES[policy]]
+def candidates_of(name: str, num_calibrating: int) -> list[Setting]:
+    """The settings of a list in their order; without those that need more calibrating requests than there are."""
+    settings = [{"policy": name, **setting} for setting in CANDIDATES[name]]
     return [one for one in settings if not calibrates(one) or num_requests_needed(_risk(one)) <= num_calibrating]
 
 

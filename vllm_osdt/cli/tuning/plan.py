@@ -21,7 +21,7 @@ class Plan:
         model: In the report.
         prompts: Of the task.
         judge: Says which requests lose.
-        policies: Whose candidates are tried.
+        policies: Names of the lists of candidates that are tried.
         num_calibrating: Prompts that calibrate the task, at the beginning; a policy that calibrates is tested on the
             others.
         max_tokens: Of every request.

@@ -122,7 +122,7 @@ class Tuning:
         name = {name: value for name, value in REFERENCE.items() if name != "policy"}
         rows = [self._row(REFERENCE["policy"], name, "reference", range(len(reference)), reference, {})]
         for policy in self.plan.policies:
-            rows += self._test_policy(policy)
+            rows += self._test_list(policy)
         return rows
 
     def write(self, rows: Sequence[Row], folder: Path) -> tuple[Row, CalibrationProfile]:
@@ -259,10 +259,10 @@ class Tuning:
                 return done, True
         return done, False
 
-    def _test_policy(self, policy: str) -> list[Row]:
-        """The candidates of a policy, tested in their order up to the first that is not accepted."""
+    def _test_list(self, name: str) -> list[Row]:
+        """The candidates of a list, tested in their order up to the first that is not accepted."""
         plan, number = self.plan, len(self.plan.prompts)
-        candidates = candidates_of(policy, plan.num_calibrating)
+        candidates = candidates_of(name, plan.num_calibrating)
         begin = (self._state.num_calibrating or 0) if any(map(calibrates, candidates)) else 0
         indices = range(begin, number)
         needed = num_needed(plan.risk, plan.level)
@@ -272,7 +272,7 @@ class Tuning:
             reason = f"{len(indices)} prompts beside those that calibrate; {needed} needed"
         for setting in candidates:
             if reason:
-                rows.append(Row(policy, _words(setting), "not tested", reason=reason))
+                rows.append(Row(str(setting["policy"]), _words(setting), "not tested", reason=reason))
                 continue
             row = self._test(setting, indices)
             rows.append(row)

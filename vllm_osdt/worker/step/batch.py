@@ -81,6 +81,8 @@ class PolicyRequests(NamedTuple):
         block_index: int64 ``[S]``.
         num_left: int64 ``[S]``.
         num_positions: int64 ``[S]``.
+        num_alone: int64 ``[S]``.
+        output_index: int64 ``[S]``.
         first_slot: Where their slots are consecutive ones in ascending order, the first; else -1. Their rows of a table
             are then a part of it, which takes no copies.
     """
@@ -91,6 +93,8 @@ class PolicyRequests(NamedTuple):
     block_index: torch.Tensor
     num_left: torch.Tensor
     num_positions: torch.Tensor
+    num_alone: torch.Tensor
+    output_index: torch.Tensor
     first_slot: int
 
     def take(self, table: torch.Tensor) -> torch.Tensor:
@@ -316,8 +320,10 @@ def _modified(number: int, found: torch.Tensor) -> ModifiedRequests:
 
 def _policy_requests(found: torch.Tensor, first_slot: int = -1) -> PolicyRequests:
     """:func:`_of_policy` on the device."""
-    rows, slots, step_index, block_index, num_left, num_positions = found.unbind()
-    return PolicyRequests(rows, slots, step_index, block_index, num_left, num_positions, first_slot)
+    rows, slots, *others = found.unbind()
+    step_index, block_index, num_left, num_positions, num_alone, output_index = others
+    known = num_left, num_positions, num_alone, output_index
+    return PolicyRequests(rows, slots, step_index, block_index, *known, first_slot)
 
 
 def _logit_rows(

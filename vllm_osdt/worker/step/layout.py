@@ -150,6 +150,8 @@ def _fill(
             step = offset - offset % host.block_length[slot] + step_in_block
             if branch == 0:
                 host.num_fallbacks[host.fallback[slot, step]] += 1
+        if decides_first and num_active > 0:
+            host.num_alone[slot] = host.masked[slot, 0]
         # Where only a first position is decided and the request gives it, nothing is, before the next step.
         is_idle = decides_first and num_active > 0 and not host.masked[slot, 0] and host.masked[slot, :num_active].any()
         mask_row = slot if branch == 0 else num_slots + 1 + of_branch

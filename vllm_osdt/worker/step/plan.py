@@ -260,7 +260,7 @@ def first_of_consecutive(slots: list[int]) -> int:
 
 
 def _of_policy(states: CanvasStates, slots: np.ndarray, step: np.ndarray, is_own: np.ndarray) -> np.ndarray:
-    """Some of a step's requests, int64 ``[6, S]`` in the order of :class:`PolicyRequests`; one array is sent at once.
+    """Some of a step's requests, int64 ``[8, S]`` in the order of :class:`PolicyRequests`; one array is sent at once.
 
     Args:
         states: Tables.
@@ -268,7 +268,7 @@ def _of_policy(states: CanvasStates, slots: np.ndarray, step: np.ndarray, is_own
         is_own: bool ``[R]``, which are meant.
     """
     host = states.host
-    found = np.empty((6, slots.size), dtype=np.int64)
+    found = np.empty((8, slots.size), dtype=np.int64)
     number = _describe(
         found,
         slots,
@@ -285,6 +285,7 @@ def _of_policy(states: CanvasStates, slots: np.ndarray, step: np.ndarray, is_own
         host.block_limit,
         host.masked,
         host.pinned,
+        host.num_alone,
     )
     return found if number == slots.size else found[:, :number].copy()
 
@@ -306,6 +307,7 @@ def _describe(
     block_limit: np.ndarray,
     masked: np.ndarray,
     pinned: np.ndarray,
+    num_alone: np.ndarray,
 ) -> int:
     """Fill the first columns of :func:`_of_policy`, and say how many.
 
@@ -333,6 +335,7 @@ def _describe(
         found[0, number], found[1, number], found[2, number] = req, slot, steps[req]
         found[3, number], found[4, number] = offset // length, left
         found[5, number] = end - max(prompt_end[slot], canvas_start[slot])
+        found[6, number], found[7, number] = num_alone[slot], start - prompt_end[slot]
         number += 1
     return number
 
