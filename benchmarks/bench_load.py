@@ -1,10 +1,11 @@
-"""Whether what a step may cost should follow the load: thresholds that fall with it, and drafts that give way to it.
+"""What depends on the load: thresholds that fall with it, drafts that give way to it, and what audits cost beside it.
 
 SmartSpec (arXiv 2406.14066) lets a server speculate less the more requests it has, since rejected drafts waste compute
 that others need. This decodes so many requests at a time, one of which begins when another ends.
 
     python benchmarks/bench_load.py --problems 48
     python benchmarks/bench_load.py --what drafts --tasks code --problems 48
+    python benchmarks/bench_load.py --what audits --tasks code --problems 200
 
 - ``thresholds``: a static threshold that falls from ``--high`` with one request to ``--low`` with the most, in a line.
   Under a constant load that is one constant threshold, so that it needs no code of the engine.
@@ -12,6 +13,7 @@ that others need. This decodes so many requests at a time, one of which begins w
   Forwards and rows are those that an engine computed, prompts among them, a problem. ``units`` are what they would
   take where a forward of up to ``--knee`` rows takes one unit and one of more rows as much more, as on a GPU that waits
   for weights up to there: of all requests together a problem, and the median of a request from beginning to end.
+- ``audits``: requests of a calibrated task on engines that audit shares of them. One audit at a time runs beside them.
 
 Seconds are those of the process on its processors, so that other work beside matters less; use one thread.
 """
@@ -30,6 +32,8 @@ from problems import Problem, Source, find_source
 from vllm_osdt.engine.statistics import num_forwards
 
 SEED = 77
+AUDITS = (0.0, 0.02, 0.1, 1.0)  # shares of the requests
+CALIBRATING = 96  # problems that calibrate a task before its requests are timed
 
 
 @dataclass
@@ -207,10 +211,58 @@ def compare_drafts(args: argparse.Namespace, source: Source) -> list[dict[str, A
     return lines
 
 
+def compare_audits(args: argparse.Namespace, source: Source) -> list[dict[str, Any]]:
+    """Print a table, and return lines.
+
+    Raises:
+        SystemExit: An audit has changed the tokens of a request.
+    """
+    benches = {share: Bench(args, source.path, source.gen_length, audit=share, drift="warn") for share in AUDITS}
+    counters, lines = {share: RowCounter(bench.llm) for share, bench in benches.items()}, []
+    print("| task | at once | audit | audits ended | NFE | forwards | rows | req/s | median ms |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for task in args.tasks or source.tasks:
+        options = {"policy": "osdt", "task": task}
+        for share, bench in benches.items():
+            decode(bench, counters[share], source.tasks[task](CALIBRATING, SEED + 1), 8, options)
+        for load in args.loads or [1, 8, 32]:
+            expected: list[list[int]] = []
+            for share, bench in benches.items():
+                problems = source.tasks[task](args.problems, SEED)
+                auditor, ended = bench.llm.llm_engine.engine_core.engine_core.scheduler._auditor, 0
+                end = type(auditor).end
+
+                def count(request: Any, *, ended_well: bool) -> Any:
+                    nonlocal ended
+                    found = end(auditor, request, ended_well=ended_well)  # noqa: B023
+                    ended += found is not None
+                    return found
+
+                while bench.llm.llm_engine.has_unfinished_requests():  # audits of the run before
+                    bench.llm.llm_engine.step()
+                auditor.end = count
+                run = decode(bench, counters[share], problems, load, options)
+                del auditor.end
+                expected = expected or run.tokens
+                if run.tokens != expected:
+                    raise SystemExit(f"a share of {share} audited, {load} at once: requests have other tokens")
+                line = line_of(run, bench="load", model=source.label, task=task, audit=share, audits=ended)
+                lines.append(line)
+                print(
+                    f"| {task} | {load} | {share} | {ended} | {run.mean_nfe:.1f} | {line['forwards']:.2f} | "
+                    f"{line['rows']:.0f} | {run.requests_per_second:.2f} | {run.latency_ms:.0f} |",
+                    flush=True,
+                )
+    return lines
+
+
+COMPARISONS = {"thresholds": compare_thresholds, "drafts": compare_drafts, "audits": compare_audits}
+
+
 def main() -> None:
     """Print a table, and append JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("thresholds", "drafts"), default="thresholds", help="what follows the load")
+    parser.add_argument("--what", choices=COMPARISONS, default="thresholds", help="what is compared")
     parser.add_argument("--model", default="llada-mini", help="a bundled model, a rung of the ladder, or weak")
     parser.add_argument("--tasks", nargs="*", help="default: all")
     parser.add_argument("--problems", type=int, default=64, help="of each task")
@@ -223,7 +275,7 @@ def main() -> None:
     add_engine_arguments(parser)
     args = parser.parse_args()
     source = find_source(args.model)
-    lines = (compare_thresholds if args.what == "thresholds" else compare_drafts)(args, source)
+    lines = COMPARISONS[args.what](args, source)
     if args.json:
         about = environment(dtype=args.dtype)
         write_lines(args.json, [line | about for line in lines])

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,12 +134,31 @@ def test_what_clients_get_and_how_long_they_wait_for_a_place_is_as_without(llm, 
     assert set(finished) == set(ids)  # nobody is told of another request
     assert any(stopped)  # it had begun when the next wave came
     assert any(audited and len(requests) > 1 for requests, audited, _ in running)
-    for requests, audited, num_waiting in running:
+    for (requests, audited, num_waiting), (_, audited_next, _) in pairwise(running):
         assert len(audited) <= 1 and requests[len(requests) - len(audited) :] == list(audited)
-        assert not (audited and num_waiting)
+        assert not (num_waiting and audited and audited_next)  # nobody waits longer than a step for it
     monkeypatch.undo()
     alone = [generate(llm, [prompt], params)[0] for prompt in prompts]
     assert tokens(finished[req_id] for req_id in ids) == tokens(alone)
+    finish_audits(llm)
+    assert_idle(llm)
+
+
+def test_audits_end_beside_steady_traffic(llm):
+    """Whenever a request ends another one comes, and fewer run than may."""
+    calibrate(llm, "steady")
+    params = sampling(96, ignore_eos=False, task="steady", **OPTIONS)
+    prompts = [llm.get_tokenizer().encode(problem.prompt) for problem in problems_of("code", "held_out", 32, seed=17)]
+    count_news(llm)
+    before, waiting, running, finished = audits(outcome="same"), list(prompts), set(), {}
+    while waiting or running:
+        while waiting and len(running) < MAX_NUM_SEQS - 1:
+            running.add(submit(llm, waiting.pop(), params))
+        for output in llm.llm_engine.step():
+            if output.finished:
+                running.discard(output.request_id)
+                finished[output.request_id] = output
+    assert len(finished) == len(prompts) and audits(outcome="same") - before >= 2
     finish_audits(llm)
     assert_idle(llm)
 

@@ -1,7 +1,7 @@
 """Audits: some requests that used a profile are decoded once more with the static threshold, and compared.
 
-An audit is a request of the engine's own. It runs alone among its kind and only while no request waits, makes room for
-any that comes, and gives nothing to a client. Sampled requests are not audited: their tokens differ by chance.
+An audit is a request of the engine's own. It runs alone among its kind and only where a place is free, makes room for
+any that lacks one, and gives nothing to a client. Sampled requests are not audited: their tokens differ by chance.
 """
 
 import random

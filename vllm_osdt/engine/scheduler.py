@@ -111,6 +111,7 @@ class CanvasScheduler(Scheduler):
         self._has_branch = False  # whether a request of it has branches
         self._verifies = False  # whether it verifies drafts of a request
         self._lacking: list[Request] = []  # those that wait in it, for pages of branches
+        self._has_waited = False  # whether some request has found no place in the last step
         self._branchers: dict[str, Brancher] = {}  # of requests that run and whose policy has branches
         max_reqs, max_rows = self.max_num_running_reqs, self.max_num_scheduled_tokens
         self._max_branch_rows = sys.maxsize  # logits of all of a step's rows may be read
@@ -157,8 +158,9 @@ class CanvasScheduler(Scheduler):
         if self._lacking and not self._rows:
             self._have_one_preempt()
         output = super().schedule(throttle_prefills)
+        self._has_waited = self.get_request_counts()[1] > 0
         audits = self._auditor.running
-        if audits and self.running and self.running[-1].request_id not in audits:  # an answer has begun behind it
+        if audits and self.running and self.running[-1].request_id not in audits:  # others have begun behind it
             self.running.sort(key=lambda one: one.request_id in audits)
         step = CanvasStep()
         for new in output.scheduled_new_reqs:  # or resumed
@@ -221,21 +223,18 @@ class CanvasScheduler(Scheduler):
         )
 
     def _admit_audits(self) -> None:
-        """Have one audit run while no request waits; stop it when one does.
+        """Have one audit run while all requests have a place beside it; stop it when one has none, or has waited.
 
-        It is then the last request of those that run, the first that vLLM preempts. Requests that wait for the step
-        that begins their answer had their place, and have it again.
+        It is the last request of those that run, the first that vLLM preempts. For rows or pages that it has a request
+        that comes waits one step.
         """
-        running = self._auditor.running
         num_running, num_waiting = self.get_request_counts()
-        num_answering = sum(req_id in self.requests for req_id in self._ended_thinking)
-        self._ended_thinking.clear()
-        if num_waiting > num_answering or self._lacking:
+        if num_running + num_waiting > self.max_num_running_reqs or self._has_waited or self._lacking:
             self._stop_audits()
         elif (
             self._auditor.num_waiting
-            and not running
-            and not num_answering
+            and not self._auditor.running
+            and not num_waiting
             and num_running < self.max_num_running_reqs
             and self.pause_state == PauseState.UNPAUSED
         ):

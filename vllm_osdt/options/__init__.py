@@ -259,8 +259,8 @@ class ServerOptions:
     audit: float = option(
         0.0,
         number(ge=0, le=1),
-        "Share of the greedy requests with a profile that are decoded once more with the static threshold, while no "
-        "request waits; nobody gets the result, the guard compares the tokens.",
+        "Share of the greedy requests with a profile that are decoded once more with the static threshold, in "
+        "places that no request needs; nobody gets the result, the guard compares the tokens.",
     )
     audit_agreement: float = option(
         0.9,
