@@ -43,7 +43,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         super().initialize_kv_cache(*args, **kwargs)
         names = {group.backend.get_name() for group in chain.from_iterable(self.attn_groups)}
         mode = graph_mode(self.compilation_config.cudagraph_mode, names)
-        if self.dp_size > 1 or self.lora_config is not None:
+        if self.dp_size > 1:
             mode = CUDAGraphMode.NONE
         if mode != self.compilation_config.cudagraph_mode:
             logger.info_once("vllm-osdt runs without CUDA graphs (attention: %s).", ", ".join(sorted(names)))

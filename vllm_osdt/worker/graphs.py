@@ -4,8 +4,10 @@ A graph takes tokens out of the tables, runs the model, reads logits, and decide
 what is ready. It is captured for a number of rows, and for several numbers of logit rows; a smaller step is padded
 with rows, requests and logits that change nothing. Any mix of requests fits: what a request computes is its own
 query of attention, and a block-causal model's queries are cut at blocks. Steps that are larger than the largest graph
-are bound by the GPU, not by launches, and run without one, as do steps with longer blocks than the served ones and
-steps of an engine with adapters.
+are bound by the GPU, not by launches, and run without one, as do steps with longer blocks than the served ones.
+
+Where rows may have adapters (LoRA), the kernels of vLLM's adapters are in the graph, and what they read of a step is
+written before it. An engine with adapters has each graph twice, without these kernels where no row has one.
 
 The plan is copied into one buffer, in which every array of a graph has its place.
 """
@@ -68,8 +70,10 @@ class StepDescriptor(BatchExecutionDescriptor):
         num_queries: Queries of attention, for a block-causal model pieces of blocks.
         num_logits: Rows whose logits are read.
         ends: Where it ends.
+        num_active_loras: 0, or the greatest number of adapters and one more: rows without one.
     """
 
+    num_active_loras: int = 0
     num_queries: int = 0
     num_logits: int = 0
     ends: Ends = Ends.DECIDED
@@ -185,7 +189,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self._views: dict[StepDescriptor, dict[str, torch.Tensor]] = {}
         self._sampler = sampler
         self._head = head
-        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len)
+        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len, _lora_cases(vllm_config))
         num_bytes = max((layout.num_bytes for layout in self._layouts.values()), default=0)
         most = max((graph.num_reqs or 0 for graph in self._layouts), default=0)
         most_rows = max((graph.num_logits for graph in self._layouts), default=0)
@@ -219,12 +223,13 @@ class CanvasGraphManager(ModelCudaGraphManager):
                 num_queries=num_queries,
                 num_logits=num_tokens,
             )
-            self._sizes.append(whole)
             numbers = sorted({max(1, num_tokens // share) for share in LOGIT_SHARES})
-            graphs += [replace(whole, num_logits=number) for number in numbers]
-            graphs += [replace(whole, ends=ends) for ends in (Ends.PROPOSED, Ends.MODEL)]
-            if self.shapes.can_edit:
-                graphs.append(replace(whole, ends=Ends.EDITED))
+            every_end = (Ends.PROPOSED, Ends.MODEL, *([Ends.EDITED] if self.shapes.can_edit else []))
+            for num_loras in self.lora_capture_cases:
+                own = replace(whole, num_active_loras=num_loras)
+                self._sizes.append(own)
+                graphs += [replace(own, num_logits=number) for number in numbers]
+                graphs += [replace(own, ends=ends) for ends in every_end]
         graphs.sort(key=lambda graph: (graph.num_tokens, graph.num_logits), reverse=True)
         self._layouts = {graph: layout_of(graph, self.shapes) for graph in graphs}
         self._capture_descs[CUDAGraphMode.FULL] = list(graphs)
@@ -241,13 +246,20 @@ class CanvasGraphManager(ModelCudaGraphManager):
         return not (rows % length if may_be_several else rows - length).any()
 
     def dispatch(
-        self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int = 0,
+        *args: Any,
+        **kwargs: Any,
     ) -> BatchExecutionDescriptor:
         """The smallest graph that a step fits, without one otherwise."""
         if self._graphs_captured and self.num_queries is not None:
             for graph in self._sizes:
                 has_room = graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= num_reqs
-                if has_room and graph.num_queries >= self.num_queries:
+                has_adapters = graph.num_active_loras > 0 or num_active_loras == 0
+                if has_room and has_adapters and graph.num_queries >= self.num_queries:
                     return graph
         return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
 
@@ -305,13 +317,17 @@ class CanvasGraphManager(ModelCudaGraphManager):
         attn_groups: "list[list[AttentionGroup]]",
         kv_cache_config: "KVCacheConfig",
         *args: Any,
+        lora_capture_hook: Callable[[int, int, int], None] | None = None,
         progress_bar_desc: str = "Capturing CUDA graphs",
         **kwargs: Any,
     ) -> None:
         """Capture every graph, as vLLM captures those of other models."""
+        has_adapters = self.vllm_config.lora_config is not None
 
         def make_step(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             assert isinstance(graph, StepDescriptor)
+            if lora_capture_hook is not None:
+                lora_capture_hook(graph.num_active_loras, graph.num_reqs or 1, graph.num_tokens)
             views = self._fill_idle(graph)
             batch = denoise_batch(model_state.canvas_states, idle_plan(), views)
             slot_mappings = block_tables.get_dummy_slot_mappings(graph.num_tokens)
@@ -337,7 +353,10 @@ class CanvasGraphManager(ModelCudaGraphManager):
                     slot_mapping=by_layer,
                     is_padding=views["is_padding"],
                 ):
-                    hidden_states = model(input_ids, views["positions"], None, None, logit_rows=views["logit_rows"])
+                    read = None if has_adapters else views["logit_rows"]
+                    hidden_states = model(input_ids, views["positions"], None, None, logit_rows=read)
+                if has_adapters:  # these know rows by their place in the whole batch
+                    hidden_states = hidden_states.index_select(0, views["logit_rows"])
                 if graph.ends == Ends.MODEL:
                     self.hidden_of[graph] = hidden_states
                     return
@@ -394,6 +413,15 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self.decisions.clear()
         self.proposals.clear()
         self.hidden_of.clear()
+
+
+def _lora_cases(vllm_config: VllmConfig) -> list[int]:
+    """With how many adapters steps are captured: with none, and with any number, which vLLM says by the greatest."""
+    lora = vllm_config.lora_config
+    if lora is None:
+        return [0]
+    is_twice = vllm_config.compilation_config.cudagraph_specialize_lora
+    return [0, lora.max_loras + 1] if is_twice else [lora.max_loras + 1]
 
 
 def _write(staged: np.ndarray, offset: int, field: Field, array: np.ndarray | None, padding: float) -> None:
