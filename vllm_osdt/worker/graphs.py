@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from vllm_osdt.worker.sampler import CanvasSampler
 
 LOGIT_SHARES = (4, 2, 1)  # logit rows of a graph: its rows, divided by each
-BYTES_PER_REQUEST = 512  # of arrays that only some steps have
-BYTES_PER_LOGIT_ROW = 320  # likewise
+BYTES_PER_REQUEST = 2048  # of arrays that only some steps have
+BYTES_PER_LOGIT_ROW = 352  # likewise
 LOGIT_ARRAYS = ("position", "temperature", "noise_key", "by_entropy", "logit_slots", "logit_rows")  # one entry a row
 
 
@@ -64,7 +64,7 @@ class Ends(Enum):
 
 @dataclass(frozen=True)
 class StepDescriptor(BatchExecutionDescriptor):
-    """What a graph was captured for: ``num_tokens`` rows, ``num_reqs`` requests, and what follows.
+    """What a graph was captured for: ``num_tokens`` rows, ``num_reqs`` requests and branches, and what follows.
 
     Attributes:
         num_queries: Queries of attention, for a block-causal model pieces of blocks.
@@ -149,11 +149,18 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
     return Layout(fields)
 
 
+class GraphNeeds(NamedTuple):
+    """What a step needs of its graph besides rows."""
+
+    num_entries: int  # requests and further branches
+    num_queries: int  # of attention
+
+
 class CanvasGraphManager(ModelCudaGraphManager):
     """vLLM's manager of graphs, with the whole of a step in each.
 
-    ``num_queries`` are the queries of attention in the step that is being prepared, None where it fits no graph,
-    whatever its size. The runner sets it.
+    ``needs`` are those of the step that is being prepared, at most; None where it fits no graph, whatever its size. The
+    runner sets them.
     """
 
     def __init__(
@@ -179,7 +186,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         )
         # Attention that captures batches of equal queries only has whole blocks as queries.
         self.is_uniform = cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
-        self.num_queries: int | None = None
+        self.needs: GraphNeeds | None = None
         self.chosen: StepDescriptor | None = None  # the graph of the step that is being prepared
         self.decisions: dict[StepDescriptor, Decision] = {}  # what each graph writes
         self.proposals: dict[StepDescriptor, Proposals] = {}  # likewise, where it ends with them
@@ -209,7 +216,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         for num_tokens in sizes:
             if self.is_uniform and num_tokens > self.max_num_reqs * length:
                 continue
-            num_reqs = max(1, min(self.max_num_reqs, num_tokens // self._rows_per_request()))
+            num_reqs = max(1, num_tokens // self._rows_per_request())  # more than run where they have branches
             num_queries, longest = num_reqs, length if self.is_uniform else num_tokens
             if self.shapes.commits_causally:  # what is decided, and the active block
                 num_queries = num_reqs if self.is_uniform else 2 * num_reqs
@@ -255,13 +262,25 @@ class CanvasGraphManager(ModelCudaGraphManager):
         **kwargs: Any,
     ) -> BatchExecutionDescriptor:
         """The smallest graph that a step fits, without one otherwise."""
-        if self._graphs_captured and self.num_queries is not None:
-            for graph in self._sizes:
-                has_room = graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= num_reqs
-                has_adapters = graph.num_active_loras > 0 or num_active_loras == 0
-                if has_room and has_adapters and graph.num_queries >= self.num_queries:
-                    return graph
+        if self._graphs_captured and self.needs is not None:
+            found = self.smallest(num_tokens, self.needs, num_active_loras)
+            if found is not None:
+                return found
         return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
+
+    def smallest(self, num_tokens: int, needs: GraphNeeds, num_active_loras: int) -> StepDescriptor | None:
+        """The smallest graph with room for so many rows and what goes with them; None without any."""
+        for graph in self._sizes:
+            has_room = graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= needs.num_entries
+            has_adapters = graph.num_active_loras > 0 or num_active_loras == 0
+            if has_room and has_adapters and graph.num_queries >= needs.num_queries:
+                return graph
+        return None
+
+    @property
+    def max_entries(self) -> int:
+        """Requests and branches of the graph that has most."""
+        return max((graph.num_reqs or 0 for graph in self._sizes), default=0)
 
     def choose(self, whole: BatchExecutionDescriptor, num_logits: int, ends: Ends) -> StepDescriptor:
         """The graph of a step of this size.

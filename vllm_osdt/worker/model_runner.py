@@ -249,7 +249,9 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         sent = getattr(input_batch, "pages", None)
         if sent is None:
             return super().prepare_attn(input_batch)  # type: ignore[misc]
-        table, slot_mappings, copied = branch_tables(self.block_tables, sent, input_batch.positions)
+        assert isinstance(input_batch, CanvasInputBatch)
+        num_entries = None if input_batch.graph is None else input_batch.num_reqs_after_padding
+        table, slot_mappings, copied = branch_tables(self.block_tables, sent, input_batch.positions, num_entries)
         copy_pages(self.kv_caches, self.kv_cache_config.num_blocks, copied, sent["copy_page"])
         return (table,), slot_mappings
 
