@@ -77,8 +77,10 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert manager is not None
         longest, rows = self.decode_query_len, state.num_scheduled_tokens
         length = self.model_state.canvas_states.host.block_length[state.idx_mapping_np]
-        if not length.all() or length.max() > longest:  # 0: vLLM's own requests
+        if not length.all():  # 0: vLLM's own requests
             return None
+        if manager.shapes.is_block_causal and length.max() > longest:
+            return None  # longer queries than those that were captured
         if manager.is_uniform and self.model_state.canvas_states.host.cuts[state.idx_mapping_np].any():
             return None  # rows behind a cut are left out
         if step.verified and (manager.is_uniform or not manager.shapes.commits_causally):
@@ -91,7 +93,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             of_branches = np.array([branch.num_rows for own in further for branch in own], dtype=rows.dtype)
             own_rows = rows - [sum(branch.num_rows for branch in own) for own in further]
             rows, length = np.concatenate([own_rows, of_branches]), np.concatenate([length, np.repeat(length, number)])
-        if manager.is_uniform and ((length < longest).any() or not manager.takes_whole_blocks(rows)):
+        if manager.is_uniform and ((length != longest).any() or not manager.takes_whole_blocks(rows)):
             return None
         num_queries = rows.size
         if manager.shapes.commits_causally:
@@ -109,9 +111,11 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         # Branches that are of no use have been left out.
         needs = GraphNeeds(arrays["mask_rows"].size, arrays.get("block_seq_lens", arrays["seq_lens"]).size)
         size = manager.smallest(arrays["positions"].size, needs, size.num_active_loras) or size
+        is_longer = arrays["canvas_index"].shape[1] > manager.shapes.block_length
+        has_draft = denoise.drafting.size or "draft_threshold" in arrays
         if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies or denoise.cutters or denoise.drafting.size or "draft_threshold" in arrays:
+        elif denoise.policies or denoise.cutters or has_draft or is_longer:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED
@@ -158,7 +162,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         torch.eq(manager.decisions[graph].num_ready[:num_reqs], 0, out=is_open)
         states.host.step[rows.slots] += 1
         num_fallbacks = states.host.num_fallbacks.copy()
-        *_, arrays = self._plan(rows, self.decode_query_len)
+        *_, arrays = self._plan(rows, is_graph=True)
         states.host.num_fallbacks[:] = num_fallbacks  # the step may be of no use
         manager.fill(graph, arrays)
         manager.replay()

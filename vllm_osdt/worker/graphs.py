@@ -4,7 +4,8 @@ A graph takes tokens out of the tables, runs the model, reads logits, and decide
 what is ready. It is captured for a number of rows, and for several numbers of logit rows; a smaller step is padded
 with rows, requests and logits that change nothing. Any mix of requests fits: what a request computes is its own
 query of attention, and a block-causal model's queries are cut at blocks. Steps that are larger than the largest graph
-are bound by the GPU, not by launches, and run without one, as do steps with longer blocks than the served ones.
+are bound by the GPU, not by launches, and run without one. Blocks that are longer than the served ones are decided
+behind a graph that ends with the proposals: these do not depend on the length of a block.
 
 Where rows may have adapters (LoRA), the kernels of vLLM's adapters are in the graph, and what they read of a step is
 written before it. An engine with adapters has each graph twice, without these kernels where no row has one.
@@ -29,6 +30,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from csrc_triton import Proposals
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.worker.head import Head
 from vllm_osdt.worker.sampler import Decision
 from vllm_osdt.worker.step.batch import denoise_batch
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from vllm_osdt.worker.sampler import CanvasSampler
 
 LOGIT_SHARES = (4, 2, 1)  # logit rows of a graph: its rows, divided by each
-BYTES_PER_REQUEST = 2048  # of arrays that only some steps have
+BYTES_PER_REQUEST = 2048 + 8 * MAX_BLOCK_LENGTH  # of arrays that only some steps have
 BYTES_PER_LOGIT_ROW = 352  # likewise
 LOGIT_ARRAYS = ("position", "temperature", "noise_key", "by_entropy", "logit_slots", "logit_rows")  # one entry a row
 
@@ -57,7 +59,7 @@ class Ends(Enum):
     EDITED = "edited"
     """Likewise, after tokens have been edited: logits are read in whole blocks."""
     PROPOSED = "proposed"
-    """Tokens are proposed; policies that adjust the step decide outside, and so does who has a draft."""
+    """Tokens are proposed; policies that adjust the step decide outside, as do drafts and longer blocks."""
     MODEL = "model"
     """The model has run; what follows reads more of the logits than their best token."""
 
@@ -86,6 +88,11 @@ class Field(NamedTuple):
     shape: tuple[int, ...]
     padding: float  # of what a step does not fill
 
+    @property
+    def num_bytes(self) -> int:
+        """Its place, up to the next array."""
+        return align(int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize)
+
 
 class Layout:
     """The places of a graph's input in a buffer of bytes."""
@@ -96,7 +103,7 @@ class Layout:
         self.num_bytes = 0
         for name, field in self.fields.items():
             self.offsets[name] = self.num_bytes
-            self.num_bytes += align(int(np.prod(field.shape)) * np.dtype(field.dtype).itemsize)
+            self.num_bytes += field.num_bytes
 
 
 class GraphShapes(NamedTuple):
@@ -303,26 +310,35 @@ class CanvasGraphManager(ModelCudaGraphManager):
 
         Args:
             graph: Of :meth:`choose`.
-            arrays: Of the step, by name; those that are no input of the graph lie behind its own.
+            arrays: Of the step, by name; those that are no input of the graph lie behind its own, as does
+                ``canvas_index`` of longer blocks than its own, padded to its requests.
 
         Returns:
             Tensors on the device, those of the graph with their padding.
         """
-        layout = self._layouts[graph]
+        layout, width = self._layouts[graph], arrays["canvas_index"].shape[1]
         counts = {
             "query_start_loc": arrays["positions"].size,
             "block_query_start_loc": arrays["positions"].size,
             "cu_num_logits": arrays["position"].size,
         }
+        behind = {
+            name: Field(one.dtype.type, one.shape, 0) for name, one in arrays.items() if name not in layout.fields
+        }
+        if width > self.shapes.block_length:
+            assert graph.ends in (Ends.PROPOSED, Ends.MODEL)
+            num_reqs = graph.num_reqs or 0
+            behind["canvas_index"] = Field(np.int64, (num_reqs, width), self.shapes.padding_cell)
+            counts["position"] = num_reqs * width
         place, staged = layout.num_bytes, self._buffer.begin()
         for name, field in layout.fields.items():
-            _write(staged, layout.offsets[name], field, arrays.get(name), counts.get(name, field.padding))
+            array = None if name in behind else arrays.get(name)
+            _write(staged, layout.offsets[name], field, array, counts.get(name, field.padding))
         others = {}
-        for name, array in arrays.items():
-            if name not in layout.fields:
-                _write(staged, place, Field(array.dtype.type, array.shape, 0), array, 0)
-                others[name] = (place, array.dtype.type, array.shape)
-                place += align(array.nbytes)
+        for name, field in behind.items():
+            _write(staged, place, field, arrays[name], field.padding)
+            others[name] = (place, field.dtype, field.shape)
+            place += field.num_bytes
         self._buffer.send(place)
         return self._views[graph] | self._buffer.views(others)
 

@@ -172,7 +172,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             span[index] = canvas_step.verified.get(req_id, (0, 0))
         rows = step_rows(states, slots, start, num_rows, num_drafts, decides_first, branches, span)
         runs_as_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
-        plan, denoise, pieces, arrays = self._plan(rows, self.decode_query_len if runs_as_graph else None)
+        plan, denoise, pieces, arrays = self._plan(rows, is_graph=runs_as_graph)
         arrays |= states.arrays_of_entered_blocks()
         if rows.branch.size:
             arrays |= plan_pages(rows, plan.seq_lens, pages, self.block_tables.block_sizes[0])
@@ -256,15 +256,16 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         return (table,), slot_mappings
 
     def _plan(
-        self, rows: StepRows, width: int | None
+        self, rows: StepRows, *, is_graph: bool
     ) -> tuple[StepPlan, DenoisePlan, BlockQueries | None, dict[str, np.ndarray]]:
         """Plan a step on the host: its layout, its denoising, the pieces of its blocks, and its arrays by name.
 
         Args:
             rows: What runs.
-            width: See ``plan_step``.
+            is_graph: Blocks are then as wide as those of the graphs, unless one is longer.
         """
         states = self.model_state.canvas_states
+        width = max(self.decode_query_len, int(states.host.block_length[rows.slots].max())) if is_graph else None
         plan = plan_step(states, rows, width)
         denoise = plan_denoise(states, rows, plan)
         pieces = None
