@@ -132,7 +132,8 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 _READS = {"item", "tolist", "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "equal", "allclose",
           "__bool__", "__int__", "__float__", "__index__", "__contains__", "_local_scalar_dense"}  # fmt: skip
 # Those that may have operands on both sides.
-_COPIES = {"copy_", "to", "cpu", "cuda", "__setitem__", "__getitem__", "type_as", "as_tensor", "tensor", "set_"}
+_COPIES = {"copy_", "to", "cpu", "cuda", "__setitem__", "__getitem__", "type_as", "as_tensor", "tensor", "set_",
+           "lora_shrink", "lora_expand"}  # fmt: skip
 
 
 class _Memory(TorchFunctionMode):

@@ -55,7 +55,9 @@ class _Recorder(TorchDispatchMode):
         if func.namespace in WRAPPERS:
             return result
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the host reads a value while a graph is captured")
+            if getattr(args[0].untyped_storage(), "place", None) is not None:  # else it is the host's own
+                raise RuntimeError("the host reads a value while a graph is captured")
+            return result
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors([*args, *kwargs.values()])}
         new = [tensor for tensor in _tensors(result) if tensor.untyped_storage().data_ptr() not in given]
         if new or func._schema.is_mutable:  # else a view

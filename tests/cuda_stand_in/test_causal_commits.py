@@ -38,8 +38,18 @@ def test_graphs_decode_as_a_plain_loop_does(tmp_path, start_llm, monkeypatch):
     plain = [decode_s2d2(NemotronView(network, 8), prompt, settings, max_tokens=20) for prompt in prompts]
     clear = [index for index, one in enumerate(plain) if min(one.proposal_margin, one.rule_margin) > 1e-4]
     LEDGER.clear()
+    verifications, prepare = [], runner_of(llm).prepare_inputs
+
+    def prepared(*args):
+        batch = prepare(*args)
+        if batch.rows.is_verified.any():
+            verifications.append(batch.graph is not None)
+        return batch
+
+    monkeypatch.setattr(runner_of(llm), "prepare_inputs", prepared)
     got = generate(llm, prompts, sampling(20, policy="s2d2", threshold=0.2, verify_cost=1.3))
     assert not LEDGER.waits and len(clear) >= 4
     assert [tokens(got)[index] for index in clear] == [plain[index].tokens for index in clear]
     assert [nfe(got[index]) for index in clear] == [plain[index].nfe for index in clear]
-    assert replayed and any(plain[index].taken for index in clear)  # drafts are graphs, verifications are not
+    assert replayed and any(plain[index].taken for index in clear)
+    assert verifications and all(verifications)  # attention has a flag for their rows

@@ -181,15 +181,28 @@ def test_the_next_step_is_launched_before_the_outcome_is_known(pair, prompts):
     assert ahead and all(report.all() for report in ahead)  # as many positions a step: no guess fails
 
 
-def test_longer_blocks_than_the_served_ones_run_without(pair, prompts):
-    length = 2 * runner_of(pair.with_graphs).decode_query_len
-    if runner_of(pair.with_graphs).model_state.canvas_states.is_block_causal:
+def test_longer_blocks_than_the_served_ones_are_decided_behind_a_graph(pair, prompts):
+    """Beside served ones, and where logits are asked for."""
+    served = runner_of(pair.with_graphs).decode_query_len
+    states = runner_of(pair.with_graphs).model_state.canvas_states
+    if states.is_block_causal:
         pytest.skip("blocks of a block-causal model have one length")
     replayed = count_replays(pair.with_graphs)
-    asked = params(policy="fixed_steps", steps_per_block=2, block_length=length, max_tokens=length)
-    both = [tokens(generate(llm, prompts[:2], asked)) for llm in (pair.with_graphs, pair.without)]
+    own = {"policy": "fixed_steps", "steps_per_block": 3, "cache_mode": "dual"}
+    asked = [params(**own, block_length=length, max_tokens=length) for length in (2 * served, served, served + 8)]
+    asked.append(params(**own, block_length=2 * served, max_tokens=2 * served, temperature=0.7, seed=5))
+    both = [tokens(generate(llm, prompts[:2], asked[:2])) for llm in (pair.with_graphs, pair.without)]
     assert both[0] == both[1]
-    assert not replayed
+    assert replayed and {graph.ends for graph in replayed[:1]} == {Ends.PROPOSED}
+    replayed.clear()
+    both = [tokens(generate(llm, prompts[:2], asked[2:])) for llm in (pair.with_graphs, pair.without)]
+    assert both[0] == both[1]
+    assert replayed and {graph.ends for graph in replayed} == {Ends.PROPOSED}
+    asked = [params(**own, block_length=2 * served, max_tokens=2 * served, logprobs=1), params(**own)]
+    replayed.clear()
+    both = [generate(llm, prompts[:2], asked) for llm in (pair.with_graphs, pair.without)]
+    assert tokens(both[0]) == tokens(both[1]) and str(both[0][0].logprobs) == str(both[1][0].logprobs)
+    assert Ends.MODEL in {graph.ends for graph in replayed}
 
 
 def test_a_step_is_one_replay_one_copy_and_no_memory_of_ours(pair, prompts):

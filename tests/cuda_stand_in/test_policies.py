@@ -33,7 +33,8 @@ OTHERS = (
 
 
 # Graphs of blocks, and none of all rows of a batch, which take the interpreter long.
-GRAPHS = {"cudagraph_capture_sizes": [16, 48]}
+GRAPHS = {"cudagraph_capture_sizes": [16, 64]}
+SERVED = {"osdt": {"profile_dir": "", "block_length": 8}}
 
 
 def plain_cad_llm(**options):
@@ -43,13 +44,21 @@ def plain_cad_llm(**options):
 
 
 def watched(llm, prompts, params):
-    """As ``generate``. No step waits, and one that takes in no request copies once for each time that it runs."""
+    """As ``generate``. No step waits, and one that takes in no request copies once for each time that it runs.
+
+    ``of_branches`` says of each step with branches whether it was a graph.
+    """
     runner, replayed, takes_in = runner_of(llm), count_replays(llm), []
-    add_requests = runner.add_requests
+    add_requests, prepare_attn, of_branches = runner.add_requests, runner.prepare_attn, []
 
     def noted(output):
         takes_in.append(bool(output.scheduled_new_reqs))
         add_requests(output)
+
+    def prepared(batch):
+        if getattr(batch, "pages", None) is not None:
+            of_branches.append(batch.graph is not None)
+        return prepare_attn(batch)
 
     num_steps = {True: 0, False: 0}
 
@@ -67,8 +76,10 @@ def watched(llm, prompts, params):
     req_ids = [submit(llm, *one) for one in zip(prompts, params, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "add_requests", noted)
+        patch.setattr(runner, "prepare_attn", prepared)
         finished = drive(llm, check)
-    return SimpleNamespace(completions=[finished[one] for one in req_ids], num_steps=num_steps)
+    completions = [finished[one] for one in req_ids]
+    return SimpleNamespace(completions=completions, num_steps=num_steps, of_branches=of_branches)
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +89,15 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(checkpoint, start_llm):
-    return start_llm(
-        checkpoint, max_num_seqs=4, max_num_batched_tokens=256, max_model_len=128, compilation_config=GRAPHS
-    )
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "max_model_len": 128}
+    return start_llm(checkpoint, compilation_config=GRAPHS, additional_config=SERVED, **sizes)
 
 
 @pytest.fixture(scope="module")
 def block_causal(tmp_path_factory, start_llm):
     """A block-causal engine with blocks of 8, and its network."""
     folder = make_sdar_checkpoint(tmp_path_factory.mktemp("sdar") / "model", seed=1, num_hidden_layers=1)
-    config = {"osdt": {"profile_dir": "", "block_length": 8}}
-    llm = start_llm(folder, max_num_seqs=2, max_model_len=64, compilation_config=GRAPHS, additional_config=config)
+    llm = start_llm(folder, max_num_seqs=2, max_model_len=64, compilation_config=GRAPHS, additional_config=SERVED)
     return SimpleNamespace(llm=llm, network=ReferenceSDAR.load(folder))
 
 
@@ -127,16 +136,23 @@ def test_company_changes_nothing_and_nothing_waits(llm):
     alone = [tokens(generate(llm, [prompt], one))[0] for prompt, one in zip(prompts, params, strict=True)]
     got = watched(llm, prompts, params)
     assert tokens(got.completions) == alone
-    assert got.num_steps[True] and got.num_steps[False]  # branches run without graphs
+    assert got.num_steps[True] and got.num_steps[False] and got.of_branches  # of whole canvases, and others
 
 
-def test_accepted_drafts_are_read_back_as_denoising_steps(llm):
+@pytest.mark.parametrize(("kind", "temperature"), [("llm", 0.7), ("block_causal", 0.0)])
+def test_steps_with_branches_are_graphs_and_accepted_drafts_are_denoising_steps(request, kind, temperature):
     """Masks and steps come to the host in one copy; noise and parameters of later steps belong to those."""
-    prompts = [[5, 6, 7, 8], [11, 30, 12]]
-    own = {"temperature": 0.7, "seed": 3, **CANVAS}
-    base = generate(llm, prompts, sampling(24, policy="fixed_steps", **own))
-    got = watched(llm, prompts, sampling(24, policy="freedave", **own)).completions
+    engine, prompts = request.getfixturevalue(kind), [[5, 6, 7, 8], [11, 30, 12]]
+    engine, mode = (engine, CANVAS) if kind == "llm" else (engine.llm, {})
+    own = {"temperature": temperature, "seed": 3, **mode}
+    base = generate(engine, prompts, sampling(24, policy="fixed_steps", **own))
+    drafted = watched(engine, prompts, sampling(24, policy="freedave", freedave_drafts=4, **own))
+    got = drafted.completions
     assert tokens(got) == tokens(base) and sum(map(nfe, got)) < sum(map(nfe, base))
+    assert len(drafted.of_branches) >= 6 and all(drafted.of_branches)
+    # As many rows as no graph has.
+    more = watched(engine, prompts, sampling(24, policy="freedave", freedave_drafts=8, **own))
+    assert tokens(more.completions) == tokens(base) and not all(more.of_branches)
 
 
 def test_drafts_are_verified_by_branches_as_by_a_plain_loop(block_causal):

@@ -1,5 +1,6 @@
 """Engine settings of our models: what is set without a flag, what is refused, and the command line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -439,14 +440,21 @@ def test_the_largest_graph_is_no_larger_than_asked(checkpoint: str, monkeypatch:
     assert compilation.max_cudagraph_capture_size == 96
 
 
-def test_an_engine_with_adapters_captures_nothing(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_ranks_share_are_captured_by_none(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(checkpoint, enable_lora=True)
     monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
-    config.compilation_config.cudagraph_mode = None
-    engine_config._choose_graphs(config, 32)
-    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    monkeypatch.setattr(config.parallel_config, "data_parallel_size", 2)
+    traits = config.model_config.hf_config.traits
+    for has_experts, expected in ((False, CUDAGraphMode.FULL), (True, CUDAGraphMode.NONE)):
+        own = dataclasses.replace(traits, has_experts=has_experts)
+        monkeypatch.setattr(type(config.model_config.hf_config), "traits", own)
+        compilation = config.compilation_config
+        compilation.cudagraph_mode = compilation.cudagraph_capture_sizes = None
+        compilation.max_cudagraph_capture_size = None
+        engine_config._choose_graphs(config, 32)
+        assert compilation.cudagraph_mode == expected
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
-    with pytest.raises(OSDTError, match="cudagraph_mode is FULL, but no step of an engine with adapters"):
+    with pytest.raises(OSDTError, match="cudagraph_mode is FULL, but no step of experts shared by data-parallel ranks"):
         engine_config._choose_graphs(config, 32)
 
 

@@ -9,7 +9,7 @@ import torch
 from vllm_osdt.messages import BranchPages
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.policies.base import Branch
-from vllm_osdt.worker.branch_pages import branch_tables, copy_pages, plan_pages
+from vllm_osdt.worker.branch_pages import branch_tables, copy_pages, make_room_in_tables, plan_pages
 from vllm_osdt.worker.slots import CanvasStates
 from vllm_osdt.worker.step.layout import plan_step
 from vllm_osdt.worker.step.queries import split_queries_by_block, split_queries_of_branches
@@ -124,6 +124,19 @@ def test_pages_that_a_branch_writes_are_its_own_and_what_is_around_its_rows_is_c
     own = [(2, 3), (6, 7), (20, 21), (22, 23)]
     assert slots.view(4, 4).tolist() == [[a * PAGE + 2, a * PAGE + 3, b * PAGE, b * PAGE + 1] for a, b in own]
     assert (tables.slot_mappings[0, 16:] == -1).all()
+    # A graph has rows and entries behind those of the step, and reads the tables in vLLM's own memory of a step.
+    tables.input_block_tables, made = [torch.zeros(3, 4, dtype=torch.int32)], []
+    tables.init_block_table_layout_tensors = lambda: made.append(len(tables.input_block_tables[0]))
+    make_room_in_tables(tables, 3)
+    make_room_in_tables(tables, 6)
+    assert made == [6]
+    padded = torch.cat([torch.from_numpy(plan.positions), torch.full((5,), 99)])
+    of_graph = branch_tables(tables, sent, padded, 6)
+    assert of_graph[0].data_ptr() == tables.input_block_tables[0].data_ptr() and of_graph[0].shape[0] == 6
+    assert torch.equal(of_graph[0][:4], table) and torch.equal(of_graph[2], copied)
+    assert (
+        of_graph[1].shape == (1, 21) and torch.equal(of_graph[1][:, :16], slots) and (of_graph[1][:, 16:] == -1).all()
+    )
 
 
 @pytest.mark.parametrize(

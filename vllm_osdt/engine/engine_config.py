@@ -237,7 +237,7 @@ def _choose_graphs(vllm_config: "VllmConfig", block_length: int) -> None:
     if compilation.mode is None:
         compilation.mode = CompilationMode.NONE
     if compilation.cudagraph_mode is None:
-        is_without = current_platform.is_cpu() or _shares_steps_or_adapts(vllm_config)
+        is_without = current_platform.is_cpu() or _shares_steps(vllm_config)
         compilation.cudagraph_mode = CUDAGraphMode.NONE if is_without else CUDAGraphMode.FULL
     if compilation.cudagraph_mode == CUDAGraphMode.PIECEWISE:
         raise OSDTError(
@@ -245,10 +245,10 @@ def _choose_graphs(vllm_config: "VllmConfig", block_length: int) -> None:
         )
     if not compilation.cudagraph_mode.has_full_cudagraphs() or vllm_config.model_config.enforce_eager:
         return
-    if _shares_steps_or_adapts(vllm_config):
+    if _shares_steps(vllm_config):
         raise OSDTError(
-            f"cudagraph_mode is {compilation.cudagraph_mode.name}, but no step of an engine with adapters, or of "
-            "experts shared by data-parallel ranks, runs as a graph; leave it out."
+            f"cudagraph_mode is {compilation.cudagraph_mode.name}, but no step of experts shared by "
+            "data-parallel ranks runs as a graph; leave it out."
         )
     most = vllm_config.scheduler_config.max_num_batched_tokens
     most = min(most, compilation.max_cudagraph_capture_size or most)
@@ -258,11 +258,10 @@ def _choose_graphs(vllm_config: "VllmConfig", block_length: int) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.NONE
 
 
-def _shares_steps_or_adapts(vllm_config: "VllmConfig") -> bool:
-    """Whether ranks must agree on the rows of every step, or rows may have an adapter: such steps are no graphs."""
-    has_experts = vllm_config.model_config.hf_config.traits.has_experts
-    is_parallel = vllm_config.parallel_config.data_parallel_size > 1
-    return vllm_config.lora_config is not None or (has_experts and is_parallel)
+def _shares_steps(vllm_config: "VllmConfig") -> bool:
+    """Whether data-parallel ranks must agree on the rows of every step: such steps are no graphs."""
+    has_experts: bool = vllm_config.model_config.hf_config.traits.has_experts
+    return has_experts and vllm_config.parallel_config.data_parallel_size > 1
 
 
 def _check_rope_range(model: "ModelConfig") -> None:

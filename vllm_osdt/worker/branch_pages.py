@@ -60,28 +60,49 @@ def _columns(start: int, num_rows: int, page_size: int) -> range:
 
 
 def branch_tables(
-    tables: BlockTables, sent: dict[str, torch.Tensor], positions: torch.Tensor
+    tables: BlockTables, sent: dict[str, torch.Tensor], positions: torch.Tensor, num_entries: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Page tables and slots of a step with branches.
 
     Args:
         tables: vLLM's, of one KV group.
         sent: :func:`plan_pages` on the device.
-        positions: int64 ``[T]`` of the step's rows.
+        positions: int64 ``[at least T]`` of the step's rows, padding behind them.
+        num_entries: Of a graph, which reads the tables where vLLM has those of a step; None without one.
 
     Returns:
-        The tables, int32 ``[Q, pages]``; the KV slot of every row, ``[1, T]``; and the pages that are copied, int64
-        ``[C]``.
+        The tables, int32 ``[Q, pages]``, or as many rows as a graph has entries; the KV slot of every row, ``[1, at
+        least T]``, none for padding; and the pages that are copied, int64 ``[C]``.
     """
-    table = tables.block_tables[0].gpu.index_select(0, sent["page_slots"])
+    own, num_own = sent["page_slots"], sent["page_slots"].shape[0]
+    if num_entries is None:
+        table = tables.block_tables[0].gpu.index_select(0, own)
+    else:
+        table = tables.input_block_tables[0][:num_entries]
+        torch.index_select(tables.block_tables[0].gpu, 0, own, out=table[:num_own])
     copied = table[sent["copy_row"], sent["copy_column"]].long()
     table[sent["own_row"], sent["own_column"]] = sent["own_page"].to(table.dtype)
-    size = tables.block_sizes[0]
-    page = table[sent["page_row_of"], positions // size].long()
+    size, num_rows = tables.block_sizes[0], sent["page_row_of"].shape[0]
+    page = table[sent["page_row_of"], positions[:num_rows] // size].long()
     slots = tables.slot_mappings
-    slots[:, positions.shape[0] :] = PAD_SLOT_ID
-    slots[0, : positions.shape[0]] = page * size + positions % size
+    slots[:, num_rows:] = PAD_SLOT_ID
+    slots[0, :num_rows] = page * size + positions[:num_rows] % size
     return table, slots[:, : positions.shape[0]], copied
+
+
+def make_room_in_tables(tables: BlockTables, num_entries: int) -> None:
+    """Have room for the branches of a graph where vLLM has the page tables of a step; before anything reads them.
+
+    Args:
+        tables: vLLM's, with a row for each of ``max_num_seqs`` requests.
+        num_entries: Requests and branches of a graph at most.
+    """
+    if all(one.shape[0] >= num_entries for one in tables.input_block_tables):
+        return
+    tables.input_block_tables = [
+        one.new_zeros(max(num_entries, one.shape[0]), one.shape[1]) for one in tables.input_block_tables
+    ]
+    tables.init_block_table_layout_tensors()
 
 
 def copy_pages(kv_caches: Iterable[torch.Tensor], num_pages: int, source: torch.Tensor, target: torch.Tensor) -> None:

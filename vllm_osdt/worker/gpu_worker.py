@@ -16,8 +16,10 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_osdt.geometry import max_logit_rows
 from vllm_osdt.host.attention import graph_mode
 from vllm_osdt.host.compat.engine import patch_scheduler_metadata
+from vllm_osdt.messages import CanvasStep
 from vllm_osdt.options.operator import server_options
-from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, StepDescriptor
+from vllm_osdt.worker.branch_pages import make_room_in_tables
+from vllm_osdt.worker.graphs import LOGIT_ARRAYS, CanvasGraphManager, Ends, GraphNeeds, StepDescriptor
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin, canvas_step_of
 from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.step.batch import CanvasInputBatch
@@ -43,7 +45,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         super().initialize_kv_cache(*args, **kwargs)
         names = {group.backend.get_name() for group in chain.from_iterable(self.attn_groups)}
         mode = graph_mode(self.compilation_config.cudagraph_mode, names)
-        if self.dp_size > 1 or self.lora_config is not None:
+        if self.dp_size > 1:
             mode = CUDAGraphMode.NONE
         if mode != self.compilation_config.cudagraph_mode:
             logger.info_once("vllm-osdt runs without CUDA graphs (attention: %s).", ", ".join(sorted(names)))
@@ -59,32 +61,46 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             sampler=self.sampler,
             head=self.head,
         )
+        make_room_in_tables(self.block_tables, self.cudagraph_manager.max_entries)
 
     def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
         """As vLLM does, right before it looks for a graph: whether the step may run as one."""
         state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
         if self.cudagraph_manager is not None:
-            step = canvas_step_of(scheduler_output)
-            is_graph = state is not None and not (step.branches or step.verified)
-            self.cudagraph_manager.num_queries = self._queries_of_a_graph(state) if is_graph else None
+            is_graph = state is not None and self.replays_graphs
+            self.cudagraph_manager.needs = self._needs(state, canvas_step_of(scheduler_output)) if is_graph else None
         return state, uniform_token_count
 
-    def _queries_of_a_graph(self, state: Any) -> int | None:
-        """The queries of attention that a step has as a graph at most; None where its blocks are like no graph's."""
+    def _needs(self, state: Any, step: CanvasStep) -> GraphNeeds | None:
+        """What a step needs of its graph at most; None where its blocks or queries are like no graph's."""
         manager = self.cudagraph_manager
-        if manager is None or not self.replays_graphs:
-            return None
+        assert manager is not None
         longest, rows = self.decode_query_len, state.num_scheduled_tokens
         length = self.model_state.canvas_states.host.block_length[state.idx_mapping_np]
-        if not length.all() or length.max() > longest:  # 0: vLLM's own requests
+        if not length.all():  # 0: vLLM's own requests
             return None
+        if manager.shapes.is_block_causal and length.max() > longest:
+            return None  # longer queries than those that were captured
         if manager.is_uniform and self.model_state.canvas_states.host.cuts[state.idx_mapping_np].any():
             return None  # rows behind a cut are left out
-        if manager.is_uniform and ((length < longest).any() or not manager.takes_whole_blocks(rows)):
+        if step.verified and (manager.is_uniform or not manager.shapes.commits_causally):
+            return None  # each of its rows is a query, unless attention has a flag for causal ones
+        if step.branches:
+            further = [step.branches[req_id].branches if req_id in step.branches else () for req_id in state.req_ids]
+            if any(branch.is_causal for own in further for branch in own):
+                return None
+            number = [len(own) for own in further]
+            of_branches = np.array([branch.num_rows for own in further for branch in own], dtype=rows.dtype)
+            own_rows = rows - [sum(branch.num_rows for branch in own) for own in further]
+            rows, length = np.concatenate([own_rows, of_branches]), np.concatenate([length, np.repeat(length, number)])
+        if manager.is_uniform and ((length != longest).any() or not manager.takes_whole_blocks(rows)):
             return None
+        num_queries = rows.size
         if manager.shapes.commits_causally:
-            return rows.size if manager.is_uniform else 2 * rows.size
-        return int((-(-rows // length)).sum()) if manager.shapes.is_block_causal else rows.size
+            num_queries = rows.size if manager.is_uniform else 2 * rows.size
+        elif manager.shapes.is_block_causal:
+            num_queries = int((-(-rows // length)).sum())
+        return GraphNeeds(rows.size, num_queries)
 
     def _put_into_graph(
         self, size: BatchExecutionDescriptor, denoise: DenoisePlan, arrays: dict[str, np.ndarray]
@@ -92,9 +108,14 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         """The graph of a step, its arrays on the device, and its queries."""
         manager, ends = self.cudagraph_manager, Ends.DECIDED
         assert manager is not None
+        # Branches that are of no use have been left out.
+        needs = GraphNeeds(arrays["mask_rows"].size, arrays.get("block_seq_lens", arrays["seq_lens"]).size)
+        size = manager.smallest(arrays["positions"].size, needs, size.num_active_loras) or size
+        is_longer = arrays["canvas_index"].shape[1] > manager.shapes.block_length
+        has_draft = denoise.drafting.size or "draft_threshold" in arrays
         if denoise.needs_logits:
             ends = Ends.MODEL
-        elif denoise.policies or denoise.cutters or denoise.drafting.size or "draft_threshold" in arrays:
+        elif denoise.policies or denoise.cutters or has_draft or is_longer:
             ends = Ends.PROPOSED
         elif "edit_threshold" in arrays:
             ends = Ends.EDITED
@@ -141,7 +162,7 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         torch.eq(manager.decisions[graph].num_ready[:num_reqs], 0, out=is_open)
         states.host.step[rows.slots] += 1
         num_fallbacks = states.host.num_fallbacks.copy()
-        *_, arrays = self._plan(rows, self.decode_query_len)
+        *_, arrays = self._plan(rows, is_graph=True)
         states.host.num_fallbacks[:] = num_fallbacks  # the step may be of no use
         manager.fill(graph, arrays)
         manager.replay()

@@ -4,8 +4,11 @@ A graph takes tokens out of the tables, runs the model, reads logits, and decide
 what is ready. It is captured for a number of rows, and for several numbers of logit rows; a smaller step is padded
 with rows, requests and logits that change nothing. Any mix of requests fits: what a request computes is its own
 query of attention, and a block-causal model's queries are cut at blocks. Steps that are larger than the largest graph
-are bound by the GPU, not by launches, and run without one, as do steps with longer blocks than the served ones and
-steps of an engine with adapters.
+are bound by the GPU, not by launches, and run without one. Blocks that are longer than the served ones are decided
+behind a graph that ends with the proposals: these do not depend on the length of a block.
+
+Where rows may have adapters (LoRA), the kernels of vLLM's adapters are in the graph, and what they read of a step is
+written before it. An engine with adapters has each graph twice, without these kernels where no row has one.
 
 The plan is copied into one buffer, in which every array of a graph has its place.
 """
@@ -27,6 +30,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from csrc_triton import Proposals
+from vllm_osdt.geometry import MAX_BLOCK_LENGTH
 from vllm_osdt.worker.head import Head
 from vllm_osdt.worker.sampler import Decision
 from vllm_osdt.worker.step.batch import denoise_batch
@@ -42,8 +46,8 @@ if TYPE_CHECKING:
     from vllm_osdt.worker.sampler import CanvasSampler
 
 LOGIT_SHARES = (4, 2, 1)  # logit rows of a graph: its rows, divided by each
-BYTES_PER_REQUEST = 512  # of arrays that only some steps have
-BYTES_PER_LOGIT_ROW = 320  # likewise
+BYTES_PER_REQUEST = 2048 + 8 * MAX_BLOCK_LENGTH  # of arrays that only some steps have
+BYTES_PER_LOGIT_ROW = 352  # likewise
 LOGIT_ARRAYS = ("position", "temperature", "noise_key", "by_entropy", "logit_slots", "logit_rows")  # one entry a row
 
 
@@ -55,21 +59,23 @@ class Ends(Enum):
     EDITED = "edited"
     """Likewise, after tokens have been edited: logits are read in whole blocks."""
     PROPOSED = "proposed"
-    """Tokens are proposed; policies that adjust the step decide outside, and so does who has a draft."""
+    """Tokens are proposed; policies that adjust the step decide outside, as do drafts and longer blocks."""
     MODEL = "model"
     """The model has run; what follows reads more of the logits than their best token."""
 
 
 @dataclass(frozen=True)
 class StepDescriptor(BatchExecutionDescriptor):
-    """What a graph was captured for: ``num_tokens`` rows, ``num_reqs`` requests, and what follows.
+    """What a graph was captured for: ``num_tokens`` rows, ``num_reqs`` requests and branches, and what follows.
 
     Attributes:
         num_queries: Queries of attention, for a block-causal model pieces of blocks.
         num_logits: Rows whose logits are read.
         ends: Where it ends.
+        num_active_loras: 0, or the greatest number of adapters and one more: rows without one.
     """
 
+    num_active_loras: int = 0
     num_queries: int = 0
     num_logits: int = 0
     ends: Ends = Ends.DECIDED
@@ -82,6 +88,11 @@ class Field(NamedTuple):
     shape: tuple[int, ...]
     padding: float  # of what a step does not fill
 
+    @property
+    def num_bytes(self) -> int:
+        """Its place, up to the next array."""
+        return align(int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize)
+
 
 class Layout:
     """The places of a graph's input in a buffer of bytes."""
@@ -92,7 +103,7 @@ class Layout:
         self.num_bytes = 0
         for name, field in self.fields.items():
             self.offsets[name] = self.num_bytes
-            self.num_bytes += align(int(np.prod(field.shape)) * np.dtype(field.dtype).itemsize)
+            self.num_bytes += field.num_bytes
 
 
 class GraphShapes(NamedTuple):
@@ -145,11 +156,18 @@ def layout_of(graph: StepDescriptor, shapes: GraphShapes) -> Layout:
     return Layout(fields)
 
 
+class GraphNeeds(NamedTuple):
+    """What a step needs of its graph besides rows."""
+
+    num_entries: int  # requests and further branches
+    num_queries: int  # of attention
+
+
 class CanvasGraphManager(ModelCudaGraphManager):
     """vLLM's manager of graphs, with the whole of a step in each.
 
-    ``num_queries`` are the queries of attention in the step that is being prepared, None where it fits no graph,
-    whatever its size. The runner sets it.
+    ``needs`` are those of the step that is being prepared, at most; None where it fits no graph, whatever its size. The
+    runner sets them.
     """
 
     def __init__(
@@ -175,7 +193,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         )
         # Attention that captures batches of equal queries only has whole blocks as queries.
         self.is_uniform = cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
-        self.num_queries: int | None = None
+        self.needs: GraphNeeds | None = None
         self.chosen: StepDescriptor | None = None  # the graph of the step that is being prepared
         self.decisions: dict[StepDescriptor, Decision] = {}  # what each graph writes
         self.proposals: dict[StepDescriptor, Proposals] = {}  # likewise, where it ends with them
@@ -185,7 +203,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self._views: dict[StepDescriptor, dict[str, torch.Tensor]] = {}
         self._sampler = sampler
         self._head = head
-        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len)
+        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len, _lora_cases(vllm_config))
         num_bytes = max((layout.num_bytes for layout in self._layouts.values()), default=0)
         most = max((graph.num_reqs or 0 for graph in self._layouts), default=0)
         most_rows = max((graph.num_logits for graph in self._layouts), default=0)
@@ -205,7 +223,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         for num_tokens in sizes:
             if self.is_uniform and num_tokens > self.max_num_reqs * length:
                 continue
-            num_reqs = max(1, min(self.max_num_reqs, num_tokens // self._rows_per_request()))
+            num_reqs = max(1, num_tokens // self._rows_per_request())  # more than run where they have branches
             num_queries, longest = num_reqs, length if self.is_uniform else num_tokens
             if self.shapes.commits_causally:  # what is decided, and the active block
                 num_queries = num_reqs if self.is_uniform else 2 * num_reqs
@@ -219,12 +237,13 @@ class CanvasGraphManager(ModelCudaGraphManager):
                 num_queries=num_queries,
                 num_logits=num_tokens,
             )
-            self._sizes.append(whole)
             numbers = sorted({max(1, num_tokens // share) for share in LOGIT_SHARES})
-            graphs += [replace(whole, num_logits=number) for number in numbers]
-            graphs += [replace(whole, ends=ends) for ends in (Ends.PROPOSED, Ends.MODEL)]
-            if self.shapes.can_edit:
-                graphs.append(replace(whole, ends=Ends.EDITED))
+            every_end = (Ends.PROPOSED, Ends.MODEL, *([Ends.EDITED] if self.shapes.can_edit else []))
+            for num_loras in self.lora_capture_cases:
+                own = replace(whole, num_active_loras=num_loras)
+                self._sizes.append(own)
+                graphs += [replace(own, num_logits=number) for number in numbers]
+                graphs += [replace(own, ends=ends) for ends in every_end]
         graphs.sort(key=lambda graph: (graph.num_tokens, graph.num_logits), reverse=True)
         self._layouts = {graph: layout_of(graph, self.shapes) for graph in graphs}
         self._capture_descs[CUDAGraphMode.FULL] = list(graphs)
@@ -241,15 +260,34 @@ class CanvasGraphManager(ModelCudaGraphManager):
         return not (rows % length if may_be_several else rows - length).any()
 
     def dispatch(
-        self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int = 0,
+        *args: Any,
+        **kwargs: Any,
     ) -> BatchExecutionDescriptor:
         """The smallest graph that a step fits, without one otherwise."""
-        if self._graphs_captured and self.num_queries is not None:
-            for graph in self._sizes:
-                has_room = graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= num_reqs
-                if has_room and graph.num_queries >= self.num_queries:
-                    return graph
+        if self._graphs_captured and self.needs is not None:
+            found = self.smallest(num_tokens, self.needs, num_active_loras)
+            if found is not None:
+                return found
         return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
+
+    def smallest(self, num_tokens: int, needs: GraphNeeds, num_active_loras: int) -> StepDescriptor | None:
+        """The smallest graph with room for so many rows and what goes with them; None without any."""
+        for graph in self._sizes:
+            has_room = graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= needs.num_entries
+            has_adapters = graph.num_active_loras > 0 or num_active_loras == 0
+            if has_room and has_adapters and graph.num_queries >= needs.num_queries:
+                return graph
+        return None
+
+    @property
+    def max_entries(self) -> int:
+        """Requests and branches of the graph that has most."""
+        return max((graph.num_reqs or 0 for graph in self._sizes), default=0)
 
     def choose(self, whole: BatchExecutionDescriptor, num_logits: int, ends: Ends) -> StepDescriptor:
         """The graph of a step of this size.
@@ -272,26 +310,35 @@ class CanvasGraphManager(ModelCudaGraphManager):
 
         Args:
             graph: Of :meth:`choose`.
-            arrays: Of the step, by name; those that are no input of the graph lie behind its own.
+            arrays: Of the step, by name; those that are no input of the graph lie behind its own, as does
+                ``canvas_index`` of longer blocks than its own, padded to its requests.
 
         Returns:
             Tensors on the device, those of the graph with their padding.
         """
-        layout = self._layouts[graph]
+        layout, width = self._layouts[graph], arrays["canvas_index"].shape[1]
         counts = {
             "query_start_loc": arrays["positions"].size,
             "block_query_start_loc": arrays["positions"].size,
             "cu_num_logits": arrays["position"].size,
         }
+        behind = {
+            name: Field(one.dtype.type, one.shape, 0) for name, one in arrays.items() if name not in layout.fields
+        }
+        if width > self.shapes.block_length:
+            assert graph.ends in (Ends.PROPOSED, Ends.MODEL)
+            num_reqs = graph.num_reqs or 0
+            behind["canvas_index"] = Field(np.int64, (num_reqs, width), self.shapes.padding_cell)
+            counts["position"] = num_reqs * width
         place, staged = layout.num_bytes, self._buffer.begin()
         for name, field in layout.fields.items():
-            _write(staged, layout.offsets[name], field, arrays.get(name), counts.get(name, field.padding))
+            array = None if name in behind else arrays.get(name)
+            _write(staged, layout.offsets[name], field, array, counts.get(name, field.padding))
         others = {}
-        for name, array in arrays.items():
-            if name not in layout.fields:
-                _write(staged, place, Field(array.dtype.type, array.shape, 0), array, 0)
-                others[name] = (place, array.dtype.type, array.shape)
-                place += align(array.nbytes)
+        for name, field in behind.items():
+            _write(staged, place, field, arrays[name], field.padding)
+            others[name] = (place, field.dtype, field.shape)
+            place += field.num_bytes
         self._buffer.send(place)
         return self._views[graph] | self._buffer.views(others)
 
@@ -305,13 +352,17 @@ class CanvasGraphManager(ModelCudaGraphManager):
         attn_groups: "list[list[AttentionGroup]]",
         kv_cache_config: "KVCacheConfig",
         *args: Any,
+        lora_capture_hook: Callable[[int, int, int], None] | None = None,
         progress_bar_desc: str = "Capturing CUDA graphs",
         **kwargs: Any,
     ) -> None:
         """Capture every graph, as vLLM captures those of other models."""
+        has_adapters = self.vllm_config.lora_config is not None
 
         def make_step(graph: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             assert isinstance(graph, StepDescriptor)
+            if lora_capture_hook is not None:
+                lora_capture_hook(graph.num_active_loras, graph.num_reqs or 1, graph.num_tokens)
             views = self._fill_idle(graph)
             batch = denoise_batch(model_state.canvas_states, idle_plan(), views)
             slot_mappings = block_tables.get_dummy_slot_mappings(graph.num_tokens)
@@ -337,7 +388,10 @@ class CanvasGraphManager(ModelCudaGraphManager):
                     slot_mapping=by_layer,
                     is_padding=views["is_padding"],
                 ):
-                    hidden_states = model(input_ids, views["positions"], None, None, logit_rows=views["logit_rows"])
+                    read = None if has_adapters else views["logit_rows"]
+                    hidden_states = model(input_ids, views["positions"], None, None, logit_rows=read)
+                if has_adapters:  # these know rows by their place in the whole batch
+                    hidden_states = hidden_states.index_select(0, views["logit_rows"])
                 if graph.ends == Ends.MODEL:
                     self.hidden_of[graph] = hidden_states
                     return
@@ -394,6 +448,15 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self.decisions.clear()
         self.proposals.clear()
         self.hidden_of.clear()
+
+
+def _lora_cases(vllm_config: VllmConfig) -> list[int]:
+    """With how many adapters steps are captured: with none, and with any number, which vLLM says by the greatest."""
+    lora = vllm_config.lora_config
+    if lora is None:
+        return [0]
+    is_twice = vllm_config.compilation_config.cudagraph_specialize_lora
+    return [0, lora.max_loras + 1] if is_twice else [lora.max_loras + 1]
 
 
 def _write(staged: np.ndarray, offset: int, field: Field, array: np.ndarray | None, padding: float) -> None:

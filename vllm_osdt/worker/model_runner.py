@@ -71,6 +71,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     # Of each request of the step that is being prepared, and of its further branches.
     _num_logits: np.ndarray | None = None
     _further: tuple[np.ndarray, np.ndarray]  # requests and rows of those
+    _padded_to: tuple[int, int] | None = None  # rows, and rows of logits, where a graph computes it
     _num_logit_rows = 0  # of the step that is being decided
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -116,12 +117,20 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     def _set_active_loras(
         self, prompt_lora_mapping: tuple[int, ...], token_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any
     ) -> None:
-        """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request."""
+        """As vLLM does, with an adapter for every row of logits, where vLLM has one of each request.
+
+        Where all rows of a graph's step have the same one, its padding has that, too: vLLM writes what its kernels
+        read, and waits for the device, only where something changes, and rows of logits become fewer at each step.
+        """
         if self._num_logits is not None:
             further, num_rows = self._further
             of_branches = np.array(prompt_lora_mapping, dtype=np.int64)[further]
             token_lora_mapping = (*token_lora_mapping, *np.repeat(of_branches, num_rows).tolist())
             prompt_lora_mapping = tuple(np.repeat([*prompt_lora_mapping, *of_branches], self._num_logits))
+            if self._padded_to is not None and len(set(prompt_lora_mapping)) == 1:
+                token_lora_mapping, prompt_lora_mapping = (
+                    prompt_lora_mapping[:1] * number for number in self._padded_to
+                )
             self._num_logits = None
         super()._set_active_loras(prompt_lora_mapping, token_lora_mapping, *args, **kwargs)  # type: ignore[misc]
 
@@ -163,7 +172,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             span[index] = canvas_step.verified.get(req_id, (0, 0))
         rows = step_rows(states, slots, start, num_rows, num_drafts, decides_first, branches, span)
         runs_as_graph = batch_desc.cg_mode == CUDAGraphMode.FULL
-        plan, denoise, pieces, arrays = self._plan(rows, self.decode_query_len if runs_as_graph else None)
+        plan, denoise, pieces, arrays = self._plan(rows, is_graph=runs_as_graph)
         arrays |= states.arrays_of_entered_blocks()
         if rows.branch.size:
             arrays |= plan_pages(rows, plan.seq_lens, pages, self.block_tables.block_sizes[0])
@@ -186,6 +195,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             self._num_logits = np.diff(plan.cu_num_logits)
             self._num_logits[0] += not plan.logit_rows.size
             self._further = rows.request[num_reqs:], rows.num_rows[num_reqs:]
+            self._padded_to = None if graph is None else (graph.num_tokens, logit_rows.shape[0] or 1)
         num_tokens_padded = sent["positions"].shape[0]
         num_reqs_padded = num_reqs if graph is None else sent["seq_lens"].shape[0]
         if graph is None:
@@ -239,20 +249,23 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
         sent = getattr(input_batch, "pages", None)
         if sent is None:
             return super().prepare_attn(input_batch)  # type: ignore[misc]
-        table, slot_mappings, copied = branch_tables(self.block_tables, sent, input_batch.positions)
+        assert isinstance(input_batch, CanvasInputBatch)
+        num_entries = None if input_batch.graph is None else input_batch.num_reqs_after_padding
+        table, slot_mappings, copied = branch_tables(self.block_tables, sent, input_batch.positions, num_entries)
         copy_pages(self.kv_caches, self.kv_cache_config.num_blocks, copied, sent["copy_page"])
         return (table,), slot_mappings
 
     def _plan(
-        self, rows: StepRows, width: int | None
+        self, rows: StepRows, *, is_graph: bool
     ) -> tuple[StepPlan, DenoisePlan, BlockQueries | None, dict[str, np.ndarray]]:
         """Plan a step on the host: its layout, its denoising, the pieces of its blocks, and its arrays by name.
 
         Args:
             rows: What runs.
-            width: See ``plan_step``.
+            is_graph: Blocks are then as wide as those of the graphs, unless one is longer.
         """
         states = self.model_state.canvas_states
+        width = max(self.decode_query_len, int(states.host.block_length[rows.slots].max())) if is_graph else None
         plan = plan_step(states, rows, width)
         denoise = plan_denoise(states, rows, plan)
         pieces = None
