@@ -12,6 +12,7 @@ from vllm_osdt.policies.ccd import IS_DYNAMIC, NOWHERE, NUM_POSITIONS, QUOTA, WI
 from vllm_osdt.policies.klass import NUM_STEPS
 from vllm_osdt.policies.klass import QUOTA as KLASS_QUOTA
 from vllm_osdt.policies.less import DIVERGENCE, PERSISTENCE
+from vllm_osdt.policies.less import QUOTA as LESS_QUOTA
 
 LEFT_OUT = np.float32(NOWHERE)
 
@@ -66,6 +67,11 @@ def _ccd(
 def klass(step: Step) -> None:
     """See ``policies.klass``."""
     _choose_steady(False, KLASS_QUOTA, *_of_steady(step))
+
+
+def less(step: Step) -> None:
+    """See ``policies.less``."""
+    _choose_steady(True, LESS_QUOTA, *_of_steady(step))
 
 
 def _of_steady(step: Step) -> tuple[np.ndarray, ...]:
