@@ -128,6 +128,53 @@ def _exit(
             parameter[row] = EVERYTHING if last == ADAPTIVE else WHOLE_BLOCK
 
 
+def multi_block(step: Step) -> None:
+    """See ``policies.multi_block``."""
+    own = (step.constants, step.score, step.parameter, step.confidence, step.is_open)
+    _multi_block(*(one.numpy() for one in own))
+
+
+@compiled("(f4[:, :], f4[:, :], f4[:], f4[:, :], b1[:, :])")
+def _multi_block(
+    all_constants: np.ndarray,
+    score: np.ndarray,
+    parameter: np.ndarray,
+    confidence: np.ndarray,
+    is_open: np.ndarray,
+) -> None:
+    """Chooses; writes ``score`` and ``parameter``."""
+    num_requests, width = score.shape
+    chosen, rank = np.zeros(score.shape, np.bool_), np.zeros(score.shape, np.float32)
+    for row in range(num_requests):
+        constants = all_constants[row]
+        length, is_release = int(constants[0]), constants[3] > 0
+        enters = is_full = is_first = True
+        before, surest_of_all = ONE, -1
+        for start in range(0, width, length):
+            end = min(start + length, width)
+            enters &= before >= constants[1]
+            is_full &= before >= constants[2]
+            num_open, surest = 0, -1
+            for k in range(start, end):
+                if not is_open[row, k]:
+                    continue
+                num_open += 1
+                if enters:
+                    rank[row, k] = confidence[row, k]
+                    chosen[row, k] = confidence[row, k] >= parameter[row]
+                    if surest < 0 or confidence[row, k] > confidence[row, surest]:
+                        surest = k
+            if surest >= 0:
+                if is_full and (is_first or not is_release):
+                    chosen[row, surest], is_first = True, False
+                if surest_of_all < 0 or confidence[row, surest] > confidence[row, surest_of_all]:
+                    surest_of_all = surest
+            before = np.float32(end - start - num_open) / np.float32(end - start)
+        if is_release and surest_of_all >= 0:
+            chosen[row, surest_of_all] = True
+    _choose(score, parameter, rank, chosen, is_open)
+
+
 def ccd(step: Step) -> None:
     """See ``policies.ccd``, the paper's rule."""
     own = (step.constants, step.step_index, step.score, step.parameter, step.is_open, step.reading, step.memory)
