@@ -417,7 +417,8 @@ class Policy(ABC):
     def variants(self) -> "tuple[Policy, ...]":
         """Policies that adjust the steps of some of its requests in its place (``Schedule.variant``).
 
-        They have its name and its attributes. Requests of one take no operations of another.
+        They have its name and its attributes, but perhaps need fewer or more steps before. Requests of one take no
+        operations of another.
         """
         return ()
 
