@@ -67,19 +67,19 @@ def measure(bench: Bench, task: str, problems: list[Problem], name: str, setting
     outcome = bench.run(task, problems, name, **setting)
     outcome.notes["cpu_ms_per_forward"] = 1e3 * (time.process_time() - start) / sum(outcome.nfe)
     outcome.notes["bytes_per_request"] = kept_bytes(
-        str(setting["policy"]), bench.llm.llm_engine.model_config.get_hidden_size()
+        str(setting["policy"]), bench.llm.llm_engine.model_config.get_vocab_size()
     )
     return outcome
 
 
-def kept_bytes(policy: str, hidden_size: int) -> int:
-    """Bytes that a policy keeps of each request on the device, besides constants; hidden states in float32."""
+def kept_bytes(policy: str, vocabulary: int) -> int:
+    """Bytes that a policy keeps of each request on the device, besides constants; logits in float32."""
     from vllm_osdt.geometry import MAX_BLOCK_LENGTH
     from vllm_osdt.policies.base import MAX_CARRY, MAX_STATE
 
     found = POLICIES[policy]
-    num_hidden = found.num_steps_before * hidden_size if found.reads_step_before else 0
-    numbers = MAX_STATE + MAX_CARRY + MAX_BLOCK_LENGTH * (found.memory_size + num_hidden)
+    num_logits = found.num_steps_before * vocabulary if found.reads_step_before else 0
+    numbers = MAX_STATE + MAX_CARRY + MAX_BLOCK_LENGTH * (found.memory_size + num_logits)
     return 4 * numbers if found.adjusts else 0
 
 

@@ -12,7 +12,8 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -21,9 +22,10 @@ from decoding import Bench
 from problems import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from csrc_triton import Rule, Rules, cpu, implementations
+from csrc_triton import Rule, Rules, cpu, cpu_reading, implementations
 from vllm_osdt.cli.tuning.candidates import calibrates
 from vllm_osdt.engine.statistics import num_forwards
+from vllm_osdt.policies import loops as policy_loops
 
 BASE = "static_threshold"
 # What keeps a policy's blocks as long as the others', or makes it do all its work.
@@ -38,8 +40,12 @@ BESIDE: dict[str, dict[str, Any]] = {
     "adablock": {"adablock": True, "adablock_threshold": 1.0, "adablock_delimiters": [1]},
 }
 LENGTH = 32  # tokens of a request, a block of llada-mini
-# Loops of csrc_triton.cpu, each of which counts as one operation.
-LOOPS = ("confidence", "unmask", "grids", "best", "ranks", "choose")
+# Compiled loops by module, each of which counts as one operation.
+LOOPS: dict[ModuleType, tuple[str, ...]] = {
+    cpu: ("confidence", "unmask", "grids", "best", "ranks", "choose", "quota", "take_rows", "put_rows"),
+    cpu_reading: ("best_two", "count_steady", "compare_coarsely", "average"),
+    policy_loops: ("prophet", "sched", "klass", "less", "ccd", "multi_block"),
+}
 # How a tensor becomes an array and the other way round, and ops that only say where a tensor's numbers lie.
 CONVERSIONS = ("aten.detach", "aten.to.dtype_layout", "aten.resolve_conj", "aten.resolve_neg", "aten.lift_fresh")
 
@@ -125,9 +131,11 @@ class Operations(TorchDispatchMode):
 def operations(bench: Bench, decode: Callable[[], Any]) -> int:
     """Tensor operations of all that ``decode`` runs, the model's included."""
     sampler, counting = runner_of(bench).sampler, Operations()
-    loops = {name: counting.loop(name, getattr(cpu, name)) for name in LOOPS}
-    own = {name: counting.loop(name, getattr(sampler, name)) for name in ("_unmask", "_confidence")}
-    with mock.patch.multiple(cpu, **loops), mock.patch.multiple(sampler, **own), counting:
+    with ExitStack() as stack:
+        for of, names in (*LOOPS.items(), (sampler, ("_unmask", "_confidence"))):
+            counted = {name: counting.loop(name, getattr(of, name)) for name in names}
+            stack.enter_context(mock.patch.multiple(of, **counted))
+        stack.enter_context(counting)
         decode()
     return sum(counting.found.values())
 

@@ -57,3 +57,44 @@ def choose(
     """
     write = cpu.choose if score.device.type == "cpu" else reference.choose
     write(score, parameter, rank, chosen, is_open)
+
+
+def quota(numbers: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
+    """How many positions a step decides, int64 [num_blocks]: 1 in the first steps and behind the last.
+
+    Args:
+        numbers: [num_blocks, 4] fp32, any strides, whole: positions of each other step; how many of those, the first
+            ones, have one more; how many steps are the first ones; and the last, how many steps there are with them.
+        step_index: [num_blocks] int64.
+    """
+    found = cpu.quota if numbers.device.type == "cpu" else reference.quota
+    return found(numbers, step_index)
+
+
+def take_rows(
+    numbers: torch.Tensor, memory: torch.Tensor, slot: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept of some positions and of their requests.
+
+    Args:
+        numbers: [num_slots, N] fp32.
+        memory: [num_slots, at least block_length, K] fp32, any strides.
+        slot, offset: [S] int64.
+
+    Returns:
+        [S, N] and [S, K] fp32, copies.
+    """
+    take = cpu.take_rows if slot.device.type == "cpu" else reference.take_rows
+    return take(numbers, memory, slot, offset)
+
+
+def put_rows(table: torch.Tensor, index: torch.Tensor, offset: torch.Tensor, own: torch.Tensor) -> None:
+    """Write numbers of positions: ``table[index, offset] = own``.
+
+    Args:
+        table: [any, at least block_length, K] fp32, any strides, written.
+        index, offset: [S] int64.
+        own: [S, K] fp32.
+    """
+    put = cpu.put_rows if index.device.type == "cpu" else reference.put_rows
+    put(table, index, offset, own)

@@ -423,3 +423,56 @@ def _choose(
             value = ONE if value > ONE else -ONE if value < -ONE else value
             value = IS_CHOSEN if chosen[row, k] else value
             score[row, k] = value if is_open[row, k] else WITHOUT_LOGITS
+
+
+def quota(numbers: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
+    """See ``adjusting.quota``."""
+    found = np.empty(step_index.shape[0], np.int64)
+    _quota(numbers.numpy(), step_index.numpy(), found)
+    return torch.from_numpy(found)
+
+
+@compiled("(f4[:, :], i8[:], i8[:])")
+def _quota(numbers: np.ndarray, step_index: np.ndarray, found: np.ndarray) -> None:
+    """Fills the last."""
+    for row in range(found.size):
+        share, num_larger, num_alone, num_steps = numbers[row]
+        index = step_index[row]
+        found[row] = 1
+        if num_alone <= index < num_steps:
+            found[row] = np.int64(share) + (index < num_alone + num_larger)
+
+
+def take_rows(
+    numbers: torch.Tensor, memory: torch.Tensor, slot: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``adjusting.take_rows``."""
+    own = np.empty((slot.shape[0], numbers.shape[1]), np.float32)
+    kept = np.empty((slot.shape[0], memory.shape[2]), np.float32)
+    _take_rows(numbers.numpy(), memory.numpy(), slot.numpy(), offset.numpy(), own, kept)
+    return torch.from_numpy(own), torch.from_numpy(kept)
+
+
+@compiled("(f4[:, ::1], f4[:, :, :], i8[::1], i8[::1], f4[:, ::1], f4[:, ::1])")
+def _take_rows(
+    numbers: np.ndarray, memory: np.ndarray, slot: np.ndarray, offset: np.ndarray, own: np.ndarray, kept: np.ndarray
+) -> None:
+    """Fills the last two."""
+    for row in range(slot.size):
+        for k in range(own.shape[1]):
+            own[row, k] = numbers[slot[row], k]
+        for k in range(kept.shape[1]):
+            kept[row, k] = memory[slot[row], offset[row], k]
+
+
+def put_rows(table: torch.Tensor, index: torch.Tensor, offset: torch.Tensor, own: torch.Tensor) -> None:
+    """See ``adjusting.put_rows``."""
+    _put_rows(*map(torch.Tensor.numpy, (table, index, offset, own)))
+
+
+@compiled("(f4[:, :, :], i8[::1], i8[::1], f4[:, ::1])")
+def _put_rows(table: np.ndarray, index: np.ndarray, offset: np.ndarray, own: np.ndarray) -> None:
+    """Writes the first."""
+    for row in range(index.size):
+        for k in range(own.shape[1]):
+            table[index[row], offset[row], k] = own[row, k]

@@ -257,3 +257,22 @@ def choose(
     torch.clamp(rank, -1.0, 1.0, out=score)
     score.masked_fill_(chosen, CHOSEN).masked_fill_(~is_open, NO_CONFIDENCE)
     parameter.fill_(CHOSEN)
+
+
+def quota(numbers: torch.Tensor, step_index: torch.Tensor) -> torch.Tensor:
+    """The twin of ``adjusting.quota``."""
+    share, num_larger, num_alone, num_steps = numbers.long().unbind(dim=1)
+    is_shared = (step_index >= num_alone) & (step_index < num_steps)
+    return (share + (step_index < num_alone + num_larger)).where(is_shared, 1)
+
+
+def take_rows(
+    numbers: torch.Tensor, memory: torch.Tensor, slot: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin of ``adjusting.take_rows``."""
+    return numbers.index_select(0, slot), memory[slot, offset]
+
+
+def put_rows(table: torch.Tensor, index: torch.Tensor, offset: torch.Tensor, own: torch.Tensor) -> None:
+    """The twin of ``adjusting.put_rows``."""
+    table[index, offset] = own

@@ -120,6 +120,19 @@ class Grids(NamedTuple):
     """bool, masked positions."""
 
 
+class KeptLogits(NamedTuple):
+    """Logits of an earlier step, as rows of the table that they are kept in, so that they need not be copied."""
+
+    table: "torch.Tensor"
+    """[N, vocabulary], of any floating dtype."""
+    row: "torch.Tensor"
+    """[S] int64, less than N."""
+
+    def gather(self) -> "torch.Tensor":
+        """A copy of them, [S, vocabulary] fp32."""
+        return self.table.index_select(0, self.row).float()
+
+
 class Rules(NamedTuple):
     """By which rule each block is unmasked."""
 

@@ -83,7 +83,9 @@ def test_adapters_of_a_batch_keep_to_their_requests(tmp_path, start_llm, family)
     network = network.load(folder)
     networks = [network, *(add_adapter(tmp_path / f"adapter{n}", network, modules, seed=n) for n in (1, 2))]
     adapters = [None, *(LoRARequest(f"a{n}", n, str(tmp_path / f"adapter{n}")) for n in (1, 2))]
-    llm = start_llm(folder, max_num_seqs=32, max_model_len=128, enable_lora=True, max_loras=2, max_lora_rank=RANK)
+    arguments = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+    config = {"osdt": {"profile_dir": "", "kept_logits_gib": 0}}
+    llm = start_llm(folder, max_num_seqs=32, max_model_len=128, additional_config=config, **arguments)
     rng = random.Random(7)
     prompts = [[rng.randrange(3, 99) for _ in range(rng.randrange(1, 40))] for _ in range(18)]
     expected = [decode_one(networks[i % 3], prompt, 0.4) for i, prompt in enumerate(prompts)]
@@ -101,7 +103,7 @@ def test_adapters_of_a_batch_keep_to_their_requests(tmp_path, start_llm, family)
         assert [list(c.token_ids) for c in run(order, params)] == [expected[i].tokens for i in order]
     alone = [run([i], params)[0] for i in clear[:6]]
     assert [list(c.token_ids) for c in alone] == [expected[i].tokens for i in clear[:6]]
-    # A policy that compares steps has the output layer compute some of a step's rows once more.
+    # A policy that compares steps has the output layer compute some of a step's rows once more, as no logits are kept.
     klass = sampling(24, policy="klass", kl_confidence=0.1, kl_threshold=0.5, kl_steps=1, block_length=8)
     mixed = run(clear[:6], [klass if place % 2 else params for place in range(6)])
     alone[1::2] = [run([i], klass)[0] for i in clear[1:6:2]]

@@ -65,3 +65,24 @@ def test_grids_have_the_proposals_of_masked_positions(shape):
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
         assert torch.equal(found.is_open, found.confidence != -2.0) and not found.confidence.isnan().any()
         assert len({one.data_ptr() for one in found if one.numel()}) == (5 if num_blocks else 0)
+
+
+def test_quotas_are_alike():
+    generator = torch.Generator().manual_seed(0)
+    numbers = (torch.rand(50, 8, generator=generator) * 5).floor()[:, 3:7]
+    numbers[:, 3] += numbers[:, 2]
+    index = torch.randint(0, 12, (50,), generator=generator)
+    assert torch.equal(cpu.quota(numbers, index), reference.quota(numbers, index))
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_rows_are_taken_and_put_by_slot_and_offset(size):
+    generator = torch.Generator().manual_seed(0)
+    numbers, memory = torch.rand(4, 7, generator=generator), torch.rand(4, 5, 6, generator=generator)[:, :, :size]
+    slot, offset = torch.tensor([3, 0, 3]), torch.tensor([4, 0, 2])
+    for own, twin in zip(*(one.take_rows(numbers, memory, slot, offset) for one in (cpu, reference)), strict=True):
+        assert torch.equal(own, twin)
+    tables = [memory.clone() for _ in range(2)]
+    for one, table in zip((cpu, reference), tables, strict=True):
+        one.put_rows(table, slot, offset, torch.arange(3.0 * size).view(3, size))
+    assert torch.equal(*tables) and (size == 0 or not torch.equal(tables[0], memory))

@@ -148,8 +148,9 @@ def share_among(row, token, size):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_confidence_is_a_share_of_the_likeliest_tokens(seed):
-    generator, policy = torch.Generator().manual_seed(seed), POLICIES["cad_llm"]
+    generator = torch.Generator().manual_seed(seed)
     schedule = schedule_of("cad_llm", DecodingOptions(block_length=12, gen_length=12, cad_vocabulary=True))
+    policy = POLICIES["cad_llm"].variants[schedule.variant - 1]
     twins = [PlainCadLLM(12, vocabulary=True) for _ in range(2)]
     for twin in twins:
         twin.length, twin.first = 12, 12

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csrc_triton.types import NO_CONFIDENCE
-from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit
+from tests.e2e.engine import canvas_states, drive, generate, nfe, sampling, scheduler, submit
 from tests.policies.adjusted import chosen, make_step, next_step
 from tests.policies.test_policies import schedule_of
 from tests.reference.decode import best_first, decode
@@ -16,6 +16,7 @@ from vllm_osdt.geometry import DecodeShape
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.policies import POLICIES, PositionLogits
 from vllm_osdt.policies.fixed_steps import positions_per_step
+from vllm_osdt.worker.reading import every_row
 
 VOCABULARY, WIDTH = 13, 10
 CANVAS = {"gen_length": 32, "block_length": 16, "cache_mode": "dual"}
@@ -256,9 +257,11 @@ def read(policy, step, logits, before, earlier):
     token, confidence, memory, reading = (
         one.clone() for one in (step.token[at], step.confidence[at], step.memory[at], step.reading[at])
     )
+    number = policy.num_steps_before if policy.reads_step_before else 0
+    kept = [every_row(one[at]) for one in (before, earlier)[:number]]
     rows = PositionLogits(
-        logits[at].clone(), before[at], token, confidence, step.constants[at[0]], memory, reading,
-        step.step_index[at[0]], (earlier[at],),
+        logits[at].clone(), kept[0] if kept else None, token, confidence, step.constants[at[0]], memory, reading,
+        step.step_index[at[0]], tuple(kept[1:]),
     )  # fmt: skip
     policy.read(rows)
     for grid, found in ((step.token, token), (step.confidence, confidence), (step.memory, memory)):
@@ -280,11 +283,12 @@ def walk(generator, shape):
 @pytest.mark.parametrize("case", CASES)
 def test_a_block_is_decoded_by_the_published_rule(case):
     name, options, twin, plain = CASES[case]
-    policy, num_early = POLICIES[name], 0
+    num_early = 0
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         opts = DecodingOptions(**{"policy": name, "block_length": WIDTH, "gen_length": WIDTH, **options})
         schedule = schedule_of(name, opts)
+        policy = (POLICIES[name], *POLICIES[name].variants)[schedule.variant]
         masked = torch.rand(3, WIDTH, generator=generator) < torch.tensor([1.0, 0.9, 0.5]).unsqueeze(1)
         masked[:, 0] = True
         source, before = (
@@ -396,6 +400,25 @@ def test_an_engine_decodes_as_the_plain_loop_in_one_batch_of_all_and_alone(tasks
         assert sum(forwards for _, forwards in own) < 30 * len(own), name  # more than one position a step
         [alone] = generate(tasks_llm, prompts[:1], params_of(name))
         assert (list(alone.token_ids), nfe(alone)) == own[0]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("longest", [0, 15])
+def test_where_logits_have_no_room_hidden_states_are_kept(tasks_llm, decoded, monkeypatch, longest):
+    """Of requests with long blocks; beside them are others with short ones, whose logits are kept."""
+    prompts, found = decoded
+    states, vocabulary = canvas_states(tasks_llm), tasks_llm.llm_engine.model_config.get_vocab_size()
+    monkeypatch.setattr(states, "kept_logits_bytes", longest * states.policy_state.shape[0] * vocabulary * 4 * 2)
+    short = [sampling(32, policy=name, **{**CANVAS, "block_length": 8}) for name in ("klass", "ccd")]
+    expected = [generate(tasks_llm, prompts[:1], params)[0].token_ids for params in short]
+    names = ("klass", "ccd", "dream")
+    asked = [(name, i) for i in range(5) for name in names]
+    params = [*map(params_of, (name for name, _ in asked)), *short]
+    got = generate(tasks_llm, [*(prompts[i] for _, i in asked), *prompts[:1] * 2], params)
+    for name in names:
+        own = [(list(one.token_ids), nfe(one)) for one, (other, _) in zip(got, asked, strict=False) if other == name]
+        assert_equal_but_for_near_ties(own, found[name][:5], least=4)
+    assert [one.token_ids for one in got[len(asked) :]] == expected
 
 
 @pytest.mark.e2e

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from csrc_triton.types import CHOSEN as CHOSEN
-from csrc_triton.types import Rule
+from csrc_triton.types import KeptLogits, Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
 
@@ -115,9 +115,8 @@ class PositionLogits(NamedTuple):
     Attributes:
         logits: float32 ``[S, vocabulary]``, without temperature, as sampling parameters left them: -inf of what is left
             out and of the mask token.
-        before: The same of the block's step before, float32 ``[S, vocabulary]``, as the model wrote them; anything
-            where the position had no logits in that step, which ``memory`` can tell. None unless the policy's
-            ``reads_step_before``.
+        before: Those of the block's step before, as the model wrote them; anything where the position had no logits in
+            that step, which ``memory`` can tell. None unless the policy's ``reads_step_before``.
         token: int64 ``[S]``, the proposal. May be overwritten.
         confidence: float32 ``[S]``, of the proposal. May be overwritten.
         constants: float32 ``[S, 8]``, from the request's schedule.
@@ -130,18 +129,19 @@ class PositionLogits(NamedTuple):
         temperature: float32 ``[S]``; None where every row's is 0.
         noise_key: int64 ``[S]``, a random key of the position and the step; None likewise.
         is_verified: bool ``[S]``, of a policy with ``verifies``: the logits are those of a verification. ``before`` has
-            then the draft's, as sampling parameters left them, where ``temperature`` is not None. None for others.
+            then the draft's, as sampling parameters left them, -inf of the mask token, where ``temperature`` is not
+            None. None for others.
     """
 
     logits: "torch.Tensor"
-    before: "torch.Tensor | None"
+    before: "KeptLogits | None"
     token: "torch.Tensor"
     confidence: "torch.Tensor"
     constants: "torch.Tensor"
     memory: "torch.Tensor"
     reading: "torch.Tensor"
     step_index: "torch.Tensor"
-    earlier: "tuple[torch.Tensor, ...]" = ()
+    earlier: "tuple[KeptLogits, ...]" = ()
     carry: "torch.Tensor | None" = None
     temperature: "torch.Tensor | None" = None
     noise_key: "torch.Tensor | None" = None
@@ -305,9 +305,10 @@ class Policy(ABC):
             on options: :meth:`looks_at_entropy`.
         adjusts: Whether :meth:`adjust` and :meth:`observe` run.
         reads_logits: Whether :meth:`read` runs too. Where it depends on options: :meth:`needs_logits`.
-        reads_step_before: Whether it gets the logits of the step before. The worker keeps hidden states for it, not
-            logits, so that each step multiplies with the output weight once more.
-        num_steps_before: How many steps before; each but the first is one more multiplication.
+        reads_step_before: Whether it gets the logits of the step before. The worker keeps them, or hidden states where
+            the operator's ``kept_logits_gib`` has no room for logits; each step then multiplies with the output weight
+            once more.
+        num_steps_before: How many steps before; each takes room and that multiplication.
         memory_size: Numbers that it keeps of each position of the active block.
         verifies: Whether a step may be followed by a verification: a forward pass that gives of drafted positions the
             logits that the model has from left to right, each behind the drafted tokens before it
@@ -429,7 +430,8 @@ class Policy(ABC):
     def variants(self) -> "tuple[Policy, ...]":
         """Policies that adjust the steps of some of its requests in its place (``Schedule.variant``).
 
-        They have its name and its attributes. Requests of one take no operations of another.
+        They have its name and its attributes, but perhaps need fewer or more steps before. Requests of one take no
+        operations of another.
         """
         return ()
 

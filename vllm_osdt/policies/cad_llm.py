@@ -18,7 +18,7 @@ guesses it from the steps; the mask token is none of the V; a token that a block
 not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from csrc_triton.types import Rule
@@ -88,7 +88,7 @@ class CadLLMOptions:
 
 
 class CadLLM(Policy):
-    """A falling threshold, and blocks that are longer where the model is surer."""
+    """A threshold that falls over the canvas, and blocks that are longer where the model is surer."""
 
     name = "cad_llm"
     Options = CadLLMOptions
@@ -96,6 +96,12 @@ class CadLLM(Policy):
     adjusts = True
     reads_logits = True
     cuts_blocks = True
+    falls_in_blocks = False
+
+    @property
+    def variants(self) -> tuple[Policy, ...]:
+        """A ramp in each block, the share of the most likely tokens, and both."""
+        return VARIANTS
 
     def check(self, options: Any) -> None:
         """The thresholds and the steps must be in order."""
@@ -142,14 +148,14 @@ class CadLLM(Policy):
         constants = (
             options.cad_threshold,
             options.cad_min_threshold,
-            float(options.cad_ramp == "block"),
             options.cad_min_block,
             first,
             shape.block_length,
             options.cad_steps,
             options.cad_max_steps,
         )
-        return constant(shape, Rule.THRESHOLD, options.cad_threshold, constants)
+        variant = (options.cad_ramp == "block") + 2 * options.cad_vocabulary
+        return replace(constant(shape, Rule.THRESHOLD, options.cad_threshold, constants), variant=variant)
 
     def cut(self, step: Step) -> "torch.Tensor":
         """See ``Cutter``."""
@@ -159,18 +165,41 @@ class CadLLM(Policy):
         """The threshold of the step; the mean confidence is kept."""
         import torch  # late: options are read without it
 
-        step.state.copy_(torch.where(step.state[:, :1] == 0, self._entered(step), step.state))
-        high, low, by_block = step.constants[:, :3].unbind(dim=1)
-        share = 1.0 - step.num_left / step.num_positions
-        ramp = torch.maximum(high - RAMP_DEPTH * step.step_index / step.state[:, NUM_STEPS], low)
-        step.parameter.copy_(torch.where(by_block > 0, ramp, high * (1.0 - share) + low * share))
-        number = step.is_open.sum(dim=1)
-        total = step.confidence.clamp(min=0.0).double().sum(dim=1)
-        mean = (total / number.clamp(min=1)).float()
-        means = torch.cat([mean.unsqueeze(1), step.carry[:, : NUM_MEANS - 1]], dim=1)
-        after = torch.cat([means, step.carry[:, NUM_FORWARDS:]], dim=1)
-        after[:, NUM_FORWARDS] += 1
-        step.carry.copy_(torch.where(number.unsqueeze(1) > 0, after, step.carry))
+        high, low = step.constants[:, :2].unbind(dim=1)
+        if self.falls_in_blocks:
+            step.state.copy_(torch.where(step.state[:, :1] == 0, self._entered(step), step.state))
+            threshold = torch.maximum(high - RAMP_DEPTH * step.step_index / step.state[:, NUM_STEPS], low)
+        else:
+            share = 1.0 - step.num_left / step.num_positions
+            threshold = high * (1.0 - share) + low * share
+        step.parameter.copy_(threshold)
+        number, known = step.is_open.sum(dim=1), step.carry[:, : NUM_FORWARDS + 1]
+        total = step.confidence.clamp(min=0.0).sum(dim=1, dtype=torch.float64)
+        mean = (total / number.clamp(min=1)).to(known.dtype)
+        after = torch.cat([mean.unsqueeze(1), known[:, : NUM_MEANS - 1], known[:, NUM_FORWARDS:] + 1], dim=1)
+        known.copy_(torch.where(number.unsqueeze(1) > 0, after, known))
+
+    def _entered(self, step: Step) -> "torch.Tensor":
+        """``Step.state`` of a block that is entered: its length, and the steps of its ramp; float32 ``[R, 4]``."""
+        import torch
+
+        shortest, first, longest, steps, most_steps = step.constants[:, 2:7].unbind(dim=1)
+        (last, before_last), number = step.carry[:, :2].unbind(dim=1), step.carry[:, NUM_FORWARDS]
+        level = torch.where(number > 1, (last + before_last) / 2, last)
+        length = (shortest + ((longest - shortest) * level).floor()).clamp(shortest, longest)
+        length = torch.where(number > 0, length, first)
+        num_steps = (steps + (most_steps - steps) * torch.where(number > 0, 1.0 - level, 0.0)) * length / first
+        return torch.stack([length, num_steps.clamp(min=1.0), *step.state[:, 2:].unbind(dim=1)], dim=1)
+
+
+class InBlocks(CadLLM):
+    """The same with a threshold that falls in each block."""
+
+    falls_in_blocks = True
+
+
+class Vocabulary(CadLLM):
+    """The same with the proposal's share of the V most likely tokens for a confidence."""
 
     def read(self, rows: PositionLogits) -> None:
         """Put the proposal's share of the V most likely tokens in place of its probability."""
@@ -204,17 +233,14 @@ class CadLLM(Policy):
         step.carry[:, RUN] = run + torch.where(goes_on, step.carry[:, RUN], 0.0)
         step.carry[:, TOKEN] = torch.where(number > 0, name, step.carry[:, TOKEN])
 
-    def _entered(self, step: Step) -> "torch.Tensor":
-        """``Step.state`` of a block that is entered: its length, and the steps of its ramp; float32 ``[R, 4]``."""
-        import torch
 
-        shortest, first, longest, steps, most_steps = step.constants[:, 3:8].unbind(dim=1)
-        (last, before_last), number = step.carry[:, :2].unbind(dim=1), step.carry[:, NUM_FORWARDS]
-        level = torch.where(number > 1, (last + before_last) / 2, last)
-        length = (shortest + ((longest - shortest) * level).floor()).clamp(shortest, longest)
-        length = torch.where(number > 0, length, first)
-        num_steps = (steps + (most_steps - steps) * torch.where(number > 0, 1.0 - level, 0.0)) * length / first
-        return torch.stack([length, num_steps.clamp(min=1.0), *step.state[:, 2:].unbind(dim=1)], dim=1)
+class InBlocksVocabulary(Vocabulary):
+    """Both."""
+
+    falls_in_blocks = True
+
+
+VARIANTS = InBlocks(), Vocabulary(), InBlocksVocabulary()  # of ``CadLLM.variants``
 
 
 def vocabulary_of(carry: "torch.Tensor") -> "torch.Tensor":

@@ -21,10 +21,10 @@ State is the block's; the authors denoise all of the answer together. A proposal
 its step, stays.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from csrc_triton.types import ENTROPY_SCALE, Rule
+from csrc_triton.types import Rule
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.declaration import Flag, count, option
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH, Canvas, CanvasRequest, DecodeShape
@@ -34,7 +34,7 @@ from vllm_osdt.policies.fixed_steps import StepsOptions, quota_numbers, quota_of
 if TYPE_CHECKING:
     import torch
 
-IS_RELEASE, IS_DYNAMIC, WINDOW, NUM_POSITIONS, QUOTA = range(5)  # constants; from the last on, the quota's
+IS_DYNAMIC, WINDOW, NUM_POSITIONS, QUOTA = range(4)  # constants; from the last on, the quota's
 TOKEN, NOTED, TOKEN_EARLIER, NOTED_EARLIER = range(4)  # memory: of the step before, and of the one before that
 CONFIDENCE, RANK, BEST_TOKEN = range(3)  # reading
 NUM_NOTED, NUM_MASKED = range(2)  # state: n, and the most masked positions that a step has seen
@@ -74,7 +74,7 @@ class CCDOptions(StepsOptions):
 
 
 class CCD(Policy):
-    """Positions on which the last steps agree, by the entropy of their averaged distributions."""
+    """Positions on which the last steps agree, by the entropy of their averaged distributions; of two steps."""
 
     name = "ccd"
     Options = CCDOptions
@@ -82,8 +82,12 @@ class CCD(Policy):
     adjusts = True
     reads_logits = True
     reads_step_before = True
-    num_steps_before = 2
     memory_size = 4
+
+    @property
+    def variants(self) -> tuple[Policy, ...]:
+        """For averages of three steps, and for the authors' code."""
+        return LONGER, RELEASE
 
     def resolve(self, options: CCDOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas, where the request asks for steps."""
@@ -92,46 +96,62 @@ class CCD(Policy):
     def schedule(self, options: CCDOptions, shape: DecodeShape, thresholds: Thresholds | None = None) -> Schedule:
         """See the class; ``adjust`` chooses."""
         is_release = options.ccd_rule == "release"
-        own = (float(is_release), float(options.ccd_dynamic), options.ccd_window, options.ccd_positions)
-        return constant(shape, Rule.THRESHOLD, 1.0, (*own, *quota_numbers(options, shape)))
+        own = (float(options.ccd_dynamic), options.ccd_window, options.ccd_positions)
+        schedule = constant(shape, Rule.THRESHOLD, 1.0, (*own, *quota_numbers(options, shape)))
+        return replace(schedule, variant=2 if is_release else int(options.ccd_window > 2))
 
     def read(self, rows: PositionLogits) -> None:
         """Average the distributions of the steps that have noted a position, and propose what is likeliest then."""
-        import torch  # late: options are read without it
+        from csrc_triton.reading import average  # late: options are read without torch
 
-        assert rows.before is not None
-        is_left = rows.logits > -torch.inf
-        total = rows.logits.softmax(dim=-1)
-        rows.reading[:, CONFIDENCE], token = total.max(dim=-1)
-        rows.reading[:, BEST_TOKEN] = token.float()  # exact: a float32 holds integers up to 2^24
-        is_paper, memory = rows.constants[:, IS_RELEASE] == 0, rows.memory
-        counts = is_paper & (memory[:, NOTED] > 0), is_paper & (memory[:, NOTED_EARLIER] > 0)
-        counts = counts[0], counts[1] & (rows.constants[:, WINDOW] > 2)
-        for noted, logits in zip(counts, (rows.before, *rows.earlier), strict=True):
-            share = logits.masked_fill(~is_left, -torch.inf).softmax(dim=-1)
-            total = torch.where(noted.unsqueeze(1), total + share, total)
-        mean = total / (1 + counts[0].long() + counts[1].long()).unsqueeze(1)
-        entropy = -torch.special.xlogy(mean, mean).sum(dim=-1, dtype=torch.float64)
-        rows.reading[:, RANK] = 1.0 - entropy.float() / ENTROPY_SCALE
-        share, likeliest = mean.max(dim=-1)
-        is_averaged = (counts[0] | counts[1]) & (rows.token == token)  # which a sample of another token is not
-        rows.token.copy_(torch.where(is_averaged, likeliest, rows.token))
-        rows.confidence.copy_(torch.where(is_averaged, share, rows.confidence))
+        before = () if rows.before is None else (rows.before, *rows.earlier)
+        counts = [rows.memory[:, column] for column in (NOTED, NOTED_EARLIER)[: len(before)]]
+        average(rows.logits, before, counts, rows.token, rows.confidence, rows.reading)
 
     def adjust(self, step: Step) -> None:
-        """Choose by the rule that the request asks for, and note this step's positions."""
-        import torch  # late: options are read without it
+        """Choose by the paper, and note this step's positions."""
+        if step.score.device.type == "cpu":
+            from vllm_osdt.policies.loops import ccd  # late: options are read without torch
 
+            ccd(step)
+        else:
+            self.adjust_by_tensors(step)
+
+    def adjust_by_tensors(self, step: Step) -> None:
+        """See :meth:`adjust`."""
         token, quota = step.reading[..., BEST_TOKEN], quota_of(step, QUOTA)
         stays = step.is_open & (step.memory[..., NOTED] > 0) & (step.memory[..., TOKEN] == token)
-        is_release = (step.constants[:, IS_RELEASE] > 0).unsqueeze(1)
-        chosen, noted = _by_paper(step, quota, stays)
-        of_release = _by_release(step, quota, stays)
-        chosen = torch.where(is_release, of_release[0], chosen)
-        noted = torch.where(is_release, of_release[1], noted)
+        chosen, noted = self._choice(step, quota, stays)
         step.memory[..., TOKEN_EARLIER], step.memory[..., NOTED_EARLIER] = step.memory[..., :TOKEN_EARLIER].unbind(-1)
         step.memory[..., TOKEN], step.memory[..., NOTED] = token, noted.to(token.dtype)
         step.choose(chosen, step.reading[..., RANK])
+
+    def _choice(self, step: Step, quota: "torch.Tensor", stays: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """What is committed and what is noted, bool ``[R, W]`` each; ``stays``: noted before, with the same token."""
+        return _by_paper(step, quota, stays)
+
+
+class Longer(CCD):
+    """The same with a step more."""
+
+    num_steps_before = 2
+
+
+class Release(CCD):
+    """The authors' rule, which averages nothing."""
+
+    reads_step_before = False
+
+    def adjust(self, step: Step) -> None:
+        """Choose by the code, and note this step's positions."""
+        self.adjust_by_tensors(step)
+
+    def _choice(self, step: Step, quota: "torch.Tensor", stays: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """As that of :class:`CCD`."""
+        return _by_release(step, quota, stays)
+
+
+LONGER, RELEASE = Longer(), Release()  # of ``CCD.variants``
 
 
 def _by_paper(step: Step, quota: "torch.Tensor", stays: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":

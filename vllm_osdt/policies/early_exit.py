@@ -124,17 +124,23 @@ class EarlyExit(CalibratedPolicy):
 
     def read(self, rows: PositionLogits) -> None:
         """The gap between the two best logits, whether there are two, and which token is the best."""
-        import torch  # late: options are read without it
+        from csrc_triton.reading import best_two  # late: options are read without torch
 
-        top = rows.logits.topk(2, dim=1)
-        gap = top.values[:, 0] - top.values[:, 1]
-        has_two = torch.isfinite(gap)
-        rows.reading[:, 0] = torch.where(has_two, gap, 0.0)
-        rows.reading[:, 1] = has_two
-        rows.reading[:, 2] = top.indices[:, 0]
+        best_two(rows.logits, rows.reading)
+
+    @abstractmethod
+    def adjust_by_loop(self, step: Step) -> None:
+        """As :meth:`adjust_by_tensors`, on the CPU, where a small tensor operation takes longer than all of it."""
 
     def adjust(self, step: Step) -> None:
         """Have everything pass where the model is sure."""
+        if step.score.device.type == "cpu":
+            self.adjust_by_loop(step)
+        else:
+            self.adjust_by_tensors(step)
+
+    def adjust_by_tensors(self, step: Step) -> None:
+        """See :meth:`adjust`."""
         import torch  # late: options are read without it
 
         last, per_block = step.constants[:, 0], step.constants[:, 1]

@@ -86,10 +86,9 @@ def quota_of(step: Step, column: int) -> "torch.Tensor":
         step: Of a model without sub-blocks.
         column: The first of ``step.constants`` that :func:`quota_numbers` made.
     """
-    share, num_larger, num_alone, num_steps = step.constants[:, column : column + 4].long().unbind(dim=1)
-    index = step.step_index
-    is_shared = (index >= num_alone) & (index < num_steps)
-    return (share + (index < num_alone + num_larger)).where(is_shared, 1)
+    from csrc_triton.adjusting import quota  # late: options are read without torch
+
+    return quota(step.constants[:, column : column + 4], step.step_index)
 
 
 def resolve_if_asked(options: StepsOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from vllm_osdt.policies.fixed_steps import StepsOptions, quota_numbers, quota_of
 from vllm_osdt.policies.osdt import CalibratedOptions, CalibratedPolicy, calibrated_schedule
 
 DIVERGENCE, NUM_STEPS, QUOTA = range(3)  # constants; from the last on, the quota's
-SEEN, RUN = range(2)  # memory: steps of the block with logits, the last of them with a small divergence
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class KLASS(CalibratedPolicy):
     adjusts = True
     reads_logits = True
     reads_step_before = True
-    memory_size = 2
+    memory_size = 2  # steps of the block with logits, and the last of them with a small divergence
 
     def resolve(self, options: KLASSOptions, asked: CanvasRequest, canvas: Canvas) -> dict[str, Any]:
         """Total steps of the canvas, where the request asks for steps."""
@@ -80,20 +79,22 @@ class KLASS(CalibratedPolicy):
 
     def read(self, rows: PositionLogits) -> None:
         """Count the steps in a row with a small divergence."""
-        import torch  # late: options are read without it
+        from csrc_triton.reading import count_steady  # late: options are read without torch
 
         assert rows.before is not None
-        is_left = rows.logits > -torch.inf
-        now = rows.logits.log_softmax(dim=-1)
-        before = rows.before.masked_fill(~is_left, -torch.inf).log_softmax(dim=-1)
-        divergence = (now.exp() * (now - before)).masked_fill(~is_left, 0.0).sum(dim=-1, dtype=torch.float64).float()
-        is_small = (rows.memory[:, SEEN] > 0) & (divergence < rows.constants[:, DIVERGENCE])
-        rows.memory[:, RUN] = torch.where(is_small, rows.memory[:, RUN] + 1, 0.0)
-        rows.memory[:, SEEN] += 1
-        rows.reading[:, 0] = rows.memory[:, RUN]
+        count_steady(rows.logits, rows.before, rows.constants[:, DIVERGENCE], rows.memory, rows.reading)
 
     def adjust(self, step: Step) -> None:
         """Choose what is sure and stable, else the quota."""
+        if step.score.device.type == "cpu":
+            from vllm_osdt.policies.loops import klass  # late: options are read without torch
+
+            klass(step)
+        else:
+            self.adjust_by_tensors(step)
+
+    def adjust_by_tensors(self, step: Step) -> None:
+        """See :meth:`adjust`."""
         import torch  # late: options are read without it
 
         passes = step.is_open & (step.confidence >= step.parameter.unsqueeze(1))

@@ -85,6 +85,15 @@ class MultiBlock(Policy):
 
     def adjust(self, step: Step) -> None:
         """Choose what passes in the parts that take part, and the surest positions that a step decides at least."""
+        if step.score.device.type == "cpu":
+            from vllm_osdt.policies.loops import multi_block  # late: options are read without torch
+
+            multi_block(step)
+        else:
+            self.adjust_by_tensors(step)
+
+    def adjust_by_tensors(self, step: Step) -> None:
+        """See :meth:`adjust`."""
         import torch  # late: options are read without it
 
         place = places(step.score.shape[1], step.score.device)

@@ -93,3 +93,9 @@ class Prophet(EarlyExit):
 
         early, middle, late = (step.constants[:, column] for column in (EARLY, MIDDLE, LATE))
         return gap >= torch.where(progress < FIRST, early, torch.where(progress < SECOND, middle, late))
+
+    def adjust_by_loop(self, step: Step) -> None:
+        """See the base."""
+        from vllm_osdt.policies.loops import prophet  # late: options are read without torch
+
+        prophet(step)

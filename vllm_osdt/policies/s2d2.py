@@ -216,7 +216,7 @@ class S2D2(Policy):
         token, confidence = rows.token, rows.confidence
         if rows.before is not None and rows.noise_key is not None:
             is_sampled = temperature > 0
-            sampled = _sample(share, (rows.before / scale).softmax(dim=-1), drafted, rows.noise_key)
+            sampled = _sample(share, (rows.before.gather() / scale).softmax(dim=-1), drafted, rows.noise_key)
             token = torch.where(is_sampled, sampled, token)
             of_sampled = rows.logits.gather(1, token.unsqueeze(1)).squeeze(1) - rows.logits.logsumexp(dim=-1)
             confidence = torch.where(is_sampled, of_sampled.exp(), confidence)

@@ -100,3 +100,9 @@ class Sched(EarlyExit):
         is_calm = (progress >= min_progress) & (change <= max_change)
         step.state[:, 1] = (step.state[:, 1] + 1).masked_fill(~is_calm, 0.0)
         return is_calm & (step.state[:, 1] > patience) & (gap >= low + (high - low) * falling)
+
+    def adjust_by_loop(self, step: Step) -> None:
+        """See the base."""
+        from vllm_osdt.policies.loops import sched  # late: options are read without torch
+
+        sched(step)

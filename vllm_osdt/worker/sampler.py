@@ -304,7 +304,7 @@ class CanvasSampler:
         if batch.grammar is not None:
             allowed, rules = batch.grammar.restrict(found.token, allowed, rules)
         # Positions without logits are as good as none.
-        every = torch.arange(allowed.numel(), device=states.device)
+        every = places(allowed.numel(), states.device)
         changed = Proposals(every, found.token.view(-1), allowed.view(-1))
         canvas, _, result = self._unmask_and_confirm(batch, changed, rules, proposals)
         for adjusted, step, numbers in steps:

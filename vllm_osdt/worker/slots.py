@@ -8,6 +8,7 @@ that runs beside the engine's own copy of the output. Schedules come from the en
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -157,6 +158,7 @@ class CanvasStates:
         self.modifier_constants = torch.zeros(len(MODIFIERS), max_num_reqs, MAX_CONSTANTS, device=device)
         self.modifier_memory = [self.policy_memory.clone() for _ in MODIFIERS]
         self.policy_tensors: dict[str, Mapping[str, torch.Tensor]] = {}  # by policy, of the operator's files
+        self.kept_logits_bytes = 0  # for what policies keep of earlier steps
         # Drafted tokens of the cells, -1 for none; there once a request has a draft.
         self.drafts = torch.empty(0, dtype=torch.int32, device=device)
         # The masks that a step left are copied to the host beside the engine's own copies.
@@ -313,7 +315,11 @@ class CanvasStates:
             self._thinking.discard(req_id)
 
     def load_policies(self, operator: ServerOptions) -> None:
-        """Read what policies have in files that the operator names."""
+        """Read what policies have in files that the operator names, and what room they have."""
+        self.kept_logits_bytes = int(operator.kept_logits_gib * 2**30)
+        if self.device.type == "cpu":  # compiled now where there is no cache, not in a request's first step
+            for loops in ("csrc_triton.reading", "vllm_osdt.policies.loops"):
+                import_module(loops)
         for name, policy in POLICIES.items():
             found = {key: tensor.to(self.device) for key, tensor in policy.tensors(operator).items()}
             if found:

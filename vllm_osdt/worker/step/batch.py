@@ -57,6 +57,8 @@ class ReadRows(NamedTuple):
         shaped: Those of them whose logits are changed; None without any.
         shaped_at: int64: which of the S those are.
         shaped_np: The same on the host.
+        block_length_np: int64 ``[S]``, of the request of each, on the host.
+        longest: The largest of those.
         is_verified: bool ``[S]``, whether they are of a verification; None where none is.
     """
 
@@ -68,6 +70,8 @@ class ReadRows(NamedTuple):
     shaped: LogitRows | None
     shaped_at: torch.Tensor
     shaped_np: np.ndarray
+    block_length_np: np.ndarray
+    longest: int
     is_verified: torch.Tensor | None = None
 
 
@@ -307,7 +311,8 @@ def _adjusted_rows(policy: Policy, number: int, plan: DenoisePlan, sent: Mapping
         rows, request, offset, slots, step_index = sent[f"read_{number}"].unbind()
         shaped = _logit_rows(f"read_{number}_shaped", plan.read_slots[number], plan.arrays, sent)
         at = sent[f"read_{number}_at"], plan.arrays[f"read_{number}_at"]
-        read = ReadRows(rows, request, offset, slots, step_index, shaped, *at, sent.get(f"read_{number}_verified"))
+        lengths, is_verified = plan.read_lengths[number], sent.get(f"read_{number}_verified")
+        read = ReadRows(rows, request, offset, slots, step_index, shaped, *at, *lengths, is_verified)
     requests = _policy_requests(sent[f"adjusted_{number}"], plan.first_slots[number])
     return AdjustedRows(policy, requests, read, sent.get(f"adjusted_span_{number}"))
 

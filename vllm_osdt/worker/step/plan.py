@@ -51,6 +51,7 @@ class DenoisePlan(NamedTuple):
     scored_slots: np.ndarray  # int64 [S], of the rows whose log probabilities are returned
     num_scores: int  # log probabilities of each token, -1: none
     read_slots: dict[int, np.ndarray]  # of rows that a policy reads and whose logits are changed, by policy
+    read_lengths: dict[int, tuple[np.ndarray, int]]  # ReadRows.block_length_np and longest, by policy
     modifiers: list[int]  # places in MODIFIERS of those that requests have
     drafting: np.ndarray  # int64 [G], slots of the requests whose drafts are verified and made
 
@@ -104,19 +105,21 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
             cutters.append(CUTTERS[number - 1])
     shaped_slots = scored_slots = _NONE
     read_slots: dict[int, np.ndarray] = {}
+    read_lengths: dict[int, tuple[np.ndarray, int]] = {}
     modifies = host.modifies[slots] * is_active
     modifiers = [number for number in range(len(MODIFIERS)) if (modifies >> number & 1).any()]
     reads = host.reads_logits[slots] & is_active & ~decides_first
     if is_scored.any():
         arrays["asking"] = slots[is_scored]
-    if temperature.any() or is_shaped.any() or is_scored.any() or reads.any() or modifiers:
+    has_logits = np.ones(plan.position.size, dtype=bool)
+    row_req = row_slots = row_pos = places = _NONE
+    if temperature.any() or is_shaped.any() or is_scored.any() or rows.span.size or modifiers:
         row_req, row_pos = np.divmod(plan.position, plan.canvas_index.shape[1])
         row_slots = all_slots[row_req]
         places = host.block_start[row_slots] + row_pos
         if temperature.any():
             arrays["temperature"] = host.temperature[row_slots]
             arrays["noise_key"] = noise_keys(host.seed[row_slots], places, all_steps[row_req])
-        has_logits = np.ones(row_req.size, dtype=bool)
         if rows.span.size:
             first, length = rows.span[row_req].T
             has_logits = (length == 0) | ((row_pos >= first) & (row_pos < first + length))
@@ -131,21 +134,21 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
             which = np.flatnonzero(is_modified & host.masked[row_slots, row_pos])
             of_rows = (which, row_slots[which], row_pos[which], step[row_req[which]])
             arrays[f"modified_{number}"] = np.stack(of_rows)
-        for number in range(len(policies)):
-            of_policy = of_policies[f"adjusted_{number}"][0]
-            if reads[of_policy].any():
-                request_of = np.full(all_slots.size, -1)
-                request_of[of_policy] = np.where(reads[of_policy], np.arange(of_policy.size), -1)
-                which = np.flatnonzero((request_of[row_req] >= 0) & host.masked[row_slots, row_pos] & has_logits)
-                owner = row_req[which]
-                arrays[f"read_{number}"] = np.stack(
-                    (which, request_of[owner], row_pos[which], row_slots[which], step[owner])
-                )
-                if rows.span.size and policies[number].verifies:
-                    arrays[f"read_{number}_verified"] = rows.is_verified[owner]
-                arrays[f"read_{number}_at"] = np.flatnonzero(is_shaped[owner])
-                which = which[arrays[f"read_{number}_at"]]
-                read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
+    for number in range(len(policies) if reads.any() else 0):
+        of_policy = of_policies[f"adjusted_{number}"][0]
+        if not reads[of_policy].any():
+            continue
+        read, read_lengths[number] = _read_rows(host, plan, all_slots, step, of_policy[reads[of_policy]], has_logits)
+        if not reads[of_policy].all():
+            read[1] = np.flatnonzero(reads[of_policy])[read[1]]
+        arrays[f"read_{number}"] = read
+        if rows.span.size and policies[number].verifies:
+            arrays[f"read_{number}_verified"] = rows.is_verified[row_req[read[0]]]
+        arrays[f"read_{number}_at"], read_slots[number] = _NONE, _NONE
+        if is_shaped.any():
+            arrays[f"read_{number}_at"] = np.flatnonzero(host.is_shaped[read[3]])
+            which = read[0, arrays[f"read_{number}_at"]]
+            read_slots[number] = _some_rows(host, arrays, f"read_{number}_shaped", which, row_slots, places)
     asks_entropy = host.by_entropy[all_slots]
     if asks_entropy.any():
         arrays["by_entropy"] = asks_entropy[plan.position // plan.canvas_index.shape[1]]
@@ -181,9 +184,73 @@ def plan_denoise(states: CanvasStates, rows: StepRows, plan: StepPlan) -> Denois
         scored_slots,
         int(num_scores.max(initial=-1)),
         read_slots,
+        read_lengths,
         modifiers,
         drafting,
     )
+
+
+def _read_rows(
+    host: HostTables,
+    plan: StepPlan,
+    slots: np.ndarray,
+    step: np.ndarray,
+    requests: np.ndarray,
+    has_logits: np.ndarray,
+) -> tuple[np.ndarray, tuple[np.ndarray, int]]:
+    """The logit rows that a policy reads, int64 ``[5, S]`` in the order of ``ReadRows``, and their blocks' lengths.
+
+    Args:
+        host: Tables.
+        plan: The step.
+        slots: int64, of requests and further branches.
+        step: int64, of requests.
+        requests: int64, which of them have the policy and read logits.
+        has_logits: bool ``[M]``, rows that mean something.
+    """
+    found, length = np.empty((5, plan.position.size), dtype=np.int64), np.empty(plan.position.size, dtype=np.int64)
+    number, longest = _find_rows(
+        found,
+        length,
+        plan.position,
+        plan.canvas_index.shape[1],
+        requests,
+        slots,
+        step,
+        has_logits,
+        host.masked,
+        host.block_length,
+    )
+    return found if number == length.size else found[:, :number].copy(), (length[:number], longest)
+
+
+@compiled()
+def _find_rows(
+    found: np.ndarray,
+    length: np.ndarray,
+    position: np.ndarray,
+    width: int,
+    requests: np.ndarray,
+    slots: np.ndarray,
+    step: np.ndarray,
+    has_logits: np.ndarray,
+    masked: np.ndarray,
+    block_length: np.ndarray,
+) -> tuple[int, int]:
+    """Fill the first columns of the first two, and say how many; and the longest length."""
+    request_of = np.full(slots.size, -1)
+    for k in range(requests.size):
+        request_of[requests[k]] = k
+    number = longest = 0
+    for row in range(position.size):
+        req, offset = divmod(position[row], width)
+        slot = slots[req]
+        if request_of[req] >= 0 and masked[slot, offset] and has_logits[row]:
+            found[0, number], found[1, number], found[2, number] = row, request_of[req], offset
+            found[3, number], found[4, number], length[number] = slot, step[req], block_length[slot]
+            longest = max(longest, block_length[slot])
+            number += 1
+    return number, longest
 
 
 def _drafting(host: HostTables, rows: StepRows, takes_part: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -351,5 +418,5 @@ def _plain_plan(
     """Of a step in which no request wants more than its best tokens."""
     none: list[Any] = []
     return DenoisePlan(
-        slots, is_active, step, none, none, none, False, _NONE, arrays, _NONE, _NONE, -1, {}, none, _NONE
+        slots, is_active, step, none, none, none, False, _NONE, arrays, _NONE, _NONE, -1, {}, {}, none, _NONE
     )
