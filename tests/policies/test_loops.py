@@ -1,5 +1,7 @@
 """Steps of policies on the CPU, compiled loops, against the same as tensor operations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from vllm_osdt.policies import POLICIES
 WIDTH, ROWS = 12, 6
 STEPS = {"block_length": WIDTH, "gen_length": WIDTH, "steps": 5}
 SHAPE = DecodeShape(2, WIDTH)
+BEHIND_TEXT = replace(SHAPE, answer_start=WIDTH + 3)
 CASES = [
     {"policy": "klass", "kl_confidence": 0.3, "kl_steps": 1},
     {"policy": "klass", "kl_confidence": 0.3, "kl_steps": 2, **STEPS},
@@ -23,6 +26,8 @@ CASES = [
     {"policy": "prophet", "prophet_early": 1.0, "prophet_middle": 0.5, "prophet_late": 0.2, **STEPS},
     {"policy": "prophet", "prophet_progress": "release", "exit_scope": "answer", **STEPS},
     {"policy": "prophet", "prophet_early": 1.0, "commit_threshold": 0.9},
+    {"policy": "prophet", "prophet_early": 1.0, "prophet_region": 4, "commit_threshold": 0.9},
+    {"policy": "prophet", "prophet_late": 0.5, "prophet_region": 7, "exit_scope": "answer", **STEPS},
     {"policy": "sched", "sched_high": 1.0, "sched_low": 0.1, "sched_patience": 1, "sched_max_change": 0.6, **STEPS},
     {"policy": "sched", "sched_form": "exponential", "sched_high": 2.0, "sched_low": 0.1, **STEPS},
     {"policy": "sched", "sched_form": "linear", "exit_scope": "answer", "commit_threshold": 0.9, "sched_high": 2.0,
@@ -44,6 +49,9 @@ def some_step(policy, schedule, seed):
     step.reading.mul_(step.is_open.unsqueeze(-1))
     step.state.copy_((draw(*step.state.shape) * 5).round())
     step.carry[:, 0] = (draw(ROWS) < 0.2).float()
+    step.carry[:, 1] = (draw(ROWS) < 0.5).float()
+    step.num_alone.copy_((draw(ROWS) < 0.5).long())
+    step.output_index.copy_((draw(ROWS) * 3).long() * WIDTH)
     step.step_index.copy_((draw(ROWS) * 6).long())
     step.block_index.copy_((draw(ROWS) * 2).long())
     step.num_positions.fill_(2 * WIDTH)
@@ -58,7 +66,7 @@ def clone(step):
 def test_a_loop_writes_what_tensor_operations_do(case):
     name = CASES[case]["policy"]
     options = DecodingOptions(**{"block_length": WIDTH, "gen_length": 2 * WIDTH, **CASES[case]})
-    schedule = POLICIES[name].schedule(options, SHAPE)
+    schedule = POLICIES[name].schedule(options, BEHIND_TEXT if options.prophet_region else SHAPE)
     policy = (POLICIES[name], *POLICIES[name].variants)[schedule.variant]
     changed = 0
     for seed in range(40):

@@ -15,7 +15,17 @@ from vllm_osdt.policies.klass import NUM_STEPS
 from vllm_osdt.policies.klass import QUOTA as KLASS_QUOTA
 from vllm_osdt.policies.less import DIVERGENCE, PERSISTENCE
 from vllm_osdt.policies.less import QUOTA as LESS_QUOTA
-from vllm_osdt.policies.prophet import FIRST, SECOND
+from vllm_osdt.policies.prophet import (
+    COUNTS_ITSELF,
+    EARLY,
+    FIRST,
+    LATE,
+    MIDDLE,
+    REGION_LENGTH,
+    REGION_SEEN,
+    REGION_START,
+    SECOND,
+)
 from vllm_osdt.policies.sched import COSINE, LINEAR
 
 ZERO, HALF, PI = np.float32(0), np.float32(0.5), np.float32(np.pi)
@@ -37,7 +47,7 @@ def sched(step: Step) -> None:
 def _of_exit(step: Step) -> tuple[np.ndarray, ...]:
     """What an early exit reads and writes of a step."""
     own = (step.constants, step.state, step.carry, step.parameter, step.is_open, step.reading, step.memory)
-    counts = (step.step_index, step.block_index, step.num_left, step.num_positions)
+    counts = (step.step_index, step.block_index, step.num_left, step.num_positions, step.num_alone, step.output_index)
     return tuple(one.numpy() for one in (*own, *counts))
 
 
@@ -77,7 +87,10 @@ def _is_calm(
     return is_calm and state[1] > patience
 
 
-@compiled("(b1, f4[:, :], f4[:, :], f4[:, :], f4[:], b1[:, :], f4[:, :, :], f4[:, :, :], i8[:], i8[:], i8[:], i8[:])")
+@compiled(
+    "(b1, f4[:, :], f4[:, :], f4[:, :], f4[:], b1[:, :], f4[:, :, :], f4[:, :, :], "
+    "i8[:], i8[:], i8[:], i8[:], i8[:], i8[:])"
+)
 def _exit(
     is_sched: bool,
     all_constants: np.ndarray,
@@ -91,19 +104,31 @@ def _exit(
     block_index: np.ndarray,
     num_left: np.ndarray,
     num_positions: np.ndarray,
+    num_alone: np.ndarray,
+    output_index: np.ndarray,
 ) -> None:
     """The step of an early exit."""
     for row in range(parameter.size):
         constants, state = all_constants[row], all_state[row]
         last, per_block = constants[0], constants[1]
-        number, num_open, total = ZERO, 0, 0.0
+        region_start = np.int64(0) if is_sched else np.int64(constants[REGION_START]) - output_index[row]
+        region_length = np.int64(0) if is_sched else np.int64(constants[REGION_LENGTH])
+        number, num_open, num_watched, total = ZERO, 0, 0, 0.0
         for k in range(is_open.shape[1]):
-            total += reading[row, k, 0]
-            number += reading[row, k, 1]
             num_open += is_open[row, k]
-        if not state[0] > 0:  # a step before the block's first one here had its first position alone
-            state[0] = num_open + (step_index[row] > 0)
+            is_inside = region_length == 0 or 0 <= k - region_start < region_length
+            if is_open[row, k] and is_inside:
+                total += reading[row, k, 0]
+                number += reading[row, k, 1]
+                num_watched += 1
+        if not state[0] > 0:
+            state[0] = num_open + num_alone[row]
         gap = np.float32(total / max(number, ONE)) if number > 0 else NOTHING
+        if region_length > 0:
+            if num_watched > 0:
+                carry[row, REGION_SEEN] = ONE
+            elif carry[row, REGION_SEEN] > 0:  # nothing is asked for any more
+                gap = np.float32(np.inf)
         index = np.float32(block_index[row]) * per_block + np.float32(step_index[row])
         if last == ADAPTIVE:
             left = np.float32(num_open) / max(state[0], ONE)
@@ -113,15 +138,15 @@ def _exit(
         elif is_sched:
             progress = index / max(last, ONE) if last > 0 else ONE
         else:
-            progress = (index + constants[5]) / max(last + ONE, ONE)
+            progress = (index + constants[COUNTS_ITSELF]) / max(last + ONE, ONE)
         progress = min(max(progress, ZERO), ONE)
         if is_sched:
             is_calm = _is_calm(constants, state, is_open[row], reading[row], memory[row], progress)
             is_sure = is_calm and gap >= _needed_gap(constants, progress)
         elif progress < FIRST_STAGE:
-            is_sure = gap >= constants[2]
+            is_sure = gap >= constants[EARLY]
         else:
-            is_sure = gap >= (constants[3] if progress < SECOND_STAGE else constants[4])
+            is_sure = gap >= (constants[MIDDLE] if progress < SECOND_STAGE else constants[LATE])
         fills = is_sure or carry[row, 0] > 0
         carry[row, 0] = fills and per_block > 0
         if fills:
