@@ -73,13 +73,13 @@ def measure(bench: Bench, task: str, problems: list[Problem], name: str, setting
 
 
 def kept_bytes(policy: str, vocabulary: int) -> int:
-    """Bytes that a policy keeps of each request on the device, besides constants; logits in float32."""
+    """Bytes that a policy keeps of each request on the device, besides constants; float32 logits, of blocks of 32."""
     from vllm_osdt.geometry import MAX_BLOCK_LENGTH
     from vllm_osdt.policies.base import MAX_CARRY, MAX_STATE
 
     found = POLICIES[policy]
-    num_logits = found.num_steps_before * vocabulary if found.reads_step_before else 0
-    numbers = MAX_STATE + MAX_CARRY + MAX_BLOCK_LENGTH * (found.memory_size + num_logits)
+    num_logits = found.num_steps_before * vocabulary * policy_overhead.LENGTH if found.reads_step_before else 0
+    numbers = MAX_STATE + MAX_CARRY + MAX_BLOCK_LENGTH * found.memory_size + num_logits
     return 4 * numbers if found.adjusts else 0
 
 
