@@ -83,24 +83,25 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
             return None  # longer queries than those that were captured
         if manager.is_uniform and self.model_state.canvas_states.host.cuts[state.idx_mapping_np].any():
             return None  # rows behind a cut are left out
-        if step.verified and (manager.is_uniform or not manager.shapes.commits_causally):
-            return None  # each of its rows is a query, unless attention has a flag for causal ones
+        if step.verified and manager.is_uniform:
+            return None  # its rows are no whole blocks
+        # Where attention has no flag for causal queries, each of their rows is one.
+        is_cut = np.array([req_id in step.verified for req_id in state.req_ids])
         if step.branches:
             further = [step.branches[req_id].branches if req_id in step.branches else () for req_id in state.req_ids]
-            if any(branch.is_causal for own in further for branch in own):
-                return None
-            number = [len(own) for own in further]
-            of_branches = np.array([branch.num_rows for own in further for branch in own], dtype=rows.dtype)
+            number, branches = [len(own) for own in further], [branch for own in further for branch in own]
             own_rows = rows - [sum(branch.num_rows for branch in own) for own in further]
-            rows, length = np.concatenate([own_rows, of_branches]), np.concatenate([length, np.repeat(length, number)])
+            rows = np.concatenate([own_rows, np.array([branch.num_rows for branch in branches], dtype=rows.dtype)])
+            length = np.concatenate([length, np.repeat(length, number)])
+            is_cut = np.concatenate([is_cut, np.array([branch.is_causal for branch in branches], dtype=bool)])
         if manager.is_uniform and ((length != longest).any() or not manager.takes_whole_blocks(rows)):
             return None
         num_queries = rows.size
         if manager.shapes.commits_causally:
             num_queries = rows.size if manager.is_uniform else 2 * rows.size
         elif manager.shapes.is_block_causal:
-            num_queries = int((-(-rows // length)).sum())
-        return GraphNeeds(rows.size, num_queries)
+            num_queries = int(np.where(is_cut, rows, -(-rows // length)).sum())
+        return GraphNeeds(rows.size, num_queries, bool(is_cut.any()) and not manager.shapes.commits_causally)
 
     def _put_into_graph(
         self, size: BatchExecutionDescriptor, denoise: DenoisePlan, arrays: dict[str, np.ndarray]
@@ -109,11 +110,13 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         manager, ends = self.cudagraph_manager, Ends.DECIDED
         assert manager is not None
         # Branches that are of no use have been left out.
-        needs = GraphNeeds(arrays["mask_rows"].size, arrays.get("block_seq_lens", arrays["seq_lens"]).size)
+        assert manager.needs is not None
+        is_verified, num_queries = manager.needs.is_verified, arrays.get("block_seq_lens", arrays["seq_lens"]).size
+        needs = GraphNeeds(arrays["mask_rows"].size, num_queries, is_verified)
         size = manager.smallest(arrays["positions"].size, needs, size.num_active_loras) or size
         is_longer = arrays["canvas_index"].shape[1] > manager.shapes.block_length
         has_draft = denoise.drafting.size or "draft_threshold" in arrays
-        if denoise.needs_logits:
+        if denoise.needs_logits or is_verified:
             ends = Ends.MODEL
         elif denoise.policies or denoise.cutters or has_draft or is_longer:
             ends = Ends.PROPOSED

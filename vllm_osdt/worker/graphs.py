@@ -31,6 +31,8 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from csrc_triton import Proposals
 from vllm_osdt.geometry import MAX_BLOCK_LENGTH
+from vllm_osdt.options.operator import default_decoding_options
+from vllm_osdt.policies import POLICIES
 from vllm_osdt.worker.head import Head
 from vllm_osdt.worker.sampler import Decision
 from vllm_osdt.worker.step.batch import denoise_batch
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 LOGIT_SHARES = (4, 2, 1)  # logit rows of a graph: its rows, divided by each
 BYTES_PER_REQUEST = 2048 + 8 * MAX_BLOCK_LENGTH  # of arrays that only some steps have
 BYTES_PER_LOGIT_ROW = 352  # likewise
+ROWS_PER_VERIFIED = 2  # rows of a branch that verifies a position, at least, on average
 LOGIT_ARRAYS = ("position", "temperature", "noise_key", "by_entropy", "logit_slots", "logit_rows")  # one entry a row
 
 
@@ -161,6 +164,7 @@ class GraphNeeds(NamedTuple):
 
     num_entries: int  # requests and further branches
     num_queries: int  # of attention
+    is_verified: bool = False  # each row of some of them may be a query
 
 
 class CanvasGraphManager(ModelCudaGraphManager):
@@ -199,6 +203,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
         self.proposals: dict[StepDescriptor, Proposals] = {}  # likewise, where it ends with them
         self.hidden_of: dict[StepDescriptor, torch.Tensor] = {}  # likewise
         self._sizes: list[StepDescriptor] = []  # one of each number of rows, ascending
+        self._verifying: list[StepDescriptor] = []  # likewise, those of verifications
         self._layouts: dict[StepDescriptor, Layout] = {}
         self._views: dict[StepDescriptor, dict[str, torch.Tensor]] = {}
         self._sampler = sampler
@@ -244,9 +249,28 @@ class CanvasGraphManager(ModelCudaGraphManager):
                 self._sizes.append(own)
                 graphs += [replace(own, num_logits=number) for number in numbers]
                 graphs += [replace(own, ends=ends) for ends in every_end]
-        graphs.sort(key=lambda graph: (graph.num_tokens, graph.num_logits), reverse=True)
+                if self._captures_verifications():
+                    verifying = StepDescriptor(
+                        cg_mode=CUDAGraphMode.FULL,
+                        num_tokens=num_tokens,
+                        num_reqs=max(1, num_tokens // ROWS_PER_VERIFIED),
+                        max_query_len=longest,
+                        num_active_loras=num_loras,
+                        num_queries=num_tokens,
+                        num_logits=num_tokens,
+                        ends=Ends.MODEL,
+                    )
+                    self._verifying.append(verifying)
+                    graphs.append(verifying)
+        # Page tables of queries keep their address only where no later graph has more.
+        graphs.sort(key=lambda graph: (graph.num_tokens, graph.num_queries, graph.num_logits), reverse=True)
         self._layouts = {graph: layout_of(graph, self.shapes) for graph in graphs}
         self._capture_descs[CUDAGraphMode.FULL] = list(graphs)
+
+    def _captures_verifications(self) -> bool:
+        """Whether there are graphs of as many queries as rows: where the operator's policy has steps of such."""
+        is_by_row = self.shapes.is_block_causal and not (self.shapes.commits_causally or self.is_uniform)
+        return is_by_row and POLICIES[default_decoding_options(self.vllm_config).policy].verifies
 
     def _rows_per_request(self) -> int:
         """So few rows a request of a usual step has."""
@@ -277,7 +301,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
 
     def smallest(self, num_tokens: int, needs: GraphNeeds, num_active_loras: int) -> StepDescriptor | None:
         """The smallest graph with room for so many rows and what goes with them; None without any."""
-        for graph in self._sizes:
+        for graph in self._verifying if needs.is_verified else self._sizes:
             has_room = graph.num_tokens >= num_tokens and (graph.num_reqs or 0) >= needs.num_entries
             has_adapters = graph.num_active_loras > 0 or num_active_loras == 0
             if has_room and has_adapters and graph.num_queries >= needs.num_queries:
@@ -287,7 +311,7 @@ class CanvasGraphManager(ModelCudaGraphManager):
     @property
     def max_entries(self) -> int:
         """Requests and branches of the graph that has most."""
-        return max((graph.num_reqs or 0 for graph in self._sizes), default=0)
+        return max((graph.num_reqs or 0 for graph in (*self._sizes, *self._verifying)), default=0)
 
     def choose(self, whole: BatchExecutionDescriptor, num_logits: int, ends: Ends) -> StepDescriptor:
         """The graph of a step of this size.
