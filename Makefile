@@ -34,7 +34,7 @@ test: $(INSTALLED) ## lint, types and all tests (PYTEST_ARGS="-k name", JOBS=n, 
 	@$(RUN_TESTS) unit engine --beside "$(LINT)" --beside "$(IMPORTS)" --beside "$(TYPES)" -- $(PYTEST_ARGS)
 
 test-all: export TEST_ALL = 1
-test-all: test ## as test, with every case of the kernels in Triton's interpreter
+test-all: test ## as test, with every case of the kernels in Triton's interpreter and 200 problems a task of freedave
 
 test-engine: $(INSTALLED) ## the tests that start an engine, or one share of them (SHARD=1/3)
 	@$(RUN_TESTS) engine $(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)

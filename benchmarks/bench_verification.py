@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "s2d2, score 0, cost 2": {"policy": "s2d2", "threshold": 0.85, "verify_cost": 2.0},
     "s2d2, runs of at least 4": {**ALWAYS, "threshold": 0.85, "verify_min_span": 4},
     "s2d2, hysteresis": {**HYSTERESIS, "threshold": 0.9},
+    "s2d2, bandit": {"policy": "s2d2", "verify_router": "bandit"},
     "s2d2, score, cost a position": {"policy": "s2d2", "threshold": 0.9, "verify_cost_per": "confident_position"},
 }
 
@@ -67,7 +68,9 @@ def main() -> None:
     add_engine_arguments(parser)
     parser.add_argument("--model", default="sdar-mini", help="see problems.find_source")
     parser.add_argument("--problems", type=int, default=100, help="of each task")
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="beside left to right")
     args = parser.parse_args()
+    settings = {name: one for name, one in SETTINGS.items() if name in ("left to right", *args.settings)}
     source = find_source(args.model)
     bench = Bench(args, source.path, source.gen_length)
     counter, lines = RowCounter(bench.llm), []
@@ -76,7 +79,7 @@ def main() -> None:
         problems = draw(args.problems, SEED)
         reference: list[bool] = []
         texts: list[str] = []
-        for name, setting in SETTINGS.items():
+        for name, setting in settings.items():
             own = {**setting, "task": task} if name == "osdt" else setting
             if name == "osdt":
                 bench.decode(draw(64, CALIBRATION_SEED), **own)

@@ -1,6 +1,7 @@
 """FreeDave against its definition: the chain of right drafts, the next drafts, and answers with their forwards."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,16 @@ import torch
 
 from csrc_triton.types import Blocks, Rule
 from tests.e2e.engine import assert_idle, canvas_states, drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.kernels.selection import TEST_ALL
 from tests.reference.decode import best_first, calibrate, decode, fixed_steps, osdt, static_threshold
 from tests.reference.llada import ReferenceLLaDA
 from vllm_osdt.calibration.thresholds import Thresholds
 from vllm_osdt.errors import InvalidOptionError
 from vllm_osdt.geometry import DecodeShape
+from vllm_osdt.mini import GEN_LENGTH, model_path
+from vllm_osdt.mini.tasks import TASKS
+from vllm_osdt.mini.tasks import generate as problems_of
+from vllm_osdt.mini.tokenizer import build_tokenizer
 from vllm_osdt.models.traits import Traits
 from vllm_osdt.options import DecodingOptions
 from vllm_osdt.options.family import validate_for_family
@@ -217,6 +223,23 @@ def test_an_engine_has_the_tokens_of_fixed_steps_in_as_many_forwards_as_the_plai
     assert [list(got[i].token_ids) for i in clear] == [base[i].tokens for i in clear]
     assert [nfe(got[i]) for i in clear] == [plain[i][1] for i in clear]
     assert sum(plain[i][1] for i in clear) < 0.9 * sum(base[i].nfe for i in clear)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("model", ["llada-mini", "sdar-mini"])
+def test_answers_of_every_task_are_those_of_one_position_a_step(start_llm, model):
+    """``TEST_ALL=1``: 200 held-out problems of each."""
+    tokenizer, count = build_tokenizer(), 200 if TEST_ALL else 8
+    llm = start_llm(Path(model_path(model)), max_num_seqs=64, max_model_len=256)
+    prompts = [problem.prompt for task in TASKS for problem in problems_of(task, "held_out", count, 13)]
+    token_ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    base, drafted = (
+        generate(llm, token_ids, sampling(GEN_LENGTH, policy=policy, ignore_eos=False))
+        for policy in ("fixed_steps", "freedave")
+    )
+    same = [list(one.token_ids) == list(other.token_ids) for one, other in zip(drafted, base, strict=True)]
+    assert [prompt for prompt, is_same in zip(prompts, same, strict=True) if not is_same] == []
+    assert sum(map(nfe, drafted)) < 0.7 * sum(map(nfe, base))
 
 
 @pytest.mark.e2e
