@@ -18,6 +18,7 @@ another one has fewer forwards and no lower accuracy there; one that is dominate
 - ``learned_filter`` gets a filter that is trained on the requests that calibrate the tasks.
 - ``policy_report.py`` makes tables and pictures of the JSON lines, also of several runs.
 - ``--calibrated``: no search; every policy that can has the thresholds of the task's profile (``calibrated``).
+- ``--setting '{"policy": "ete", "explore_rank": 0.5}'``: no search and no defaults; these settings beside static 0.9.
 - A policy that a model's attention does not allow is left out, and named with the reason.
 
 Another model: ``--model PATH --task-file FILE``, JSON lines with ``task``, ``prompt`` and ``answer``; a completion
@@ -25,6 +26,7 @@ is right when it contains the answer, or with ``--checker MODULE:FUNCTION``, cal
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -171,7 +173,12 @@ def measure_task(
     base = bench.run(task, split, "", **STATIC)
     outcomes, searched = [static], [compared(base, base)]
     print(f"\n{task}: {len(problems)} problems, tuned on {len(split)}\n{HEADER}\n{report(static, static)}", flush=True)
-    for policy in policies:
+    for own in args.setting or ():
+        calibrate(bench, own["policy"], own, task)
+        name = f"{own['policy']}, {words(own)}"
+        outcomes.append(compared(measure(bench, task, problems, name, own), static))
+        print(report(outcomes[-1], static), flush=True)
+    for policy in () if args.setting else policies:
         tried = [] if args.calibrated else search(bench, policy, task, split, base)
         searched += tried
         best = found_setting(tried, base, args.margin)
@@ -291,6 +298,7 @@ def main() -> None:
     parser.add_argument("--gen-length", type=int, help="of --task-file; default: 96")
     parser.add_argument("--calibrated", action="store_true", help="with a profile's thresholds instead of a search")
     parser.add_argument("--sensitivity", action="store_true", help="have the search try all of its settings")
+    parser.add_argument("--setting", action="append", type=json.loads, metavar="JSON", help="measure this, no search")
     parser.add_argument("--overhead", type=int, default=0, metavar="N", help="measure the time of each rule N times")
     parser.add_argument("--overhead-requests", type=int, nargs="+", default=[1, 8], help="at once, each by itself")
     parser.add_argument("--overhead-steps", type=int, default=32, help="steps of each request, a divisor of 32")
@@ -311,17 +319,18 @@ def main() -> None:
     for model in args.model or ["llada-mini"]:
         label, folder, gen_length, tasks = tasks_of_model(args, model)
         filter_file = args.filter_file
-        if filter_file is None and "learned_filter" in (args.policy or POLICIES):
+        if filter_file is None and "learned_filter" in (args.policy or POLICIES) and not args.setting:
             filter_file = str(make_filter(args, folder, gen_length, [own[2] for own in tasks.values()]))
         bench = Bench(args, folder, gen_length, filter_file=filter_file)
         bench.calibrating = {task: own[2] for task, own in tasks.items()}  # type: ignore[attr-defined]
         record = environment(dtype=args.dtype, cache_mode=args.cache, model=label, batch=args.concurrency)
         print(f"\n== {label} {record}")
         first = next(iter(tasks.values()))[0][0]
-        refused = {policy: why for policy in args.policy or POLICIES if (why := refusal(bench, policy, first))}
+        asked = [own["policy"] for own in args.setting or ()] or args.policy or list(POLICIES)
+        refused = {policy: why for policy in asked if (why := refusal(bench, policy, first))}
         for policy, why in refused.items():
             print(f"left out: {policy}: {why}")
-        policies = [policy for policy in args.policy or POLICIES if policy not in refused]
+        policies = [policy for policy in asked if policy not in refused]
         arguments = [Path(one).name for one in sys.argv[1:]]  # no folders of this machine
         lines.append({"bench": "policies_run", **record, "arguments": arguments, "left_out": refused})
         for task, (problems, split, _) in {} if args.overhead_only else tasks.items():
