@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
-from csrc_triton import cpu_reading, reference_reading
+from csrc_triton import reference_reading
 from csrc_triton.types import KeptLogits
 
 
 def _implementation(logits: torch.Tensor) -> Any:
-    return cpu_reading if logits.device.type == "cpu" else reference_reading
+    """The loops are compiled when they are imported, which only a CPU has use for."""
+    if logits.device.type != "cpu":
+        return reference_reading
+    from csrc_triton import cpu_reading
+
+    return cpu_reading
 
 
 def best_two(logits: torch.Tensor, reading: torch.Tensor) -> None:

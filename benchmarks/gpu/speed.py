@@ -54,7 +54,7 @@ def check_compiled(stage: str) -> None:
     how = {"mode": 3} | ({"backend": "eager"} if IS_STAND_IN else {})  # CompilationMode.VLLM_COMPILE
     engines = {
         "plain": start_shape(stage, name, label="plain", memory_share=0.42),
-        "compiled": start_shape(stage, name, label="compiled", memory_share=0.84, compilation_config=how),
+        "compiled": start_shape(stage, name, label="compiled", memory_share=0.42, compilation_config=how),
     }
     clocks = {what: Clock().watch(llm) for what, llm in engines.items()}
     for load in _loads(runner_of(engines["plain"]).decode_query_len)[: len(SIZES.requests)]:

@@ -42,7 +42,7 @@ class PlainExit:
     def __init__(self, tau, steps=None, passes=None, num_blocks=None, *, is_last_one, counts_itself=False, patience=0,
                  min_progress=0.0, max_change=1.0, length=16, shares=None, num_positions=None,
                  region=None):  # fmt: skip
-        self.region, self.is_seen = region, False
+        self.region = region
         self.shares, self.num_positions = shares, num_positions
         self.tau, self.steps, self.passes, self.num_blocks = tau, steps, passes, num_blocks
         self.is_last_one, self.length, self.patience = is_last_one, length, patience
@@ -77,9 +77,8 @@ class PlainExit:
         if self.region is not None:
             start, number = self.region
             watched = [i for i in masked if start <= block * self.length + i < start + number]
-            if not watched:  # decided before, or in a later block
-                return math.inf if self.is_seen else -math.inf
-            self.is_seen = True
+            if not watched:  # all are decided, or some are in a later block
+                return math.inf if start + number <= (block + 1) * self.length else -math.inf
         return sum(self.gaps[i] for i in watched) / len(watched)
 
     def __call__(self, block, step, masked):

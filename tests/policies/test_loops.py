@@ -49,7 +49,6 @@ def some_step(policy, schedule, seed):
     step.reading.mul_(step.is_open.unsqueeze(-1))
     step.state.copy_((draw(*step.state.shape) * 5).round())
     step.carry[:, 0] = (draw(ROWS) < 0.2).float()
-    step.carry[:, 1] = (draw(ROWS) < 0.5).float()
     step.num_alone.copy_((draw(ROWS) < 0.5).long())
     step.output_index.copy_((draw(ROWS) * 3).long() * WIDTH)
     step.step_index.copy_((draw(ROWS) * 6).long())

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Container, Iterable
 from copy import copy
+from itertools import chain
 from typing import Any
 
 from vllm.logger import init_logger
@@ -158,8 +159,11 @@ class CanvasScheduler(Scheduler):
         if self._lacking and not self._rows:
             self._have_one_preempt()
         output = super().schedule(throttle_prefills)
-        self._has_waited = self.get_request_counts()[1] > 0
         audits = self._auditor.running
+        num_waiting = self.get_request_counts()[1]
+        if audits and num_waiting:  # an audit may wait as long as it takes
+            num_waiting -= sum(one.request_id in audits for one in chain(self.waiting, self.skipped_waiting))
+        self._has_waited = num_waiting > 0
         if audits and self.running and self.running[-1].request_id not in audits:  # others have begun behind it
             self.running.sort(key=lambda one: one.request_id in audits)
         step = CanvasStep()

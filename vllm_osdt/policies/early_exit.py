@@ -61,7 +61,7 @@ class EarlyExit(CalibratedPolicy):
 
     Constants: the index of the last denoising step, or ``ADAPTIVE``; steps of a block, 0 where each block counts by
     itself; up to 6 of the subclass. State: masked positions when the block was entered. Carry: 1 behind an exit that is
-    for the whole answer; one number of the subclass.
+    for the whole answer.
     """
 
     with_profile = "`commit_threshold`; an exit fills what is below it"
@@ -77,7 +77,7 @@ class EarlyExit(CalibratedPolicy):
         """Whether a step fills everything, bool ``[R]``.
 
         Args:
-            step: Of which ``state[:, 1:]``, ``carry[:, 1]``, memory and constants are the subclass's.
+            step: Of which ``state[:, 1:]``, memory and constants are the subclass's.
             gap: float32 ``[R]``, mean difference of the two best logits over the positions that count; -inf without
                 any, inf where none is asked for.
             progress: float32 ``[R]`` in [0, 1], see :meth:`progress`.

@@ -19,10 +19,10 @@ from vllm_osdt.policies.prophet import (
     COUNTS_ITSELF,
     EARLY,
     FIRST,
+    KNOWN,
     LATE,
     MIDDLE,
     REGION_LENGTH,
-    REGION_SEEN,
     REGION_START,
     SECOND,
 )
@@ -113,9 +113,10 @@ def _exit(
         last, per_block = constants[0], constants[1]
         region_start = np.int64(0) if is_sched else np.int64(constants[REGION_START]) - output_index[row]
         region_length = np.int64(0) if is_sched else np.int64(constants[REGION_LENGTH])
-        number, num_open, num_watched, total = ZERO, 0, 0, 0.0
+        number, num_open, num_watched, last_open, total = ZERO, 0, 0, -1, 0.0
         for k in range(is_open.shape[1]):
             num_open += is_open[row, k]
+            last_open = k if is_open[row, k] else last_open
             is_inside = region_length == 0 or 0 <= k - region_start < region_length
             if is_open[row, k] and is_inside:
                 total += reading[row, k, 0]
@@ -124,11 +125,10 @@ def _exit(
         if not state[0] > 0:
             state[0] = num_open + num_alone[row]
         gap = np.float32(total / max(number, ONE)) if number > 0 else NOTHING
-        if region_length > 0:
-            if num_watched > 0:
-                carry[row, REGION_SEEN] = ONE
-            elif carry[row, REGION_SEEN] > 0:  # nothing is asked for any more
-                gap = np.float32(np.inf)
+        if not is_sched:
+            state[KNOWN] = max(state[KNOWN], np.float32(last_open + 1))
+            if region_length > 0 and num_watched == 0 and region_start + region_length <= state[KNOWN]:
+                gap = np.float32(np.inf)  # nothing is asked for any more
         index = np.float32(block_index[row]) * per_block + np.float32(step_index[row])
         if last == ADAPTIVE:
             left = np.float32(num_open) / max(state[0], ONE)

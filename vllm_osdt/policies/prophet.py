@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FIRST, SECOND = 0.33, 0.67  # progress at which a stage ends
 EARLY, MIDDLE, LATE, COUNTS_ITSELF, REGION_START, REGION_LENGTH = range(2, 8)  # constants
-REGION_SEEN = 1  # column of Step.carry: a position of the region has been masked in a step
+KNOWN = 1  # column of Step.state: behind the last column that has been open; before it what is not open is decided
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,14 @@ class Prophet(EarlyExit):
         return *gaps, counts_itself, *region
 
     def watched(self, step: Step) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Those of the region; nothing is asked for once they have been there and none is masked."""
-        start, length = step.constants[:, REGION_START], step.constants[:, REGION_LENGTH]
-        place = step.output_index.unsqueeze(1) + places(step.score.shape[1], step.score.device)
-        behind = place - start.long().unsqueeze(1)
-        counts = step.is_open & (((behind >= 0) & (behind < length.long().unsqueeze(1))) | (length == 0).unsqueeze(1))
-        are_left = counts.any(dim=1)
-        seen = step.carry[:, REGION_SEEN]
-        is_past = (length > 0) & (seen > 0) & ~are_left
-        seen.copy_(seen.maximum((are_left & (length > 0)).to(seen.dtype)))
-        return counts, is_past
+        """Those of the region; nothing is asked for once all of it is decided."""
+        length, column = step.constants[:, REGION_LENGTH].long(), places(step.score.shape[1], step.score.device)
+        first = step.constants[:, REGION_START].long() - step.output_index  # column of the region's first position
+        behind = column - first.unsqueeze(1)
+        is_inside = ((behind >= 0) & (behind < length.unsqueeze(1))) | (length == 0).unsqueeze(1)
+        counts, known = step.is_open & is_inside, step.state[:, KNOWN]
+        known.copy_(known.maximum(((column + 1) * step.is_open).amax(dim=1).to(known.dtype)))
+        return counts, (length > 0) & (first + length <= known) & ~counts.any(dim=1)
 
     def without_use(self, options: ProphetOptions) -> frozenset[str]:
         """How steps are counted, where their number is unknown."""

@@ -261,7 +261,8 @@ class CanvasGraphManager(ModelCudaGraphManager):
                         ends=Ends.MODEL,
                     )
                     self._verifying.append(verifying)
-                    graphs.append(verifying)
+                    if verifying not in graphs:  # with blocks of two positions it is the one for the model alone
+                        graphs.append(verifying)
         # Page tables of queries keep their address only where no later graph has more.
         graphs.sort(key=lambda graph: (graph.num_tokens, graph.num_queries, graph.num_logits), reverse=True)
         self._layouts = {graph: layout_of(graph, self.shapes) for graph in graphs}

@@ -127,9 +127,9 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             of_branches = np.array(prompt_lora_mapping, dtype=np.int64)[further]
             token_lora_mapping = (*token_lora_mapping, *np.repeat(of_branches, num_rows).tolist())
             prompt_lora_mapping = tuple(np.repeat([*prompt_lora_mapping, *of_branches], self._num_logits))
-            if self._padded_to is not None and len(set(prompt_lora_mapping)) == 1:
+            if self._padded_to is not None and len(set(token_lora_mapping)) == 1:
                 token_lora_mapping, prompt_lora_mapping = (
-                    prompt_lora_mapping[:1] * number for number in self._padded_to
+                    token_lora_mapping[:1] * number for number in self._padded_to
                 )
             self._num_logits = None
         super()._set_active_loras(prompt_lora_mapping, token_lora_mapping, *args, **kwargs)  # type: ignore[misc]

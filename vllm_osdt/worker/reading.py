@@ -45,6 +45,9 @@ class StepTable:
         if known.shape[1] >= width and known.shape[2] >= num_steps:
             return
         size = max(width, known.shape[1]), max(num_steps, known.shape[2])
+        # By way of the host, so that a GPU never has both: a server grows it a few times.
+        known = known.cpu()
+        self._rows = self._rows.new_zeros(0, 0, 0, 0)
         self._rows = like.new_zeros(num_slots, *size, like.shape[1])
         if known.numel():
             self._rows[:, : known.shape[1], : known.shape[2]] = known

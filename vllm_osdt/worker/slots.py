@@ -318,7 +318,7 @@ class CanvasStates:
         """Read what policies have in files that the operator names, and what room they have."""
         self.kept_logits_bytes = int(operator.kept_logits_gib * 2**30)
         if self.device.type == "cpu":  # compiled now where there is no cache, not in a request's first step
-            for loops in ("csrc_triton.reading", "vllm_osdt.policies.loops"):
+            for loops in ("csrc_triton.cpu_reading", "vllm_osdt.policies.loops"):
                 import_module(loops)
         for name, policy in POLICIES.items():
             found = {key: tensor.to(self.device) for key, tensor in policy.tensors(operator).items()}
