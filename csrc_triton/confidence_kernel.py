@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.partials_kernel import combine_partials, finish, margin_between, store_partial, summarize
-from csrc_triton.types import Partial
+from csrc_triton.types import WITHOUT_MARGIN, Partial
 
 CHUNK_V = 4096  # ids; a constant, so that a row's sums do not depend on the number of rows
 
@@ -101,7 +101,8 @@ def confidence(
         token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         probability = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     else:
-        partials = torch.empty(num_chunks, len(Partial), num_rows, dtype=torch.float32, device=logits.device)
+        num_fields = WITHOUT_MARGIN if margin is None else len(Partial)
+        partials = torch.empty(num_chunks, num_fields, num_rows, dtype=torch.float32, device=logits.device)
     if num_rows:
         _confidence_kernel[(num_rows, num_chunks)](
             logits,

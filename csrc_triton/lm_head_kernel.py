@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.partials_kernel import combine_partials, store_partial, summarize
-from csrc_triton.types import Partial
+from csrc_triton.types import WITHOUT_MARGIN, Partial
 
 # Rows, ids (the chunk), hidden size, warps and stages of a program, by element size. They do not follow the number of
 # rows, so that a row's products are summed in one order whatever the batch.
@@ -114,7 +114,8 @@ def lm_head_partials(
     (num_rows, hidden_size), num_weight_rows = hidden.shape, weight.shape[0]
     tile_m, chunk_v, tile_h, num_warps, num_stages = TILES[hidden.element_size()]
     num_chunks = triton.cdiv(num_weight_rows, chunk_v)
-    partials = torch.empty(num_chunks, len(Partial), num_rows, dtype=torch.float32, device=hidden.device)
+    num_fields = len(Partial) if with_margin else WITHOUT_MARGIN
+    partials = torch.empty(num_chunks, num_fields, num_rows, dtype=torch.float32, device=hidden.device)
     if num_rows:
         _lm_head_kernel[(triton.cdiv(num_rows, tile_m), num_chunks)](
             hidden,

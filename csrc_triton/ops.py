@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from csrc_triton import cpu, reference
-from csrc_triton.types import Blocks, Partial, Proposals, Rules, UnmaskResult
+from csrc_triton.types import WITHOUT_MARGIN, Blocks, Partial, Proposals, Rules, UnmaskResult
 
 MAX_VOCABULARY = 262_144
 MAX_BLOCK_LENGTH = 128
@@ -165,7 +165,8 @@ def lm_head_partials(
         with_margin: Whether ``combine_partials`` will be asked for margins.
 
     Returns:
-        [num_chunks, len(Partial), num_rows] fp32, see ``Partial``. The chunks are an implementation's own.
+        [num_chunks, len(Partial), num_rows] fp32, see ``Partial``, or ``WITHOUT_MARGIN`` of its numbers. The chunks are
+            an implementation's own.
 
     Raises:
         ValueError: on a wrong shape, stride, device, ``first_id``, ``vocabulary`` or ``excluded_token_id``, or a
@@ -197,7 +198,8 @@ def combine_partials(
     """Token and confidence of rows whose partials are those of all ids.
 
     Args:
-        partials: [num_chunks, len(Partial), num_rows] fp32, contiguous, from ``lm_head_partials``; no id in two chunks.
+        partials: [num_chunks, len(Partial) or WITHOUT_MARGIN, num_rows] fp32, contiguous, from ``lm_head_partials``; no
+            id in two chunks.
         excluded_token_id: As the partials were made with.
         by_entropy: [num_rows] bool, likewise.
         margin: [num_rows] fp32, written; only of partials that were made with it. See ``confidence``.
@@ -209,8 +211,9 @@ def combine_partials(
         ValueError: on a wrong shape, stride or device.
         TypeError: on a wrong dtype.
     """
-    if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[1] != len(Partial):
-        expected = f"[at least 1, {len(Partial)}, num_rows]"
+    numbers = (len(Partial),) if margin is not None else (WITHOUT_MARGIN, len(Partial))
+    if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[1] not in numbers:
+        expected = f"[at least 1, {' or '.join(map(str, numbers))}, num_rows]"
         raise ValueError(f"partials: shape is {tuple(partials.shape)}, expected {expected}")
     _check("partials", partials, partials.shape, (torch.float32,), partials.device)
     if not partials.is_contiguous():

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton import noise
-from csrc_triton.types import ENTROPY_SCALE, Partial
+from csrc_triton.types import ENTROPY_SCALE, WITHOUT_MARGIN, Partial
 
 MAX_CHUNKS_OF_A_WARP = 64  # of a row; more are combined by four warps
 SCALE = tl.constexpr(ENTROPY_SCALE)
@@ -30,7 +30,7 @@ KEY_INCREMENT = tl.constexpr(noise.KEY_INCREMENT)
 UNIFORM_SHIFT = tl.constexpr(noise.UNIFORM_SHIFT)
 UNIFORM_STEP = tl.constexpr(noise.UNIFORM_STEP)
 NO_ID = tl.constexpr(1 << 24)  # above every id, and fp32 holds it
-NUM_FIELDS = tl.constexpr(len(Partial))
+NUM_FIELDS, NUM_FIELDS_WITHOUT_MARGIN = tl.constexpr(len(Partial)), tl.constexpr(WITHOUT_MARGIN)
 LARGEST = tl.constexpr(int(Partial.LARGEST))
 TOTAL = tl.constexpr(int(Partial.TOTAL))
 WEIGHTED = tl.constexpr(int(Partial.WEIGHTED))
@@ -147,7 +147,7 @@ def store_partial(
     HAS_MARGIN: tl.constexpr,
 ):
     """Writes what ``summarize`` has found; ``chunk`` is int64, ``row`` [rows] int64."""
-    ptr = partials_ptr + chunk * NUM_FIELDS * num_rows + row
+    ptr = partials_ptr + chunk * (NUM_FIELDS if HAS_MARGIN else NUM_FIELDS_WITHOUT_MARGIN) * num_rows + row
     tl.store(ptr + LARGEST * num_rows, largest, mask=in_rows)
     tl.store(ptr + TOTAL * num_rows, total, mask=in_rows)
     tl.store(ptr + WEIGHTED * num_rows, weighted, mask=in_rows)
@@ -170,12 +170,13 @@ def _combine_kernel(
     by_entropy_ptr,
     HAS_ENTROPY: tl.constexpr,
     HAS_MARGIN: tl.constexpr,
+    NUM_FIELDS_OF_CHUNK: tl.constexpr,
     PADDED_CHUNKS: tl.constexpr,
 ):
     row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     chunk = tl.arange(0, PADDED_CHUNKS)
     valid = chunk < num_chunks
-    ptr = partials_ptr + chunk.to(tl.int64) * NUM_FIELDS * num_rows + row
+    ptr = partials_ptr + chunk.to(tl.int64) * NUM_FIELDS_OF_CHUNK * num_rows + row
 
     chunk_largest = tl.load(ptr + LARGEST * num_rows, mask=valid, other=-float("inf"))
     largest = tl.max(chunk_largest, axis=0)
@@ -217,7 +218,7 @@ def combine_partials(
     margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``ops.combine_partials``; CPU tensors work only in Triton's interpreter."""
-    num_chunks, _, num_rows = partials.shape
+    num_chunks, num_fields, num_rows = partials.shape
     token = torch.empty(num_rows, dtype=torch.int64, device=partials.device)
     probability = torch.empty(num_rows, dtype=torch.float32, device=partials.device)
     if num_rows:
@@ -231,6 +232,7 @@ def combine_partials(
             None if by_entropy is None else by_entropy.view(torch.uint8),
             HAS_ENTROPY=by_entropy is not None,
             HAS_MARGIN=margin is not None,
+            NUM_FIELDS_OF_CHUNK=num_fields,
             PADDED_CHUNKS=triton.next_power_of_2(num_chunks),
             num_warps=1 if num_chunks <= MAX_CHUNKS_OF_A_WARP else 4,
             enable_fp_fusion=False,

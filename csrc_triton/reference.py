@@ -11,6 +11,7 @@ from csrc_triton.types import (
     ENTROPY_SCALE,
     NO_CONFIDENCE,
     UNCERTAINTY_UNITS,
+    WITHOUT_MARGIN,
     Blocks,
     Grids,
     Partial,
@@ -88,10 +89,7 @@ def lm_head_partials(
     by_entropy: torch.Tensor | None = None,
     with_margin: bool = False,
 ) -> torch.Tensor:
-    """The twin of ``ops.lm_head_partials``: the whole weight is one chunk, and every row has its entropy's sum.
-
-    Every row has what its margin is made of, too.
-    """
+    """The twin of ``ops.lm_head_partials``: the whole weight is one chunk, and every row has its entropy's sum."""
     logit = _logits(hidden, weight).float()  # [num_rows, num_weight_rows]
     ids = first_id + torch.arange(weight.shape[0], device=weight.device)
     if vocabulary is not None:
@@ -120,7 +118,8 @@ def lm_head_partials(
         Partial.FIRST_LOGIT: first,
         Partial.SECOND_LOGIT: second,
     }
-    return torch.stack([fields[field].float() for field in Partial]).unsqueeze(0)
+    number = len(Partial) if with_margin else WITHOUT_MARGIN
+    return torch.stack([fields[field].float() for field in list(Partial)[:number]]).unsqueeze(0)
 
 
 def combine_partials(
@@ -131,7 +130,7 @@ def combine_partials(
     margin: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of ``ops.combine_partials``."""
-    chunk_largest, chunk_total, chunk_weighted, score, logit, ids = partials[:, :6].double().unbind(dim=1)
+    chunk_largest, chunk_total, chunk_weighted, score, logit, ids = partials[:, :WITHOUT_MARGIN].double().unbind(dim=1)
     largest = chunk_largest.amax(dim=0)  # [num_rows]
     x = chunk_largest - largest.masked_fill(largest == -torch.inf, 0.0)
     total = (chunk_total * x.exp()).sum(dim=0)

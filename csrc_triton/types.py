@@ -34,8 +34,8 @@ class Rule(IntEnum):
 class Partial(IntEnum):
     """Numbers of a partial: what is known of a row after some of its ids, the chunk. All are fp32.
 
-    Partials of several chunks are ``[num_chunks, len(Partial), num_rows]``, so those of the shards of a vocabulary are
-    joined along the first dimension.
+    Partials of several chunks are ``[num_chunks, len(Partial), num_rows]``, or ``[num_chunks, WITHOUT_MARGIN,
+    num_rows]``, so those of the shards of a vocabulary are joined along the first dimension.
     """
 
     LARGEST = 0
@@ -53,7 +53,10 @@ class Partial(IntEnum):
     FIRST_LOGIT = 6
     """The largest logit of an allowed id, -inf if there is none; anything where no margin is asked for."""
     SECOND_LOGIT = 7
-    """The largest of the other allowed ids, likewise."""
+    """The largest of the other allowed ids, likewise. Partials without margins lack this and the one before."""
+
+
+WITHOUT_MARGIN = int(Partial.FIRST_LOGIT)  # numbers of a partial that no margin is made of
 
 
 class Blocks(NamedTuple):

@@ -23,8 +23,9 @@ FAMILIES = {
         ReferenceSDAR,
         ("embed_tokens", "lm_head", "q_proj", "down_proj"),
         {},
+        {"fused_commit": False},
     ),
-    "LLaDA": (partial(make_checkpoint, n_layers=1), ReferenceLLaDA, ("v_proj", "ff_proj"), {"cache_mode": "dual"}),
+    "LLaDA": (partial(make_checkpoint, n_layers=1), ReferenceLLaDA, ("v_proj", "ff_proj"), {"cache_mode": "dual"}, {}),
 }
 
 
@@ -39,14 +40,15 @@ def few_programs(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_with_adapters_decode_the_same(tmp_path, start_llm, family):
-    make, network, modules, mode = FAMILIES[family]
+    make, network, modules, mode, operator = FAMILIES[family]
     folder = make(tmp_path / "model", seed=1)
     network = network.load(folder)
     for number in (1, 2):
         add_adapter(tmp_path / f"adapter{number}", network, modules, seed=number)
     adapters = [None, *(LoRARequest(f"a{n}", n, str(tmp_path / f"adapter{n}")) for n in (1, 2))]
     settings = {"dtype": "bfloat16", "max_num_seqs": 3, "max_model_len": 32, "max_num_batched_tokens": 64}
-    settings |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK, "additional_config": SERVED}
+    settings |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+    settings["additional_config"] = {"osdt": {**SERVED["osdt"], **operator}}
     with_graphs = start_llm(folder, compilation_config={"cudagraph_capture_sizes": [32]}, **settings)
     without = start_llm(folder, compilation_config=None, enforce_eager=True, **settings)
     random = np.random.default_rng(3)
@@ -69,6 +71,8 @@ def test_graphs_with_adapters_decode_the_same(tmp_path, start_llm, family):
     assert cases == {3} and ends == {Ends.DECIDED}
     base, cases, _ = both([0, 0, 0], plain)
     assert cases == {0} and of_all[0] == base[0] and all(of_all[i] != base[i] for i in (1, 2))
+    # A block that is done is committed in a step without logits, beside blocks of another adapter.
+    both([1, 2, 1], [sampling(16, policy="fixed_steps", steps_per_block=steps, **mode) for steps in (4, 2, 8)])
     # Logits of a policy that compares steps are computed behind a graph of the model alone.
     compared = sampling(8, policy="klass", kl_confidence=0.1, kl_threshold=0.5, kl_steps=1, **mode)
     assert Ends.MODEL in both([1, 2, 0], [plain, compared, plain])[2]

@@ -458,6 +458,17 @@ def test_experts_that_ranks_share_are_captured_by_none(checkpoint: str, monkeypa
         engine_config._choose_graphs(config, 32)
 
 
+def test_graphs_by_number_of_adapters_are_refused(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(checkpoint, enable_lora=True)
+    monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(config.lora_config, "specialize_active_lora", True)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    with pytest.raises(OSDTError, match="specialize_active_lora is set, but its graphs would leave out rows without"):
+        engine_config._choose_graphs(config, 32)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    engine_config._choose_graphs(config, 32)
+
+
 def test_captured_sizes_are_whole_blocks_that_a_step_can_have() -> None:
     assert engine_config.capture_sizes(32, 300) == [32, 64, 96, 128, 192, 256]
     assert engine_config.capture_sizes(8, 64, [1, 20, 65]) == [8, 24]

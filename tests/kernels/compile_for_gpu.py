@@ -96,7 +96,11 @@ def main() -> None:
         constants.pop("noise_key_ptr", None)
         if not has_margin:
             constants["margin_ptr"] = None
-        compile_kernel(partials_kernel._combine_kernel, constants | {"PADDED_CHUNKS": num_chunks}, unfused)
+        compile_kernel(
+            partials_kernel._combine_kernel,
+            constants | {"PADDED_CHUNKS": num_chunks, "NUM_FIELDS_OF_CHUNK": 8},
+            unfused,
+        )
     few = [("*fp32", True, False, True), ("*bf16", True, True, True), ("*bf16", False, False, False)]  # seconds each
     every = itertools.product(DTYPES, FLAGS, FLAGS, FLAGS)
     for dtype, has_temperature, has_entropy, has_margin in every if TEST_ALL else few:

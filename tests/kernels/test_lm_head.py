@@ -14,6 +14,7 @@ from selection import HAS_GPU, per_implementation, per_implementation_and
 
 import csrc_triton
 from csrc_triton import Partial, reference
+from csrc_triton.types import WITHOUT_MARGIN
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{warning}:RuntimeWarning:triton")
@@ -220,7 +221,8 @@ def test_shards_give_what_the_whole_weight_gives(implementation, num_shards, dty
         )
         for rank, piece in enumerate(shard(weight, num_shards, size))
     ]
-    assert len({part.shape for part in parts}) == 1 and parts[0].shape[1:] == (len(Partial), 5)
+    assert len({part.shape for part in parts}) == 1
+    assert parts[0].shape[1:] == (WITHOUT_MARGIN if margin is None else len(Partial), 5)
     by_entropy = options.get("by_entropy")
     combined, margins = {}, {}
     for order in (1, -1):
@@ -327,8 +329,8 @@ def test_bad_arguments_are_refused_by_name(change, error, message):
     ("partials", "error", "message"),
     [
         (torch.zeros(8, 3), ValueError, r"partials: shape is \(8, 3\)"),
-        (torch.zeros(0, 8, 3), ValueError, r"partials: shape is \(0, 8, 3\), expected \[at least 1, 8"),
-        (torch.zeros(2, 6, 3), ValueError, r"partials: shape is \(2, 6, 3\)"),
+        (torch.zeros(0, 8, 3), ValueError, r"partials: shape is \(0, 8, 3\), expected \[at least 1, 6 or 8"),
+        (torch.zeros(2, 5, 3), ValueError, r"partials: shape is \(2, 5, 3\)"),
         (torch.zeros(2, 8, 3).half(), TypeError, "partials: dtype is torch.float16"),
         (torch.zeros(8, 2, 3).transpose(0, 1), ValueError, "partials: strides are"),
     ],
@@ -336,6 +338,11 @@ def test_bad_arguments_are_refused_by_name(change, error, message):
 def test_bad_partials_are_refused_by_name(partials, error, message):
     with pytest.raises(error, match=message):
         csrc_triton.combine_partials(partials)
+
+
+def test_partials_without_margins_give_none():
+    with pytest.raises(ValueError, match=r"partials: shape is \(2, 6, 3\), expected \[at least 1, 8, num_rows"):
+        csrc_triton.combine_partials(torch.zeros(2, 6, 3), margin=torch.zeros(3))
 
 
 @pytest.mark.gpu

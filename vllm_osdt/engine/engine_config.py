@@ -250,6 +250,11 @@ def _choose_graphs(vllm_config: "VllmConfig", block_length: int) -> None:
             f"cudagraph_mode is {compilation.cudagraph_mode.name}, but no step of experts shared by "
             "data-parallel ranks runs as a graph; leave it out."
         )
+    if vllm_config.lora_config is not None and vllm_config.lora_config.specialize_active_lora:
+        raise OSDTError(
+            "specialize_active_lora is set, but its graphs would leave out rows without an adapter; leave it out, or "
+            "set --enforce-eager."
+        )
     most = vllm_config.scheduler_config.max_num_batched_tokens
     most = min(most, compilation.max_cudagraph_capture_size or most)
     sizes = capture_sizes(block_length, most, compilation.cudagraph_capture_sizes)

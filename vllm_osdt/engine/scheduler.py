@@ -162,7 +162,7 @@ class CanvasScheduler(Scheduler):
         audits = self._auditor.running
         num_waiting = self.get_request_counts()[1]
         if audits and num_waiting:  # an audit may wait as long as it takes
-            num_waiting -= sum(one.request_id in audits for one in chain(self.waiting, self.skipped_waiting))
+            num_waiting -= sum(one.request_id in audits for one in chain(self.waiting, self.kv_holding_waiting))
         self._has_waited = num_waiting > 0
         if audits and self.running and self.running[-1].request_id not in audits:  # others have begun behind it
             self.running.sort(key=lambda one: one.request_id in audits)
