@@ -21,7 +21,7 @@ FAMILIES = {
     "SDAR": (
         partial(make_sdar_checkpoint, num_hidden_layers=1),
         ReferenceSDAR,
-        ("embed_tokens", "lm_head", "q_proj", "down_proj"),
+        ("embed_tokens", "lm_head", "q_proj", "v_proj", "down_proj"),
         {},
         {"fused_commit": False},
     ),

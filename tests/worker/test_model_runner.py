@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,3 +77,36 @@ def test_a_step_that_needs_logits_proposes_once_where_its_head_reads_them_too(nu
     position = torch.arange(num_rows)
     batch = SimpleNamespace(denoise=SimpleNamespace(needs_logits=True, position=position))
     assert CanvasRunnerMixin._decide_by_rows(runner, torch.zeros(5, 4), batch) == expected
+
+
+NONE = np.empty(0, dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "token", "num_logits", "padded_to", "expected"),
+    [
+        # Who reads no logits keeps the adapter of its own rows, however alike the others are.
+        ((1, 2), (1, 1, 1, 2, 2), [3, 0], (32, 8), ((1, 1, 1), (1, 1, 1, 2, 2))),
+        ((1, 0), (1, 1, 1, 0), [0, 1], (32, 8), ((0,), (1, 1, 1, 0))),
+        ((1, 2), (1, 2), [1, 0], (32, 8), ((1,), (1, 2))),
+        # One adapter for all: padding has it, too.
+        ((2, 2), (2, 2, 2), [1, 0], (8, 4), ((2,) * 4, (2,) * 8)),
+        ((2, 2), (2, 2, 2), [2, 1], None, ((2,) * 3, (2,) * 3)),
+    ],
+)
+def test_every_row_has_the_adapter_of_its_request(prompt, token, num_logits, padded_to, expected):
+    found = []
+
+    class Stock:
+        def _set_active_loras(self, prompt_lora_mapping, token_lora_mapping):
+            found.append((tuple(prompt_lora_mapping), tuple(token_lora_mapping)))
+
+    class Runner(CanvasRunnerMixin, Stock):
+        pass
+
+    runner = object.__new__(Runner)
+    runner._num_logits, runner._further, runner._padded_to = np.array(num_logits), (NONE, NONE), padded_to
+    runner._set_active_loras(prompt, token)
+    assert found == [expected]
+    runner._set_active_loras(prompt, token)  # of a step of vLLM's own, as it is
+    assert found[1] == (prompt, token)
