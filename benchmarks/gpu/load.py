@@ -99,8 +99,8 @@ class Clock:
         if manager is not None:
             manager.replay = self._timed(manager.replay, begins=True)
 
-        def planned(*args: Any) -> Any:
-            result = plan(*args)
+        def planned(*args: Any, **kwargs: Any) -> Any:
+            result = plan(*args, **kwargs)
             self.sizes.append((result[0].positions.size, result[0].logit_rows.size))
             return result
 
