@@ -45,12 +45,14 @@ class StepTable:
         if known.shape[1] >= width and known.shape[2] >= num_steps:
             return
         size = max(width, known.shape[1]), max(num_steps, known.shape[2])
-        # By way of the host, so that a GPU never has both: a server grows it a few times.
+        if not known.numel():
+            self._rows = like.new_zeros(num_slots, *size, like.shape[1])
+            return
+        # By way of the host, which waits, so that a GPU never has both: a server grows it a few times.
         known = known.cpu()
-        self._rows = self._rows.new_zeros(0, 0, 0, 0)
+        self._rows = known.new_zeros(0)
         self._rows = like.new_zeros(num_slots, *size, like.shape[1])
-        if known.numel():
-            self._rows[:, : known.shape[1], : known.shape[2]] = known
+        self._rows[:, : known.shape[1], : known.shape[2]] = known
 
     def find(self, slot: torch.Tensor, offset: torch.Tensor, step: torch.Tensor, num_steps: int) -> KeptLogits:
         """Where a step of a block is, or is to be: that of the step ``num_steps`` before, which it overwrites.
