@@ -43,8 +43,13 @@ test-newer: $(NEWER)/.made ## all tests on a vLLM release without a CPU build, o
 	@PYTHONPATH=$(CURDIR)/$(NEWER) $(RUN_TESTS) $(if $(filter-out 1/%,$(SHARD)),,unit) engine \
 		$(if $(SHARD),--shard $(SHARD)) -- $(PYTEST_ARGS)
 
-test-cuda: $(CUDA_VENV)/.installed ## the GPU worker on a stand-in for CUDA, without a GPU (VLLM=0.32.0)
-	OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
+test-cuda: export OMP_NUM_THREADS = 1
+test-cuda: $(CUDA_VENV)/.installed ## the GPU worker on a stand-in for CUDA, without a GPU (VLLM=0.32.0, JOBS=n, PYTEST_ARGS="-k name")
+ifdef PYTEST_ARGS
+	$(CUDA_VENV)/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
+else
+	printf '%s\n' tests/cuda_stand_in/test_*.py | xargs -n 1 -P $(or $(JOBS),2) $(CUDA_VENV)/bin/python -m pytest -q
+endif
 
 test-clients: $(INSTALLED) .venv-clients/.installed ## client libraries ask a server for objects and choices
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/clients $(PYTEST_ARGS)
