@@ -314,7 +314,7 @@ class ServerOptions:
         "For `klass`, `ccd` and sampled `s2d2`: memory at most for logits of earlier steps, on each device. A "
         "request's are kept if two steps of `max_num_seqs` blocks as long as its own fit; of others hidden states are, "
         "and each step computes their logits again. A step of a block of 32 takes 8 MB with 126,464 tokens in "
-        "bfloat16, and 16 MB in float32. Taken when such a request first comes, besides what vLLM reserves: leave room "
+        "bfloat16, and 16 MB in float32. Taken from the first such request on, besides what vLLM reserves: leave room "
         "on a GPU (`--gpu-memory-utilization`). 0: hidden states of all.",
         unit="GiB",
     )
