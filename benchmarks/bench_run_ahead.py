@@ -82,9 +82,9 @@ def watched(llm: Any) -> Iterator[Steps]:
     runner = getattr(worker, "worker", worker).model_runner
     plan, steps = runner._plan, Steps()
 
-    def seen(rows: Any, width: int | None) -> Any:
+    def seen(rows: Any, **how: Any) -> Any:
         steps.see(runner.model_state.canvas_states, rows)
-        return plan(rows, width)
+        return plan(rows, **how)
 
     runner._plan = seen
     try:

@@ -1,8 +1,10 @@
-"""What one engine step costs beside the model: scheduling, input preparation, sampling and output.
+"""What one denoising step costs beside the model: scheduling, input preparation, sampling and output.
 
-Runs the engine in this process on any LLaDA checkpoint and reports, for each number of running requests, the median
-time of ``LLMEngine.step()`` and of the model in it (forward and logits); the difference is the overhead. A second table
-says where the rest of a step goes, by phase: medians in milliseconds. ``--clock thread`` counts the processor's time of
+Runs the engine in this process on any LLaDA checkpoint and reports, for each number of running requests, the time of
+``LLMEngine.step()`` and of the model in it (forward and logits), both by forward; the difference is the overhead. A
+figure is the mean of a run of all requests, and the median of the runs. A step of the engine may take several forwards
+(``run_ahead``): runs with and without take turns. A second table says where the rest of a step goes, by phase, in
+milliseconds. ``--clock thread`` counts the processor's time of
 this thread in place of the wall's, which other work on the machine hardly touches; set ``OMP_NUM_THREADS=1`` for it.
 ``--profile`` samples the stack in steps of their own, and says what share of the time beside the model each function
 has, with what it calls. ``--beside-stock`` measures, in turns with ours, what a step of vLLM's own engine costs beside
@@ -40,10 +42,13 @@ CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
 class Clock:
-    """Adds up the seconds of the calls it wraps."""
+    """Adds up the seconds of the calls it wraps, without those of other clocks' calls within them."""
+
+    _within: list[float] = []  # seconds of the calls within each call that has not ended
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.seconds = 0.0
+        self.num_calls = 0
         self.now = now
 
     def wrap(self, function):
@@ -51,8 +56,13 @@ class Clock:
 
         def timed(*args, **kwargs):
             start = self.now()
+            self._within.append(0.0)
             result = function(*args, **kwargs)
-            self.seconds += self.now() - start
+            seconds = self.now() - start
+            self.seconds += seconds - self._within.pop()
+            self.num_calls += 1
+            if self._within:
+                self._within[-1] += seconds
             return result
 
         return timed
@@ -64,7 +74,7 @@ class Phases:
     def __init__(self, llm: LLM, now: Callable[[], float]) -> None:
         self.now = now
         core = llm.llm_engine.engine_core.engine_core
-        runner = core.model_executor.driver_worker.worker.model_runner
+        self.runner = runner = core.model_executor.driver_worker.worker.model_runner
         owners = {
             "schedule": (core.scheduler, "schedule"),
             "prepare inputs": (runner, "prepare_inputs"),
@@ -72,7 +82,8 @@ class Phases:
             "attention's metadata": (runner.model_state, "prepare_attn"),
             "forward": (runner.model, "forward"),
             "logits": (runner.model, "compute_logits"),
-            "sampler": (runner, "sample"),  # which asks for the logits
+            "sampler": (runner.sampler, "decide"),
+            "steps ahead": (runner, "_step_again"),
             "update from output": (core.scheduler, "update_from_output"),
             "front end's output": (llm.llm_engine.output_processor, "process_outputs"),
         }
@@ -81,11 +92,11 @@ class Phases:
             setattr(owner, attribute, self.clocks[name].wrap(getattr(owner, attribute)))
 
     def take(self) -> dict[str, float]:
-        """Milliseconds of each since the last call."""
+        """Milliseconds of each since the last call, and the number of forwards."""
         taken = {name: 1e3 * clock.seconds for name, clock in self.clocks.items()}
-        taken["sampler"] -= taken["logits"]
+        taken["forwards"] = self.clocks["forward"].num_calls
         for clock in self.clocks.values():
-            clock.seconds = 0.0
+            clock.seconds, clock.num_calls = 0.0, 0
         return taken
 
 
@@ -130,8 +141,12 @@ class Profile:
         return "\n".join(lines)
 
 
-def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Step ``running`` equal requests to their end; times in ms, by phase, of the steps in which all of them ran."""
+def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) -> dict[str, float]:
+    """Step ``running`` equal requests to their end.
+
+    Returns:
+        Milliseconds of a forward by phase, the mean of the steps in which all of them ran.
+    """
     engine = llm.llm_engine
     rng = np.random.default_rng(0)
     vocabulary = llm.model_config.get_vocab_size()
@@ -153,7 +168,9 @@ def measure(llm: LLM, phases: Phases, running: int, args: argparse.Namespace) ->
         whole = (phases.now() - start) * 1e3
         if not any(output.finished for output in outputs):
             steps.append({"step": whole, **phases.take()})
-    return steps[1:]  # the first step admits and allocates
+    totals = {name: sum(step[name] for step in steps[1:]) for name in steps[0]}  # the first admits and allocates
+    number = totals.pop("forwards")
+    return {name: total / number for name, total in totals.items()}
 
 
 class StockEngine:
@@ -196,8 +213,8 @@ class StockEngine:
         for owner, name in ((model, "forward"), (model, "compute_logits"), (tables, "compute_slot_mapping")):
             setattr(owner, name, self._clock.wrap(getattr(owner, name)))
 
-    def measure(self, running: int, prompt_length: int, num_steps: int) -> list[float]:
-        """Milliseconds beside the model of the steps in which all of ``running`` requests decode a token."""
+    def measure(self, running: int, prompt_length: int, num_steps: int) -> float:
+        """Mean milliseconds beside the model of the steps in which all of ``running`` requests decode a token."""
         engine, rng = self.llm.llm_engine, np.random.default_rng(0)
         params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True, detokenize=False)
         for index in range(running):
@@ -210,7 +227,7 @@ class StockEngine:
             beside = self._now() - start - self._clock.seconds
             if not any(output.finished for output in outputs):
                 found.append(1e3 * beside)
-        return found[1:]
+        return float(np.mean(found[1:]))
 
 
 def main() -> None:
@@ -222,7 +239,7 @@ def main() -> None:
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--cache", default="dual", choices=("none", "prefix", "dual"))
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="the wall's, or the processor's of a thread")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5, help="runs of each kind")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="times that requests run to be sampled")
     parser.add_argument("--beside-stock", action="store_true", help="measure vLLM's own engine too")
     parser.add_argument("--json", default=None, help="append JSON lines to this file")
@@ -239,46 +256,52 @@ def main() -> None:
     stock = StockEngine(args.model, max(args.running), CLOCKS[args.clock]) if args.beside_stock else None
     record = environment(dtype="float32", threads=torch.get_num_threads())
     print(record)
-    print(f"{'running':>8} {'step ms':>10} {'model ms':>10} {'overhead ms':>12} {'p20':>8} {'p80':>8}")
+    print(f"{'running':>8} {'ahead':>6} {'step ms':>10} {'model ms':>10} {'overhead ms':>12} {'p20':>8} {'p80':>8}")
     lines, tables = [], {}
     for running in args.running:
         measure(llm, phases, running, args)
-        steps, of_stock = [], []
+        runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+        of_stock = []
         for _ in range(args.repetitions):
-            steps += measure(llm, phases, running, args)
+            for runs_ahead, found in runs.items():
+                phases.runner._runs_ahead = runs_ahead
+                found.append(measure(llm, phases, running, args))
             if stock is not None:
-                of_stock += stock.measure(running, args.prompt_length, args.gen_length)
-        columns = {name: np.array([step[name] for step in steps]) for name in steps[0]}
-        step, model = columns["step"], columns["forward"] + columns["logits"]
-        columns["rest"] = 2 * step - sum(columns.values())
-        tables[running] = {name: float(np.median(times)) for name, times in columns.items()}
-        p20, median, p80 = percentiles(step - model)
-        print(
-            f"{running:>8} {np.median(step):>10.2f} {np.median(model):>10.2f} {median:>12.2f} {p20:>8.2f} {p80:>8.2f}"
-        )
-        lines.append(
-            {
-                **record,
-                "bench": "step_overhead",
-                "model": os.path.basename(args.model.rstrip("/")),
-                "running": running,
-                "cache": args.cache,
-                "clock": args.clock,
-                "step_ms": float(np.median(step)),
-                "model_ms": float(np.median(model)),
-                "overhead_ms": median,
-                "overhead_p20_ms": p20,
-                "overhead_p80_ms": p80,
-                "steps": int(step.size),
-                "phases_ms": tables[running],
-            }
-        )
+                of_stock.append(stock.measure(running, args.prompt_length, args.gen_length))
+        phases.runner._runs_ahead = True
+        for runs_ahead, found in runs.items():
+            columns = {name: np.array([run[name] for run in found]) for name in found[0]}
+            step, model = columns["step"], columns["forward"] + columns["logits"]
+            columns["rest"] = 2 * step - sum(columns.values())
+            table = tables[running, runs_ahead] = {name: float(np.median(times)) for name, times in columns.items()}
+            p20, median, p80 = percentiles(step - model)
+            ahead, whole, beside = "yes" if runs_ahead else "no", np.median(step), np.median(model)
+            print(f"{running:>8} {ahead:>6} {whole:>10.2f} {beside:>10.2f} {median:>12.2f} {p20:>8.2f} {p80:>8.2f}")
+            lines.append(
+                {
+                    **record,
+                    "bench": "step_overhead",
+                    "model": os.path.basename(args.model.rstrip("/")),
+                    "running": running,
+                    "cache": args.cache,
+                    "clock": args.clock,
+                    "run_ahead": runs_ahead,
+                    "step_ms": float(whole),
+                    "model_ms": float(beside),
+                    "overhead_ms": median,
+                    "overhead_p20_ms": p20,
+                    "overhead_p80_ms": p80,
+                    "runs": len(found),
+                    "phases_ms": table,
+                }
+            )
+            if stock is not None:
+                lines[-1]["stock_overhead_ms"] = float(np.median(of_stock))
         if stock is not None:
-            lines[-1]["stock_overhead_ms"] = float(np.median(of_stock))
             print(f"{running:>8} vLLM's own engine, one token a step: {np.median(of_stock):.2f} ms beside the model")
-    print(f"{'phase':20}" + "".join(f"{running:>9}" for running in tables))
+    print(f"{'phase':20}" + "".join(f"{running:>5}{' ahead' if ahead else '      '}" for running, ahead in tables))
     for name in next(iter(tables.values())):
-        print(f"{name:20}" + "".join(f"{table[name]:>9.3f}" for table in tables.values()))
+        print(f"{name:20}" + "".join(f"{table[name]:>11.3f}" for table in tables.values()))
     for running in args.running if args.profile else ():
         with Profile() as profile:
             for _ in range(args.profile):

@@ -186,6 +186,7 @@ class CanvasStep:
             token ids, by request.
         verified: The drafted positions that this step verifies, by request; it decides no others.
         branches: Further branches, by request.
+        is_awaited: Whether a request that this step has no room for may have a place in the next one.
     """
 
     assignments: dict[str, Assignment] = field(default_factory=dict)
@@ -193,6 +194,7 @@ class CanvasStep:
     drafts: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     verified: dict[str, Span] = field(default_factory=dict)
     branches: dict[str, BranchPages] = field(default_factory=dict)
+    is_awaited: bool = False
 
 
 class GrammarChain(NamedTuple):
@@ -270,7 +272,7 @@ class StepReport:
         mean_confidence: Mean confidence of the step's masked positions, by id, of the requests whose cache mode asks.
         num_fallbacks: int64 ``[kinds]``, steps decided by a threshold of another cell, by ``Fallback``.
         recorded: The requests that calibrate or have a grammar, None without any.
-        ran_ahead: Ids of the requests that took a second step behind this one, and whether it was of use.
+        ran_ahead: How many steps behind this one were of use, by id, of the requests that the worker took further.
         weights: That the rank had by the end of the step.
         drafted: Positions that the step has drafted and the next one is to verify, by id.
         takes_branches: Whether the rank's attention can compute further branches; vLLM chooses it there.
@@ -280,7 +282,7 @@ class StepReport:
     mean_confidence: dict[str, float] = field(default_factory=dict)
     num_fallbacks: np.ndarray | None = None
     recorded: RecordedStep | None = None
-    ran_ahead: dict[str, bool] = field(default_factory=dict)
+    ran_ahead: dict[str, int] = field(default_factory=dict)
     weights: HeldWeights = field(default_factory=HeldWeights)
     drafted: dict[str, Span] = field(default_factory=dict)
     takes_branches: bool = True

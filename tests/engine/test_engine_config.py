@@ -343,11 +343,12 @@ def test_whole_steps_are_captured_for_both_kinds_of_attention_on_a_gpu(
         engine_config._choose_graphs(config, 32)
 
 
-def test_running_ahead_is_refused_where_no_step_is_a_graph(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_ahead_is_refused_where_no_step_does(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"osdt": {"run_ahead": True}}
-    with pytest.raises(OSDTError, match="run_ahead is true, but a CPU has no CUDA graphs"):
-        configure(checkpoint, additional_config=asked)
-    assert configure(checkpoint, additional_config={"osdt": {"run_ahead": False}})
+    assert configure(checkpoint, additional_config=asked)
+    with pytest.raises(OSDTError, match="run_ahead is true, but on a CPU neither several ranks nor"):
+        configure(checkpoint, additional_config=asked, tensor_parallel_size=2)
+    assert configure(checkpoint, additional_config={"osdt": {"run_ahead": False}}, tensor_parallel_size=2)
     config = configure(checkpoint, enforce_eager=True)
     config.additional_config = asked
     monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)

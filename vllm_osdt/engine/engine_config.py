@@ -477,12 +477,18 @@ REFUSALS = (
         "fused_lm_head_max_rows is set, but fused_lm_head is not, whose steps it limits; set both, or leave it out.",
     ),
     Refusal(
-        lambda config: _asks_to_run_ahead(config) and current_platform.is_cpu(),
-        "run_ahead is true, but a CPU has no CUDA graphs, whose steps are launched ahead; leave it out.",
+        lambda config: (
+            _asks_to_run_ahead(config)
+            and current_platform.is_cpu()
+            and (config.parallel_config.world_size_across_dp > 1 or config.kv_transfer_config is not None)
+        ),
+        "run_ahead is true, but on a CPU neither several ranks nor a KV connector take steps behind another; leave it "
+        "out.",
     ),
     Refusal(
         lambda config: (
             _asks_to_run_ahead(config)
+            and not current_platform.is_cpu()
             and (config.model_config.enforce_eager or config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE)
         ),
         "run_ahead is true, but CUDA graphs, whose steps are launched ahead, are switched off; leave one of them out.",

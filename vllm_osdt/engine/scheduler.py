@@ -166,7 +166,8 @@ class CanvasScheduler(Scheduler):
         self._has_waited = num_waiting > 0
         if audits and self.running and self.running[-1].request_id not in audits:  # others have begun behind it
             self.running.sort(key=lambda one: one.request_id in audits)
-        step = CanvasStep()
+        has_place = len(self.running) < self.max_num_running_reqs
+        step = CanvasStep(is_awaited=bool(self._postponed) or (self._has_waited and has_place))
         for new in output.scheduled_new_reqs:  # or resumed
             request = self.requests[new.req_id]
             self._grammars.forget(new.req_id)
@@ -667,12 +668,13 @@ class CanvasScheduler(Scheduler):
             model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]] = []
 
     def _count_run_ahead(self, report: StepReport) -> None:
-        """Count second steps: those that were of use are forwards of their requests like others."""
-        for req_id, is_used in report.ran_ahead.items():
-            self.calibrator.statistics.counts["run_ahead", "used" if is_used else "wasted"] += 1
+        """Count steps behind others: those that were of use are forwards of their requests like others."""
+        for req_id, num_used in report.ran_ahead.items():
+            self.calibrator.statistics.counts["run_ahead", "used" if num_used else "wasted"] += max(num_used, 1)
             request = self.requests.get(req_id)
-            if is_used and request is not None and request.spec_decode_metrics is not None:
-                request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
+            if request is not None and request.spec_decode_metrics is not None:
+                for _ in range(num_used):
+                    request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
 
     def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
         """Count the forwards that write a finished block's keys and values and have no drafts, which vLLM counts."""

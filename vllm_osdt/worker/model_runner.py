@@ -311,7 +311,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
     def _decide(
         self, hidden_states: torch.Tensor, input_batch: CanvasInputBatch
     ) -> tuple[Decision, torch.Tensor | None]:
-        """What a step decides, and whether a second one behind it was of use (see ``CanvasSampler.finish``)."""
+        """What a step decides, and how many behind it were of use (see ``CanvasSampler.finish``)."""
         if input_batch.logit_rows is None:
             hidden_states = hidden_states[input_batch.logits_indices]
         return self._decide_by_rows(hidden_states, input_batch), None

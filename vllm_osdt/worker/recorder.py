@@ -28,7 +28,7 @@ class _Seen(NamedTuple):
     batch: DenoiseBatch
     mean_confidence: torch.Tensor | None  # float32 [R]
     recorded: torch.Tensor | None  # int32 [6, C, W], see grids_to_record
-    ran_ahead: torch.Tensor | None  # bool [R], whether a second step was of use; None without one
+    ran_ahead: torch.Tensor | None  # bool or int64 [R], steps behind this one that were of use; None without any
     drafted: torch.Tensor | None  # int64 [R, 2], see Decision
 
 
@@ -70,7 +70,7 @@ class StepRecorder:
             batch: The step.
             decision: What it decided.
             recorded: Of :func:`grids_to_record`; None when no request calibrates.
-            ran_ahead: bool ``[R]``, whether a second step was of use; None without one.
+            ran_ahead: bool or int64 ``[R]``, how many steps behind this one were of use; None without any.
         """
         drafted = decision.drafted
         if not self._states.observed and ran_ahead is None and drafted is None:
@@ -135,7 +135,7 @@ class StepRecorder:
                     if reports_all[row]:
                         report.mean_confidence[seen.req_ids[row]] = float(means[row])
             if seen.ran_ahead is not None:
-                report.ran_ahead = dict(zip(seen.req_ids, seen.ran_ahead.tolist(), strict=True))
+                report.ran_ahead = dict(zip(seen.req_ids, map(int, seen.ran_ahead.tolist()), strict=True))
             if seen.drafted is not None:
                 for req_id, (first, length) in zip(seen.req_ids, seen.drafted.tolist(), strict=False):
                     if length:

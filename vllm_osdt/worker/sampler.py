@@ -230,7 +230,7 @@ class CanvasSampler:
         Args:
             input_batch: A ``CanvasInputBatch``.
             decision: Of :meth:`decide`; a graph's has requests behind those of the step.
-            ran_ahead: bool ``[R]``, whether a second step was of use; None without one.
+            ran_ahead: bool or int64 ``[R]``, how many steps behind this one were of use; None without any.
         """
         batch: DenoiseBatch = input_batch.denoise
         num_reqs, width = batch.slots_np.size, decision.canvas.shape[1]

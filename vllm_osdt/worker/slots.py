@@ -446,23 +446,30 @@ class CanvasStates:
             for memory in self.modifier_memory:
                 memory[entered] = 0.0
 
-    def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
-        """Whether the next step of these requests has the rows of the one that is being prepared, as far as is known.
+    def keeps_rows(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
+        """Whether the next step of these requests has the rows of the one that is being prepared, if no block ends.
 
-        Most blocks should have masks left behind it: more than what their last step removed. No block may be in its
-        first step, which refreshes or commits another one's keys and values, and no sub-blocks are among them. A
-        request that the engine core wants to know something of is looked at step by step.
+        No block may be in its first step, which refreshes or commits another one's keys and values, and no sub-blocks
+        are among them. A request that the engine core wants to know something of is looked at step by step.
 
         Args:
             slots: int64 ``[R]``.
             num_active: int64 ``[R]``, positions of the active block; 0: nothing is denoised.
         """
         host = self.host
-        steps = host.step[slots]
         if (host.is_recorded[slots] | host.reports_confidence[slots] | (host.cuts[slots] > 0)).any():
             return False
-        if not (steps.all() and num_active.all()) or host.sub_block_length[slots].any():
+        return bool(host.step[slots].all() and num_active.all()) and not host.sub_block_length[slots].any()
+
+    def goes_on(self, slots: np.ndarray, num_active: np.ndarray) -> bool:
+        """Whether the next step has these rows (:meth:`keeps_rows`), as far as is known; the arguments are the same.
+
+        Most blocks should have masks left behind this step: more than what their last step removed.
+        """
+        if not self.keeps_rows(slots, num_active):
             return False
+        host = self.host
+        steps = host.step[slots]
         left = host.masked[slots].sum(axis=1)
         seen_block, seen_step, seen_left = self._seen[slots].T
         is_known = (seen_block == host.block_start[slots]) & (seen_step < steps)

@@ -1,0 +1,117 @@
+"""Steps that a CPU's worker takes one behind another change nothing but the number of the engine's steps."""
+
+from collections import Counter
+
+import pytest
+
+from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit, tokens
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [20, 21], [30, 31, 32, 33, 34, 35]]
+SLOW = {"policy": "fixed_steps", "steps_per_block": 8, "block_length": 8}
+REQUESTS = {
+    "greedy": [sampling(24, **SLOW)] * 4,
+    "caches": [sampling(24, **SLOW, cache_mode=mode) for mode in ("none", "prefix", "dual", "dual")],
+    "rules": [
+        sampling(24, policy="static_threshold", threshold=0.9, block_length=8),
+        sampling(24, policy="prophet", block_length=16),
+        sampling(24, policy="local_leap", block_length=32),
+        sampling(24, policy="klass", block_length=8),
+    ],
+    "sampled": [sampling(24, **SLOW, temperature=0.8, seed=seed, top_k=20, logprobs=2) for seed in range(4)],
+}
+
+
+def runner_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def drives(llm, monkeypatch, run, *, ahead):
+    """What ``run`` returns, the engine's steps, and those behind others."""
+    counts, schedule, again = Counter(), scheduler(llm).schedule, runner_of(llm)._step_again
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler(llm), "schedule", count("steps", schedule))
+        patch.setattr(runner_of(llm), "_step_again", count("behind", again))
+        patch.setattr(runner_of(llm), "_runs_ahead", ahead)
+        return run(), counts["steps"], counts["behind"]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """However long a step takes here, another one may follow it."""
+    monkeypatch.setattr("vllm_osdt.worker.cpu_worker.MAX_SECONDS_AHEAD", 60.0)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("requests", REQUESTS)
+def test_tokens_and_forwards_are_those_of_single_steps(random_llm, monkeypatch, requests, number):
+    params = REQUESTS[requests][:number]
+
+    def run():
+        return generate(random_llm, PROMPTS[:number], params)
+
+    expected, num_steps, none = drives(random_llm, monkeypatch, run, ahead=False)
+    found, num_fewer, num_behind = drives(random_llm, monkeypatch, run, ahead=True)
+    assert tokens(found) == tokens(expected)
+    assert list(map(nfe, found)) == list(map(nfe, expected))
+    assert [one.logprobs for one in found] == [one.logprobs for one in expected]
+    assert none == 0 < num_behind and num_fewer + num_behind == num_steps
+
+
+def test_the_first_step_of_a_block_is_the_engine_s_and_few_follow_one(random_llm, monkeypatch):
+    def run():
+        return generate(random_llm, PROMPTS[:1], sampling(16, **SLOW))
+
+    # Of a block's eight steps none follows the first, which has other rows; four follow the second, and one the seventh.
+    _, num_steps, num_behind = drives(random_llm, monkeypatch, run, ahead=True)
+    assert num_behind == 2 * 5 and num_steps in (2 * 3, 2 * 3 + 1)  # with one that finds nothing to do
+    counts = scheduler(random_llm).calibrator.statistics.counts
+    assert counts["run_ahead", "wasted"] == 0
+
+
+def test_nothing_follows_a_step_that_others_wait_for(narrow_llm, monkeypatch):
+    """Of requests whose rows do not all fit a step, those that have waited come first in the next one."""
+    params = sampling(32, policy="fixed_steps", steps_per_block=8, block_length=8, cache_mode="none")
+    prompts = [PROMPTS[1] * 16] * 3  # 112 rows each, of 200
+
+    def run():
+        req_ids = [submit(narrow_llm, prompt, params) for prompt in prompts]
+        finished = drive(narrow_llm)
+        return [finished[req_id] for req_id in req_ids]
+
+    asked, keeps_rows = [], runner_of(narrow_llm)._keeps_rows
+
+    def asking(batch):
+        asked.append((runner_of(narrow_llm)._is_awaited, keeps_rows(batch)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(runner_of(narrow_llm), "_keeps_rows", asking)
+    expected, num_steps, _ = drives(narrow_llm, monkeypatch, run, ahead=False)
+    asked.clear()
+    found, num_fewer, num_behind = drives(narrow_llm, monkeypatch, run, ahead=True)
+    assert tokens(found) == tokens(expected)
+    assert num_fewer + num_behind == num_steps
+    assert (True, False) in asked and (True, True) not in asked and (False, True) in asked
+
+
+def test_recorded_requests_are_looked_at_step_by_step(random_llm, monkeypatch):
+    params = sampling(16, **SLOW, return_trace=True)
+
+    def run():
+        return generate(random_llm, PROMPTS[:1], params)
+
+    _, _, num_behind = drives(random_llm, monkeypatch, run, ahead=True)
+    assert num_behind == 0
+    _, _, num_behind = drives(
+        random_llm, monkeypatch, lambda: generate(random_llm, PROMPTS[:2], [params, sampling(16, **SLOW)]), ahead=True
+    )
+    assert num_behind == 0
