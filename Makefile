@@ -11,6 +11,8 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 VLLM ?= 0.33.0
 NEWER := build/vllm-$(VLLM)
 CUDA_VENV := .venv-cuda-$(VLLM)
+# Begun first, so that none of them runs alone at the end.
+CUDA_LONGEST := $(patsubst %,tests/cuda_stand_in/test_%.py,recorded_decisions default_settings policies gpu_check)
 CUDA_PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A GPU that answers gets a vLLM release; anything else the CPU build.
 FLAVOUR := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -48,7 +50,7 @@ test-cuda: $(CUDA_VENV)/.installed ## the GPU worker on a stand-in for CUDA, wit
 ifdef PYTEST_ARGS
 	$(CUDA_VENV)/bin/python -m pytest tests/cuda_stand_in $(PYTEST_ARGS)
 else
-	printf '%s\n' tests/cuda_stand_in/test_*.py | xargs -n 1 -P $(or $(JOBS),2) $(CUDA_VENV)/bin/python -m pytest -q
+	printf '%s\n' $(CUDA_LONGEST) $(filter-out $(CUDA_LONGEST),$(wildcard tests/cuda_stand_in/test_*.py)) | xargs -n 1 -P $(or $(JOBS),2) $(CUDA_VENV)/bin/python -m pytest -q
 endif
 
 test-clients: $(INSTALLED) .venv-clients/.installed ## client libraries ask a server for objects and choices

@@ -9,10 +9,14 @@ looks at the next one. A step that would have been the second of a pair is not a
 - "pairs" is the share of the engine's steps that have a second one behind them; each saves one round trip to the host.
 - "wasted" is the share of the requests' second steps whose block was finished by the first, and "rows" what those are
   of all rows.
+
+On a CPU the worker takes steps behind another one, and knows the outcome of each. ``--speed`` decodes the problems with
+and without these in turns, and says which share of the forwards they are, and what of the time is saved.
 """
 
 import argparse
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,11 +90,47 @@ def watched(llm: Any) -> Iterator[Steps]:
         steps.see(runner.model_state.canvas_states, rows)
         return plan(rows, **how)
 
-    runner._plan = seen
+    runner._plan, runner._runs_ahead = seen, False
     try:
         yield steps
     finally:
-        runner._plan = plan
+        runner._plan, runner._runs_ahead = plan, True
+
+
+def speed(llm: Any, prompts: list[list[int]], params: Any, number: int, rounds: int) -> dict[str, float]:
+    """What steps behind others save of an engine's time, in rounds that take turns.
+
+    Returns:
+        ``behind``, their share of the forwards, and ``saved``, the median share of the seconds.
+    """
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    runner = getattr(worker, "worker", worker).model_runner
+    forward, again = runner.model.forward, runner._step_again
+    counts = {"forwards": 0, "behind": 0}
+
+    def count(name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    runner.model.forward, runner._step_again = count("forwards", forward), count("behind", again)
+    saved, shares = [], []
+    try:
+        for index in range(rounds + 1):
+            seconds = {}
+            for runner._runs_ahead in (True, False) if index % 2 else (False, True):
+                counts.update(forwards=0, behind=0)
+                start = time.perf_counter()
+                send(llm, prompts, params, number)
+                seconds[runner._runs_ahead] = time.perf_counter() - start
+                if runner._runs_ahead:
+                    shares.append(counts["behind"] / counts["forwards"])
+            saved.append(1 - seconds[True] / seconds[False])
+    finally:
+        runner.model.forward, runner._step_again, runner._runs_ahead = forward, again, True
+    return {"behind": shares[-1], "saved": float(np.median(saved[1:]))}  # the first round warms up
 
 
 def main() -> None:
@@ -98,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["llada-mini", "sdar-mini"], help="bundled models, or rungs")
     parser.add_argument("--problems", type=int, default=64, help="of each task")
+    parser.add_argument("--speed", type=int, default=0, metavar="N", help="rounds with and without, on a CPU")
     parser.add_argument("--json", type=Path, help="append JSON lines to this file")
     args = parser.parse_args()
 
@@ -120,6 +161,13 @@ def main() -> None:
                 if "task" in own:
                     send(llm, problems[:NUM_CALIBRATING], params, NUM_CALIBRATING)
                 for number in CONCURRENCY:
+                    line = {"bench": "run_ahead", "model": source.label, "task": task, "setting": setting}
+                    line |= {"concurrency": number, **environment()}
+                    if args.speed:
+                        found = speed(llm, problems[NUM_CALIBRATING:], params, number, args.speed)
+                        print(f"{source.label}, {task}, {setting}, {number}: {found}", flush=True)
+                        lines.append(line | found)
+                        continue
                     with watched(llm) as steps:
                         send(llm, problems[NUM_CALIBRATING:], params, number)
                     figures = {
@@ -129,8 +177,7 @@ def main() -> None:
                     }
                     shares = ", ".join(f"{100 * share:.1f} %" for share in figures.values())
                     print(f"{source.label}, {task}, {setting}, {number}: {shares}", flush=True)
-                    line = {"bench": "run_ahead", "model": source.label, "task": task, "setting": setting}
-                    lines.append({**line, "concurrency": number, **figures, **environment()})
+                    lines.append(line | figures)
         if args.json:
             write_lines(args.json, lines)
 

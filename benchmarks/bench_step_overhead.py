@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -44,7 +44,7 @@ CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 class Clock:
     """Adds up the seconds of the calls it wraps, without those of other clocks' calls within them."""
 
-    _within: list[float] = []  # seconds of the calls within each call that has not ended
+    _within: ClassVar[list[float]] = []  # seconds of the calls within each call that has not ended
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.seconds = 0.0

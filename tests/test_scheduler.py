@@ -7,6 +7,14 @@ pytestmark = pytest.mark.e2e
 PROMPT = [5, 6, 7, 8, 9]
 
 
+@pytest.fixture(autouse=True)
+def one_by_one(monkeypatch):
+    """The scheduler plans every step; the worker takes none behind another."""
+    from vllm_osdt.worker.cpu_worker import CanvasModelRunner
+
+    monkeypatch.setattr(CanvasModelRunner, "_keeps_rows", lambda self, batch: False)
+
+
 @pytest.fixture
 def planned(monkeypatch):
     """Runs requests on an engine; returns their completions and, for each step, the rows by request."""

@@ -19,6 +19,18 @@ REQUESTS = {
         sampling(24, policy="local_leap", block_length=32),
         sampling(24, policy="klass", block_length=8),
     ],
+    "cuts": [
+        sampling(24, policy="cad_llm", block_length=16),
+        sampling(24, **SLOW, adablock=True, adablock_delimiters=[7, 11, 13], cache_mode="dual"),
+        sampling(
+            24,
+            block_length=16,
+            adablock=True,
+            adablock_delimiters=[7, 11, 13],
+            cache_mode="prefix",
+        ),
+        sampling(24, **SLOW),
+    ],
     "sampled": [sampling(24, **SLOW, temperature=0.8, seed=seed, top_k=20, logprobs=2) for seed in range(4)],
 }
 
@@ -71,7 +83,7 @@ def test_the_first_step_of_a_block_is_the_engine_s_and_few_follow_one(random_llm
     def run():
         return generate(random_llm, PROMPTS[:1], sampling(16, **SLOW))
 
-    # Of a block's eight steps none follows the first, which has other rows; four follow the second, and one the seventh.
+    # Of a block's eight steps none follows the first, which has other rows; four follow the second, one the seventh.
     _, num_steps, num_behind = drives(random_llm, monkeypatch, run, ahead=True)
     assert num_behind == 2 * 5 and num_steps in (2 * 3, 2 * 3 + 1)  # with one that finds nothing to do
     counts = scheduler(random_llm).calibrator.statistics.counts

@@ -71,8 +71,8 @@ METRICS = {
     "run_ahead": Metric(
         "run_ahead_steps_total",
         "outcome",
-        "Steps of a request that were launched before the one before them was known: used, or wasted (it had finished "
-        "the block).",
+        "Steps of a request that a worker took before the engine knew of the one before them: used, or wasted (it had "
+        "finished the block; on a GPU only).",
         "counter",
     ),
     "forward_passes": Metric(

@@ -288,8 +288,8 @@ class ServerOptions:
         True,
         Flag,
         "On a GPU: where a step's blocks are not expected to be finished by it, the next one is launched behind it, "
-        "before its outcome is known. On a CPU: where it has finished none, up to four more are taken before the engine "
-        "hears of it, in no more than a tenth of a second. The tokens are the same either way.",
+        "before its outcome is known. On a CPU: where it has finished none, up to four more are taken before the "
+        "engine hears of it, in no more than a tenth of a second. The tokens are the same either way.",
     )
     fused_lm_head: bool = option(
         False,

@@ -80,9 +80,7 @@ class CanvasModelRunner(CanvasRunnerMixin, CPUModelRunner):
             return False
         if batch.grammar is not None or batch.drafting is not None or rows.branch.size or rows.span.size:
             return False
-        states = self.model_state.canvas_states
-        has_edits = np.isfinite(states.host.edit_threshold[rows.slots]).any()
-        return not has_edits and states.keeps_rows(rows.slots, rows.num_active)
+        return self.model_state.canvas_states.keeps_rows(rows.slots, rows.num_active)
 
     def _goes_on(self, decision: Decision) -> bool:
         """Whether no block is finished, and no policy waits for a verification."""

@@ -160,6 +160,8 @@ class CanvasModelRunner(CanvasRunnerMixin, GPUModelRunner):
         assert rows is not None and manager is not None
         if not self._options.run_ahead or graph.ends != Ends.DECIDED or not states.goes_on(rows.slots, rows.num_active):
             return None
+        if self.lora_config is not None and np.unique(self.lora_state.lora_ids[rows.slots]).size > 1:
+            return None  # rows of logits are fewer there, and vLLM would wait for the device to give each its adapter
         num_reqs = rows.slots.size
         is_open, is_used = self._is_open[:num_reqs], self._is_used[:num_reqs]
         torch.eq(manager.decisions[graph].num_ready[:num_reqs], 0, out=is_open)

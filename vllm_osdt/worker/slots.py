@@ -457,7 +457,7 @@ class CanvasStates:
             num_active: int64 ``[R]``, positions of the active block; 0: nothing is denoised.
         """
         host = self.host
-        if (host.is_recorded[slots] | host.reports_confidence[slots] | (host.cuts[slots] > 0)).any():
+        if (host.is_recorded[slots] | host.reports_confidence[slots]).any():
             return False
         return bool(host.step[slots].all() and num_active.all()) and not host.sub_block_length[slots].any()
 
@@ -466,9 +466,9 @@ class CanvasStates:
 
         Most blocks should have masks left behind this step: more than what their last step removed.
         """
-        if not self.keeps_rows(slots, num_active):
-            return False
         host = self.host
+        if host.cuts[slots].any() or not self.keeps_rows(slots, num_active):  # the host hears later of a cut
+            return False
         steps = host.step[slots]
         left = host.masked[slots].sum(axis=1)
         seen_block, seen_step, seen_left = self._seen[slots].T
