@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     llm = LLM(
         model_path("llada-mini"), dtype="float32", max_num_seqs=args.concurrency, max_num_batched_tokens=16384,
-        additional_config={"osdt": {"profile_dir": ""}},
+        additional_config={"osdt": {"profile_dir": "", "run_ahead": False}},
     )  # fmt: skip
     rows, lines = count_rows(llm), []
     head = f"{'block':>5} {'cache mode':<34} {'task':<16} {'right':>6} {'NFE':>7} {'rows':>7} {'tokens/s':>9}"

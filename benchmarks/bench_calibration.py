@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=8)
     args = parser.parse_args()
     osdt = {"profile_dir": tempfile.mkdtemp(), "drift": "off", "num_calibration_requests": args.running}
-    osdt |= {"statistic": "q1"}  # takes any number of requests
+    osdt |= {"statistic": "q1", "run_ahead": False}  # takes any number of requests; every step is one forward
     llm = LLM(model_path("llada-mini"), dtype="float32", max_num_seqs=args.running, additional_config={"osdt": osdt})
     prompts = [problem.prompt for problem in generate("code", "held_out", args.running, 0)]
     static: dict[str, Any] = {"policy": "static_threshold"}

@@ -114,7 +114,7 @@ def pareto(outcomes: list[Outcome]) -> list[Outcome]:
 
 
 class Bench:
-    """An engine and the outcomes it has given.
+    """An engine and the outcomes it has given; each of its steps is one forward, so that steps and rows can be counted.
 
     Args:
         args: Of :func:`add_engine_arguments`.
@@ -134,7 +134,7 @@ class Bench:
             skip_tokenizer_init=not (Path(model) / "tokenizer_config.json").exists(),
             max_num_seqs=args.concurrency,
             max_num_batched_tokens=args.max_num_batched_tokens,
-            additional_config={"osdt": {"profile_dir": "", "drift": "off", **operator}},
+            additional_config={"osdt": {"profile_dir": "", "drift": "off", "run_ahead": False, **operator}},
         )
 
     def decode(self, problems: list[Problem], **options: Any) -> tuple[list[bool], list[int], list[int], float]:

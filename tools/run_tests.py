@@ -54,6 +54,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
         "tests/e2e/test_requests.py",
         "tests/e2e/test_osdt.py",
         "tests/e2e/test_context_end.py",
+        "tests/e2e/test_run_ahead.py",
         "tests/test_scheduler.py",
         "tests/policies/test_local_leap.py",
         "tests/policies/test_bacd.py",

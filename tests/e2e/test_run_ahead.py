@@ -127,3 +127,17 @@ def test_recorded_requests_are_looked_at_step_by_step(random_llm, monkeypatch):
         random_llm, monkeypatch, lambda: generate(random_llm, PROMPTS[:2], [params, sampling(16, **SLOW)]), ahead=True
     )
     assert num_behind == 0
+
+
+def test_vllm_s_own_metrics_count_every_step(tasks_llm, monkeypatch):
+    def count():
+        found = [one.value for one in tasks_llm.get_metrics() if one.name == "vllm:diffusion_num_denoising_steps"]
+        return sum(found)
+
+    def run():
+        before = count()
+        [completion] = generate(tasks_llm, PROMPTS[:1], sampling(16, **SLOW))
+        return count() - before, nfe(completion)
+
+    (num_counted, num_forwards), _, num_behind = drives(tasks_llm, monkeypatch, run, ahead=True)
+    assert num_counted == num_forwards == 16 and num_behind == 2 * 5

@@ -112,6 +112,7 @@ class CanvasScheduler(Scheduler):
         self._has_branch = False  # whether a request of it has branches
         self._verifies = False  # whether it verifies drafts of a request
         self._lacking: list[Request] = []  # those that wait in it, for pages of branches
+        self._ran_ahead: dict[str, int] = {}  # of the step that is being counted, see StepReport
         self._has_waited = False  # whether some request has found no place in the last step
         self._branchers: dict[str, Brancher] = {}  # of requests that run and whose policy has branches
         max_reqs, max_rows = self.max_num_running_reqs, self.max_num_scheduled_tokens
@@ -521,7 +522,7 @@ class CanvasScheduler(Scheduler):
     ) -> SpecDecodingStats | None:
         """vLLM's counters by position end at ``num_spec_tokens``; canvas rows beyond it count in the sum alone.
 
-        Audits do not count.
+        Steps behind a request's step (``StepReport.ran_ahead``) count as steps of their own. Audits do not count.
         """
         if request_id in self._auditor.running:
             return spec_decoding_stats
@@ -529,6 +530,9 @@ class CanvasScheduler(Scheduler):
         stats = super().make_spec_decoding_stats(spec_decoding_stats, counted, *args, request_id=request_id, **kwargs)
         if stats is not None:
             stats.num_draft_tokens += num_draft_tokens - counted
+            for _ in range(self._ran_ahead.get(request_id, 0)):
+                stats.observe_draft(counted, 0)
+                stats.num_draft_tokens += num_draft_tokens - counted
         return stats
 
     def update_from_output(
@@ -540,6 +544,7 @@ class CanvasScheduler(Scheduler):
         far: the front end may end the request at a stop string. What audits give goes to no client.
         """
         audits = self._auditor.running
+        self._ran_ahead = {}
         failed: list[str] = []
         report: StepReport | None = getattr(model_runner_output, STEP_REPORT, None)
         if report is not None and report.weights.num_updates != self._weights.num_updates:
@@ -669,6 +674,7 @@ class CanvasScheduler(Scheduler):
 
     def _count_run_ahead(self, report: StepReport) -> None:
         """Count steps behind others: those that were of use are forwards of their requests like others."""
+        self._ran_ahead = report.ran_ahead
         for req_id, num_used in report.ran_ahead.items():
             self.calibrator.statistics.counts["run_ahead", "used" if num_used else "wasted"] += max(num_used, 1)
             request = self.requests.get(req_id)

@@ -80,6 +80,8 @@ class CanvasModelRunner(CanvasRunnerMixin, CPUModelRunner):
             return False
         if batch.grammar is not None or batch.drafting is not None or rows.branch.size or rows.span.size:
             return False
+        if batch.cut:
+            return False  # rows behind a block that this step has cut are left out from the next one on
         return self.model_state.canvas_states.keeps_rows(rows.slots, rows.num_active)
 
     def _goes_on(self, decision: Decision) -> bool:
