@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from vllm_osdt.options.operator import server_options
 from vllm_osdt.worker.model_runner import CanvasRunnerMixin, CanvasWorkerMixin, canvas_step_of
 from vllm_osdt.worker.recorder import Decision
 from vllm_osdt.worker.step.batch import CanvasInputBatch, denoise_batch
-from vllm_osdt.worker.step.layout import plan_step
+from vllm_osdt.worker.step.layout import plan_again
 from vllm_osdt.worker.step.plan import plan_denoise
 from vllm_osdt.worker.transfer import send
 
@@ -93,17 +94,19 @@ class CanvasModelRunner(CanvasRunnerMixin, CPUModelRunner):
     def _step_again(self, input_batch: CanvasInputBatch) -> Decision:
         """The next step of the rows of a batch, whose tokens are in the canvas by now."""
         states, rows, forward = self.model_state.canvas_states, input_batch.rows, self._forward
-        assert rows is not None
+        assert rows is not None and input_batch.plan is not None and input_batch.denoise is not None
         states.host.step[rows.slots] += 1
-        plan = plan_step(states, rows)
-        denoise = plan_denoise(states, rows, plan)
-        read = {"source": plan.source, "logit_rows": plan.logit_rows, "cu_num_logits": plan.cu_num_logits}
-        sent = send(read | denoise.arrays, self.device)
-        torch.index_select(states.cells, 0, sent["source"], out=input_batch.input_ids)
-        input_batch.denoise = denoise_batch(states, denoise, sent)
-        input_batch.logits_indices, input_batch.cu_num_logits_np = sent["logit_rows"], plan.cu_num_logits
+        plan = input_batch.plan = plan_again(states, rows, input_batch.plan)
+        source, logit_rows, position = map(torch.from_numpy, (plan.source, plan.logit_rows, plan.position))
+        if plan.is_plain:
+            batch = replace(input_batch.denoise, step_np=states.host.step[rows.slots], position=position)
+        else:
+            denoise = plan_denoise(states, rows, plan)
+            batch = denoise_batch(states, denoise, send(denoise.arrays, self.device))
+        input_batch.denoise, input_batch.logits_indices = batch, logit_rows
+        torch.index_select(states.cells, 0, source, out=input_batch.input_ids)
         if self.lora_config is None:
-            input_batch.logit_rows = sent["logit_rows"]
+            input_batch.logit_rows = logit_rows
         else:
             self._num_logits = np.diff(plan.cu_num_logits)
             of_rows = input_batch.req_ids, input_batch.idx_mapping_np, input_batch.num_scheduled_tokens

@@ -241,6 +241,7 @@ class CanvasRunnerMixin(WatchedRunnerMixin):
             queries=queries,
             graph=graph,
             rows=rows,
+            plan=plan,
             pages=sent if rows.branch.size else None,
         )
 

@@ -13,6 +13,7 @@ from vllm_osdt.policies import Policy
 from vllm_osdt.policies.base import Cutter
 from vllm_osdt.worker.grammar import GrammarRows
 from vllm_osdt.worker.slots import CanvasStates
+from vllm_osdt.worker.step.layout import StepPlan
 from vllm_osdt.worker.step.plan import DenoisePlan
 from vllm_osdt.worker.step.queries import Queries
 from vllm_osdt.worker.step.rows import StepRows
@@ -244,6 +245,7 @@ class CanvasInputBatch(InputBatch):
         queries: What attention sees of it.
         graph: The graph that runs it, a ``StepDescriptor``.
         rows: What the scheduler asked for, on the host.
+        plan: Its layout, likewise.
         pages: Arrays of ``worker.branch_pages``, where the step has further branches.
     """
 
@@ -252,6 +254,7 @@ class CanvasInputBatch(InputBatch):
     queries: Queries | None = None
     graph: Any = None
     rows: "StepRows | None" = None
+    plan: StepPlan | None = None
     pages: dict[str, torch.Tensor] | None = None
 
 

@@ -68,6 +68,27 @@ def plan_step(states: CanvasStates, rows: StepRows, width: int | None = None) ->
         min_unmask=np.empty(num_reqs, np.int32),
         is_plain=False,
     )
+    return _filled(states, rows, plan)
+
+
+def plan_again(states: CanvasStates, rows: StepRows, plan: StepPlan) -> StepPlan:
+    """Lay out the next step of the same rows in the arrays of a plan, which is that of no step then.
+
+    Tensors that share an array keep sharing it. The logit rows and positions are other parts of theirs.
+
+    Args:
+        states, rows: See :func:`plan_step`.
+        plan: Of the step before.
+    """
+    assert plan.logit_rows.base is not None and plan.logit_slots.base is not None and plan.position.base is not None
+    whole = plan._replace(
+        logit_rows=plan.logit_rows.base, logit_slots=plan.logit_slots.base, position=plan.position.base
+    )
+    return _filled(states, rows, whole)
+
+
+def _filled(states: CanvasStates, rows: StepRows, plan: StepPlan) -> StepPlan:
+    """A plan whose arrays have room for all of its logit rows, written and cut to those that are read."""
     # A position that is decided alone is predicted from the row before it (see the plans of the engine core).
     shifts = states.logits_shift, max(states.logits_shift, int(states.commits_causally))
     num_logits, is_plain = _fill(states.host, rows, shifts, states.mask_cell, plan)
