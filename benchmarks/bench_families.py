@@ -132,7 +132,7 @@ def compare_policies(args: argparse.Namespace, conditions: dict[str, Any]) -> No
 
 def compare_rows(args: argparse.Namespace, conditions: dict[str, Any]) -> None:
     """Seconds of a step whose requests have the rows of one block of 8, and of 16: what it costs to schedule two."""
-    llm = start("sdar-mini", max(args.running))
+    llm = start("sdar-mini", max(args.running), osdt={"run_ahead": False})  # every step of the engine is one forward
     print("\ntime of a step, one token per request and step, ms")
     for running in args.running:
         seconds: dict[int, list[float]] = {8: [], 16: []}

@@ -137,7 +137,12 @@ def main() -> None:
             max_num_seqs=arguments.problems,
             max_model_len=256,
             additional_config={
-                "osdt": {"profile_dir": "", "num_calibration_requests": arguments.problems, "statistic": "q1"}
+                "osdt": {
+                    "profile_dir": "",
+                    "num_calibration_requests": arguments.problems,
+                    "statistic": "q1",
+                    "run_ahead": False,  # every step of the engine is one forward
+                }
             },
         )
         problems = generate("code", "held_out", arguments.problems, seed=3)

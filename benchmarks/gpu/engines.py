@@ -120,9 +120,9 @@ def watch_graphs(llm: Any) -> Iterator[Launched]:
         found.rows.append(manager.chosen.num_tokens)
         replay()
 
-    def counted(report: Any) -> None:
+    def counted(report: Any, drafts: Any) -> None:
         found.ahead.update("used" if is_used else "wasted" for is_used in report.ran_ahead.values())
-        count(report)
+        count(report, drafts)
 
     scheduler._count_run_ahead = counted
     if manager is not None:

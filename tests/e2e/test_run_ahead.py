@@ -3,8 +3,13 @@
 from collections import Counter
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from tests.e2e.engine import drive, generate, nfe, sampling, scheduler, submit, tokens
+from tests.e2e.test_lora import RANK, add_adapter
+from tests.reference.block_causal import ReferenceSDAR
+from tests.reference.block_causal_checkpoints import make_llada2_checkpoint, make_sdar_checkpoint
+from tests.reference.nemotron_labs_diffusion import make_nemotron_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -30,6 +35,18 @@ REQUESTS = {
             cache_mode="prefix",
         ),
         sampling(24, **SLOW),
+    ],
+    "shaped": [
+        sampling(24, **SLOW, presence_penalty=1.5, min_tokens=20, ignore_eos=False),
+        sampling(24, **SLOW, repetition_penalty=1.4, logit_bias={40: 3.0}),
+        sampling(24, **SLOW, credit=True, cache_mode="prefix"),
+        sampling(24, **SLOW, draft=[40, 41, 42, 43], draft_threshold=0.01),
+    ],
+    "canvases": [
+        sampling(24, **SLOW, cache_mode="dual", suffix_window=1),
+        sampling(24, **SLOW, cache_mode="dual", refresh_interval=2),
+        sampling(None, **SLOW, infill=[6, [50, 51, 52], 12, [53]]),
+        sampling(24, **SLOW, gen_length=48),
     ],
     "sampled": [sampling(24, **SLOW, temperature=0.8, seed=seed, top_k=20, logprobs=2) for seed in range(4)],
 }
@@ -76,7 +93,50 @@ def test_tokens_and_forwards_are_those_of_single_steps(random_llm, monkeypatch, 
     assert tokens(found) == tokens(expected)
     assert list(map(nfe, found)) == list(map(nfe, expected))
     assert [one.logprobs for one in found] == [one.logprobs for one in expected]
+    drafted = [[one.spec_decode_metrics.num_draft_tokens for one in of] for of in (found, expected)]
+    assert drafted[0] == drafted[1]
     assert none == 0 < num_behind and num_fewer + num_behind == num_steps
+
+
+def make_llada2(folder):
+    return make_llada2_checkpoint(folder), {}, {"edit_threshold": 0.0}
+
+
+def make_sdar(folder):
+    return make_sdar_checkpoint(folder), {}, {}
+
+
+def make_nemotron(folder):
+    return make_nemotron_checkpoint(folder), {}, {}
+
+
+def make_sdar_with_adapters(folder):
+    path = make_sdar_checkpoint(folder / "model")
+    network = ReferenceSDAR.load(path)
+    for number in (1, 2):
+        add_adapter(folder / f"adapter{number}", network, ("embed_tokens", "lm_head", "q_proj"), seed=number)
+    return path, {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}, {}
+
+
+@pytest.mark.parametrize("make", [make_llada2, make_sdar, make_nemotron, make_sdar_with_adapters])
+def test_other_kinds_of_models_decode_what_they_do_in_single_steps(tmp_path, start_llm, monkeypatch, make):
+    """Block-causal models with experts and edits, with adapters, and one that commits causally."""
+    path, settings, options = make(tmp_path)
+    llm = start_llm(path, max_num_seqs=4, max_model_len=128, **settings)
+    adapters = [LoRARequest(f"a{number}", number, str(tmp_path / f"adapter{number}")) for number in (1, 2)]
+    loras = [None, *adapters, adapters[0]] if settings else None
+    params = [sampling(24, **{**SLOW, **options, "temperature": temperature}, seed=3) for temperature in (0, 0, 0, 0.8)]
+
+    def run():
+        requests = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        llm.reset_prefix_cache()
+        return [one.outputs[0] for one in llm.generate(requests, params, lora_request=loras, use_tqdm=False)]
+
+    expected, num_steps, _ = drives(llm, monkeypatch, run, ahead=False)
+    found, num_fewer, num_behind = drives(llm, monkeypatch, run, ahead=True)
+    assert tokens(found) == tokens(expected)
+    assert list(map(nfe, found)) == list(map(nfe, expected))
+    assert 0 < num_behind == num_steps - num_fewer
 
 
 def test_the_first_step_of_a_block_is_the_engine_s_and_few_follow_one(random_llm, monkeypatch):

@@ -345,8 +345,8 @@ def test_whole_steps_are_captured_for_both_kinds_of_attention_on_a_gpu(
 
 def test_running_ahead_is_refused_where_no_step_does(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"osdt": {"run_ahead": True}}
-    assert configure(checkpoint, additional_config=asked)
-    with pytest.raises(OSDTError, match="run_ahead is true, but on a CPU neither several ranks nor"):
+    assert configure(checkpoint, additional_config=asked, data_parallel_size=2)  # engines of their own
+    with pytest.raises(OSDTError, match="run_ahead is true, but on a CPU the 2 ranks"):
         configure(checkpoint, additional_config=asked, tensor_parallel_size=2)
     assert configure(checkpoint, additional_config={"osdt": {"run_ahead": False}}, tensor_parallel_size=2)
     config = configure(checkpoint, enforce_eager=True)

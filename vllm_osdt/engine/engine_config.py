@@ -478,12 +478,10 @@ REFUSALS = (
     ),
     Refusal(
         lambda config: (
-            _asks_to_run_ahead(config)
-            and current_platform.is_cpu()
-            and (config.parallel_config.world_size_across_dp > 1 or config.kv_transfer_config is not None)
+            _asks_to_run_ahead(config) and current_platform.is_cpu() and config.parallel_config.world_size > 1
         ),
-        "run_ahead is true, but on a CPU neither several ranks nor a KV connector take steps behind another; leave it "
-        "out.",
+        "run_ahead is true, but on a CPU the {parallel.world_size} ranks of an engine would have to agree on when to "
+        "take no further step; leave it out.",
     ),
     Refusal(
         lambda config: (

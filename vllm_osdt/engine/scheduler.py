@@ -564,7 +564,7 @@ class CanvasScheduler(Scheduler):
                 if req_id in self.requests:
                     self._plan(self.requests[req_id]).drafted = span
             self._trace(report)
-            self._count_run_ahead(report)
+            self._count_run_ahead(report, scheduler_output.scheduled_spec_decode_tokens)
             if report.recorded is not None:
                 failed = self._grammars.hear(report.recorded, self.requests)
                 self._fail(failed, model_runner_output)
@@ -672,15 +672,20 @@ class CanvasScheduler(Scheduler):
             logger.info("Request %s ends: %s", req_id, NO_TOKEN)
             model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[req_id]] = []
 
-    def _count_run_ahead(self, report: StepReport) -> None:
-        """Count steps behind others: those that were of use are forwards of their requests like others."""
+    def _count_run_ahead(self, report: StepReport, drafts: dict[str, list[int]]) -> None:
+        """Count steps behind others: those that were of use are forwards of their requests like others.
+
+        Args:
+            report: Of the step before them.
+            drafts: Its placeholders, by request; theirs are as many.
+        """
         self._ran_ahead = report.ran_ahead
         for req_id, num_used in report.ran_ahead.items():
             self.calibrator.statistics.counts["run_ahead", "used" if num_used else "wasted"] += max(num_used, 1)
             request = self.requests.get(req_id)
             if request is not None and request.spec_decode_metrics is not None:
                 for _ in range(num_used):
-                    request.spec_decode_metrics.observe(num_draft_tokens=0, num_accepted=0)
+                    request.spec_decode_metrics.observe(num_draft_tokens=len(drafts.get(req_id, ())), num_accepted=0)
 
     def _count_commits(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> None:
         """Count the forwards that write a finished block's keys and values and have no drafts, which vLLM counts."""

@@ -289,7 +289,7 @@ class ServerOptions:
         Flag,
         "On a GPU: where a step's blocks are not expected to be finished by it, the next one is launched behind it, "
         "before its outcome is known. On a CPU: where it has finished none, up to four more are taken before the "
-        "engine hears of it, in no more than a tenth of a second. The tokens are the same either way.",
+        "engine hears of it, none later than a tenth of a second after it began. The tokens are the same either way.",
     )
     fused_lm_head: bool = option(
         False,

@@ -25,7 +25,7 @@ from vllm_osdt.worker.step.plan import plan_denoise
 from vllm_osdt.worker.transfer import send
 
 MAX_STEPS_AHEAD = 4  # so that a request that comes waits for no more than these
-MAX_SECONDS_AHEAD = 0.1  # since the engine's step began; where a step takes as long, the time between two is nothing
+MAX_SECONDS_AHEAD = 0.1  # since the engine's step began, after which none begins; longer ones have little to gain
 
 # oneDNN keeps what it prepares for a matrix product of each size, 1024 sizes by default. Steps have almost any number
 # of rows, so that grew by gigabytes, and was no faster. oneDNN reads this at its first product.
@@ -43,7 +43,7 @@ class CanvasModelRunner(CanvasRunnerMixin, CPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         # Ranks would have to agree on when to stop.
-        is_alone = vllm_config.parallel_config.world_size_across_dp == 1 and vllm_config.kv_transfer_config is None
+        is_alone = vllm_config.parallel_config.world_size == 1
         self._runs_ahead = is_alone and server_options(vllm_config).run_ahead
         self._is_awaited = False
         self._began = 0.0
