@@ -12,7 +12,8 @@ VLLM ?= 0.33.0
 NEWER := build/vllm-$(VLLM)
 CUDA_VENV := .venv-cuda-$(VLLM)
 # Begun first, so that none of them runs alone at the end.
-CUDA_LONGEST := $(patsubst %,tests/cuda_stand_in/test_%.py,recorded_decisions default_settings policies gpu_check)
+CUDA_LONGEST := $(patsubst %,tests/cuda_stand_in/test_%.py,recorded_decisions default_settings gpu_check policies \
+	graphs fused_lm_head)
 CUDA_PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A GPU that answers gets a vLLM release; anything else the CPU build.
 FLAVOUR := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
