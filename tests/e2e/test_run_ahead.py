@@ -18,6 +18,8 @@ SLOW = {"policy": "fixed_steps", "steps_per_block": 8, "block_length": 8}
 REQUESTS = {
     "greedy": [sampling(24, **SLOW)] * 4,
     "caches": [sampling(24, **SLOW, cache_mode=mode) for mode in ("none", "prefix", "dual", "dual")],
+    # Of eight positions two, two, two, one and one: what a rule says of a step differs from the step before.
+    "uneven": [sampling(24, policy="fixed_steps", steps_per_block=5, block_length=8, cache_mode="dual")] * 4,
     "rules": [
         sampling(24, policy="static_threshold", threshold=0.9, block_length=8),
         sampling(24, policy="prophet", block_length=16),
