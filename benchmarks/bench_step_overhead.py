@@ -4,12 +4,12 @@ Runs the engine in this process on any LLaDA checkpoint and reports, for each nu
 ``LLMEngine.step()`` and of the model in it (forward and logits), both by forward; the difference is the overhead. A
 figure is the mean of a run of all requests, and the median of the runs. A step of the engine may take several forwards
 (``run_ahead``): runs with and without take turns. A second table says where the rest of a step goes, by phase, in
-milliseconds. ``--clock thread`` counts the processor's time of
-this thread in place of the wall's, which other work on the machine hardly touches; set ``OMP_NUM_THREADS=1`` for it.
-``--profile`` samples the stack in steps of their own, and says what share of the time beside the model each function
-has, with what it calls. ``--beside-stock`` measures, in turns with ours, what a step of vLLM's own engine costs beside
-the model: it decodes one token after the other with a Llama of the same shape and random weights. vLLM's kernel for
-slots is a Triton kernel without a twin for a CPU, where it is interpreted; that time is left out.
+milliseconds. ``--clock thread`` counts the processor's time of this thread in place of the wall's, which other work on
+the machine hardly touches; set ``OMP_NUM_THREADS=1`` for it. ``--profile`` samples the stack in steps of their own, and
+says what share of the time beside the model each function has, with what it calls. ``--beside-stock`` measures, in
+turns with ours, what a step of vLLM's own engine costs beside the model: it decodes one token after the other with a
+Llama of the same shape and random weights. vLLM's kernel for slots is a Triton kernel without a twin for a CPU, where
+it is interpreted; that time is left out.
 
     python benchmarks/bench_step_overhead.py --model CHECKPOINT --running 1 8 32
 """
